@@ -1,0 +1,1 @@
+//! A real model with KV in and out.

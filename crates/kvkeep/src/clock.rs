@@ -1,0 +1,74 @@
+//! Time, as a value that is passed in: the library never reads a clock that its
+//! owner did not give it.
+//!
+//! Milliseconds since the Unix epoch rather than `Instant`, because an expiry has
+//! to mean the same after a restart.
+
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+/// A source of time for TTLs.
+pub trait Clock: Send + Sync + fmt::Debug {
+    /// Milliseconds since the Unix epoch. Must not go backwards.
+    fn now_ms(&self) -> u64;
+}
+
+/// Wall-clock time at creation, carried forward by the monotonic clock, so that a
+/// step of the system clock neither expires everything nor keeps it for ever.
+#[derive(Debug)]
+pub struct SystemClock {
+    base_ms: u64,
+    started: Instant,
+}
+
+/// A clock that moves only when told to, for tests and simulations.
+#[derive(Debug, Default)]
+pub struct ManualClock {
+    now_ms: AtomicU64,
+}
+
+impl SystemClock {
+    /// A clock that starts at the system's current time.
+    #[must_use]
+    pub fn new() -> Self {
+        let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self { base_ms: duration_ms(since_epoch), started: Instant::now() }
+    }
+}
+
+impl Default for SystemClock {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Clock for SystemClock {
+    fn now_ms(&self) -> u64 {
+        self.base_ms.saturating_add(duration_ms(self.started.elapsed()))
+    }
+}
+
+impl ManualClock {
+    /// A clock that stands at `now_ms`.
+    #[must_use]
+    pub fn at(now_ms: u64) -> Self {
+        Self { now_ms: AtomicU64::new(now_ms) }
+    }
+
+    /// Moves the clock forward.
+    pub fn advance(&self, by: Duration) {
+        self.now_ms.fetch_add(duration_ms(by), Ordering::SeqCst);
+    }
+}
+
+impl Clock for ManualClock {
+    fn now_ms(&self) -> u64 {
+        self.now_ms.load(Ordering::SeqCst)
+    }
+}
+
+/// A duration in whole milliseconds, saturating: a TTL of a million years never expires.
+pub(crate) fn duration_ms(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}

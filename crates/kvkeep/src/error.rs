@@ -1,0 +1,127 @@
+//! What can go wrong, by meaning. Every message says what to do.
+//!
+//! A miss and a rejection are not errors: a miss is `None`, a rejection is a
+//! [`Rejection`] inside a stated result.
+
+use std::io;
+
+use crate::tensor::{DType, Shape};
+
+/// A call that cannot be carried out as given, or memory that cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A configuration value that makes no cache.
+    #[error("invalid configuration: {0}")]
+    Config(String),
+    /// A layout with a zero or absurd dimension.
+    #[error("invalid KV layout: {0}")]
+    Layout(String),
+    /// No tokens were given.
+    #[error("no tokens given: pass the token ids of the prompt")]
+    EmptyTokens,
+    /// An empty prefix text.
+    #[error("the prefix is empty: pass the text whose KV this is")]
+    EmptyPrefix,
+    /// No layers were given or asked for.
+    #[error("no layers given: pass at least one layer")]
+    ZeroLayers,
+    /// A layer that the layout (or the limit of the named cache) does not have.
+    #[error("layer {layer} is out of range: layers run from 0 to {}", .layers - 1)]
+    LayerOutOfRange {
+        /// The layer asked for.
+        layer: usize,
+        /// How many layers there are.
+        layers: usize,
+    },
+    /// The same layer twice in one batch.
+    #[error("layer {0} is given twice: pass each layer once")]
+    DuplicateLayer(usize),
+    /// A tensor whose dtype is not the one of the layout.
+    #[error("{tensor} has dtype {got}, the layout stores {expected}: convert it first")]
+    DTypeMismatch {
+        /// Which tensor, for example `k of layer 3`.
+        tensor: String,
+        /// What the layout says.
+        expected: DType,
+        /// What was given.
+        got: DType,
+    },
+    /// A tensor whose shape is not the one of the layout.
+    #[error("{tensor} has shape {got}, expected {expected}")]
+    ShapeMismatch {
+        /// Which tensor, for example `k of layer 3`.
+        tensor: String,
+        /// The expected shape, in words.
+        expected: String,
+        /// What was given.
+        got: Shape,
+    },
+    /// A byte buffer that is not as long as its shape and dtype say.
+    #[error("a tensor of shape {shape} and dtype {dtype} takes {expected_bytes} bytes, the buffer has {got_bytes}")]
+    BufferLength {
+        /// The stated shape.
+        shape: Shape,
+        /// The stated dtype.
+        dtype: DType,
+        /// Bytes that shape and dtype ask for.
+        expected_bytes: usize,
+        /// Bytes of the buffer.
+        got_bytes: usize,
+    },
+    /// A shape with too many dimensions.
+    #[error("a tensor of {rank} dimensions is not supported: at most {max} are")]
+    Rank {
+        /// Dimensions given.
+        rank: usize,
+        /// Dimensions supported.
+        max: usize,
+    },
+    /// A tensor without elements.
+    #[error("{0} is empty: every dimension must be at least 1")]
+    EmptyTensor(String),
+    /// A size that does not fit the machine's words.
+    #[error("{0} overflows: the sizes given are too large")]
+    SizeOverflow(&'static str),
+    /// A buffer that cannot be read as elements of the asked-for type.
+    #[error("cannot view the tensor as {wanted}: {reason}")]
+    Cast {
+        /// The element type asked for.
+        wanted: DType,
+        /// Why not.
+        reason: String,
+    },
+    /// The RAM arena could not be reserved.
+    #[error("cannot reserve {bytes} bytes of address space for the RAM tier: {source}; choose a smaller capacity")]
+    Memory {
+        /// Bytes asked for.
+        bytes: u64,
+        /// What the operating system said.
+        source: io::Error,
+    },
+}
+
+/// Shorthand for results of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Why something was not admitted. A stated result, not an error: the cache works on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Rejection {
+    /// It is larger than the whole cache.
+    #[error("it needs {needed_bytes} bytes, the cache holds {capacity_bytes}: raise the capacity")]
+    LargerThanCapacity {
+        /// Bytes it needs, in whole pages.
+        needed_bytes: u64,
+        /// The cap.
+        capacity_bytes: u64,
+    },
+    /// Everything that could make room is pinned or being written.
+    #[error("it needs {needed_bytes} bytes, and {held_bytes} bytes are pinned or being written: drop pins first")]
+    AllPinned {
+        /// Bytes it needs, in whole pages.
+        needed_bytes: u64,
+        /// Bytes that cannot be evicted now.
+        held_bytes: u64,
+    },
+}

@@ -51,7 +51,7 @@ impl CacheConfig {
 /// GiB to whole bytes; refuses NaN, infinities, zero, negative and overflowing sizes.
 fn gib_to_bytes(gib: f64) -> Result<u64> {
     let bytes = gib * GIB;
-    if !bytes.is_finite() || bytes < 1.0 || bytes >= 9.0e18 {
+    if !(1.0..9.0e18).contains(&bytes) {
         return Err(Error::Config(format!(
             "a size of {gib} GiB makes no cache: give a positive, finite number such as 10"
         )));
@@ -59,7 +59,7 @@ fn gib_to_bytes(gib: f64) -> Result<u64> {
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
-        reason = "checked just above: positive, finite, below 2^63"
+        reason = "checked just above: positive, below 2^63, not NaN"
     )]
     Ok(bytes as u64)
 }

@@ -34,6 +34,22 @@ pub enum Error {
         /// How many layers there are.
         layers: usize,
     },
+    /// More or fewer layers than asked for.
+    #[error("{got} layers given, {expected} expected: pass one entry for each layer")]
+    LayerCount {
+        /// How many there should be.
+        expected: usize,
+        /// How many were given.
+        got: usize,
+    },
+    /// A block that was not matched.
+    #[error("block {block} was not matched: the match has {blocks} blocks")]
+    BlockOutOfRange {
+        /// The block asked for.
+        block: usize,
+        /// How many were matched.
+        blocks: usize,
+    },
     /// The same layer twice in one batch.
     #[error("layer {0} is given twice: pass each layer once")]
     DuplicateLayer(usize),
@@ -123,5 +139,12 @@ pub enum Rejection {
         needed_bytes: u64,
         /// Bytes that cannot be evicted now.
         held_bytes: u64,
+    },
+    /// A block before the first token given is not in the cache (any more), so what comes
+    /// behind it could never be found.
+    #[error("the block at token {token} is not in the cache and was not given: store from there on")]
+    PrefixGone {
+        /// Where the missing block begins.
+        token: usize,
     },
 }

@@ -143,13 +143,9 @@ impl Namespace {
             hasher.update(field);
         }
         let layout = &self.layout;
-        for number in [
-            layout.layers(),
-            layout.kv_heads(),
-            layout.k_head_dim(),
-            layout.v_head_dim(),
-            layout.block_tokens(),
-        ] {
+        for number in
+            [layout.layers(), layout.kv_heads(), layout.k_head_dim(), layout.v_head_dim(), layout.block_tokens()]
+        {
             hasher.update((number as u64).to_le_bytes());
         }
         hasher.update(layout.dtype().name());
@@ -196,6 +192,10 @@ impl BlockHash {
 }
 
 impl ObjectKey {
+    pub(crate) fn layer(&self) -> u32 {
+        self.layer
+    }
+
     /// 64 bits for hash tables. SHA-256 is uniform already, so its first bytes do.
     pub(crate) fn table_hash(&self) -> u64 {
         let (first, _) = self.hash.split_first_chunk::<8>().unwrap_or((&[0; 8], &[]));

@@ -222,8 +222,7 @@ impl KvLayout {
         }
         let shape = view.shape();
         let tokens = match (self.order, shape.dims()) {
-            (TokenOrder::TokenHeadDim, &[tokens, heads, dim])
-            | (TokenOrder::HeadTokenDim, &[heads, tokens, dim])
+            (TokenOrder::TokenHeadDim, &[tokens, heads, dim]) | (TokenOrder::HeadTokenDim, &[heads, tokens, dim])
                 if heads == self.kv_heads() && dim == self.dim(side) && tokens >= min_tokens =>
             {
                 tokens
@@ -302,9 +301,7 @@ impl KvLayout {
         let head_dims = u64::from(self.k_head_dim) + u64::from(self.v_head_dim);
         [self.layers, self.kv_heads, self.block_tokens]
             .iter()
-            .try_fold(head_dims * self.dtype.size_bytes() as u64, |bytes, factor| {
-                bytes.checked_mul(u64::from(*factor))
-            })
+            .try_fold(head_dims * self.dtype.size_bytes() as u64, |bytes, factor| bytes.checked_mul(u64::from(*factor)))
             .and_then(|bytes| u32::try_from(bytes).ok())
             .map(|_| self)
             .ok_or(Error::SizeOverflow("the size of a block (at most 4 GiB)"))
@@ -319,10 +316,7 @@ mod tests {
     fn a_layout_without_size_or_beyond_4_gib_a_block_is_refused() {
         assert!(matches!(KvLayout::new(0, 3, 64, DType::F16), Err(Error::Layout(_))));
         assert!(matches!(KvLayout::new(30, 3, 0, DType::F16), Err(Error::Layout(_))));
-        assert!(matches!(
-            KvLayout::new(u32::MAX, u32::MAX, u32::MAX, DType::F32),
-            Err(Error::SizeOverflow(_))
-        ));
+        assert!(matches!(KvLayout::new(u32::MAX, u32::MAX, u32::MAX, DType::F32), Err(Error::SizeOverflow(_))));
         let layout = KvLayout::new(30, 3, 64, DType::F16).unwrap();
         assert!(matches!(layout.with_block_tokens(0), Err(Error::Layout(_))));
         assert_eq!(layout.block_bytes(), 30 * 2 * 64 * 3 * 64 * 2);
@@ -331,8 +325,7 @@ mod tests {
 
     #[test]
     fn the_ranges_of_a_payload_tile_it_without_gap_or_overlap() {
-        let layout =
-            KvLayout::new(3, 2, 4, DType::F16).unwrap().with_v_head_dim(6).unwrap();
+        let layout = KvLayout::new(3, 2, 4, DType::F16).unwrap().with_v_head_dim(6).unwrap();
         let mut end = 0;
         for layer in 0..3 {
             for side in [Side::K, Side::V] {

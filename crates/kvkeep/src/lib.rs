@@ -1,1 +1,42 @@
-//! Prefill once.
+//! Prefill once: an embeddable cache for the attention keys and values (KV) of LLM prompts.
+//!
+//! When a model reads a prompt it computes keys and values for every token of it. Serving
+//! reads the same system prompts, documents and chats all day. This crate keeps their KV
+//! and hands it back, so that only what is new has to be computed.
+//!
+//! Two front doors over one [`Store`]:
+//! - [`KvCache`], by tokens: the longest run of resident blocks of a prompt, pinned, to be
+//!   borrowed or copied into an engine's tensors. What engines use.
+//! - [`SimpleKvCache`], by prefix text and layer: K and V of any shape, handed back as stored.
+//!
+//! It is synchronous, runs on any number of threads, and knows nothing of models.
+
+mod cache;
+mod clock;
+mod config;
+mod error;
+mod eviction;
+mod flight;
+mod index;
+mod key;
+mod layout;
+mod named;
+mod stats;
+mod store;
+mod sync;
+mod tensor;
+mod tier;
+
+pub use cache::{KvCache, Match, Missing, StoreReport};
+pub use clock::{Clock, ManualClock, SystemClock};
+pub use config::{CacheConfig, StoreOptions};
+pub use error::{Error, Rejection, Result};
+pub use key::{BlockHash, Namespace, NamespaceId, TokenId};
+pub use layout::{DEFAULT_BLOCK_TOKENS, KvLayout, LayerView, LayerViewMut, TokenOrder};
+pub use named::{
+    CachedKv, CachedLayers, DEFAULT_MAX_SIZE_GB, DEFAULT_TTL, Evicted, LayerKv, MAX_LAYERS, Outcome, SimpleKvCache,
+};
+pub use stats::Stats;
+pub use store::{Removed, Store};
+pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};
+pub use tier::Tier;

@@ -16,7 +16,7 @@ pub(crate) use std::thread;
 #[cfg(feature = "shuttle")]
 pub(crate) use shuttle::thread;
 
-pub(crate) use imp::{Arc, MutexGuard};
+pub(crate) use imp::MutexGuard;
 use std::sync::PoisonError;
 
 /// A mutex without poisoning.

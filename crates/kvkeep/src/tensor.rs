@@ -65,8 +65,7 @@ pub trait Element: Pod {
 
 impl DType {
     /// Every dtype, in the order of their codes.
-    pub const ALL: [Self; 7] =
-        [Self::F32, Self::F16, Self::BF16, Self::F8E4M3, Self::F8E5M2, Self::I8, Self::U8];
+    pub const ALL: [Self; 7] = [Self::F32, Self::F16, Self::BF16, Self::F8E4M3, Self::F8E5M2, Self::I8, Self::U8];
 
     /// Bytes of one element.
     #[must_use]
@@ -161,6 +160,12 @@ impl<'a> TensorView<'a> {
         Self { dtype, shape, bytes }
     }
 
+    /// A tensor without elements.
+    pub(crate) fn empty() -> TensorView<'static> {
+        let shape = Shape { dims: [0; MAX_RANK], rank: 1 };
+        TensorView { dtype: DType::U8, shape, bytes: &[] }
+    }
+
     /// The element type.
     #[must_use]
     pub fn dtype(&self) -> DType {
@@ -249,10 +254,7 @@ mod tests {
         assert!(TensorView::new(DType::F32, &[2, 3], &bytes).is_ok());
         let error = TensorView::new(DType::F32, &[2, 4], &bytes).unwrap_err();
         assert!(error.to_string().contains("takes 32 bytes, the buffer has 24"), "{error}");
-        assert!(matches!(
-            TensorView::new(DType::F32, &[usize::MAX, 2], &bytes),
-            Err(Error::SizeOverflow(_))
-        ));
+        assert!(matches!(TensorView::new(DType::F32, &[usize::MAX, 2], &bytes), Err(Error::SizeOverflow(_))));
         assert!(matches!(TensorView::new(DType::U8, &[1; 9], &bytes), Err(Error::Rank { .. })));
     }
 

@@ -17,14 +17,14 @@ pub(crate) type EntryId = u32;
 pub(crate) trait Policy: Send + fmt::Debug {
     /// A new entry, most recent of all.
     fn insert(&mut self, id: EntryId);
-    /// An entry was used.
-    fn touch(&mut self, id: EntryId);
     /// An entry is gone.
     fn remove(&mut self, id: EntryId);
-    /// An entry is pinned: it must not be a victim until it is released.
+    /// An entry is pinned, which every use is: it must not be a victim until it is released.
     fn hold(&mut self, id: EntryId);
-    /// A pinned entry is free again, which counts as a use.
+    /// A pinned entry is free again, and the most recently used of all.
     fn release(&mut self, id: EntryId);
     /// The entry to evict next; the store then removes it.
     fn victim(&self) -> Option<EntryId>;
+    /// Bytes of memory that the policy has reserved.
+    fn memory_bytes(&self) -> usize;
 }

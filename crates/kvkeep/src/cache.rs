@@ -1,0 +1,427 @@
+//! The front door by tokens: blocks of a prompt under a chain of hashes.
+//!
+//! Equal namespace and equal tokens up to a block's end mean equal KV, so a prompt's
+//! reusable part is the longest run of resident blocks from its first block on.
+
+use std::fmt;
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::config::{CacheConfig, StoreOptions};
+use crate::error::{Error, Rejection, Result};
+use crate::flight::Flights;
+use crate::key::{BlockHash, Namespace, ObjectKey, TokenId};
+use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
+use crate::stats::Stats;
+use crate::store::{OnPresent, Pin, Removed, Request, Reserved, Sealing, Store};
+use crate::tensor::TensorView;
+use crate::tier::Tier;
+
+/// KV of prompts, by tokens. Cheap to clone: clones share everything.
+///
+/// ```
+/// use kvkeep::{CacheConfig, DType, KvCache, KvLayout, LayerView, Namespace, TensorView};
+///
+/// let layout = KvLayout::new(2, 1, 4, DType::F32)?.with_block_tokens(2)?;
+/// let namespace = Namespace::new("my-model", layout);
+/// let cache = KvCache::new(CacheConfig::new(1 << 20))?;
+///
+/// let tokens = [11, 12, 13, 14, 15];
+/// let kv = [0.5f32; 5 * 4]; // [tokens, kv_heads, head_dim]
+/// let view = TensorView::of(&kv, &[5, 1, 4])?;
+/// cache.store(&namespace, &tokens, &[LayerView { k: view, v: view }; 2])?;
+///
+/// let found = cache.lookup(&namespace, &[11, 12, 13, 14, 99])?;
+/// assert_eq!(found.cached_tokens(), 4); // two full blocks
+/// assert_eq!(found.layer(1, 0)?.k.elements::<f32>()?, &[0.5; 8]);
+/// # Ok::<(), kvkeep::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct KvCache {
+    store: Store,
+    flights: Arc<Flights>,
+}
+
+/// The longest resident prefix of a prompt, pinned: its blocks stay readable and are not
+/// evicted while this value lives. It keeps the cache's memory alive too.
+#[derive(Debug)]
+pub struct Match {
+    pin: Pin,
+    layout: KvLayout,
+}
+
+/// What became of the blocks of one store.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct StoreReport {
+    /// Blocks stored now.
+    pub stored_blocks: usize,
+    /// Blocks that were there already.
+    pub present_blocks: usize,
+    /// Blocks that were not admitted: the tail of the prompt.
+    pub rejected_blocks: usize,
+    /// Why not.
+    pub rejection: Option<Rejection>,
+}
+
+/// The part of a prompt that [`KvCache::get_or_prefill`] asks its closure to compute.
+#[derive(Debug)]
+pub struct Missing<'a> {
+    cache: &'a KvCache,
+    namespace: &'a Namespace,
+    tokens: &'a [TokenId],
+    cached: Match,
+}
+
+impl KvCache {
+    /// A cache with a store of its own.
+    ///
+    /// # Errors
+    /// As [`Store::new`].
+    pub fn new(config: CacheConfig) -> Result<Self> {
+        Store::new(config).map(Self::over)
+    }
+
+    /// A cache over a store that others may use too.
+    #[must_use]
+    pub fn over(store: Store) -> Self {
+        Self { store, flights: Arc::default() }
+    }
+
+    /// The store behind this door.
+    #[must_use]
+    pub fn store_handle(&self) -> &Store {
+        &self.store
+    }
+
+    /// The longest run of resident blocks from the first token on, pinned. Counts as a
+    /// request. A prompt's last, partial block is never in the cache.
+    ///
+    /// # Errors
+    /// [`Error::EmptyTokens`].
+    pub fn lookup(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Match> {
+        let layout = namespace.layout();
+        let request = Request::Tokens { requested: tokens.len(), block_tokens: layout.block_tokens() };
+        Ok(self.pinned(namespace, &keys(namespace, tokens)?, request))
+    }
+
+    /// As [`KvCache::lookup`], but not a request: for keeping a prefix, such as a system
+    /// prompt, while the returned value lives.
+    ///
+    /// # Errors
+    /// [`Error::EmptyTokens`].
+    pub fn pin(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Match> {
+        Ok(self.pinned(namespace, &keys(namespace, tokens)?, Request::Uncounted))
+    }
+
+    /// Stores the full blocks of `tokens`; those already there are skipped. `layers` holds
+    /// K and V of every layer, of at least as many tokens as are given.
+    ///
+    /// # Errors
+    /// [`Error::EmptyTokens`], or [`Error::LayerOutOfRange`], [`Error::DTypeMismatch`],
+    /// [`Error::ShapeMismatch`] if the tensors do not fit the namespace's layout; then nothing is stored.
+    pub fn store(&self, namespace: &Namespace, tokens: &[TokenId], layers: &[LayerView<'_>]) -> Result<StoreReport> {
+        self.store_from(namespace, tokens, 0, layers, &StoreOptions::default())
+    }
+
+    /// As [`KvCache::store`] where `layers` begin at token `first_token`: what comes before
+    /// must be in the cache already, or the report says [`Rejection::PrefixGone`].
+    ///
+    /// # Errors
+    /// As [`KvCache::store`].
+    pub fn store_from(
+        &self,
+        namespace: &Namespace,
+        tokens: &[TokenId],
+        first_token: usize,
+        layers: &[LayerView<'_>],
+        options: &StoreOptions,
+    ) -> Result<StoreReport> {
+        let layout = namespace.layout();
+        let keys = keys(namespace, tokens)?;
+        let source = Source::checked(layout, layers, first_token, keys.len() * layout.block_tokens())?;
+        let first_block = first_token.div_ceil(layout.block_tokens());
+        let Reserved { present, missing, rejection } = self.store.reserve(&keys, layout.block_bytes(), first_block);
+        let mut report = StoreReport {
+            present_blocks: present.len(),
+            rejected_blocks: keys.len() - present.len() - missing.len(),
+            rejection: rejection.map(|rejection| in_tokens(rejection, layout)),
+            ..StoreReport::default()
+        };
+        let mut objects = Vec::with_capacity(missing.len());
+        for (position, mut pending) in missing {
+            source.write_block(position * layout.block_tokens(), pending.bytes_mut());
+            if let Some(key) = keys.get(position) {
+                objects.push(Sealing { key: *key, pending, spec: None });
+            }
+        }
+        let reserved = objects.len();
+        report.stored_blocks = self.store.seal(namespace.id(), objects, options, OnPresent::Keep);
+        report.present_blocks += reserved - report.stored_blocks;
+        Ok(report)
+    }
+
+    /// The whole prompt's blocks: those in the cache as they are, the rest computed by
+    /// `prefill`, which stores them through [`Missing::store`]. Of the threads that miss the
+    /// same block at the same time one computes; the others wait and get its blocks. If it
+    /// fails or panics, another one computes for itself.
+    ///
+    /// Counts as one request. `prefill` is not called if all full blocks are there.
+    ///
+    /// # Errors
+    /// [`Error::EmptyTokens`], and whatever `prefill` returns.
+    pub fn get_or_prefill<E: From<Error>>(
+        &self,
+        namespace: &Namespace,
+        tokens: &[TokenId],
+        prefill: impl FnOnce(&Missing<'_>) -> Result<(), E>,
+    ) -> Result<Match, E> {
+        let hashes = namespace.block_hashes(tokens)?;
+        let keys: Vec<ObjectKey> = hashes.iter().map(|hash| hash.key()).collect();
+        let block_tokens = namespace.layout().block_tokens();
+        let request = Request::Tokens { requested: tokens.len(), block_tokens };
+        loop {
+            let cached = self.pinned(namespace, &keys, Request::Uncounted);
+            let Some(first_missing) = hashes.get(cached.blocks()) else {
+                self.store.count(&cached.pin, request);
+                return Ok(cached);
+            };
+            let Some(_lead) = self.flights.lead_or_wait(*first_missing) else { continue };
+            // Another flight may have landed between the look and the lead.
+            let cached = self.extended(cached, namespace, &keys);
+            if cached.blocks() == hashes.len() {
+                self.store.count(&cached.pin, request);
+                return Ok(cached);
+            }
+            self.store.count(&cached.pin, request);
+            let missing = Missing { cache: self, namespace, tokens, cached };
+            prefill(&missing)?;
+            return Ok(self.extended(missing.cached, namespace, &keys));
+        }
+    }
+
+    /// Removes the blocks of this prompt, from its first token on. Blocks of longer prompts
+    /// that began with it can then no longer be found either, and age out.
+    ///
+    /// # Errors
+    /// [`Error::EmptyTokens`].
+    pub fn remove(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Removed> {
+        Ok(self.store.remove(&keys(namespace, tokens)?).0)
+    }
+
+    /// Removes everything in a namespace.
+    pub fn clear_namespace(&self, namespace: &Namespace) -> Removed {
+        self.store.clear_namespace(namespace.id())
+    }
+
+    /// Removes everything in the store, also what other doors put there.
+    pub fn clear(&self) -> Removed {
+        self.store.clear()
+    }
+
+    /// The store's counters and sizes.
+    #[must_use]
+    pub fn stats(&self) -> Stats {
+        self.store.stats()
+    }
+
+    fn pinned(&self, namespace: &Namespace, keys: &[ObjectKey], request: Request) -> Match {
+        Match { pin: self.store.pin_run(keys, request), layout: *namespace.layout() }
+    }
+
+    /// Looks again while the earlier match still keeps what it has.
+    fn extended(&self, cached: Match, namespace: &Namespace, keys: &[ObjectKey]) -> Match {
+        let again = self.pinned(namespace, keys, Request::Uncounted);
+        if again.blocks() >= cached.blocks() { again } else { cached }
+    }
+}
+
+impl fmt::Debug for KvCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("KvCache").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
+impl Match {
+    /// Tokens matched: a multiple of the block's tokens, at most the prompt's.
+    #[must_use]
+    pub fn cached_tokens(&self) -> usize {
+        self.blocks() * self.layout.block_tokens()
+    }
+
+    /// Blocks matched.
+    #[must_use]
+    pub fn blocks(&self) -> usize {
+        self.pin.len()
+    }
+
+    /// Was nothing found?
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.blocks() == 0
+    }
+
+    /// Where each matched block lives.
+    pub fn residency(&self) -> impl ExactSizeIterator<Item = Tier> {
+        (0..self.blocks()).map(|_| Tier::Ram)
+    }
+
+    /// Lets go of the blocks behind the first `tokens` tokens, rounded down to whole blocks.
+    pub fn truncate(&mut self, tokens: usize) {
+        self.pin.truncate(tokens / self.layout.block_tokens());
+    }
+
+    /// K and V of one layer of one block, without copying: `[block_tokens, kv_heads,
+    /// head_dim]` or `[kv_heads, block_tokens, head_dim]` as the layout orders them.
+    ///
+    /// # Errors
+    /// [`Error::LayerOutOfRange`] for a layer that the layout does not have,
+    /// [`Error::BlockOutOfRange`] for a block that was not matched.
+    pub fn layer(&self, block: usize, layer: usize) -> Result<LayerView<'_>> {
+        self.layout.check_layers(&(layer..layer + 1))?;
+        if block >= self.blocks() {
+            return Err(Error::BlockOutOfRange { block, blocks: self.blocks() });
+        }
+        Ok(LayerView { k: self.view(block, layer, Side::K)?, v: self.view(block, layer, Side::V)? })
+    }
+
+    /// Copies K and V of these layers into an engine's tensors, one for each layer of the
+    /// range. Each tensor has room for at least [`Match::cached_tokens`] tokens; the matched
+    /// ones are written at its beginning, the rest is left alone.
+    ///
+    /// # Errors
+    /// [`Error::ZeroLayers`], [`Error::LayerOutOfRange`], [`Error::LayerCount`],
+    /// [`Error::DTypeMismatch`], [`Error::ShapeMismatch`]; then nothing is written.
+    pub fn load(&self, layers: Range<usize>, into: &mut [LayerViewMut<'_>]) -> Result<()> {
+        self.layout.check_layers(&layers)?;
+        if into.len() != layers.len() {
+            return Err(Error::LayerCount { expected: layers.len(), got: into.len() });
+        }
+        for (layer, target) in layers.clone().zip(into.iter()) {
+            let tokens = self.cached_tokens();
+            self.layout.check_tensor(&target.k.as_view(), Side::K, layer, tokens)?;
+            self.layout.check_tensor(&target.v.as_view(), Side::V, layer, tokens)?;
+        }
+        for (layer, target) in layers.zip(into) {
+            self.load_side(layer, Side::K, &mut target.k)?;
+            self.load_side(layer, Side::V, &mut target.v)?;
+        }
+        Ok(())
+    }
+
+    fn load_side(&self, layer: usize, side: Side, target: &mut crate::TensorViewMut<'_>) -> Result<()> {
+        let tokens = self.layout.check_tensor(&target.as_view(), side, layer, self.cached_tokens())?;
+        let range = self.layout.range(layer, side);
+        for block in 0..self.blocks() {
+            let payload = self.pin.bytes(block).get(range.clone()).unwrap_or_default();
+            let bytes = target.bytes_mut();
+            self.layout.each_run(side, tokens, block * self.layout.block_tokens(), |from, to| {
+                if let (Some(from), Some(to)) = (payload.get(from), bytes.get_mut(to)) {
+                    to.copy_from_slice(from);
+                }
+            });
+        }
+        Ok(())
+    }
+
+    fn view(&self, block: usize, layer: usize, side: Side) -> Result<TensorView<'_>> {
+        let bytes = self.pin.bytes(block).get(self.layout.range(layer, side)).unwrap_or_default();
+        let shape = self.layout.shape(side, self.layout.block_tokens())?;
+        Ok(TensorView::trusted(self.layout.dtype(), shape, bytes))
+    }
+}
+
+impl Missing<'_> {
+    /// What is in the cache of this prompt: load it before computing the rest.
+    #[must_use]
+    pub fn cached(&self) -> &Match {
+        &self.cached
+    }
+
+    /// The first token to compute.
+    #[must_use]
+    pub fn first_token(&self) -> usize {
+        self.cached.cached_tokens()
+    }
+
+    /// The tokens to compute, up to the end of the prompt.
+    #[must_use]
+    pub fn tokens(&self) -> &[TokenId] {
+        self.tokens.get(self.first_token()..).unwrap_or_default()
+    }
+
+    /// Stores what was computed: `layers` begin at [`Missing::first_token`].
+    ///
+    /// # Errors
+    /// As [`KvCache::store`].
+    pub fn store(&self, layers: &[LayerView<'_>], options: &StoreOptions) -> Result<StoreReport> {
+        self.cache.store_from(self.namespace, self.tokens, self.first_token(), layers, options)
+    }
+}
+
+/// An engine's tensors, checked to hold what is to be stored.
+struct Source<'a> {
+    layout: &'a KvLayout,
+    layers: &'a [LayerView<'a>],
+    first_token: usize,
+    tensor_tokens: Vec<(usize, usize)>,
+}
+
+impl<'a> Source<'a> {
+    fn checked(
+        layout: &'a KvLayout,
+        layers: &'a [LayerView<'a>],
+        first_token: usize,
+        end_token: usize,
+    ) -> Result<Self> {
+        if layers.is_empty() {
+            return Err(Error::ZeroLayers);
+        }
+        if layers.len() != layout.layers() {
+            return Err(Error::LayerCount { expected: layout.layers(), got: layers.len() });
+        }
+        let min_tokens = end_token.saturating_sub(first_token);
+        let check = |(layer, view): (usize, &LayerView<'_>)| {
+            let k_tokens = layout.check_tensor(&view.k, Side::K, layer, min_tokens)?;
+            Ok((k_tokens, layout.check_tensor(&view.v, Side::V, layer, min_tokens)?))
+        };
+        let tensor_tokens = layers.iter().enumerate().map(check).collect::<Result<_>>()?;
+        Ok(Self { layout, layers, first_token, tensor_tokens })
+    }
+
+    fn write_block(&self, at_token: usize, payload: &mut [u8]) {
+        for (layer, (view, tokens)) in self.layers.iter().zip(&self.tensor_tokens).enumerate() {
+            self.write_side(layer, Side::K, &view.k, tokens.0, at_token, payload);
+            self.write_side(layer, Side::V, &view.v, tokens.1, at_token, payload);
+        }
+    }
+
+    fn write_side(
+        &self,
+        layer: usize,
+        side: Side,
+        tensor: &TensorView<'_>,
+        tensor_tokens: usize,
+        at_token: usize,
+        payload: &mut [u8],
+    ) {
+        let Some(payload) = payload.get_mut(self.layout.range(layer, side)) else { return };
+        self.layout.each_run(side, tensor_tokens, at_token - self.first_token, |to, from| {
+            if let (Some(from), Some(to)) = (tensor.bytes().get(from), payload.get_mut(to)) {
+                to.copy_from_slice(from);
+            }
+        });
+    }
+}
+
+/// The store knows positions; callers know tokens.
+fn in_tokens(rejection: Rejection, layout: &KvLayout) -> Rejection {
+    match rejection {
+        Rejection::PrefixGone { token: position } => Rejection::PrefixGone { token: position * layout.block_tokens() },
+        other => other,
+    }
+}
+
+fn keys(namespace: &Namespace, tokens: &[TokenId]) -> Result<Vec<ObjectKey>> {
+    Ok(namespace.block_hashes(tokens)?.into_iter().map(BlockHash::key).collect())
+}

@@ -1,0 +1,388 @@
+//! The front door by prefix text and layer: K and V of any shape and dtype, stored and
+//! handed back as they are.
+//!
+//! For engines without blocks and for first experiments. The text is the whole
+//! identity: it must be all that the KV depends on.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::config::{CacheConfig, StoreOptions};
+use crate::error::{Error, Rejection, Result};
+use crate::index::PairSpec;
+use crate::key::{NamespaceId, ObjectKey, PrefixHash, PrefixHasher};
+use crate::stats::Stats;
+use crate::store::{OnPresent, Pin, Removed, Request, Sealing, Store};
+use crate::tensor::TensorView;
+
+/// Layers run from 0 to below this.
+pub const MAX_LAYERS: usize = 4096;
+
+/// Size of a [`SimpleKvCache`] unless said otherwise.
+pub const DEFAULT_MAX_SIZE_GB: f64 = 10.0;
+
+/// Time to live in a [`SimpleKvCache`] unless said otherwise.
+pub const DEFAULT_TTL: Duration = Duration::from_secs(3600);
+
+/// V begins at a multiple of this behind K, so that it can be borrowed as elements.
+const ALIGN_BYTES: usize = 64;
+
+/// KV by prefix text and layer. Cheap to clone: clones share everything.
+///
+/// ```
+/// use kvkeep::{SimpleKvCache, TensorView};
+///
+/// let cache = SimpleKvCache::with_max_size_gb(0.1)?;
+/// let k = TensorView::of(&[1.0f32, 2.0, 3.0, 4.0], &[1, 2, 2])?;
+/// cache.cache_kv("You are helpful.", 0, k, k)?;
+///
+/// let hit = cache.get_cached_kv("You are helpful.", 0)?.expect("just stored");
+/// assert_eq!(hit.k().elements::<f32>()?, [1.0, 2.0, 3.0, 4.0]);
+/// assert_eq!(cache.longest_prefix("You are helpful. Hi!"), Some("You are helpful."));
+/// # Ok::<(), kvkeep::Error>(())
+/// ```
+#[derive(Clone)]
+pub struct SimpleKvCache {
+    store: Store,
+    namespace: NamespaceId,
+}
+
+/// K and V of one layer, to be stored under a prefix.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerKv<'a> {
+    /// The layer's number.
+    pub layer: usize,
+    /// The keys, of any shape.
+    pub k: TensorView<'a>,
+    /// The values, of any shape.
+    pub v: TensorView<'a>,
+}
+
+/// What became of a store.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[must_use]
+pub enum Outcome {
+    /// Stored, in place of what was there under the same prefix and layers.
+    Stored,
+    /// Not admitted; the cache is as it was.
+    Rejected(Rejection),
+}
+
+/// K and V of one layer, borrowed from the cache. Stays valid after eviction and after
+/// the cache is gone.
+#[derive(Debug)]
+pub struct CachedKv(CachedLayers);
+
+/// K and V of several layers, borrowed from the cache. Stays valid as [`CachedKv`] does.
+#[derive(Debug)]
+pub struct CachedLayers {
+    pin: Pin,
+}
+
+/// What an eviction by prefix removed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Evicted {
+    /// The layers that were there.
+    pub layers: Vec<usize>,
+    /// Their bytes, in whole pages.
+    pub bytes: u64,
+}
+
+impl SimpleKvCache {
+    /// A cache of [`DEFAULT_MAX_SIZE_GB`] GiB whose entries live for [`DEFAULT_TTL`].
+    ///
+    /// # Errors
+    /// As [`Store::new`].
+    pub fn new() -> Result<Self> {
+        Self::with_max_size_gb(DEFAULT_MAX_SIZE_GB)
+    }
+
+    /// A cache of `max_size_gb` GiB whose entries live for [`DEFAULT_TTL`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the size is not a positive, finite number; else as [`Store::new`].
+    pub fn with_max_size_gb(max_size_gb: f64) -> Result<Self> {
+        Self::open(CacheConfig::from_gib(max_size_gb)?.ttl(Some(DEFAULT_TTL)))
+    }
+
+    /// A cache with a store of its own.
+    ///
+    /// # Errors
+    /// As [`Store::new`].
+    pub fn open(config: CacheConfig) -> Result<Self> {
+        Ok(Self::over(Store::new(config)?, "default"))
+    }
+
+    /// A cache over a store that others may use too. Caches of different names see nothing
+    /// of each other; of the same name they are the same cache.
+    #[must_use]
+    pub fn over(store: Store, name: &str) -> Self {
+        Self { store, namespace: NamespaceId::named(name) }
+    }
+
+    /// The store behind this door.
+    #[must_use]
+    pub fn store_handle(&self) -> &Store {
+        &self.store
+    }
+
+    /// Stores K and V of one layer, in place of what was there.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrefix`], [`Error::LayerOutOfRange`], [`Error::EmptyTensor`].
+    pub fn cache_kv(&self, prefix: &str, layer: usize, k: TensorView<'_>, v: TensorView<'_>) -> Result<Outcome> {
+        self.cache_kv_with(prefix, layer, k, v, &StoreOptions::default())
+    }
+
+    /// [`SimpleKvCache::cache_kv`] with a TTL or a reported compute time of its own.
+    ///
+    /// # Errors
+    /// As [`SimpleKvCache::cache_kv`].
+    pub fn cache_kv_with(
+        &self,
+        prefix: &str,
+        layer: usize,
+        k: TensorView<'_>,
+        v: TensorView<'_>,
+        options: &StoreOptions,
+    ) -> Result<Outcome> {
+        self.cache_all_layers_with(prefix, &[LayerKv { layer, k, v }], options)
+    }
+
+    /// Stores K and V of several layers at once: all or nothing.
+    ///
+    /// # Errors
+    /// As [`SimpleKvCache::cache_kv`], [`Error::ZeroLayers`], [`Error::DuplicateLayer`].
+    pub fn cache_all_layers(&self, prefix: &str, layers: &[LayerKv<'_>]) -> Result<Outcome> {
+        self.cache_all_layers_with(prefix, layers, &StoreOptions::default())
+    }
+
+    /// [`SimpleKvCache::cache_all_layers`] with a TTL or a reported compute time (of all
+    /// layers together) of its own.
+    ///
+    /// # Errors
+    /// As [`SimpleKvCache::cache_all_layers`].
+    pub fn cache_all_layers_with(
+        &self,
+        prefix: &str,
+        layers: &[LayerKv<'_>],
+        options: &StoreOptions,
+    ) -> Result<Outcome> {
+        let hash = self.hash(prefix)?;
+        let plans = plan(prefix, hash, layers)?;
+        let sizes: Vec<usize> = plans.iter().map(|plan| plan.bytes).collect();
+        let pages = match self.store.reserve_all(&sizes) {
+            Ok(pages) => pages,
+            Err(rejection) => return Ok(Outcome::Rejected(rejection)),
+        };
+        let mut objects = Vec::with_capacity(layers.len());
+        for ((plan, mut pending), layer) in plans.into_iter().zip(pages).zip(layers) {
+            let bytes = pending.bytes_mut();
+            copy_to(bytes, 0, layer.k.bytes());
+            copy_to(bytes, plan.v_start, layer.v.bytes());
+            objects.push(Sealing { key: plan.key, pending, spec: Some(plan.spec) });
+        }
+        self.store.seal(self.namespace, objects, options, OnPresent::Replace);
+        Ok(Outcome::Stored)
+    }
+
+    /// K and V of one layer as they were stored, or `None`. Counts as a request.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrefix`], [`Error::LayerOutOfRange`].
+    pub fn get_cached_kv(&self, prefix: &str, layer: usize) -> Result<Option<CachedKv>> {
+        let key = self.hash(prefix)?.key(checked_layer(layer)?);
+        let pin = self.store.pin_all(&[key], Request::Named);
+        Ok(pin.map(|pin| CachedKv(CachedLayers { pin })))
+    }
+
+    /// K and V of the layers 0 to `num_layers`, or `None` if any is missing. Counts as one
+    /// request.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrefix`], [`Error::ZeroLayers`], [`Error::LayerOutOfRange`].
+    pub fn get_all_layers(&self, prefix: &str, num_layers: usize) -> Result<Option<CachedLayers>> {
+        let last = num_layers.checked_sub(1).ok_or(Error::ZeroLayers)?;
+        let (hash, last) = (self.hash(prefix)?, checked_layer(last)?);
+        let keys: Vec<ObjectKey> = (0..=last).map(|layer| hash.key(layer)).collect();
+        Ok(self.store.pin_all(&keys, Request::Named).map(|pin| CachedLayers { pin }))
+    }
+
+    /// The longest prefix of `text` under which at least one layer is stored. Each byte of
+    /// the text is hashed once. Not a request: nothing is counted or touched.
+    #[must_use]
+    pub fn longest_prefix<'t>(&self, text: &'t str) -> Option<&'t str> {
+        let mut hasher = PrefixHasher::new(self.namespace);
+        let mut hashed = 0;
+        let mut candidates = Vec::new();
+        for length in self.store.prefix_lengths(self.namespace, text.len()) {
+            let Some(piece) = text.as_bytes().get(hashed..length) else { continue };
+            hasher.update(piece);
+            hashed = length;
+            candidates.push((length, hasher.hash()));
+        }
+        candidates.reverse();
+        let length = self.store.first_stored(self.namespace, &candidates)?;
+        text.get(..length)
+    }
+
+    /// Removes one layer of a prefix, or all of them, and says which were there.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrefix`], [`Error::LayerOutOfRange`].
+    pub fn evict(&self, prefix: &str, layer: Option<usize>) -> Result<Evicted> {
+        let hash = self.hash(prefix)?;
+        let layers = match layer {
+            Some(layer) => {
+                let layer = checked_layer(layer)?;
+                layer..layer + 1
+            }
+            None => 0..self.store.layers(self.namespace),
+        };
+        let keys: Vec<ObjectKey> = layers.clone().map(|layer| hash.key(layer)).collect();
+        let (Removed { bytes, .. }, found) = self.store.remove(&keys);
+        let layers = layers.zip(found).filter(|(_, found)| *found);
+        Ok(Evicted { layers: layers.map(|(layer, _)| layer as usize).collect(), bytes })
+    }
+
+    /// Removes everything in this cache; other doors over the same store keep theirs.
+    pub fn clear(&self) -> Removed {
+        self.store.clear_namespace(self.namespace)
+    }
+
+    /// The store's counters and sizes.
+    #[must_use]
+    pub fn get_stats(&self) -> Stats {
+        self.store.stats()
+    }
+
+    /// Prints the store's counters and sizes to standard output.
+    #[expect(clippy::print_stdout, reason = "printing is what it is for")]
+    pub fn print_stats(&self) {
+        print!("{}", self.get_stats());
+    }
+
+    fn hash(&self, prefix: &str) -> Result<PrefixHash> {
+        if prefix.is_empty() {
+            return Err(Error::EmptyPrefix);
+        }
+        Ok(PrefixHash::of(self.namespace, prefix))
+    }
+}
+
+impl fmt::Debug for SimpleKvCache {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SimpleKvCache").field("store", &self.store).finish_non_exhaustive()
+    }
+}
+
+impl CachedKv {
+    /// The keys, with shape and dtype as stored.
+    #[must_use]
+    pub fn k(&self) -> TensorView<'_> {
+        self.0.views(0).0
+    }
+
+    /// The values, with shape and dtype as stored.
+    #[must_use]
+    pub fn v(&self) -> TensorView<'_> {
+        self.0.views(0).1
+    }
+}
+
+impl CachedLayers {
+    /// How many layers.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.pin.len()
+    }
+
+    /// Never: a hit has at least one layer.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// K and V of one layer.
+    ///
+    /// # Errors
+    /// [`Error::LayerOutOfRange`].
+    pub fn layer(&self, layer: usize) -> Result<(TensorView<'_>, TensorView<'_>)> {
+        if layer >= self.len() {
+            return Err(Error::LayerOutOfRange { layer, layers: self.len() });
+        }
+        Ok(self.views(layer))
+    }
+
+    /// K and V of every layer, in order.
+    pub fn iter(&self) -> impl ExactSizeIterator<Item = (TensorView<'_>, TensorView<'_>)> {
+        (0..self.len()).map(|layer| self.views(layer))
+    }
+
+    fn views(&self, layer: usize) -> (TensorView<'_>, TensorView<'_>) {
+        let bytes = self.pin.bytes(layer);
+        let view = |(dtype, shape): (crate::DType, crate::Shape), start: usize| {
+            let end = start + shape.size_bytes(dtype).unwrap_or(0);
+            TensorView::trusted(dtype, shape, bytes.get(start..end).unwrap_or_default())
+        };
+        match self.pin.spec(layer) {
+            Some(spec) => (view(spec.k, 0), view(spec.v, v_start(spec.k.1.size_bytes(spec.k.0)).unwrap_or(0))),
+            None => (TensorView::empty(), TensorView::empty()),
+        }
+    }
+}
+
+/// What is to be written for one layer.
+struct Plan {
+    key: ObjectKey,
+    spec: Arc<PairSpec>,
+    v_start: usize,
+    bytes: usize,
+}
+
+fn plan(prefix: &str, hash: PrefixHash, layers: &[LayerKv<'_>]) -> Result<Vec<Plan>> {
+    if layers.is_empty() {
+        return Err(Error::ZeroLayers);
+    }
+    let mut seen = std::collections::HashSet::with_capacity(layers.len());
+    layers
+        .iter()
+        .map(|LayerKv { layer, k, v }| {
+            if !seen.insert(layer) {
+                return Err(Error::DuplicateLayer(*layer));
+            }
+            for (name, tensor) in [("k", k), ("v", v)] {
+                if tensor.bytes().is_empty() {
+                    return Err(Error::EmptyTensor(format!("{name} of layer {layer}")));
+                }
+            }
+            let overflow = Error::SizeOverflow("the size of K and V");
+            let v_start = v_start(Some(k.bytes().len()));
+            let bytes = v_start.and_then(|start| start.checked_add(v.bytes().len()));
+            let (Some(v_start), Some(bytes)) = (v_start, bytes) else { return Err(overflow) };
+            let (k, v) = ((k.dtype(), k.shape()), (v.dtype(), v.shape()));
+            let spec = Arc::new(PairSpec { k, v, prefix_bytes: prefix.len() });
+            Ok(Plan { key: hash.key(checked_layer(*layer)?), spec, v_start, bytes })
+        })
+        .collect()
+}
+
+/// Where V begins behind K of so many bytes.
+fn v_start(k_bytes: Option<usize>) -> Option<usize> {
+    k_bytes?.checked_next_multiple_of(ALIGN_BYTES)
+}
+
+fn copy_to(bytes: &mut [u8], start: usize, from: &[u8]) {
+    if let Some(to) = bytes.get_mut(start..start + from.len()) {
+        to.copy_from_slice(from);
+    }
+}
+
+fn checked_layer(layer: usize) -> Result<u32> {
+    let error = Error::LayerOutOfRange { layer, layers: MAX_LAYERS };
+    if layer >= MAX_LAYERS {
+        return Err(error);
+    }
+    u32::try_from(layer).map_err(|_| error)
+}

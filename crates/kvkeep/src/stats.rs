@@ -1,0 +1,156 @@
+//! Counters of a store, and what follows from them.
+
+use std::fmt;
+use std::time::Duration;
+
+const MIB: f64 = 1024.0 * 1024.0;
+
+/// A snapshot of a store's counters. `*_total` and the plain counters only grow;
+/// [`clear`](crate::Store::clear) does not reset them.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Requests that found all (named door) or at least one block (token door).
+    pub hits: u64,
+    /// Requests that found nothing.
+    pub misses: u64,
+    /// Entries evicted to make room.
+    pub evictions: u64,
+    /// Entries whose TTL ran out.
+    pub expirations: u64,
+    /// Stores that were refused: larger than the cache, or all of it pinned.
+    pub rejections: u64,
+    /// Entries removed on request.
+    pub removals: u64,
+    /// Entries stored.
+    pub stored_total: u64,
+    /// Tokens asked for by lookups of the token door.
+    pub requested_tokens_total: u64,
+    /// Tokens of those that were resident.
+    pub cached_tokens_total: u64,
+    /// Compute time, as callers reported it, that hits made unnecessary.
+    pub time_saved: Duration,
+    /// Entries that can be found now.
+    pub entries: u64,
+    /// Bytes in use now, in whole pages: sealed, being written, or still being read.
+    pub used_bytes: u64,
+    /// Bytes of those that cannot be evicted now.
+    pub held_bytes: u64,
+    /// The cap.
+    pub capacity_bytes: u64,
+    /// Memory of the index and the policy's view of it, besides payloads.
+    pub index_bytes: u64,
+}
+
+impl Stats {
+    /// Hits and misses.
+    #[must_use]
+    pub fn total_requests(&self) -> u64 {
+        self.hits + self.misses
+    }
+
+    /// Hits in percent of all requests; 0 before the first.
+    #[must_use]
+    pub fn hit_rate_percent(&self) -> f64 {
+        percent(self.hits, self.total_requests())
+    }
+
+    /// Cached tokens in percent of all tokens asked for; 0 before the first.
+    #[must_use]
+    pub fn token_hit_rate_percent(&self) -> f64 {
+        percent(self.cached_tokens_total, self.requested_tokens_total)
+    }
+
+    /// Bytes in use, in MiB.
+    #[must_use]
+    pub fn size_mb(&self) -> f64 {
+        mib(self.used_bytes)
+    }
+
+    /// The cap, in MiB.
+    #[must_use]
+    pub fn max_size_mb(&self) -> f64 {
+        mib(self.capacity_bytes)
+    }
+
+    /// Bytes in use, in percent of the cap.
+    #[must_use]
+    pub fn size_percent(&self) -> f64 {
+        percent(self.used_bytes, self.capacity_bytes)
+    }
+
+    /// Reported compute time that hits made unnecessary, in seconds.
+    #[must_use]
+    pub fn time_saved_seconds(&self) -> f64 {
+        self.time_saved.as_secs_f64()
+    }
+}
+
+impl fmt::Display for Stats {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "KV cache")?;
+        let mut row = |name: &str, value: String| writeln!(f, "  {name:<12} {value}");
+        row(
+            "requests",
+            format!(
+                "{} ({} hits, {} misses, {:.1}% hit rate)",
+                self.total_requests(),
+                self.hits,
+                self.misses,
+                self.hit_rate_percent()
+            ),
+        )?;
+        if self.requested_tokens_total > 0 {
+            row(
+                "tokens",
+                format!(
+                    "{} of {} cached ({:.1}%)",
+                    self.cached_tokens_total,
+                    self.requested_tokens_total,
+                    self.token_hit_rate_percent()
+                ),
+            )?;
+        }
+        row(
+            "size",
+            format!(
+                "{:.1} of {:.1} MiB ({:.1}%) in {} entries",
+                self.size_mb(),
+                self.max_size_mb(),
+                self.size_percent(),
+                self.entries
+            ),
+        )?;
+        row(
+            "gone",
+            format!(
+                "{} evicted, {} expired, {} removed, {} rejected",
+                self.evictions, self.expirations, self.removals, self.rejections
+            ),
+        )?;
+        row("time saved", format!("{:.2} s", self.time_saved_seconds()))
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "for people to read")]
+fn percent(part: u64, whole: u64) -> f64 {
+    if whole == 0 { 0.0 } else { part as f64 * 100.0 / whole as f64 }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "for people to read")]
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / MIB
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rates_of_an_unused_cache_are_zero_not_nan() {
+        let stats = Stats::default();
+        assert_eq!(stats.hit_rate_percent(), 0.0);
+        assert_eq!(stats.size_percent(), 0.0);
+        assert!(stats.to_string().contains("0.0% hit rate"));
+    }
+}

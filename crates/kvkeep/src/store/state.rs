@@ -1,0 +1,358 @@
+//! Everything under the store's lock: pure bookkeeping, no payload is touched here.
+//!
+//! Invariants:
+//! - `pages.used_pages()` is the sum of the extents in the index (linked or not) and of
+//!   the pending ones, so it is under the cap at every moment.
+//! - `held_pages` is what cannot be evicted: pending extents and those being read.
+//! - An entry is in the policy's order exactly if it is linked and nobody reads it.
+
+use std::sync::Arc;
+
+use super::{OnPresent, Removed};
+use crate::error::Rejection;
+use crate::eviction::{EntryId, Lru, Policy};
+use crate::index::{Entry, Index, NEVER, PairSpec};
+use crate::key::{NamespaceId, ObjectKey};
+use crate::stats::Stats;
+use crate::tier::ram::{Extent, PAGE_BYTES, Pages, ReadGrant, page_bytes, pages_for};
+
+/// At most one full sweep in this time, however often entries expire.
+const SWEEP_INTERVAL_MS: u64 = 1000;
+
+/// What a lookup counts as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Request {
+    /// A request by prefix text: a hit or a miss.
+    Named,
+    /// A request for so many tokens in blocks of so many: also counted in tokens.
+    Tokens { requested: usize, block_tokens: usize },
+    /// Not a request of a user: counts nothing.
+    Uncounted,
+}
+
+/// One pinned object.
+#[derive(Debug)]
+pub(crate) struct Held {
+    id: EntryId,
+    pub(super) grant: ReadGrant,
+    pub(super) spec: Option<Arc<PairSpec>>,
+}
+
+pub(super) type Reservation = (Vec<Held>, Vec<(usize, Extent)>, Option<Rejection>);
+
+#[derive(Debug)]
+pub(crate) struct State {
+    index: Index,
+    policy: Box<dyn Policy>,
+    pages: Pages,
+    held_pages: u32,
+    /// Nothing expires before this.
+    earliest_expiry_ms: u64,
+    last_sweep_ms: u64,
+    counters: Stats,
+    time_saved_us: u64,
+}
+
+pub(super) fn new_entry(
+    key: ObjectKey,
+    extent: Extent,
+    expires_at_ms: u64,
+    spec: Option<Arc<PairSpec>>,
+    compute_us: u32,
+) -> Entry {
+    Entry { key, namespace: 0, extent, expires_at_ms, spec, compute_us, linked: true }
+}
+
+impl State {
+    pub(super) fn new(pages: Pages) -> Self {
+        Self {
+            index: Index::default(),
+            policy: Box::new(Lru::new()),
+            pages,
+            held_pages: 0,
+            earliest_expiry_ms: NEVER,
+            last_sweep_ms: 0,
+            counters: Stats::default(),
+            time_saved_us: 0,
+        }
+    }
+
+    pub(super) fn index(&self) -> &Index {
+        &self.index
+    }
+
+    pub(super) fn stats(&self) -> Stats {
+        Stats {
+            time_saved: std::time::Duration::from_micros(self.time_saved_us),
+            entries: self.index.len() as u64,
+            used_bytes: page_bytes(self.pages.used_pages()),
+            held_bytes: page_bytes(self.held_pages),
+            capacity_bytes: page_bytes(self.pages.capacity_pages()),
+            index_bytes: (self.index.memory_bytes() + self.policy.memory_bytes()) as u64,
+            ..self.counters
+        }
+    }
+
+    /// The live entry under a key. One that has expired goes.
+    pub(super) fn find_live(&mut self, key: &ObjectKey, now_ms: u64) -> Option<EntryId> {
+        let id = self.index.find(key)?;
+        if self.index.get(id)?.expires_at_ms > now_ms {
+            return Some(id);
+        }
+        self.drop_entry(id);
+        self.counters.expirations += 1;
+        None
+    }
+
+    /// Holds the longest unbroken run of live entries from the first key on.
+    pub(super) fn hold_run(&mut self, keys: &[ObjectKey], now_ms: u64, request: Request) -> Vec<Held> {
+        let mut run = Vec::with_capacity(keys.len());
+        for key in keys {
+            match self.find_live(key, now_ms).and_then(|id| self.hold(id)) {
+                Some(held) => run.push(held),
+                None => break,
+            }
+        }
+        self.count(request, &run);
+        run
+    }
+
+    /// Holds the entries of all keys, or none of them.
+    pub(super) fn hold_all(&mut self, keys: &[ObjectKey], now_ms: u64, request: Request) -> Option<Vec<Held>> {
+        let mut run = self.hold_run(keys, now_ms, Request::Uncounted);
+        let complete = run.len() == keys.len();
+        if !complete {
+            self.release(std::mem::take(&mut run));
+        }
+        self.count(request, &run);
+        complete.then_some(run)
+    }
+
+    /// Ends the reading of entries. Goes from the tail to the head, so that the head of a
+    /// chain is the most recently used.
+    pub(super) fn release(&mut self, run: Vec<Held>) {
+        for Held { id, grant, .. } in run.into_iter().rev() {
+            let Some(entry) = self.index.get_mut(id) else { continue };
+            entry.extent.revoke(grant);
+            if entry.extent.is_read() {
+                continue;
+            }
+            self.held_pages -= entry.extent.pages();
+            if entry.linked {
+                self.policy.release(id);
+            } else {
+                self.free(id);
+            }
+        }
+    }
+
+    /// Pages that were reserved and will not be sealed.
+    pub(super) fn abandon(&mut self, extent: Extent) {
+        self.held_pages -= extent.pages();
+        // A pending extent has no readers, so this cannot be refused.
+        let _ = self.pages.free(extent);
+    }
+
+    /// Room for each size, or for none.
+    pub(super) fn reserve_all(&mut self, sizes_bytes: &[usize], now_ms: u64) -> Result<Vec<Extent>, Rejection> {
+        let mut extents = Vec::with_capacity(sizes_bytes.len());
+        let result = self.admit(sizes_bytes.iter().copied()).and_then(|()| {
+            sizes_bytes.iter().try_for_each(|bytes| {
+                extents.push(self.make_room(*bytes, now_ms)?);
+                Ok(())
+            })
+        });
+        match result {
+            Ok(()) => Ok(extents),
+            Err(rejection) => {
+                extents.into_iter().for_each(|extent| self.abandon(extent));
+                self.counters.rejections += 1;
+                Err(rejection)
+            }
+        }
+    }
+
+    /// Holds what is there of a chain and makes room for what is not, head first; what does
+    /// not fit any more is the tail.
+    pub(super) fn reserve(
+        &mut self,
+        keys: &[ObjectKey],
+        bytes_each: usize,
+        first_given: usize,
+        now_ms: u64,
+    ) -> Reservation {
+        let (mut present, mut missing) = (Vec::new(), Vec::new());
+        for (position, key) in keys.iter().enumerate() {
+            if let Some(held) = self.find_live(key, now_ms).and_then(|id| self.hold(id)) {
+                present.push(held);
+                continue;
+            }
+            let room = if position < first_given {
+                Err(Rejection::PrefixGone { token: position })
+            } else {
+                self.make_room(bytes_each, now_ms)
+            };
+            match room {
+                Ok(extent) => missing.push((position, extent)),
+                Err(rejection) => {
+                    self.counters.rejections += 1;
+                    let whole = self.fits_empty(std::iter::repeat_n(bytes_each, keys.len())).err();
+                    return (present, missing, whole.or(Some(rejection)));
+                }
+            }
+        }
+        (present, missing, None)
+    }
+
+    /// Makes a written entry findable. `false` if one is there already and stays.
+    pub(super) fn seal(&mut self, namespace: NamespaceId, mut entry: Entry, on_present: OnPresent) -> bool {
+        let present = self.index.find(&entry.key);
+        if present.is_some() && on_present == OnPresent::Keep {
+            self.abandon(entry.extent);
+            return false;
+        }
+        if let Some(id) = present {
+            self.drop_entry(id);
+        }
+        self.held_pages -= entry.extent.pages();
+        self.earliest_expiry_ms = self.earliest_expiry_ms.min(entry.expires_at_ms);
+        entry.namespace = self.index.namespace(namespace);
+        let id = self.index.insert(entry);
+        self.policy.insert(id);
+        self.counters.stored_total += 1;
+        true
+    }
+
+    pub(super) fn remove(&mut self, keys: &[ObjectKey], now_ms: u64) -> (Removed, Vec<bool>) {
+        let mut removed = Removed::default();
+        let found = keys.iter().map(|key| {
+            let id = self.find_live(key, now_ms);
+            if let Some(id) = id {
+                self.remove_entry(id, &mut removed);
+            }
+            id.is_some()
+        });
+        let found = found.collect();
+        (removed, found)
+    }
+
+    pub(super) fn remove_where(&mut self, condition: impl Fn(&Entry) -> bool) -> Removed {
+        let mut removed = Removed::default();
+        for id in self.index.select(condition) {
+            self.remove_entry(id, &mut removed);
+        }
+        removed
+    }
+
+    /// Drops what has expired, if anything can have; says how many entries.
+    pub(super) fn sweep(&mut self, now_ms: u64) -> u64 {
+        if now_ms < self.earliest_expiry_ms {
+            return 0;
+        }
+        let expired = self.index.select(|entry| entry.expires_at_ms <= now_ms);
+        expired.iter().for_each(|id| self.drop_entry(*id));
+        self.counters.expirations += expired.len() as u64;
+        self.last_sweep_ms = now_ms;
+        self.earliest_expiry_ms = self.index.earliest_expiry_ms();
+        expired.len() as u64
+    }
+
+    /// A free extent, after as many evictions as it takes.
+    fn make_room(&mut self, bytes: usize, now_ms: u64) -> Result<Extent, Rejection> {
+        self.admit(std::iter::once(bytes))?;
+        let pages = pages_for(bytes).unwrap_or(u32::MAX);
+        if now_ms.saturating_sub(self.last_sweep_ms) >= SWEEP_INTERVAL_MS {
+            self.sweep(now_ms);
+        }
+        loop {
+            if let Some(extent) = self.pages.allocate(pages) {
+                self.held_pages += pages;
+                return Ok(extent);
+            }
+            let victim = self.policy.victim().ok_or(self.all_pinned(u64::from(pages)))?;
+            self.drop_entry(victim);
+            self.counters.evictions += 1;
+        }
+    }
+
+    /// Refuses, before anything is evicted, what would not fit if everything that can go went.
+    fn admit(&self, sizes_bytes: impl Iterator<Item = usize>) -> Result<(), Rejection> {
+        let pages = self.fits_empty(sizes_bytes)?;
+        if pages + u64::from(self.held_pages) > u64::from(self.pages.capacity_pages()) {
+            return Err(self.all_pinned(pages));
+        }
+        Ok(())
+    }
+
+    /// The pages these sizes take, if an empty cache has as many.
+    fn fits_empty(&self, sizes_bytes: impl Iterator<Item = usize>) -> Result<u64, Rejection> {
+        let pages: u64 = sizes_bytes.map(|bytes| bytes.div_ceil(PAGE_BYTES) as u64).sum();
+        let capacity_pages = self.pages.capacity_pages();
+        if pages <= u64::from(capacity_pages) {
+            return Ok(pages);
+        }
+        Err(Rejection::LargerThanCapacity {
+            needed_bytes: pages.saturating_mul(PAGE_BYTES as u64),
+            capacity_bytes: page_bytes(capacity_pages),
+        })
+    }
+
+    fn all_pinned(&self, pages: u64) -> Rejection {
+        let held_bytes = page_bytes(self.held_pages);
+        Rejection::AllPinned { needed_bytes: pages.saturating_mul(PAGE_BYTES as u64), held_bytes }
+    }
+
+    fn hold(&mut self, id: EntryId) -> Option<Held> {
+        let entry = self.index.get_mut(id)?;
+        if !entry.extent.is_read() {
+            self.held_pages += entry.extent.pages();
+            self.policy.hold(id);
+        }
+        Some(Held { id, grant: entry.extent.grant(), spec: entry.spec.clone() })
+    }
+
+    /// Counts a request that found this run.
+    pub(super) fn count(&mut self, request: Request, run: &[Held]) {
+        if request == Request::Uncounted {
+            return;
+        }
+        if let Request::Tokens { requested, block_tokens } = request {
+            self.counters.requested_tokens_total += requested as u64;
+            self.counters.cached_tokens_total += (run.len() * block_tokens) as u64;
+        }
+        if run.is_empty() {
+            self.counters.misses += 1;
+            return;
+        }
+        self.counters.hits += 1;
+        for held in run {
+            let compute_us = self.index.get(held.id).map_or(0, |entry| entry.compute_us);
+            self.time_saved_us += u64::from(compute_us);
+        }
+    }
+
+    fn remove_entry(&mut self, id: EntryId, removed: &mut Removed) {
+        let pages = self.index.get(id).map_or(0, |entry| entry.extent.pages());
+        removed.entries += 1;
+        removed.bytes += page_bytes(pages);
+        self.counters.removals += 1;
+        self.drop_entry(id);
+    }
+
+    /// Makes an entry unfindable and frees it, now or with its last reader.
+    fn drop_entry(&mut self, id: EntryId) {
+        self.policy.remove(id);
+        self.index.unlink(id);
+        if self.index.get(id).is_some_and(|entry| !entry.extent.is_read()) {
+            self.free(id);
+        }
+    }
+
+    /// Frees an unlinked entry that nobody reads.
+    fn free(&mut self, id: EntryId) {
+        if let Some(entry) = self.index.take(id) {
+            // Nobody reads it, so this cannot be refused.
+            let _ = self.pages.free(entry.extent);
+        }
+    }
+}

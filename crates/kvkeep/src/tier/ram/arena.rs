@@ -1,0 +1,194 @@
+//! One contiguous, lazily committed mapping, and the tokens that give access to
+//! parts of it. All `unsafe` of the RAM tier is in this file.
+//!
+//! Soundness rests on two rules that the types enforce:
+//! 1. An [`Extent`] is unique: it cannot be cloned, only [`super::Pages`] makes one,
+//!    out of pages that no other extent has, and takes it back only when no
+//!    [`ReadGrant`] of it is left.
+//! 2. Writing needs `&mut Extent` without grants; reading needs a grant.
+//!
+//! On Linux the mapping is a memfd, so that later another process, or a private
+//! copy-on-write view for a tensor that must be writable, can map the same pages.
+
+#![expect(unsafe_code, reason = "the mapping is raw memory; see the rules above")]
+
+use std::io;
+use std::ptr::NonNull;
+use std::slice;
+
+use rustix::mm::{MapFlags, ProtFlags};
+
+use super::{PAGE_BYTES, page_bytes};
+use crate::error::{Error, Result};
+
+/// The base is aligned to this, for huge pages and for pinning by GPU drivers.
+const ALIGN_BYTES: usize = 2 << 20;
+
+/// The mapping.
+#[derive(Debug)]
+pub(crate) struct Arena {
+    mapping: NonNull<u8>,
+    mapping_bytes: usize,
+    base: NonNull<u8>,
+    bytes: usize,
+}
+
+/// Pages of the arena that belong to whoever holds this value. Dropping it leaks the
+/// pages until the arena goes; [`super::Pages::free`] gives them back.
+#[derive(Debug)]
+pub(crate) struct Extent {
+    first_page: u32,
+    pages: u32,
+    grants: u32,
+}
+
+/// The right to read an extent. While one is left the extent is not freed.
+#[derive(Debug)]
+pub(crate) struct ReadGrant {
+    first_page: u32,
+    pages: u32,
+}
+
+// SAFETY: the mapping belongs to this value alone and is plain memory; access to it is
+// governed by `Extent` and `ReadGrant` as described at the top, on any thread.
+unsafe impl Send for Arena {}
+// SAFETY: as above: shared access reads through grants only.
+unsafe impl Sync for Arena {}
+
+impl Arena {
+    /// Reserves address space for `capacity_bytes`, rounded down to whole pages. Memory is
+    /// committed page by page as it is first written.
+    pub(super) fn reserve(capacity_bytes: u64) -> Result<(Self, u32)> {
+        let pages = capacity_bytes / PAGE_BYTES as u64;
+        if pages == 0 {
+            return Err(Error::Config(format!(
+                "a capacity of {capacity_bytes} bytes holds no page: give at least {PAGE_BYTES}"
+            )));
+        }
+        let too_large = || Error::Config(format!("a capacity of {capacity_bytes} bytes is more than 16 TiB"));
+        let pages = u32::try_from(pages).map_err(|_| too_large())?;
+        let bytes = usize::try_from(page_bytes(pages)).map_err(|_| too_large())?;
+        let mapping_bytes = bytes + ALIGN_BYTES;
+        let mapping = map(mapping_bytes).map_err(|source| Error::Memory { bytes: page_bytes(pages), source })?;
+        let skip = mapping.align_offset(ALIGN_BYTES);
+        // SAFETY: `skip` is below `ALIGN_BYTES`, so `skip + bytes` lies inside the mapping.
+        let base = unsafe { mapping.add(skip) };
+        Ok((Self { mapping, mapping_bytes, base, bytes }, pages))
+    }
+
+    /// The bytes of an extent that is being read.
+    pub(crate) fn bytes<'a>(&'a self, grant: &'a ReadGrant) -> &'a [u8] {
+        let (start, len) = self.bounds(grant.first_page, grant.pages);
+        // SAFETY: `bounds` keeps the range inside the mapping, whose pages are initialised
+        // (zero when fresh). While `grant` lives its extent cannot be freed, handed out
+        // again or written (rules 1 and 2), so nobody writes these bytes.
+        unsafe { slice::from_raw_parts(self.base.as_ptr().add(start), len) }
+    }
+
+    /// The bytes of an extent that is being written.
+    pub(crate) fn bytes_mut<'a>(&'a self, extent: &'a mut Extent) -> &'a mut [u8] {
+        assert!(!extent.is_read(), "an extent is written before it is read");
+        let (start, len) = self.bounds(extent.first_page, extent.pages);
+        // SAFETY: inside the mapping as above. The extent is unique and exclusively borrowed
+        // and has no grants, so these bytes are reachable through this borrow alone.
+        unsafe { slice::from_raw_parts_mut(self.base.as_ptr().add(start), len) }
+    }
+
+    fn bounds(&self, first_page: u32, pages: u32) -> (usize, usize) {
+        let (start, len) = (first_page as usize * PAGE_BYTES, pages as usize * PAGE_BYTES);
+        assert!(start + len <= self.bytes, "an extent of another arena");
+        (start, len)
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: the mapping was made by `map` with this length and nothing borrows it any more.
+        // A failure leaves it mapped, which harms nobody.
+        let _ = unsafe { rustix::mm::munmap(self.mapping.as_ptr().cast(), self.mapping_bytes) };
+    }
+}
+
+impl Extent {
+    pub(super) fn new(first_page: u32, pages: u32) -> Self {
+        Self { first_page, pages, grants: 0 }
+    }
+
+    pub(crate) fn pages(&self) -> u32 {
+        self.pages
+    }
+
+    pub(super) fn first_page(&self) -> u32 {
+        self.first_page
+    }
+
+    /// One more reader.
+    pub(crate) fn grant(&mut self) -> ReadGrant {
+        self.grants = self.grants.checked_add(1).unwrap_or_else(|| panic!("4 billion readers"));
+        ReadGrant { first_page: self.first_page, pages: self.pages }
+    }
+
+    /// One reader less.
+    #[expect(clippy::needless_pass_by_value, reason = "consuming the grant is the point")]
+    pub(crate) fn revoke(&mut self, grant: ReadGrant) {
+        assert!(grant.first_page == self.first_page && self.grants > 0, "a grant of another extent");
+        self.grants -= 1;
+    }
+
+    /// Is anybody reading?
+    pub(crate) fn is_read(&self) -> bool {
+        self.grants > 0
+    }
+}
+
+#[cfg(target_os = "linux")]
+fn map(bytes: usize) -> io::Result<NonNull<u8>> {
+    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+    let memfd = memfd_create("kvkeep", MemfdFlags::CLOEXEC)?;
+    ftruncate(&memfd, bytes as u64)?;
+    let flags = MapFlags::SHARED | MapFlags::NORESERVE;
+    // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+    // The descriptor is not shared, so nobody else can shrink or write the file.
+    let mapping =
+        unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags, &memfd, 0)? };
+    NonNull::new(mapping.cast()).ok_or_else(|| io::Error::other("mmap gave a null address"))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn map(bytes: usize) -> io::Result<NonNull<u8>> {
+    // SAFETY: a new private mapping at an address of the kernel's choice touches no existing memory.
+    let mapping = unsafe {
+        rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)?
+    };
+    NonNull::new(mapping.cast()).ok_or_else(|| io::Error::other("mmap gave a null address"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{page_bytes, reserve};
+    use crate::error::Error;
+
+    #[test]
+    fn what_is_written_is_read_until_the_last_reader_is_gone() {
+        let (arena, mut pages) = reserve(page_bytes(4)).unwrap();
+        let mut extent = pages.allocate(3).unwrap();
+        arena.bytes_mut(&mut extent).fill(7);
+        let (one, two) = (extent.grant(), extent.grant());
+        assert!(arena.bytes(&one).iter().all(|byte| *byte == 7));
+        extent.revoke(one);
+        let mut extent = pages.free(extent).unwrap_err();
+        extent.revoke(two);
+        pages.free(extent).unwrap();
+        assert_eq!(pages.used_pages(), 0);
+    }
+
+    #[test]
+    fn a_capacity_without_a_page_or_beyond_the_address_space_is_refused() {
+        assert!(matches!(reserve(0), Err(Error::Config(_))));
+        assert!(matches!(reserve(4095), Err(Error::Config(_))));
+        assert!(matches!(reserve(u64::MAX), Err(Error::Config(_))));
+        let error = reserve(16 << 40).unwrap_err();
+        assert!(matches!(error, Error::Config(_) | Error::Memory { .. }), "{error}");
+    }
+}

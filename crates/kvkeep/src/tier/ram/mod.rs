@@ -1,0 +1,69 @@
+//! The RAM tier: one reserved, lazily committed arena and the extents handed out
+//! from it, in pages of 4 KiB.
+//!
+//! Malloc for each payload was the alternative: a page fault for every 4 KiB of every
+//! large store, fragmentation that nobody accounts for, and no single region to
+//! register as pinned memory for a GPU or to map into another process.
+
+mod arena;
+mod extents;
+
+use crate::error::Result;
+
+pub(crate) use arena::{Arena, Extent, ReadGrant};
+use extents::FreePages;
+
+/// Bytes of one page: the unit of allocation and accounting.
+pub(crate) const PAGE_BYTES: usize = 4096;
+
+/// Hands out extents of an [`Arena`] and takes them back.
+#[derive(Debug)]
+pub(crate) struct Pages {
+    free: FreePages,
+    capacity_pages: u32,
+    used_pages: u32,
+}
+
+/// An arena of at most `capacity_bytes` and the pages in it.
+pub(crate) fn reserve(capacity_bytes: u64) -> Result<(Arena, Pages)> {
+    let (arena, capacity_pages) = Arena::reserve(capacity_bytes)?;
+    let free = FreePages::new(capacity_pages);
+    Ok((arena, Pages { free, capacity_pages, used_pages: 0 }))
+}
+
+/// Whole pages that `bytes` take; `None` if that is more than any arena has.
+pub(crate) fn pages_for(bytes: usize) -> Option<u32> {
+    u32::try_from(bytes.div_ceil(PAGE_BYTES)).ok()
+}
+
+/// Bytes of so many pages.
+pub(crate) fn page_bytes(pages: u32) -> u64 {
+    u64::from(pages) * PAGE_BYTES as u64
+}
+
+impl Pages {
+    /// A run of `pages` contiguous pages, if there is one.
+    pub(crate) fn allocate(&mut self, pages: u32) -> Option<Extent> {
+        let first_page = self.free.take(pages)?;
+        self.used_pages += pages;
+        Some(Extent::new(first_page, pages))
+    }
+
+    /// Takes an extent back. One that is still being read stays with the caller.
+    pub(crate) fn free(&mut self, extent: Extent) -> Result<(), Extent> {
+        if extent.is_read() {
+            return Err(extent);
+        }
+        self.used_pages -= extent.pages();
+        self.free.give(extent.first_page(), extent.pages());
+        Ok(())
+    }
+
+    pub(crate) fn capacity_pages(&self) -> u32 {
+        self.capacity_pages
+    }
+
+    pub(crate) fn used_pages(&self) -> u32 {
+        self.used_pages
+    }
+}

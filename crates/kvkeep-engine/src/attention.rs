@@ -1,0 +1,212 @@
+//! Causal attention over `f16` KV, in tiles of 64 keys with an online softmax.
+//!
+//! Invariant: a query meets the tiles at positions 0, 64, 128, ... in order, and in each
+//! its keys in order, up to its own position and none behind. So its result depends on
+//! nothing else in the batch. Memory does not grow with the square of the prompt. One pass
+//! over all keys at once was the alternative: its scores fall out of every cache.
+
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
+
+use half::f16;
+use rayon::prelude::*;
+
+use crate::acts::Acts;
+use crate::config::Config;
+use crate::simd::{Into, Kernels, LANES, Product, SoftmaxTile, TILE_KEYS};
+
+/// Positions whose queries one task takes through the tiles together.
+const BLOCK_POSITIONS: usize = 64;
+
+/// Memory that attention uses again in every layer.
+#[derive(Debug)]
+pub(crate) struct Scratch {
+    /// One for each thread: never contended.
+    locals: Vec<Mutex<Local>>,
+    /// Each task's output: `[head_dim / 16][positions * group][16]`.
+    blocks: Vec<f32>,
+}
+
+#[derive(Debug, Default)]
+struct Local {
+    queries: Vec<f32>,
+    keys: Vec<f32>,
+    values: Vec<f32>,
+    scores: Vec<f32>,
+    max: Vec<f32>,
+    sum: Vec<f32>,
+}
+
+/// The inputs of one layer's attention.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Attention<'a> {
+    pub(crate) kernels: Kernels,
+    pub(crate) config: &'a Config,
+    /// Queries first, rotated and scaled to units of log2.
+    pub(crate) queries: &'a Acts,
+    /// All keys of the sequence, the batch's own included.
+    pub(crate) keys: &'a [f16],
+    pub(crate) values: &'a [f16],
+    /// Position of the batch's first row.
+    pub(crate) start: usize,
+}
+
+/// One task: some positions, all query heads of one KV head.
+struct Block {
+    kv_head: usize,
+    rows: Range<usize>,
+}
+
+impl Scratch {
+    pub(crate) fn new(threads: usize) -> Self {
+        Self { locals: (0..threads.max(1)).map(|_| Mutex::default()).collect(), blocks: Vec::new() }
+    }
+}
+
+impl Attention<'_> {
+    /// Writes the attended values of all heads to `out`.
+    pub(crate) fn run(&self, scratch: &mut Scratch, out: &mut Acts) {
+        let (rows, kv_heads) = (self.queries.rows(), self.config.kv_heads);
+        let positions = BLOCK_POSITIONS.min(rows);
+        let block_len = positions * self.config.group() * self.config.head_dim;
+        let blocks = rows.div_ceil(positions.max(1));
+        scratch.blocks.resize(blocks * kv_heads * block_len, 0.0);
+        let locals = &scratch.locals;
+        scratch.blocks.par_chunks_mut(block_len).enumerate().for_each(|(task, out)| {
+            let first = task / kv_heads * positions;
+            let block = Block { kv_head: task % kv_heads, rows: first..(first + positions).min(rows) };
+            let thread = rayon::current_thread_index().unwrap_or(0) % locals.len().max(1);
+            if let Some(local) = locals.get(thread) {
+                self.block(&block, &mut local.lock().unwrap_or_else(PoisonError::into_inner), out);
+            }
+        });
+        self.gather(&scratch.blocks, positions, out);
+    }
+
+    fn block(&self, block: &Block, local: &mut Local, out: &mut [f32]) {
+        let (group, head_dim) = (self.config.group(), self.config.head_dim);
+        let rows = block.rows.len() * group;
+        let stride = rows * LANES;
+        let out = out.get_mut(..rows * head_dim).unwrap_or_default();
+        local.prepare(rows, head_dim);
+        self.pack_queries(block, &mut local.queries);
+        out.fill(0.0);
+        let first = self.start + block.rows.start;
+        let end = self.start + block.rows.end;
+        for tile in (0..end).step_by(TILE_KEYS) {
+            // Rows of earlier positions do not see this tile.
+            let hidden = tile.saturating_sub(first) * group;
+            let first_visible = first + hidden / group - tile + 1;
+            self.pack_tile(block.kv_head, tile, end, local);
+            let scores = Product {
+                a: local.queries.get(hidden * LANES..).unwrap_or_default(),
+                a_stride: stride,
+                w: &local.keys,
+                w_stride: head_dim * LANES,
+                k: head_dim,
+                rows: rows - hidden,
+                panels: TILE_KEYS / LANES,
+                out_stride: stride,
+            };
+            self.kernels.product(&scores, local.scores.get_mut(hidden * LANES..).unwrap_or_default(), Into::Set);
+            self.kernels.softmax(&mut SoftmaxTile {
+                scores: &mut local.scores,
+                stride,
+                rows: hidden..rows,
+                first_visible,
+                group,
+                max: &mut local.max,
+                sum: &mut local.sum,
+                acc: out,
+                acc_panels: head_dim / LANES,
+            });
+            self.add_values(local, hidden..rows, first_visible, out);
+        }
+        for panel in out.chunks_exact_mut(stride) {
+            self.kernels.divide(panel, &local.sum);
+        }
+    }
+
+    /// `out += probabilities * values`, to each row only the keys that it sees.
+    fn add_values(&self, local: &Local, rows: Range<usize>, first_visible: usize, out: &mut [f32]) {
+        let (group, panels) = (self.config.group(), self.config.head_dim / LANES);
+        let stride = local.sum.len() * LANES;
+        let mut product = |rows: Range<usize>, keys: usize| {
+            let product = Product {
+                a: local.scores.get(rows.start * LANES..).unwrap_or_default(),
+                a_stride: stride,
+                w: &local.values,
+                w_stride: TILE_KEYS * LANES,
+                k: keys,
+                rows: rows.len(),
+                panels,
+                out_stride: stride,
+            };
+            self.kernels.product(&product, out.get_mut(rows.start * LANES..).unwrap_or_default(), Into::Chain);
+        };
+        let mut row = rows.start;
+        for visible in first_visible..TILE_KEYS {
+            if row >= rows.end {
+                return;
+            }
+            product(row..row + group, visible);
+            row += group;
+        }
+        product(row..rows.end, TILE_KEYS);
+    }
+
+    fn pack_tile(&self, kv_head: usize, tile: usize, end: usize, local: &mut Local) {
+        let (head_dim, stride) = (self.config.head_dim, self.config.kv_dim());
+        let keys = TILE_KEYS.min(end - tile);
+        let from = tile * stride + kv_head * head_dim;
+        let k = self.keys.get(from..).unwrap_or_default();
+        let v = self.values.get(from..).unwrap_or_default();
+        self.kernels.pack_keys(k, stride, keys, head_dim, &mut local.keys);
+        self.kernels.pack_values(v, stride, keys, head_dim, &mut local.values);
+    }
+
+    /// All query heads of a position next to each other: `[head_dim / 16][position][group][16]`.
+    fn pack_queries(&self, block: &Block, to: &mut [f32]) {
+        let (group, panels) = (self.config.group(), self.config.head_dim / LANES);
+        let stride = block.rows.len() * group * LANES;
+        for (panel, to) in to.chunks_exact_mut(stride).enumerate() {
+            for head in 0..group {
+                let at = (block.kv_head * group + head) * panels + panel;
+                let from = self.queries.panels(at..at + 1);
+                let from = from.get(block.rows.start * LANES..block.rows.end * LANES).unwrap_or_default();
+                let to = to.chunks_exact_mut(LANES).skip(head).step_by(group);
+                from.chunks_exact(LANES).zip(to).for_each(|(from, to)| to.copy_from_slice(from));
+            }
+        }
+    }
+
+    fn gather(&self, blocks: &[f32], positions: usize, out: &mut Acts) {
+        let (group, panels, kv_heads) = (self.config.group(), self.config.head_dim / LANES, self.config.kv_heads);
+        let (rows, block_len) = (out.rows(), positions * group * self.config.head_dim);
+        let stride = out.stride();
+        for (at, out) in out.data_mut().chunks_exact_mut(stride).enumerate() {
+            let (head, panel) = (at / panels, at % panels);
+            let (kv_head, member) = (head / group, head % group);
+            for (n, out) in out.chunks_mut(positions * LANES).enumerate() {
+                let block_rows = positions.min(rows - n * positions) * group;
+                let from = (n * kv_heads + kv_head) * block_len + panel * block_rows * LANES;
+                let from = blocks.get(from..from + block_rows * LANES).unwrap_or_default();
+                let from = from.chunks_exact(LANES).skip(member).step_by(group);
+                out.chunks_exact_mut(LANES).zip(from).for_each(|(out, from)| out.copy_from_slice(from));
+            }
+        }
+    }
+}
+
+impl Local {
+    fn prepare(&mut self, rows: usize, head_dim: usize) {
+        self.queries.resize(rows * head_dim, 0.0);
+        self.keys.resize(TILE_KEYS * head_dim, 0.0);
+        self.values.resize(TILE_KEYS * head_dim, 0.0);
+        self.scores.resize(TILE_KEYS * rows, 0.0);
+        self.max.clear();
+        self.max.resize(rows, f32::NEG_INFINITY);
+        self.sum.clear();
+        self.sum.resize(rows, 0.0);
+    }
+}

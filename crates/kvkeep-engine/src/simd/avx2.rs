@@ -1,0 +1,265 @@
+//! AVX2, FMA and F16C kernels. Products read `f16` weights straight into registers:
+//! the conversion runs beside the multiply-adds, on ports that they do not use, so a
+//! separate pass that widens a panel first only adds traffic.
+//!
+//! Each function here may be called only where the CPU has AVX2, FMA and F16C.
+
+#![expect(unsafe_code, reason = "the one SIMD leaf; each use states what makes it sound")]
+
+use std::arch::x86_64::*;
+
+use half::f16;
+
+use super::{Into, LANES, Product, SoftmaxTile, TILE_KEYS, Weight, body};
+
+macro_rules! compiled_with_avx2 {
+    ($($name:ident($($arg:ident: $type:ty),*);)+) => {
+        $(#[target_feature(enable = "avx2,fma,f16c")]
+        pub(super) fn $name($($arg: $type),*) {
+            body::$name($($arg),*);
+        })+
+    };
+}
+
+compiled_with_avx2! {
+    rms_inverse(x: &[f32], columns: usize, eps: f32, out: &mut [f32]);
+    normalize(x: &[f32], inverse: &[f32], weight: &[f32], out: &mut [f32]);
+    swiglu(pairs: &[f32], panel: usize, out: &mut [f32]);
+    rope(x: &mut [f32], cos: &[f32], sin: &[f32], scale: f32);
+    softmax(tile: &mut SoftmaxTile<'_>);
+    divide(panel: &mut [f32], sums: &[f32]);
+}
+
+/// Where one call of [`micro`] works: pointers to its first row and panel.
+struct Spot<W> {
+    a: *const f32,
+    a_stride: usize,
+    w: *const W,
+    w_stride: usize,
+    k: usize,
+    out: *mut f32,
+    out_stride: usize,
+    into: Into,
+}
+
+/// The caller has checked the bounds: `Product::assert_bounds`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn product<W: Weight>(product: &Product<'_, W>, out: &mut [f32], into: Into) {
+    let rows = product.rows;
+    // Few rows: several panels at once, or the chain of one accumulator sets the pace.
+    let wide = match rows {
+        0 => return,
+        1 => 4,
+        2 => 3,
+        3 => 2,
+        _ => 1,
+    };
+    let row_tiles = rows.div_ceil(6);
+    let mut panel = 0;
+    while panel < product.panels {
+        let panels = wide.min(product.panels - panel);
+        let mut row = 0;
+        for tile in 0..row_tiles {
+            let tile_rows = (rows - row).div_ceil(row_tiles - tile);
+            // SAFETY: row < rows and panel < panels; `assert_bounds` has checked that all
+            // of these rows, panels and k lie inside the three slices.
+            let spot = unsafe {
+                Spot {
+                    a: product.a.as_ptr().add(row * LANES),
+                    a_stride: product.a_stride,
+                    w: product.w.as_ptr().add(panel * product.w_stride),
+                    w_stride: product.w_stride,
+                    k: product.k,
+                    out: out.as_mut_ptr().add(panel * product.out_stride + row * LANES),
+                    out_stride: product.out_stride,
+                    into,
+                }
+            };
+            // SAFETY: tile_rows rows from `row` and `panels` panels from `panel` are in bounds, as above.
+            unsafe { dispatch(&spot, tile_rows, panels) };
+            row += tile_rows;
+        }
+        panel += panels;
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn dispatch<W: Weight>(spot: &Spot<W>, rows: usize, panels: usize) {
+    // SAFETY: passed on from the caller: `rows` rows and `panels` panels are in bounds.
+    unsafe {
+        match (rows, panels) {
+            (1, 1) => micro::<1, 1, W>(spot),
+            (1, 2) => micro::<1, 2, W>(spot),
+            (1, 3) => micro::<1, 3, W>(spot),
+            (1, _) => micro::<1, 4, W>(spot),
+            (2, 1) => micro::<2, 1, W>(spot),
+            (2, 2) => micro::<2, 2, W>(spot),
+            (2, _) => micro::<2, 3, W>(spot),
+            (3, 1) => micro::<3, 1, W>(spot),
+            (3, _) => micro::<3, 2, W>(spot),
+            (4, _) => micro::<4, 1, W>(spot),
+            (5, _) => micro::<5, 1, W>(spot),
+            _ => micro::<6, 1, W>(spot),
+        }
+    }
+}
+
+/// `R` rows by `P` panels, all accumulators in registers (at most 12 of the 16).
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn micro<const R: usize, const P: usize, W: Weight>(spot: &Spot<W>) {
+    let mut acc = [[[_mm256_setzero_ps(); 2]; P]; R];
+    // SAFETY: the caller vouches that `R` rows and `P` panels from the spot's pointers on
+    // are inside the slices they came from, for all `k`; unaligned loads and stores only.
+    unsafe {
+        if spot.into == Into::Chain {
+            for r in 0..R {
+                for p in 0..P {
+                    let out = spot.out.add(p * spot.out_stride + r * LANES);
+                    acc[r][p] = [_mm256_loadu_ps(out), _mm256_loadu_ps(out.add(8))];
+                }
+            }
+        }
+        let (full, rest) = (spot.k / LANES, spot.k % LANES);
+        for panel in 0..full {
+            let a = spot.a.add(panel * spot.a_stride);
+            let w = spot.w.add(panel * LANES * LANES);
+            for k in 0..LANES {
+                step::<R, P, W>(a.add(k), w.add(k * LANES), spot.w_stride, &mut acc);
+            }
+        }
+        for k in 0..rest {
+            let a = spot.a.add(full * spot.a_stride + k);
+            step::<R, P, W>(a, spot.w.add((full * LANES + k) * LANES), spot.w_stride, &mut acc);
+        }
+        for r in 0..R {
+            for p in 0..P {
+                let out = spot.out.add(p * spot.out_stride + r * LANES);
+                let [mut low, mut high] = acc[r][p];
+                if spot.into == Into::Add {
+                    low = _mm256_add_ps(_mm256_loadu_ps(out), low);
+                    high = _mm256_add_ps(_mm256_loadu_ps(out.add(8)), high);
+                }
+                _mm256_storeu_ps(out, low);
+                _mm256_storeu_ps(out.add(8), high);
+            }
+        }
+    }
+}
+
+/// One `k`: `acc += a[row][k] * w[panel][k]`.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn step<const R: usize, const P: usize, W: Weight>(
+    a: *const f32,
+    w: *const W,
+    w_stride: usize,
+    acc: &mut [[[__m256; 2]; P]; R],
+) {
+    // SAFETY: the caller vouches for `a` (R rows, 16 apart) and `w` (P panels of 16).
+    unsafe {
+        for p in 0..P {
+            let w = w.add(p * w_stride);
+            let (low, high) = if W::HALF {
+                let w = w.cast::<__m128i>();
+                (_mm256_cvtph_ps(_mm_loadu_si128(w)), _mm256_cvtph_ps(_mm_loadu_si128(w.add(1))))
+            } else {
+                let w = w.cast::<f32>();
+                (_mm256_loadu_ps(w), _mm256_loadu_ps(w.add(8)))
+            };
+            for r in 0..R {
+                let a = _mm256_set1_ps(*a.add(r * LANES));
+                acc[r][p][0] = _mm256_fmadd_ps(a, low, acc[r][p][0]);
+                acc[r][p][1] = _mm256_fmadd_ps(a, high, acc[r][p][1]);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn narrow(from: &[f32], to: &mut [f16]) {
+    let mut to_chunks = to.chunks_exact_mut(8);
+    for (from, to) in from.chunks_exact(8).zip(&mut to_chunks) {
+        // SAFETY: both chunks have exactly 8 elements, 32 and 16 bytes.
+        unsafe {
+            let half = _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(_mm256_loadu_ps(from.as_ptr()));
+            _mm_storeu_si128(to.as_mut_ptr().cast(), half);
+        }
+    }
+    for (from, to) in from.chunks_exact(8).remainder().iter().zip(to_chunks.into_remainder()) {
+        *to = f16::from_f32(*from);
+    }
+}
+
+/// 8 floats of one head of one key, or 0 behind the last key.
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn wide8(from: &[f16], at: usize, present: bool) -> __m256 {
+    if !present {
+        return _mm256_setzero_ps();
+    }
+    let from = &from[at..at + 8];
+    // SAFETY: the slice just taken has 8 elements, 16 bytes.
+    unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast())) }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn store8(to: &mut [f32], at: usize, value: __m256) {
+    let to = &mut to[at..at + 8];
+    // SAFETY: the slice just taken has 8 elements, 32 bytes.
+    unsafe { _mm256_storeu_ps(to.as_mut_ptr(), value) };
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn pack_keys(from: &[f16], stride: usize, keys: usize, head_dim: usize, to: &mut [f32]) {
+    for key in (0..TILE_KEYS).step_by(8) {
+        for d in (0..head_dim).step_by(8) {
+            let mut rows = [_mm256_setzero_ps(); 8];
+            for (i, row) in rows.iter_mut().enumerate() {
+                *row = wide8(from, (key + i) * stride + d, key + i < keys);
+            }
+            let columns = transpose(rows);
+            for (i, column) in columns.into_iter().enumerate() {
+                store8(to, (key / LANES * head_dim + d + i) * LANES + key % LANES, column);
+            }
+        }
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn pack_values(from: &[f16], stride: usize, keys: usize, head_dim: usize, to: &mut [f32]) {
+    for key in 0..TILE_KEYS {
+        for d in (0..head_dim).step_by(8) {
+            let value = wide8(from, key * stride + d, key < keys);
+            store8(to, (d / LANES * TILE_KEYS + key) * LANES + d % LANES, value);
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+fn transpose(r: [__m256; 8]) -> [__m256; 8] {
+    let lo = |a, b| _mm256_unpacklo_ps(a, b);
+    let hi = |a, b| _mm256_unpackhi_ps(a, b);
+    let t = [lo(r[0], r[1]), hi(r[0], r[1]), lo(r[2], r[3]), hi(r[2], r[3])];
+    let u = [lo(r[4], r[5]), hi(r[4], r[5]), lo(r[6], r[7]), hi(r[6], r[7])];
+    let quads = |t: [__m256; 4]| {
+        [
+            _mm256_shuffle_ps::<0x44>(t[0], t[2]),
+            _mm256_shuffle_ps::<0xEE>(t[0], t[2]),
+            _mm256_shuffle_ps::<0x44>(t[1], t[3]),
+            _mm256_shuffle_ps::<0xEE>(t[1], t[3]),
+        ]
+    };
+    let (t, u) = (quads(t), quads(u));
+    [
+        _mm256_permute2f128_ps::<0x20>(t[0], u[0]),
+        _mm256_permute2f128_ps::<0x20>(t[1], u[1]),
+        _mm256_permute2f128_ps::<0x20>(t[2], u[2]),
+        _mm256_permute2f128_ps::<0x20>(t[3], u[3]),
+        _mm256_permute2f128_ps::<0x31>(t[0], u[0]),
+        _mm256_permute2f128_ps::<0x31>(t[1], u[1]),
+        _mm256_permute2f128_ps::<0x31>(t[2], u[2]),
+        _mm256_permute2f128_ps::<0x31>(t[3], u[3]),
+    ]
+}

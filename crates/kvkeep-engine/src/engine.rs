@@ -3,14 +3,17 @@
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
+use kvkeep::{DType, KvLayout, Namespace};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::chat::{ChatMessage, ChatTemplate};
 use crate::config::Config;
 use crate::error::{EngineError, Result};
 use crate::forward::{Model, Scratch, Want};
 use crate::gguf::Gguf;
 use crate::kv::KvBuffer;
 use crate::simd::Kernels;
+use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
 /// What computes KV here, as far as its bits depend on it. Change it with the arithmetic.
@@ -25,6 +28,8 @@ pub struct Engine {
 #[derive(Debug)]
 struct Shared {
     model: Model,
+    tokenizer: Tokenizer,
+    chat: Option<ChatTemplate>,
     pool: ThreadPool,
     revision: String,
     /// Held only to take one out or put it back.
@@ -90,16 +95,78 @@ impl Engine {
         let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kvkeep-{i}")).build()?;
         let kernels = if options.portable { Kernels::scalar() } else { Kernels::detect() };
         let gguf = Gguf::open(path.as_ref())?;
-        let vocabulary = gguf.texts("tokenizer.ggml.tokens").map_or(0, |tokens| tokens.len());
-        let config = Config::read(&gguf, vocabulary)?;
+        let tokenizer = Tokenizer::read(&gguf)?;
+        let chat = gguf.text("tokenizer.chat_template").map(ChatTemplate::new).transpose()?;
+        let config = Config::read(&gguf, tokenizer.vocabulary())?;
         let (weights, revision) =
             pool.install(|| rayon::join(|| Weights::load(&gguf, &config, kernels), || gguf.sha256()));
         let mut model = Model::new(config, weights?, kernels, threads);
         if let Some(batch_tokens) = options.batch_tokens {
             model.batch_tokens = batch_tokens.max(1);
         }
-        let shared = Shared { model, pool, revision: revision?, scratches: Mutex::default() };
+        let shared = Shared { model, tokenizer, chat, pool, revision: revision?, scratches: Mutex::default() };
         Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// The model's tokenizer.
+    #[must_use]
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.shared.tokenizer
+    }
+
+    /// The model's name, as its file states it.
+    #[must_use]
+    pub fn model_name(&self) -> &str {
+        &self.shared.model.config.name
+    }
+
+    /// SHA-256 of the model file, in lower-case hexadecimal.
+    #[must_use]
+    pub fn revision(&self) -> &str {
+        &self.shared.revision
+    }
+
+    /// The most tokens that the model can attend to.
+    #[must_use]
+    pub fn context_tokens(&self) -> usize {
+        self.shared.model.config.context
+    }
+
+    /// Compute threads.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        self.shared.model.threads
+    }
+
+    /// A chat as the text that the model reads, for people to look at. Do not encode it: what
+    /// somebody wrote could then become a control token. [`Engine::chat_tokens`] prevents that.
+    ///
+    /// # Errors
+    /// [`EngineError::NoChatTemplate`], [`EngineError::ChatTemplate`].
+    pub fn chat_prompt(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<String> {
+        self.chat()?.text(messages, add_generation_prompt, &self.shared.tokenizer)
+    }
+
+    /// A chat as tokens. Control tokens come only from the template, never from what a message
+    /// says. With `add_generation_prompt` it ends where the assistant's answer begins.
+    ///
+    /// # Errors
+    /// As [`Engine::chat_prompt`].
+    pub fn chat_tokens(&self, messages: &[ChatMessage], add_generation_prompt: bool) -> Result<Vec<u32>> {
+        self.chat()?.tokens(messages, add_generation_prompt, &self.shared.tokenizer)
+    }
+
+    /// What this engine's KV is cached under: `f16`, `[token][kv_head][head_dim]`, in blocks of
+    /// `block_tokens`.
+    ///
+    /// # Errors
+    /// [`EngineError::Cache`] if a block of that size makes no layout.
+    pub fn namespace(&self, block_tokens: u32) -> Result<Namespace> {
+        let config = &self.shared.model.config;
+        let dim = |value: usize| u32::try_from(value).unwrap_or(u32::MAX);
+        let layout = KvLayout::new(dim(config.layers), dim(config.kv_heads), dim(config.head_dim), DType::F16)?;
+        let layout = layout.with_block_tokens(block_tokens)?;
+        Ok(Namespace::new(&config.name, layout).with_revision(self.revision()).with_engine(ARITHMETIC))
     }
 
     /// An empty KV buffer for up to `capacity_tokens` tokens.
@@ -127,15 +194,34 @@ impl Engine {
         self.prefill(&[token], kv)
     }
 
-    fn forward(&self, tokens: &[u32], kv: &mut KvBuffer, want: Want) -> Result<Vec<f32>> {
-        let Shared { model, pool, .. } = &*self.shared;
+    /// As [`Engine::prefill`], with the logits of every token. Each takes as much memory as the
+    /// vocabulary has tokens, so this is for short texts.
+    ///
+    /// # Errors
+    /// As [`Engine::prefill`].
+    pub fn prefill_all_logits(&self, tokens: &[u32], kv: &mut KvBuffer) -> Result<Vec<Logits>> {
+        let all = self.forward(tokens, kv, Want::All)?;
+        Ok(all.chunks_exact(self.shared.model.config.vocabulary).map(|row| Logits(row.to_vec())).collect())
+    }
+
+    pub(crate) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         if tokens.is_empty() {
             return Err(EngineError::EmptyTokens);
         }
-        let vocabulary = model.config.vocabulary;
-        if let Some(token) = tokens.iter().find(|token| **token as usize >= vocabulary) {
-            return Err(EngineError::UnknownToken { token: *token, vocabulary });
+        let vocabulary = self.shared.model.config.vocabulary;
+        match tokens.iter().find(|token| **token as usize >= vocabulary) {
+            Some(token) => Err(EngineError::UnknownToken { token: *token, vocabulary }),
+            None => Ok(()),
         }
+    }
+
+    fn chat(&self) -> Result<&ChatTemplate> {
+        self.shared.chat.as_ref().ok_or(EngineError::NoChatTemplate)
+    }
+
+    fn forward(&self, tokens: &[u32], kv: &mut KvBuffer, want: Want) -> Result<Vec<f32>> {
+        let Shared { model, pool, .. } = &*self.shared;
+        self.check_tokens(tokens)?;
         if !kv.fits(&model.config) {
             return Err(EngineError::ForeignKv);
         }

@@ -1,0 +1,93 @@
+//! Picks the next token from logits.
+
+use crate::engine::Logits;
+use crate::error::{EngineError, Result};
+
+/// A way to pick tokens: always the likeliest, or at random from the likeliest ones.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampler {
+    /// 0 picks the likeliest.
+    temperature: f64,
+    top_p: f64,
+    state: u64,
+}
+
+impl Default for Sampler {
+    fn default() -> Self {
+        Self::greedy()
+    }
+}
+
+impl Sampler {
+    /// Always the likeliest token.
+    #[must_use]
+    pub fn greedy() -> Self {
+        Self { temperature: 0.0, top_p: 1.0, state: 0 }
+    }
+
+    /// At random among the fewest tokens whose probabilities add up to `top_p`, after dividing
+    /// logits by `temperature` (0: greedy). Equal seeds give equal picks.
+    ///
+    /// # Errors
+    /// [`EngineError::Sampling`] if `temperature` is negative or not finite, or `top_p` not in (0, 1].
+    pub fn new(temperature: f64, top_p: f64, seed: u64) -> Result<Self> {
+        if !(0.0..=1e6).contains(&temperature) {
+            return Err(EngineError::Sampling(format!("temperature {temperature} must be 0 or more, and finite")));
+        }
+        if !(top_p > 0.0 && top_p <= 1.0) {
+            return Err(EngineError::Sampling(format!("top_p {top_p} must be above 0 and at most 1")));
+        }
+        Ok(Self { temperature, top_p, state: seed })
+    }
+
+    /// The next token.
+    pub fn pick(&mut self, logits: &Logits) -> u32 {
+        let best = logits.argmax();
+        if self.temperature == 0.0 {
+            return best;
+        }
+        let max = logits.as_slice().get(best as usize).copied().unwrap_or_default();
+        let weight = |logit: f32| ((f64::from(logit) - f64::from(max)) / self.temperature).exp();
+        let mut candidates: Vec<(u32, f64)> =
+            (0u32..).zip(logits.as_slice().iter().map(|logit| weight(*logit))).filter(|(_, w)| *w > 0.0).collect();
+        let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
+        self.keep_nucleus(&mut candidates, total);
+        let kept: f64 = candidates.iter().map(|(_, weight)| weight).sum();
+        let mut left = self.next_unit() * kept;
+        for (token, weight) in &candidates {
+            left -= weight;
+            if left < 0.0 {
+                return *token;
+            }
+        }
+        candidates.last().map_or(best, |(token, _)| *token)
+    }
+
+    #[expect(clippy::cast_precision_loss, reason = "vocabularies are far below 2^52")]
+    fn keep_nucleus(&self, candidates: &mut Vec<(u32, f64)>, total: f64) {
+        if self.top_p >= 1.0 {
+            return;
+        }
+        // Tokens this unlikely together weigh less than 1 - top_p, so none is in the nucleus:
+        // sorting the few others is much cheaper than sorting all.
+        let floor = (1.0 - self.top_p) * total / (candidates.len() as f64 + 1.0);
+        candidates.retain(|(_, weight)| *weight >= floor);
+        candidates.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+        let mut sum = 0.0;
+        let enough = candidates.iter().position(|(_, weight)| {
+            sum += weight;
+            sum >= self.top_p * total
+        });
+        candidates.truncate(enough.map_or(candidates.len(), |last| last + 1));
+    }
+
+    /// Uniform in [0, 1): `SplitMix64` (Steele, Lea, Flood 2014).
+    #[expect(clippy::cast_precision_loss, reason = "53 bits fit an f64 exactly")]
+    fn next_unit(&mut self) -> f64 {
+        self.state = self.state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.state;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
+    }
+}

@@ -1,0 +1,278 @@
+//! Prompts to answers, with the cache in between.
+//!
+//! The longest cached prefix is copied in, the rest computed, the full blocks of the
+//! prompt stored before the first token comes out (so that others who wait for the same
+//! prefix get it), those of the answer at its end: KV made while decoding has the same
+//! bits as KV made by a prefill.
+
+use std::ops::ControlFlow;
+use std::time::{Duration, Instant};
+
+use kvkeep::{KvCache, Match, Missing, Namespace, StoreOptions};
+
+use crate::engine::{Engine, Logits};
+use crate::error::{EngineError, Result};
+use crate::kv::KvBuffer;
+use crate::sample::Sampler;
+
+/// Answers prompts one after the other; each thread has its own. Keeps its KV buffer, so
+/// that a request touches no fresh memory.
+#[derive(Debug)]
+pub struct Generator {
+    engine: Engine,
+    namespace: Namespace,
+    kv: KvBuffer,
+}
+
+/// How to answer.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct GenerateOptions {
+    /// The most tokens to answer with; at least 1 is computed.
+    pub max_tokens: usize,
+    /// How tokens are picked.
+    pub sampler: Sampler,
+    /// Does a token that ends an answer end it?
+    pub stop_on_eos: bool,
+}
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum FinishReason {
+    /// The model ended it.
+    Stop,
+    /// `max_tokens` were answered.
+    Length,
+    /// The KV buffer is full.
+    Context,
+    /// The callback said so.
+    Cancelled,
+}
+
+/// An answer, and what it took.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct Generation {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Of these, tokens whose KV came from the cache.
+    pub cached_tokens: usize,
+    /// The answer, without a token that ends it.
+    pub tokens: Vec<u32>,
+    /// The answer as text.
+    pub text: String,
+    /// From the call to the first token.
+    pub ttft: Duration,
+    /// Of this, computing the part of the prompt that was not cached.
+    pub prefill: Duration,
+    /// From the call to the end, storing included.
+    pub total: Duration,
+    /// Why it ended.
+    pub finish: FinishReason,
+}
+
+/// A prompt in the KV buffer.
+struct Prefilled {
+    logits: Logits,
+    cached_tokens: usize,
+    prefill: Duration,
+    /// Pins the prompt's blocks, so that the answer's can be stored behind them.
+    pin: Option<Match>,
+}
+
+impl Default for GenerateOptions {
+    fn default() -> Self {
+        Self { max_tokens: 256, sampler: Sampler::greedy(), stop_on_eos: true }
+    }
+}
+
+impl GenerateOptions {
+    /// Greedy, up to this many tokens, ended by the model.
+    #[must_use]
+    pub fn greedy(max_tokens: usize) -> Self {
+        Self { max_tokens, ..Self::default() }
+    }
+
+    /// With another sampler.
+    #[must_use]
+    pub fn sampler(mut self, sampler: Sampler) -> Self {
+        self.sampler = sampler;
+        self
+    }
+
+    /// Whether a token that ends an answer ends it.
+    #[must_use]
+    pub fn stop_on_eos(mut self, stop: bool) -> Self {
+        self.stop_on_eos = stop;
+        self
+    }
+}
+
+impl Generator {
+    /// With room for `capacity_tokens` tokens of prompt and answer together. `namespace` is
+    /// [`Engine::namespace`], perhaps with a tenant's salt.
+    ///
+    /// # Errors
+    /// [`EngineError::BadCapacity`], or [`EngineError::ForeignKv`] if the namespace has
+    /// another layout than the engine.
+    pub fn new(engine: &Engine, capacity_tokens: usize, namespace: Namespace) -> Result<Self> {
+        let layout = namespace.layout();
+        let own = engine.namespace(u32::try_from(layout.block_tokens()).unwrap_or(u32::MAX))?;
+        if own.layout() != layout {
+            return Err(EngineError::ForeignKv);
+        }
+        Ok(Self { engine: engine.clone(), namespace, kv: engine.kv(capacity_tokens)? })
+    }
+
+    /// The engine that answers.
+    #[must_use]
+    pub fn engine(&self) -> &Engine {
+        &self.engine
+    }
+
+    /// The namespace under which KV is cached.
+    #[must_use]
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// Answers a prompt. `on_token` gets each token and the text that it completes, which may
+    /// be empty in the middle of a character, and may end the answer.
+    ///
+    /// # Errors
+    /// [`EngineError::EmptyTokens`], [`EngineError::UnknownToken`],
+    /// [`EngineError::ContextOverflow`] if the prompt does not fit, [`EngineError::Cache`].
+    pub fn generate(
+        &mut self,
+        prompt: &[u32],
+        cache: Option<&KvCache>,
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(u32, &str) -> ControlFlow<()>,
+    ) -> Result<Generation> {
+        let begin = Instant::now();
+        self.engine.check_tokens(prompt)?;
+        self.kv.check_room(prompt.len())?;
+        let prefilled = self.prefill(prompt, cache)?;
+        let mut sampler = options.sampler.clone();
+        let first = sampler.pick(&prefilled.logits);
+        let mut generation = Generation {
+            prompt_tokens: prompt.len(),
+            cached_tokens: prefilled.cached_tokens,
+            tokens: Vec::new(),
+            text: String::new(),
+            ttft: begin.elapsed(),
+            prefill: prefilled.prefill,
+            total: Duration::ZERO,
+            finish: FinishReason::Length,
+        };
+        let decode = Instant::now();
+        generation.finish = self.answer(first, &mut sampler, options, on_token, &mut generation)?;
+        if let (Some(cache), Some(pin)) = (cache, &prefilled.pin) {
+            self.store_answer(prompt, &generation.tokens, cache, pin, decode.elapsed())?;
+        }
+        generation.total = begin.elapsed();
+        Ok(generation)
+    }
+
+    fn prefill(&mut self, prompt: &[u32], cache: Option<&KvCache>) -> Result<Prefilled> {
+        self.kv.truncate(0);
+        // The last token is always computed: its logits are not in the cache.
+        let reusable = prompt.get(..prompt.len() - 1).unwrap_or_default();
+        let (Some(cache), false) = (cache, reusable.is_empty()) else {
+            let (logits, prefill) = compute(&self.engine, prompt, &mut self.kv)?;
+            return Ok(Prefilled { logits, cached_tokens: 0, prefill, pin: None });
+        };
+        let mut computed = None;
+        let (engine, kv) = (&self.engine, &mut self.kv);
+        let pin = cache.get_or_prefill(&self.namespace, reusable, |missing: &Missing<'_>| {
+            let cached_tokens = import(missing.cached(), kv)?;
+            let rest = prompt.get(cached_tokens..).unwrap_or_default();
+            let (logits, prefill) = compute(engine, rest, kv)?;
+            let options = StoreOptions::default().compute_time(prefill);
+            missing.store(&kv.views_from(cached_tokens)?, &options)?;
+            computed = Some((logits, prefill, cached_tokens));
+            Ok::<(), EngineError>(())
+        })?;
+        let (logits, prefill, cached_tokens) = match computed {
+            Some(computed) => computed,
+            None => {
+                let cached_tokens = import(&pin, kv)?;
+                let (logits, prefill) = compute(engine, prompt.get(cached_tokens..).unwrap_or_default(), kv)?;
+                (logits, prefill, cached_tokens)
+            }
+        };
+        Ok(Prefilled { logits, cached_tokens, prefill, pin: Some(pin) })
+    }
+
+    fn answer(
+        &mut self,
+        first: u32,
+        sampler: &mut Sampler,
+        options: &GenerateOptions,
+        on_token: &mut dyn FnMut(u32, &str) -> ControlFlow<()>,
+        generation: &mut Generation,
+    ) -> Result<FinishReason> {
+        let tokenizer = self.engine.tokenizer();
+        let mut stream = tokenizer.stream();
+        let mut token = first;
+        let finish = loop {
+            if options.stop_on_eos && tokenizer.is_end(token) {
+                break FinishReason::Stop;
+            }
+            generation.tokens.push(token);
+            let text = stream.push(token);
+            generation.text.push_str(text);
+            if on_token(token, text).is_break() {
+                break FinishReason::Cancelled;
+            }
+            if generation.tokens.len() >= options.max_tokens {
+                break FinishReason::Length;
+            }
+            if self.kv.len() == self.kv.capacity() {
+                break FinishReason::Context;
+            }
+            token = sampler.pick(&self.engine.decode(token, &mut self.kv)?);
+        };
+        generation.text.push_str(stream.finish());
+        Ok(finish)
+    }
+
+    /// Stores the full blocks behind the prompt's own.
+    fn store_answer(
+        &self,
+        prompt: &[u32],
+        answer: &[u32],
+        cache: &KvCache,
+        pin: &Match,
+        compute_time: Duration,
+    ) -> Result<()> {
+        // The last token of an answer has no KV: nothing was computed from it.
+        let tokens: Vec<u32> = prompt.iter().chain(answer).copied().take(self.kv.len()).collect();
+        let block_tokens = self.namespace.layout().block_tokens();
+        let first = pin.cached_tokens();
+        if tokens.len() / block_tokens * block_tokens > first {
+            let options = StoreOptions::default().compute_time(compute_time);
+            cache.store_from(&self.namespace, &tokens, first, &self.kv.views_from(first)?, &options)?;
+        }
+        Ok(())
+    }
+}
+
+/// Copies matched KV into an empty buffer; returns its number of tokens.
+fn import(found: &Match, kv: &mut KvBuffer) -> Result<usize> {
+    let tokens = found.cached_tokens();
+    kv.truncate(0);
+    if tokens > 0 {
+        let mut into = kv.import(tokens)?;
+        let layers = into.len();
+        found.load(0..layers, &mut into)?;
+    }
+    Ok(tokens)
+}
+
+fn compute(engine: &Engine, tokens: &[u32], kv: &mut KvBuffer) -> Result<(Logits, Duration)> {
+    let begin = Instant::now();
+    let logits = engine.prefill(tokens, kv)?;
+    Ok((logits, begin.elapsed()))
+}

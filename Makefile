@@ -1,0 +1,41 @@
+# Two commands are enough: `make demo` (the main job, on a real model) and `make test`.
+.DEFAULT_GOAL := help
+CARGO ?= cargo
+PYTHON ?= python3
+
+.PHONY: help demo test test-integrations bench lint fmt clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
+
+demo: ## A real model answering repeated prompts, without and with the cache
+	$(CARGO) run --release --locked -p kvkeep-cli -- demo
+
+test: ## All tests that need no service (nextest where it is installed)
+	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
+		$(CARGO) nextest run --locked --workspace $${CI:+--profile ci}; \
+	else \
+		echo "cargo-nextest is not installed: using cargo test"; $(CARGO) test --locked --workspace --lib --bins --tests; \
+	fi
+	$(CARGO) test --locked --doc -p kvkeep
+	$(CARGO) test --locked -p kvkeep --features shuttle --test shuttle
+
+test-integrations: ## The slower end-to-end runs: the demos and the benchmark of the release build
+	CARGO="$(CARGO)" PYTHON="$(PYTHON)" bash tests/integrations.sh
+
+bench: ## Benchmarks against memcpy and each other; figures go to docs/benchmarks.md
+	$(CARGO) bench --locked -p kvkeep
+	$(CARGO) run --release --locked -p kvkeep-cli -- bench --engine
+
+lint: ## Format, clippy, and dependency rules
+	$(CARGO) fmt --all --check
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --locked -p kvkeep --features shuttle --tests -- -D warnings
+	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check bans licenses sources; \
+	else echo "skipped: cargo-deny is not installed"; fi
+
+fmt: ## Format everything
+	$(CARGO) fmt --all
+
+clean: ## Remove what was built
+	$(CARGO) clean

@@ -31,7 +31,6 @@ pub(crate) struct Scratch {
 struct Local {
     queries: Vec<f32>,
     keys: Vec<f32>,
-    values: Vec<f32>,
     scores: Vec<f32>,
     max: Vec<f32>,
     sum: Vec<f32>,
@@ -97,12 +96,16 @@ impl Attention<'_> {
             // Rows of earlier positions do not see this tile.
             let hidden = tile.saturating_sub(first) * group;
             let first_visible = first + hidden / group - tile + 1;
-            self.pack_tile(block.kv_head, tile, end, local);
+            let keys = TILE_KEYS.min(end - tile);
+            let at = tile * self.config.kv_dim() + block.kv_head * head_dim;
+            let k = self.keys.get(at..).unwrap_or_default();
+            self.kernels.pack_keys(k, self.config.kv_dim(), keys, head_dim, &mut local.keys);
             let scores = Product {
                 a: local.queries.get(hidden * LANES..).unwrap_or_default(),
                 a_stride: stride,
                 w: &local.keys,
                 w_stride: head_dim * LANES,
+                w_step: LANES,
                 k: head_dim,
                 rows: rows - hidden,
                 panels: TILE_KEYS / LANES,
@@ -120,7 +123,8 @@ impl Attention<'_> {
                 acc: out,
                 acc_panels: head_dim / LANES,
             });
-            self.add_values(local, hidden..rows, first_visible, out);
+            let values = self.values.get(at..).unwrap_or_default();
+            self.add_values(local, values, hidden..rows, first_visible, out);
         }
         for panel in out.chunks_exact_mut(stride) {
             self.kernels.divide(panel, &local.sum);
@@ -128,15 +132,16 @@ impl Attention<'_> {
     }
 
     /// `out += probabilities * values`, to each row only the keys that it sees.
-    fn add_values(&self, local: &Local, rows: Range<usize>, first_visible: usize, out: &mut [f32]) {
+    fn add_values(&self, local: &Local, values: &[f16], rows: Range<usize>, first_visible: usize, out: &mut [f32]) {
         let (group, panels) = (self.config.group(), self.config.head_dim / LANES);
         let stride = local.sum.len() * LANES;
         let mut product = |rows: Range<usize>, keys: usize| {
             let product = Product {
                 a: local.scores.get(rows.start * LANES..).unwrap_or_default(),
                 a_stride: stride,
-                w: &local.values,
-                w_stride: TILE_KEYS * LANES,
+                w: values,
+                w_stride: LANES,
+                w_step: self.config.kv_dim(),
                 k: keys,
                 rows: rows.len(),
                 panels,
@@ -153,16 +158,6 @@ impl Attention<'_> {
             row += group;
         }
         product(row..rows.end, TILE_KEYS);
-    }
-
-    fn pack_tile(&self, kv_head: usize, tile: usize, end: usize, local: &mut Local) {
-        let (head_dim, stride) = (self.config.head_dim, self.config.kv_dim());
-        let keys = TILE_KEYS.min(end - tile);
-        let from = tile * stride + kv_head * head_dim;
-        let k = self.keys.get(from..).unwrap_or_default();
-        let v = self.values.get(from..).unwrap_or_default();
-        self.kernels.pack_keys(k, stride, keys, head_dim, &mut local.keys);
-        self.kernels.pack_values(v, stride, keys, head_dim, &mut local.values);
     }
 
     /// All query heads of a position next to each other: `[head_dim / 16][position][group][16]`.
@@ -202,11 +197,92 @@ impl Local {
     fn prepare(&mut self, rows: usize, head_dim: usize) {
         self.queries.resize(rows * head_dim, 0.0);
         self.keys.resize(TILE_KEYS * head_dim, 0.0);
-        self.values.resize(TILE_KEYS * head_dim, 0.0);
         self.scores.resize(TILE_KEYS * rows, 0.0);
         self.max.clear();
         self.max.resize(rows, f32::NEG_INFINITY);
         self.sum.clear();
         self.sum.resize(rows, 0.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> Config {
+        Config {
+            name: String::new(),
+            layers: 1,
+            hidden: 64,
+            feed_forward: 16,
+            heads: 4,
+            kv_heads: 2,
+            head_dim: 16,
+            vocabulary: 16,
+            context: 1024,
+            rms_eps: 1e-5,
+            rope_base: 1e4,
+            rope_dims: 16,
+        }
+    }
+
+    fn value(i: usize) -> f32 {
+        ((i * 7919 + 13) % 1009) as f32 / 504.5 - 1.0
+    }
+
+    /// Query rows `start..start + rows`, head after head, from an oracle in `f64`.
+    fn oracle(config: &Config, q: &[Vec<f32>], k: &[f16], v: &[f16], start: usize) -> Vec<Vec<f64>> {
+        let (dim, kv_dim) = (config.head_dim, config.kv_dim());
+        let row = |(i, q): (usize, &Vec<f32>)| {
+            let mut out = Vec::new();
+            for head in 0..config.heads {
+                let kv = head / config.group() * dim;
+                let key = |t: usize, d: usize| f64::from(k[t * kv_dim + kv + d].to_f32());
+                let dot = |t: usize| (0..dim).map(|d| f64::from(q[head * dim + d]) * key(t, d)).sum::<f64>();
+                let weights: Vec<f64> = (0..=start + i).map(|t| dot(t).exp2()).collect();
+                let sum: f64 = weights.iter().sum();
+                for d in 0..dim {
+                    let value = |t: usize| f64::from(v[t * kv_dim + kv + d].to_f32());
+                    out.push(weights.iter().enumerate().map(|(t, w)| w * value(t)).sum::<f64>() / sum);
+                }
+            }
+            out
+        };
+        q.iter().enumerate().map(row).collect()
+    }
+
+    fn attend(config: &Config, kernels: Kernels, q: &[Vec<f32>], k: &[f16], v: &[f16], start: usize) -> Vec<Vec<f32>> {
+        let mut queries = Acts::new(config.q_dim());
+        queries.set_rows(q.len());
+        q.iter().enumerate().for_each(|(row, q)| queries.set_row(row, q));
+        let mut out = Acts::new(config.q_dim());
+        out.set_rows(q.len());
+        let attention = Attention { kernels, config, queries: &queries, keys: k, values: v, start };
+        attention.run(&mut Scratch::new(2), &mut out);
+        (0..q.len()).map(|row| out.row(row).flatten().copied().collect()).collect()
+    }
+
+    #[test]
+    fn attention_agrees_with_an_oracle_and_with_itself_row_by_row() {
+        let config = config();
+        for (start, rows) in [(0, 1), (0, 70), (63, 2), (64, 1), (100, 131), (5, 64)] {
+            let tokens = start + rows;
+            let half = |i: usize| f16::from_f32(value(i));
+            let k: Vec<f16> = (0..tokens * config.kv_dim()).map(half).collect();
+            let v: Vec<f16> = (0..tokens * config.kv_dim()).map(|i| half(i + 500)).collect();
+            let row = |r: usize| (0..config.q_dim()).map(|i| 3.0 * value(r * 64 + i + 77)).collect();
+            let q: Vec<Vec<f32>> = (0..rows).map(row).collect();
+            let got = attend(&config, Kernels::detect(), &q, &k, &v, start);
+            assert_eq!(got, attend(&config, Kernels::scalar(), &q, &k, &v, start));
+            for (i, (got, exact)) in got.iter().zip(oracle(&config, &q, &k, &v, start)).enumerate() {
+                for (got, exact) in got.iter().zip(exact) {
+                    assert!((f64::from(*got) - exact).abs() < 1e-5, "{got} {exact}");
+                }
+                // Alone, with no keys behind its own position.
+                let seen = (start + i + 1) * config.kv_dim();
+                let alone = attend(&config, Kernels::detect(), &q[i..=i], &k[..seen], &v[..seen], start + i);
+                assert_eq!(got, &alone[0]);
+            }
+        }
     }
 }

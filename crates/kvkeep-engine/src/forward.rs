@@ -41,6 +41,7 @@ pub(crate) struct Scratch {
     hidden: Acts,
     cos: Acts,
     sin: Acts,
+    logits: Acts,
     inverse: Vec<f32>,
     attention: attention::Scratch,
 }
@@ -68,6 +69,7 @@ impl Model {
             hidden: Acts::new(config.feed_forward),
             cos: Acts::new(config.head_dim),
             sin: Acts::new(config.head_dim),
+            logits: Acts::new(config.vocabulary),
             inverse: Vec::new(),
             attention: attention::Scratch::new(self.threads),
         }
@@ -224,9 +226,9 @@ impl Model {
     fn logits(&self, s: &mut Scratch, logits: &mut Vec<f32>) {
         self.normalize(&self.weights.norm, s);
         let head = self.weights.head();
-        let mut out = Acts::new(head.panels() * LANES);
+        let out = &mut s.logits;
         out.set_rows(s.x.rows());
-        self.product(&s.normed, head, &mut out, Into::Set);
+        self.product(&s.normed, head, out, Into::Set);
         for row in 0..out.rows() {
             let end = logits.len() + self.config.vocabulary;
             out.row(row).for_each(|part| logits.extend_from_slice(part));
@@ -249,6 +251,7 @@ impl Model {
             a_stride: a.stride(),
             w: w.from_panel(first),
             w_stride: w.stride(),
+            w_step: LANES,
             k: w.inputs(),
             rows: a.rows(),
             panels: out.len() / a.stride(),
@@ -258,7 +261,7 @@ impl Model {
     }
 
     fn panels_per_task(&self, panels: usize, rows: usize) -> usize {
-        let tasks_per_thread = if rows <= SERIAL_ROWS { 1 } else { 4 };
+        let tasks_per_thread = if rows <= SERIAL_ROWS { 1 } else { 6 };
         panels.div_ceil(self.threads * tasks_per_thread).max(1)
     }
 

@@ -36,6 +36,7 @@ struct Spot<W> {
     a_stride: usize,
     w: *const W,
     w_stride: usize,
+    w_step: usize,
     k: usize,
     out: *mut f32,
     out_stride: usize,
@@ -55,12 +56,12 @@ pub(super) fn product<W: Weight>(product: &Product<'_, W>, out: &mut [f32], into
         _ => 1,
     };
     let row_tiles = rows.div_ceil(6);
-    let mut panel = 0;
-    while panel < product.panels {
-        let panels = wide.min(product.panels - panel);
-        let mut row = 0;
-        for tile in 0..row_tiles {
-            let tile_rows = (rows - row).div_ceil(row_tiles - tile);
+    let mut row = 0;
+    for tile in 0..row_tiles {
+        let tile_rows = (rows - row).div_ceil(row_tiles - tile);
+        let mut panel = 0;
+        while panel < product.panels {
+            let panels = wide.min(product.panels - panel);
             // SAFETY: row < rows and panel < panels; `assert_bounds` has checked that all
             // of these rows, panels and k lie inside the three slices.
             let spot = unsafe {
@@ -69,6 +70,7 @@ pub(super) fn product<W: Weight>(product: &Product<'_, W>, out: &mut [f32], into
                     a_stride: product.a_stride,
                     w: product.w.as_ptr().add(panel * product.w_stride),
                     w_stride: product.w_stride,
+                    w_step: product.w_step,
                     k: product.k,
                     out: out.as_mut_ptr().add(panel * product.out_stride + row * LANES),
                     out_stride: product.out_stride,
@@ -77,9 +79,9 @@ pub(super) fn product<W: Weight>(product: &Product<'_, W>, out: &mut [f32], into
             };
             // SAFETY: tile_rows rows from `row` and `panels` panels from `panel` are in bounds, as above.
             unsafe { dispatch(&spot, tile_rows, panels) };
-            row += tile_rows;
+            panel += panels;
         }
-        panel += panels;
+        row += tile_rows;
     }
 }
 
@@ -119,17 +121,14 @@ unsafe fn micro<const R: usize, const P: usize, W: Weight>(spot: &Spot<W>) {
                 }
             }
         }
-        let (full, rest) = (spot.k / LANES, spot.k % LANES);
-        for panel in 0..full {
+        let mut w = spot.w;
+        for panel in 0..spot.k.div_ceil(LANES) {
             let a = spot.a.add(panel * spot.a_stride);
-            let w = spot.w.add(panel * LANES * LANES);
-            for k in 0..LANES {
-                step::<R, P, W>(a.add(k), w.add(k * LANES), spot.w_stride, &mut acc);
+            for k in 0..LANES.min(spot.k - panel * LANES) {
+                step::<R, P, W>(a.add(k), w, spot.w_stride, &mut acc);
+                // May end behind the last element, where it is not read.
+                w = w.wrapping_add(spot.w_step);
             }
-        }
-        for k in 0..rest {
-            let a = spot.a.add(full * spot.a_stride + k);
-            step::<R, P, W>(a, spot.w.add((full * LANES + k) * LANES), spot.w_stride, &mut acc);
         }
         for r in 0..R {
             for p in 0..P {
@@ -222,16 +221,6 @@ pub(super) fn pack_keys(from: &[f16], stride: usize, keys: usize, head_dim: usiz
             for (i, column) in columns.into_iter().enumerate() {
                 store8(to, (key / LANES * head_dim + d + i) * LANES + key % LANES, column);
             }
-        }
-    }
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn pack_values(from: &[f16], stride: usize, keys: usize, head_dim: usize, to: &mut [f32]) {
-    for key in 0..TILE_KEYS {
-        for d in (0..head_dim).step_by(8) {
-            let value = wide8(from, key * stride + d, key < keys);
-            store8(to, (d / LANES * TILE_KEYS + key) * LANES + d % LANES, value);
         }
     }
 }

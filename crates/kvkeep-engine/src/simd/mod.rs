@@ -39,10 +39,12 @@ pub(crate) struct Product<'a, W> {
     pub(crate) a: &'a [f32],
     /// Floats from one panel of `a` to the next.
     pub(crate) a_stride: usize,
-    /// Right side in panels: `(n, k)` is at `n / 16 * w_stride + k * 16 + n % 16`.
+    /// Right side: `(n, k)` is at `n / 16 * w_stride + k * w_step + n % 16`.
     pub(crate) w: &'a [W],
-    /// Elements from one panel of `w` to the next.
+    /// Elements from 16 outputs of `w` to the next 16.
     pub(crate) w_stride: usize,
+    /// Elements from one `k` to the next; 16 in panels.
+    pub(crate) w_step: usize,
     /// Length of each sum.
     pub(crate) k: usize,
     /// Rows to compute.
@@ -99,10 +101,9 @@ impl<W> Product<'_, W> {
             return;
         }
         assert!(self.k > 0 && (self.k.div_ceil(LANES) - 1) * self.a_stride + self.rows * LANES <= self.a.len());
-        assert!((self.panels - 1) * self.w_stride + self.k * LANES <= self.w.len());
+        assert!((self.panels - 1) * self.w_stride + (self.k - 1) * self.w_step + LANES <= self.w.len());
         assert!((self.panels - 1) * self.out_stride + self.rows * LANES <= out.len());
         assert!(self.a_stride >= self.rows * LANES && self.out_stride >= self.rows * LANES);
-        assert!(self.w_stride >= self.k * LANES);
     }
 }
 
@@ -193,12 +194,6 @@ impl Kernels {
     pub(crate) fn pack_keys(self, from: &[f16], stride: usize, keys: usize, head_dim: usize, to: &mut [f32]) {
         assert_tile(from, stride, keys, head_dim, to);
         pick!(self, pack_keys(from, stride, keys, head_dim, to))
-    }
-
-    /// Values of a tile as the right side of a product: `[head_dim / 16][TILE_KEYS][16]`.
-    pub(crate) fn pack_values(self, from: &[f16], stride: usize, keys: usize, head_dim: usize, to: &mut [f32]) {
-        assert_tile(from, stride, keys, head_dim, to);
-        pick!(self, pack_values(from, stride, keys, head_dim, to))
     }
 
     /// Scores to probabilities; rescales what was summed before.

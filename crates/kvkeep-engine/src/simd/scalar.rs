@@ -7,14 +7,15 @@ use super::{Into, LANES, Product, TILE_KEYS, Weight};
 
 pub(super) fn product<W: Weight>(product: &Product<'_, W>, out: &mut [f32], into: Into) {
     for panel in 0..product.panels {
-        let w = &product.w[panel * product.w_stride..][..product.k * LANES];
+        let w = &product.w[panel * product.w_stride..];
         for row in 0..product.rows {
             let out = &mut out[panel * product.out_stride + row * LANES..][..LANES];
             let mut acc = [0.0f32; LANES];
             if into == Into::Chain {
                 acc.copy_from_slice(out);
             }
-            for (k, w) in w.chunks_exact(LANES).enumerate() {
+            for k in 0..product.k {
+                let w = &w[k * product.w_step..][..LANES];
                 let a = product.a[k / LANES * product.a_stride + row * LANES + k % LANES];
                 for (acc, w) in acc.iter_mut().zip(w) {
                     *acc = a.mul_add(w.wide(), *acc);
@@ -38,15 +39,6 @@ pub(super) fn pack_keys(from: &[f16], stride: usize, keys: usize, head_dim: usiz
         for d in 0..head_dim {
             let value = if key < keys { from[key * stride + d].to_f32() } else { 0.0 };
             to[(key / LANES * head_dim + d) * LANES + key % LANES] = value;
-        }
-    }
-}
-
-pub(super) fn pack_values(from: &[f16], stride: usize, keys: usize, head_dim: usize, to: &mut [f32]) {
-    for key in 0..TILE_KEYS {
-        for d in 0..head_dim {
-            let value = if key < keys { from[key * stride + d].to_f32() } else { 0.0 };
-            to[(d / LANES * TILE_KEYS + key) * LANES + d % LANES] = value;
         }
     }
 }

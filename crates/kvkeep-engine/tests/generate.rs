@@ -1,0 +1,141 @@
+//! Answers with a cache are the answers without, token for token, and say truly what was reused.
+
+mod common;
+
+use std::ops::ControlFlow;
+use std::time::Duration;
+
+use common::{PROMPTS, engine};
+use kvkeep::{CacheConfig, KvCache};
+use kvkeep_engine::{
+    ChatMessage, Engine, EngineError, FinishReason, GenerateOptions, Generation, Generator, Sampler,
+};
+
+fn generator(engine: &Engine, block_tokens: u32) -> Generator {
+    Generator::new(engine, 512, engine.namespace(block_tokens).unwrap()).unwrap()
+}
+
+fn cache() -> KvCache {
+    KvCache::new(CacheConfig::new(64 << 20)).unwrap()
+}
+
+fn answer(generator: &mut Generator, prompt: &[u32], cache: Option<&KvCache>, max_tokens: usize) -> Generation {
+    let options = GenerateOptions::greedy(max_tokens);
+    generator.generate(prompt, cache, &options, &mut |_, _| ControlFlow::Continue(())).unwrap()
+}
+
+#[test]
+fn greedy_answers_are_the_same_with_and_without_reuse() {
+    let Some(engine) = engine() else { return };
+    for block_tokens in [4, 7] {
+        let (cache, mut generator) = (cache(), generator(engine, block_tokens));
+        for prompt in PROMPTS {
+            let tokens = engine.tokenizer().encode(prompt, false).unwrap();
+            let plain = answer(&mut generator, &tokens, None, 8);
+            // What each of these leaves in the cache, the next one finds.
+            for prefix in [tokens.len() / 2, tokens.len()] {
+                let prompt = &tokens[..prefix.max(1)];
+                let reused = answer(&mut generator, prompt, Some(&cache), if prefix == tokens.len() { 8 } else { 1 });
+                if prefix == tokens.len() {
+                    assert_eq!(reused.tokens, plain.tokens);
+                    assert_eq!(reused.text, plain.text);
+                }
+            }
+            let again = answer(&mut generator, &tokens, Some(&cache), 8);
+            assert_eq!(again.tokens, plain.tokens);
+            let whole_blocks = (tokens.len() - 1) / block_tokens as usize * block_tokens as usize;
+            assert_eq!(again.cached_tokens, whole_blocks, "{prompt:?}");
+        }
+    }
+}
+
+#[test]
+fn a_second_turn_reuses_the_answer_too() {
+    let Some(engine) = engine() else { return };
+    let (cache, mut generator) = (cache(), generator(engine, 8));
+    let mut chat = vec![ChatMessage::new("user", "Name three colours.")];
+    let prompt = engine.chat_tokens(&chat, true).unwrap();
+    let first = answer(&mut generator, &prompt, Some(&cache), 24);
+    assert_eq!(first.cached_tokens, 0);
+    let mut next: Vec<u32> = prompt.iter().chain(&first.tokens).copied().collect();
+    next.extend(engine.tokenizer().encode("<|im_end|>\n<|im_start|>user\nAnd more?<|im_end|>\n", true).unwrap());
+    let plain = answer(&mut generator, &next, None, 8);
+    let second = answer(&mut generator, &next, Some(&cache), 8);
+    assert_eq!(second.tokens, plain.tokens);
+    let known = prompt.len() + first.tokens.len() - 1;
+    assert_eq!(second.cached_tokens, known / 8 * 8);
+    assert!(cache.stats().cached_tokens_total > 0);
+    assert!(cache.stats().time_saved > Duration::ZERO);
+    chat.push(ChatMessage::new("assistant", first.text));
+    assert!(engine.chat_tokens(&chat, true).unwrap().len() > prompt.len());
+}
+
+#[test]
+fn the_stream_is_the_text_and_can_be_ended() {
+    let Some(engine) = engine() else { return };
+    let mut generator = generator(engine, 16);
+    let prompt = engine.tokenizer().encode(PROMPTS[1], false).unwrap();
+    let mut streamed = String::new();
+    let options = GenerateOptions::greedy(20);
+    let mut count = 0;
+    let cut = generator
+        .generate(&prompt, None, &options, &mut |_, text| {
+            streamed.push_str(text);
+            count += 1;
+            if count == 5 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+        .unwrap();
+    assert_eq!((cut.finish, cut.tokens.len()), (FinishReason::Cancelled, 5));
+    assert_eq!(cut.text, streamed);
+    let whole = answer(&mut generator, &prompt, None, 20);
+    assert_eq!(whole.tokens[..5], cut.tokens[..]);
+    assert_eq!(whole.text, engine.tokenizer().decode(&whole.tokens));
+    assert!(whole.ttft <= whole.total && whole.prefill <= whole.ttft);
+}
+
+#[test]
+fn answers_end_by_themselves_at_the_limit_or_where_the_buffer_is_full() {
+    let Some(engine) = engine() else { return };
+    let namespace = engine.namespace(16).unwrap();
+    let prompt = engine.chat_tokens(&[ChatMessage::new("user", "What is the capital of France?")], true).unwrap();
+    let mut generator = Generator::new(engine, prompt.len() + 20, namespace.clone()).unwrap();
+    let stopped = answer(&mut generator, &prompt, None, 100);
+    assert_eq!(stopped.finish, FinishReason::Stop);
+    assert_eq!(stopped.text, "The capital of France is Paris.");
+    assert_eq!(answer(&mut generator, &prompt, None, 2).finish, FinishReason::Length);
+    let options = GenerateOptions::greedy(100).stop_on_eos(false);
+    let full = generator.generate(&prompt, None, &options, &mut |_, _| ControlFlow::Continue(())).unwrap();
+    assert_eq!(full.finish, FinishReason::Context);
+    assert_eq!(full.tokens.len(), 21);
+    let mut small = Generator::new(engine, 4, namespace).unwrap();
+    let error = small.generate(&prompt, None, &options, &mut |_, _| ControlFlow::Continue(())).unwrap_err();
+    assert!(matches!(error, EngineError::ContextOverflow { capacity: 4, .. }), "{error}");
+}
+
+#[test]
+fn threads_that_ask_at_once_get_the_same_answer() {
+    let Some(engine) = engine() else { return };
+    let cache = cache();
+    let prompt = engine.tokenizer().encode(&PROMPTS[..6].join("\n"), false).unwrap();
+    let plain = answer(&mut generator(engine, 16), &prompt, None, 4);
+    std::thread::scope(|scope| {
+        let ask = || answer(&mut generator(engine, 16), &prompt, Some(&cache), 4);
+        let asked: Vec<_> = (0..4).map(|_| scope.spawn(ask)).collect();
+        let answers: Vec<Generation> = asked.into_iter().map(|thread| thread.join().unwrap()).collect();
+        assert!(answers.iter().all(|answer| answer.tokens == plain.tokens));
+        assert_eq!(answers.iter().filter(|answer| answer.cached_tokens == 0).count(), 1);
+    });
+}
+
+#[test]
+fn seeds_repeat_and_differ() {
+    let Some(engine) = engine() else { return };
+    let mut generator = generator(engine, 16);
+    let prompt = engine.tokenizer().encode(PROMPTS[1], false).unwrap();
+    let mut sample = |seed| {
+        let options = GenerateOptions::greedy(12).sampler(Sampler::new(1.0, 0.95, seed).unwrap());
+        generator.generate(&prompt, None, &options, &mut |_, _| ControlFlow::Continue(())).unwrap().tokens
+    };
+    assert_eq!(sample(1), sample(1));
+    assert_ne!(sample(1), sample(2));
+}

@@ -24,7 +24,7 @@ test-integrations: ## The slower end-to-end runs: the demos and the benchmark of
 	CARGO="$(CARGO)" PYTHON="$(PYTHON)" bash tests/integrations.sh
 
 bench: ## Benchmarks against memcpy and each other; figures go to docs/benchmarks.md
-	$(CARGO) bench --locked -p kvkeep
+	$(CARGO) bench --locked -p kvkeep --bench cache
 	$(CARGO) run --release --locked -p kvkeep-cli -- bench --engine
 
 lint: ## Format, clippy, and dependency rules

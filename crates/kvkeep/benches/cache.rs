@@ -80,6 +80,17 @@ fn copies(c: &mut Criterion) {
             });
         });
         drop(found);
+        // A store under eviction writes all over its 256 MiB; so does its reference.
+        let mut ring = vec![1u8; 256 << 20];
+        let (half, mut at) = (mib << 19, 0);
+        group.bench_function(BenchmarkId::new("memcpy_all_over", mib), |b| {
+            b.iter(|| {
+                for _ in 0..2 {
+                    ring[at..at + half].copy_from_slice(black_box(&setup.kv));
+                    at = (at + half) % (256 << 20);
+                }
+            });
+        });
         let mut tokens = setup.tokens.clone();
         group.bench_function(BenchmarkId::new("store_under_eviction", mib), |b| {
             b.iter(|| {

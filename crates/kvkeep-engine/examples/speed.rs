@@ -3,6 +3,8 @@
 //!
 //! `cargo run --release -p kvkeep-engine --example speed [MODEL.gguf] [THREADS]`
 
+#![expect(clippy::indexing_slicing, reason = "measurements are never empty")]
+
 use std::ops::ControlFlow;
 use std::time::Instant;
 

@@ -24,11 +24,13 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    pub(crate) fn read(gguf: &Gguf, vocabulary: usize) -> Result<Self> {
+    pub(crate) fn read(gguf: &Gguf) -> Result<Self> {
         let arch = gguf.text("general.architecture").unwrap_or("none");
         if arch != "llama" {
             return Err(EngineError::Unsupported(format!("its architecture is {arch:?}, this engine runs \"llama\"")));
         }
+        let tokens = gguf.texts("tokenizer.ggml.tokens");
+        let vocabulary = tokens.ok_or_else(|| EngineError::Missing("tokenizer.ggml.tokens".to_owned()))?.len();
         let number = |key: &str| gguf.require_number(&format!("llama.{key}"));
         let heads = number("attention.head_count")?;
         let hidden = number("embedding_length")?;

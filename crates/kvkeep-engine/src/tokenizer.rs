@@ -22,8 +22,9 @@ use crate::gguf::Gguf;
 const SUPPORTED_PRE: &str = "default, gpt-2, smollm, llama-bpe, qwen2";
 /// Published pre-tokenizer of Llama 3; Qwen 2 differs in taking digits one by one.
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-/// SentencePiece writes a space as this.
+const QWEN2_SPLIT: &str =
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// `SentencePiece` writes a space as this.
 const SPACE: &str = "\u{2581}";
 
 /// A tokenizer.
@@ -106,7 +107,9 @@ impl Tokenizer {
     }
 
     /// The tokens of a text. With `parse_special`, control tokens written out in the text
-    /// become those tokens; without, they are text like any other. No token is added.
+    /// become those tokens; without, they are text like any other. No token is added. A byte
+    /// that the vocabulary has no token for at all is left out, as the published tokenizers do
+    /// (SmolLM2 lacks six of the ASCII control bytes and the lead bytes of unassigned planes).
     ///
     /// # Errors
     /// [`EngineError::Tokenizer`] if the text cannot be encoded.
@@ -348,7 +351,7 @@ fn pre_tokenizer(name: &str) -> Result<(PreTokenizerWrapper, bool)> {
     }
 }
 
-/// SentencePiece files list scores, not merges: a pair merges if the whole is a token, the
+/// `SentencePiece` files list scores, not merges: a pair merges if the whole is a token, the
 /// best-scored whole first.
 fn merges_by_score(vocab: &Vocab, scores: &[f32]) -> Merges {
     let mut merges = Vec::new();

@@ -85,13 +85,13 @@ impl Packed {
     }
 
     /// This panel and all behind it.
-    pub(crate) fn from_panel(&self, panel: usize) -> &[f16] {
+    pub(crate) fn tail(&self, panel: usize) -> &[f16] {
         self.data.get(panel * self.stride()..).unwrap_or_default()
     }
 
     /// One output's weights, in order.
     pub(crate) fn row(&self, n: usize) -> impl Iterator<Item = f32> {
-        self.from_panel(n / LANES).iter().skip(n % LANES).step_by(LANES).take(self.inputs).map(|value| value.to_f32())
+        self.tail(n / LANES).iter().skip(n % LANES).step_by(LANES).take(self.inputs).map(|value| value.to_f32())
     }
 }
 
@@ -109,10 +109,8 @@ impl Weights {
         let head = if gguf.has_tensor("output.weight") { Some(table("output.weight")?) } else { None };
         let norm = gguf.tensor(&mut reader, "output_norm.weight", &[hidden])?;
         let factors = "rope_freqs.weight";
-        let rope_factors = gguf
-            .has_tensor(factors)
-            .then(|| gguf.tensor(&mut reader, factors, &[config.rope_dims / 2]))
-            .transpose()?;
+        let rope_factors =
+            gguf.has_tensor(factors).then(|| gguf.tensor(&mut reader, factors, &[config.rope_dims / 2])).transpose()?;
         let layers = (0..config.layers)
             .into_par_iter()
             .map(|layer| Layer::load(gguf, config, kernels, layer))

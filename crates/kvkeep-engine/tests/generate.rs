@@ -1,5 +1,7 @@
 //! Answers with a cache are the answers without, token for token, and say truly what was reused.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 mod common;
 
 use std::ops::ControlFlow;
@@ -7,9 +9,7 @@ use std::time::Duration;
 
 use common::{PROMPTS, engine};
 use kvkeep::{CacheConfig, KvCache};
-use kvkeep_engine::{
-    ChatMessage, Engine, EngineError, FinishReason, GenerateOptions, Generation, Generator, Sampler,
-};
+use kvkeep_engine::{ChatMessage, Engine, EngineError, FinishReason, GenerateOptions, Generation, Generator, Sampler};
 
 fn generator(engine: &Engine, block_tokens: u32) -> Generator {
     Generator::new(engine, 512, engine.namespace(block_tokens).unwrap()).unwrap()

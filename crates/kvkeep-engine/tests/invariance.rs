@@ -1,6 +1,8 @@
 //! Reused KV changes nothing: equal bits for any cut of a prompt, any number of threads, and
 //! between prefill and decode.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 mod common;
 
 use common::{PROMPTS, engine, model_path};

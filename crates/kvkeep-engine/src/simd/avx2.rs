@@ -5,6 +5,7 @@
 //! Each function here may be called only where the CPU has AVX2, FMA and F16C.
 
 #![expect(unsafe_code, reason = "the one SIMD leaf; each use states what makes it sound")]
+#![expect(clippy::needless_range_loop, reason = "rows and panels index pointers and accumulators alike")]
 
 use std::arch::x86_64::*;
 

@@ -9,7 +9,7 @@ use super::{LANES, SoftmaxTile, TILE_KEYS};
 const ROUND: f32 = 12_582_912.0;
 /// ln(2)^i / i!: the Taylor series of 2^x, below 1.3e-7 relative error on [-0.5, 0.5].
 const EXP2: [f32; 7] =
-    [1.0, 0.693_147_2, 0.240_226_51, 0.055_504_11, 0.009_618_129, 0.001_333_355_8, 0.000_154_035_3];
+    [1.0, std::f32::consts::LN_2, 0.240_226_5, 0.055_504_11, 0.009_618_129, 0.001_333_355_8, 0.000_154_035_3];
 
 /// 2^x; 0 below the smallest normal number, and no infinity.
 #[inline(always)]

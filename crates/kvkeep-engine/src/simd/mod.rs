@@ -160,50 +160,50 @@ impl Kernels {
     /// `k` ascending, one fused multiply-add each, one accumulator for each output.
     pub(crate) fn product<W: Weight>(self, product: &Product<'_, W>, out: &mut [f32], into: Into) {
         product.assert_bounds(out);
-        pick!(self, product(product, out, into))
+        pick!(self, product(product, out, into));
     }
 
     /// `1 / sqrt(mean of squares + eps)` of each row.
     pub(crate) fn rms_inverse(self, x: &[f32], columns: usize, eps: f32, out: &mut [f32]) {
-        pick!(self, rms_inverse(x, columns, eps, out))
+        pick!(self, rms_inverse(x, columns, eps, out));
     }
 
     /// One panel of `x * inverse[row] * weight[column]`.
     pub(crate) fn normalize(self, x: &[f32], inverse: &[f32], weight: &[f32], out: &mut [f32]) {
-        pick!(self, normalize(x, inverse, weight, out))
+        pick!(self, normalize(x, inverse, weight, out));
     }
 
     /// Elementwise `silu(gate) * up`; `pairs` is gate and up panels in turn.
     pub(crate) fn swiglu(self, pairs: &[f32], panel: usize, out: &mut [f32]) {
-        pick!(self, swiglu(pairs, panel, out))
+        pick!(self, swiglu(pairs, panel, out));
     }
 
     /// Rotates neighbouring pairs of one panel by each row's angles, then scales.
     pub(crate) fn rope(self, x: &mut [f32], cos: &[f32], sin: &[f32], scale: f32) {
-        pick!(self, rope(x, cos, sin, scale))
+        pick!(self, rope(x, cos, sin, scale));
     }
 
     /// Rounds to the nearest `f16`, ties to even.
     pub(crate) fn narrow(self, from: &[f32], to: &mut [f16]) {
         assert_eq!(from.len(), to.len());
-        pick!(self, narrow(from, to))
+        pick!(self, narrow(from, to));
     }
 
     /// Keys of a tile as the right side of a product: `[keys / 16][head_dim][16]`.
     /// Key `i` begins at `from[i * stride]`; keys that are not there become 0.
     pub(crate) fn pack_keys(self, from: &[f16], stride: usize, keys: usize, head_dim: usize, to: &mut [f32]) {
         assert_tile(from, stride, keys, head_dim, to);
-        pick!(self, pack_keys(from, stride, keys, head_dim, to))
+        pick!(self, pack_keys(from, stride, keys, head_dim, to));
     }
 
     /// Scores to probabilities; rescales what was summed before.
     pub(crate) fn softmax(self, tile: &mut SoftmaxTile<'_>) {
-        pick!(self, softmax(tile))
+        pick!(self, softmax(tile));
     }
 
     /// Divides each row of a panel by its sum.
     pub(crate) fn divide(self, panel: &mut [f32], sums: &[f32]) {
-        pick!(self, divide(panel, sums))
+        pick!(self, divide(panel, sums));
     }
 }
 

@@ -1,6 +1,6 @@
 //! The default model for tests: downloaded once, shared by all.
 
-#![allow(dead_code, clippy::allow_attributes, reason = "each test file uses its own part of it")]
+#![allow(dead_code, clippy::unwrap_used, clippy::allow_attributes, reason = "each test file uses its own part of it")]
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use kvkeep_engine::{Engine, EngineOptions, default_model_path, user_cache_dir};
 
 /// The model's path. `None`, after saying so, if it cannot be had; on CI that is a failure.
-pub fn model_path() -> Option<PathBuf> {
+pub(crate) fn model_path() -> Option<PathBuf> {
     static PATH: OnceLock<Option<PathBuf>> = OnceLock::new();
     let find = || match user_cache_dir().and_then(|dir| default_model_path(&dir, &mut |_, _| ())) {
         Ok(path) => Some(path),
@@ -22,14 +22,14 @@ pub fn model_path() -> Option<PathBuf> {
 }
 
 /// The default model on two threads.
-pub fn engine() -> Option<&'static Engine> {
+pub(crate) fn engine() -> Option<&'static Engine> {
     static ENGINE: OnceLock<Option<Engine>> = OnceLock::new();
     let load = || model_path().map(|path| Engine::load(path, &EngineOptions::default().threads(2)).unwrap());
     ENGINE.get_or_init(load).as_ref()
 }
 
 /// Real prompts of several kinds and lengths.
-pub const PROMPTS: [&str; 20] = [
+pub(crate) const PROMPTS: [&str; 20] = [
     "The capital of France is",
     "Once upon a time, in a small village by the sea, there lived an old fisherman who",
     "def fibonacci(n):\n    \"\"\"Returns the n-th Fibonacci number.\"\"\"\n",

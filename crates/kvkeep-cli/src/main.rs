@@ -1,2 +1,32 @@
-//! The kvkeep command.
-fn main() {}
+//! The `kvkeep` command: a thin binary over the library and the engine.
+//!
+//! Standard output carries results and nothing else; progress goes to standard error.
+//! Exit codes are part of the interface, see [`cli::EXIT_CODES`].
+
+mod bench;
+mod cli;
+mod demo;
+mod model;
+mod plot;
+mod stats;
+mod texts;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        Command::Demo(command) => demo::run(&command),
+        Command::Bench(options) => bench::run(&options),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("kvkeep: {error:#}");
+            ExitCode::from(cli::FAILED)
+        }
+    }
+}

@@ -1,0 +1,174 @@
+//! The command line: what can be asked for, checked before any work begins.
+
+use std::path::{Path, PathBuf};
+
+use clap::{Args, Parser, Subcommand};
+
+/// Something failed; standard error says what and what to do.
+pub(crate) const FAILED: u8 = 1;
+/// An answer with the cache was not the answer without.
+pub(crate) const ANSWERS_DIFFER: u8 = 3;
+
+pub(crate) const EXIT_CODES: &str = "Exit codes:
+  0  done
+  1  something failed: standard error says what, and what to do
+  2  the command line is not valid
+  3  demo: an answer with the cache differs from the answer without";
+
+/// Prefill once: a KV cache for LLM prefixes.
+#[derive(Debug, Parser)]
+#[command(name = "kvkeep", version, about, after_help = EXIT_CODES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Run a real model without and with the cache, and compare
+    Demo(DemoCommand),
+    /// Measure the cache against memcpy and other references, in seconds
+    Bench(BenchOptions),
+}
+
+/// Runs a real model (135M parameters, on the CPU) on real texts: every request first without,
+/// then with the cache, and compares times and answers.
+///
+/// Without a subcommand, both demos run, shortened to about two minutes on two cores.
+/// The model is downloaded on first use (93 MB).
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct DemoCommand {
+    #[command(subcommand)]
+    pub(crate) which: Option<Which>,
+    #[command(flatten)]
+    pub(crate) options: DemoOptions,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand)]
+pub(crate) enum Which {
+    /// Many questions about a few long documents
+    #[command(after_help = EXIT_CODES)]
+    Comparison,
+    /// Two agent sessions whose prompts grow turn by turn
+    ///
+    /// A scripted tool loop: which tool is called is fixed, its result is computed from the texts,
+    /// and the assistant's turns are the model's own answers.
+    #[command(after_help = EXIT_CODES)]
+    Agent,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct DemoOptions {
+    /// A model of your own, in GGUF format [default: SmolLM2-135M-Instruct, downloaded on first use]
+    #[arg(long, global = true, value_name = "PATH.gguf", value_parser = model_file)]
+    pub(crate) model: Option<PathBuf>,
+    /// Compute threads [default: one for each core]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+    /// Requests of each demo [default: comparison 36, agent 50, both together 14 and 10]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(4..=1000))]
+    pub(crate) requests: Option<u16>,
+    /// Memory that the cache may use, in GiB
+    #[arg(long, global = true, value_name = "GIB", default_value = "1", value_parser = gib)]
+    pub(crate) capacity_gb: f64,
+    /// Tokens of a cache block; a prompt's last, partial block is computed again
+    #[arg(long, global = true, value_name = "N", default_value = "16",
+          value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) block_tokens: u32,
+    /// The most tokens of an answer
+    #[arg(long, global = true, value_name = "N", default_value = "16",
+          value_parser = clap::value_parser!(u16).range(1..=512))]
+    pub(crate) max_tokens: u16,
+    /// Draw the time to first token of every request
+    #[arg(long, global = true, value_name = "FILE.svg", value_parser = svg_file)]
+    pub(crate) plot: Option<PathBuf>,
+    /// Print one JSON object instead of tables
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+}
+
+/// Measures the cache; each figure with its reference, taken in the same run.
+///
+/// Medians of several rounds; rounds of the reference lie between those of the cache.
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub(crate) struct BenchOptions {
+    /// Fewer and smaller rounds
+    #[arg(long)]
+    pub(crate) quick: bool,
+    /// Also measure the model: warm time to first token, prefill and decode
+    #[arg(long)]
+    pub(crate) engine: bool,
+    /// A model of your own for --engine, in GGUF format
+    #[arg(long, value_name = "PATH.gguf", value_parser = model_file, requires = "engine")]
+    pub(crate) model: Option<PathBuf>,
+    /// Compute threads of --engine [default: one for each core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024), requires = "engine")]
+    pub(crate) threads: Option<u16>,
+    /// Draw each figure against its bar or reference
+    #[arg(long, value_name = "FILE.svg", value_parser = svg_file)]
+    pub(crate) plot: Option<PathBuf>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+fn gib(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(gib) if gib > 0.0 && gib <= 16_384.0 => Ok(gib),
+        _ => Err("give a size in GiB above 0 and up to 16384, such as 0.5".to_owned()),
+    }
+}
+
+fn model_file(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if path.is_file() { Ok(path) } else { Err("no such file: give the path of a model in GGUF format".to_owned()) }
+}
+
+fn svg_file(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if !path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("svg")) {
+        return Err("plots are SVG: give a name that ends in .svg".to_owned());
+    }
+    let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if dir.is_dir() { Ok(path) } else { Err(format!("there is no directory {}: create it first", dir.display())) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn options_may_stand_before_and_after_the_subcommand() {
+        for args in [["kvkeep", "demo", "--json", "agent"], ["kvkeep", "demo", "agent", "--json"]] {
+            let Command::Demo(demo) = Cli::parse_from(args).command else { panic!("not the demo") };
+            assert_eq!(demo.which, Some(Which::Agent));
+            assert!(demo.options.json);
+        }
+    }
+
+    #[test]
+    fn bad_values_are_refused_with_what_to_do() {
+        for (option, value, says) in [
+            ("--capacity-gb", "NaN", "above 0"),
+            ("--capacity-gb", "-1", "above 0"),
+            ("--requests", "3", "4..=1000"),
+            ("--block-tokens", "0", "1..=1024"),
+            ("--plot", "plot.png", "ends in .svg"),
+            ("--plot", "/no/such/dir/plot.svg", "create it first"),
+            ("--model", "/no/such/model.gguf", "GGUF"),
+        ] {
+            let option = format!("{option}={value}");
+            let error = Cli::try_parse_from(["kvkeep", "demo", option.as_str()]).unwrap_err();
+            assert_eq!(error.exit_code(), 2);
+            assert!(error.to_string().contains(says), "{error}");
+        }
+    }
+}

@@ -1,0 +1,84 @@
+//! Plots as SVG.
+//!
+//! Times span two orders of magnitude between a cold and a warm request, so the axis of time
+//! is logarithmic: on a linear one all warm requests lie on the zero line.
+
+use std::path::Path;
+
+use anyhow::{Result, anyhow};
+use plotters::coord::Shift;
+use plotters::prelude::*;
+
+/// Times to first token of one demo, request by request.
+#[derive(Debug)]
+pub(crate) struct Panel {
+    pub(crate) title: String,
+    pub(crate) without_ms: Vec<f64>,
+    pub(crate) with_ms: Vec<f64>,
+}
+
+const WIDTH: u32 = 900;
+const PANEL_HEIGHT: u32 = 420;
+const FONT: &str = "sans-serif";
+const INK: RGBColor = RGBColor(40, 40, 40);
+/// Told apart by people who do not tell red from green.
+const WITHOUT: RGBColor = RGBColor(213, 94, 0);
+const WITH: RGBColor = RGBColor(0, 114, 178);
+
+/// One panel below the other.
+pub(crate) fn ttft(path: &Path, panels: &[Panel]) -> Result<()> {
+    let height = PANEL_HEIGHT * u32::try_from(panels.len())?;
+    let root = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
+    root.fill(&WHITE).map_err(|error| anyhow!("{error}"))?;
+    for (area, panel) in root.split_evenly((panels.len(), 1)).iter().zip(panels) {
+        draw(area, panel).map_err(|error| anyhow!("{error}"))?;
+    }
+    root.present().map_err(|error| anyhow!("{error}"))
+}
+
+type Drawn<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
+
+fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, panel: &Panel) -> Drawn<'a> {
+    let all = || panel.without_ms.iter().chain(&panel.with_ms).copied();
+    let (low, high) = (all().fold(f64::INFINITY, f64::min), all().fold(1.0, f64::max));
+    let requests = panel.without_ms.len().max(panel.with_ms.len());
+    let times = (decade_below(low)..high * 2.0).log_scale();
+    let mut chart = ChartBuilder::on(area)
+        .margin(16)
+        .caption(&panel.title, (FONT, 20, &INK))
+        .x_label_area_size(46)
+        .y_label_area_size(78)
+        .build_cartesian_2d(0..requests + 1, times)?;
+    chart
+        .configure_mesh()
+        .x_desc("request")
+        .y_desc("time to first token (ms, log scale)")
+        .axis_desc_style((FONT, 15, &INK))
+        .label_style((FONT, 13, &INK))
+        .y_label_formatter(&|ms| format!("{ms}"))
+        .y_labels(6)
+        .x_labels(requests.min(13))
+        .bold_line_style(INK.mix(0.18))
+        .light_line_style(INK.mix(0.05))
+        .draw()?;
+    for (name, times, color) in [("without cache", &panel.without_ms, WITHOUT), ("with kvkeep", &panel.with_ms, WITH)] {
+        let points = || (1..).zip(times.iter().copied());
+        chart.draw_series(LineSeries::new(points(), color.stroke_width(2)))?;
+        chart
+            .draw_series(points().map(|point| Circle::new(point, 3, color.filled())))?
+            .label(name)
+            .legend(move |(x, y)| Circle::new((x + 8, y), 4, color.filled()));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::MiddleRight)
+        .label_font((FONT, 14, &INK))
+        .background_style(WHITE.mix(0.9))
+        .border_style(INK.mix(0.3))
+        .draw()
+}
+
+/// 10, 100, ... so that the lowest time is not on the frame.
+fn decade_below(ms: f64) -> f64 {
+    10f64.powf(ms.max(0.01).log10().floor())
+}

@@ -9,6 +9,7 @@ mod demo;
 mod model;
 mod plot;
 mod stats;
+mod style;
 mod texts;
 
 use std::process::ExitCode;

@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{Result, anyhow};
 use plotters::coord::Shift;
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 
 /// Times to first token of one demo, request by request.
 #[derive(Debug)]
@@ -17,6 +18,15 @@ pub(crate) struct Panel {
     pub(crate) with_ms: Vec<f64>,
 }
 
+/// How many times better than promised, or than the reference.
+#[derive(Debug)]
+pub(crate) struct Bar {
+    pub(crate) name: String,
+    pub(crate) better: f64,
+    /// Measured against a promise, not only against a reference.
+    pub(crate) promised: bool,
+}
+
 const WIDTH: u32 = 900;
 const PANEL_HEIGHT: u32 = 420;
 const FONT: &str = "sans-serif";
@@ -24,6 +34,8 @@ const INK: RGBColor = RGBColor(40, 40, 40);
 /// Told apart by people who do not tell red from green.
 const WITHOUT: RGBColor = RGBColor(213, 94, 0);
 const WITH: RGBColor = RGBColor(0, 114, 178);
+/// What nothing is promised of.
+const GREY: RGBColor = RGBColor(165, 165, 165);
 
 /// One panel below the other.
 pub(crate) fn ttft(path: &Path, panels: &[Panel]) -> Result<()> {
@@ -81,4 +93,51 @@ fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, panel: &Panel) -> Drawn<'
 /// 10, 100, ... so that the lowest time is not on the frame.
 fn decade_below(ms: f64) -> f64 {
     10f64.powf(ms.max(0.01).log10().floor())
+}
+
+/// One bar for each figure, in their order from top to bottom, from 1 to the right if better
+/// and to the left if worse.
+pub(crate) fn ratios(path: &Path, bars: &[Bar]) -> Result<()> {
+    let height = 110 + 30 * u32::try_from(bars.len())?;
+    let root = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
+    root.fill(&WHITE).map_err(|error| anyhow!("{error}"))?;
+    draw_ratios(&root, bars).map_err(|error| anyhow!("{error}"))?;
+    root.present().map_err(|error| anyhow!("{error}"))
+}
+
+fn draw_ratios<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, bars: &[Bar]) -> Drawn<'a> {
+    let better = || bars.iter().map(|bar| bar.better);
+    let (low, high) = (better().fold(0.7, f64::min) * 0.8, better().fold(2.0, f64::max) * 2.5);
+    let count = i32::try_from(bars.len()).unwrap_or(i32::MAX);
+    let rows = (0..count).rev().map(|row| (f64::from(row), f64::from(row) + 0.5));
+    let mut chart = ChartBuilder::on(area)
+        .margin(16)
+        .caption("kvkeep bench: times better than promised (or than the reference)", (FONT, 20, &INK))
+        .x_label_area_size(46)
+        .y_label_area_size(340)
+        .build_cartesian_2d((low..high).log_scale(), 0.0..f64::from(count))?;
+    chart
+        .configure_mesh()
+        .x_desc("times better (log scale); 1 is the promise or the reference")
+        .axis_desc_style((FONT, 15, &INK))
+        .label_style((FONT, 13, &INK))
+        .x_label_formatter(&|times| format!("{times}"))
+        .disable_y_mesh()
+        .y_labels(0)
+        .bold_line_style(INK.mix(0.18))
+        .light_line_style(INK.mix(0.05))
+        .draw()?;
+    for (bar, (bottom, middle)) in bars.iter().zip(rows) {
+        let color = if bar.promised { WITH } else { GREY };
+        let (from, to) = (bar.better.min(1.0), bar.better.max(1.0));
+        let color = if bar.better < 1.0 && bar.promised { WITHOUT } else { color };
+        chart.draw_series([Rectangle::new([(from, bottom + 0.18), (to, bottom + 0.82)], color.filled())])?;
+        let (x, y) = chart.backend_coord(&(low, middle));
+        let name = Pos::new(HPos::Right, VPos::Center);
+        area.draw_text(&bar.name, &(FONT, 14, &INK).into_text_style(area).pos(name), (x - 8, y))?;
+        let (x, y) = chart.backend_coord(&(to, middle));
+        let value = Pos::new(HPos::Left, VPos::Center);
+        area.draw_text(&format!("{:.2}x", bar.better), &(FONT, 13, &INK).into_text_style(area).pos(value), (x + 6, y))?;
+    }
+    chart.draw_series(LineSeries::new([(1.0, 0.0), (1.0, f64::from(count))], INK.stroke_width(2))).map(drop)
 }

@@ -1,12 +1,11 @@
 //! Both runs of a demo as one JSON object, and as a table for people.
 
-use std::io::IsTerminal;
-
-use comfy_table::{Attribute, Cell, CellAlignment, Color, Table, presets};
+use comfy_table::{Attribute, Cell, CellAlignment, Color, Table};
 use serde::Serialize;
 
 use super::{Outcome, Run};
 use crate::stats::{TimesMs, float, ratio};
+use crate::style;
 
 /// What `--json` prints for one demo.
 #[derive(Debug, Serialize)]
@@ -111,11 +110,7 @@ pub(super) fn text(outcome: &Outcome, summary: &Summary) -> String {
 }
 
 fn table(without: &Half, with: &Half) -> Table {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    if !std::io::stdout().is_terminal() || std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty()) {
-        table.force_no_tty();
-    }
+    let mut table = style::table();
     let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
     let bold = |text: &str| Cell::new(text).add_attribute(Attribute::Bold);
     table.set_header(vec![

@@ -104,7 +104,7 @@ pub(super) fn threads(effort: Effort) -> Result<Vec<Figure>> {
     let rates = THREADS.iter().zip(seconds).map(|(threads, s)| (*threads, float(threads * times) / s / 1e6));
     let (_, single) = rates.clone().next().unwrap_or_default();
     let figure = |(threads, rate)| {
-        Figure::rate(format!("hits of 2 MiB blocks, {threads} threads"), rate, "million/s", single, "1 thread")
+        Figure::rate(format!("hits of 2 MiB blocks, threads: {threads}"), rate, "million/s", single, "1 thread")
     };
     Ok(rates.map(figure).collect())
 }

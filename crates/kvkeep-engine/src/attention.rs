@@ -30,7 +30,6 @@ pub(crate) struct Scratch {
 #[derive(Debug, Default)]
 struct Local {
     queries: Vec<f32>,
-    keys: Vec<f32>,
     scores: Vec<f32>,
     max: Vec<f32>,
     sum: Vec<f32>,
@@ -43,8 +42,9 @@ pub(crate) struct Attention<'a> {
     pub(crate) config: &'a Config,
     /// Queries first, rotated and scaled to units of log2.
     pub(crate) queries: &'a Acts,
-    /// All keys of the sequence, the batch's own included.
-    pub(crate) keys: &'a [f16],
+    /// All keys of the sequence, the batch's own included: `[tile][kv_head][head_dim][64]`.
+    pub(crate) key_tiles: &'a [f16],
+    /// All values: `[token][kv_head][head_dim]`.
     pub(crate) values: &'a [f16],
     /// Position of the batch's first row.
     pub(crate) start: usize,
@@ -96,16 +96,15 @@ impl Attention<'_> {
             // Rows of earlier positions do not see this tile.
             let hidden = tile.saturating_sub(first) * group;
             let first_visible = first + hidden / group - tile + 1;
-            let keys = TILE_KEYS.min(end - tile);
-            let at = tile * self.config.kv_dim() + block.kv_head * head_dim;
-            let k = self.keys.get(at..).unwrap_or_default();
-            self.kernels.pack_keys(k, self.config.kv_dim(), keys, head_dim, &mut local.keys);
+            let at = tile * self.config.kv_dim();
+            let keys = self.key_tiles.get(at + block.kv_head * head_dim * TILE_KEYS..).unwrap_or_default();
+            let values = self.values.get(at + block.kv_head * head_dim..).unwrap_or_default();
             let scores = Product {
                 a: local.queries.get(hidden * LANES..).unwrap_or_default(),
                 a_stride: stride,
-                w: &local.keys,
-                w_stride: head_dim * LANES,
-                w_step: LANES,
+                w: keys,
+                w_stride: LANES,
+                w_step: TILE_KEYS,
                 k: head_dim,
                 rows: rows - hidden,
                 panels: TILE_KEYS / LANES,
@@ -123,7 +122,6 @@ impl Attention<'_> {
                 acc: out,
                 acc_panels: head_dim / LANES,
             });
-            let values = self.values.get(at..).unwrap_or_default();
             self.add_values(local, values, hidden..rows, first_visible, out);
         }
         for panel in out.chunks_exact_mut(stride) {
@@ -196,7 +194,6 @@ impl Attention<'_> {
 impl Local {
     fn prepare(&mut self, rows: usize, head_dim: usize) {
         self.queries.resize(rows * head_dim, 0.0);
-        self.keys.resize(TILE_KEYS * head_dim, 0.0);
         self.scores.resize(TILE_KEYS * rows, 0.0);
         self.max.clear();
         self.max.resize(rows, f32::NEG_INFINITY);
@@ -208,6 +205,7 @@ impl Local {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kv::LayerKv;
 
     fn config() -> Config {
         Config {
@@ -257,7 +255,12 @@ mod tests {
         q.iter().enumerate().for_each(|(row, q)| queries.set_row(row, q));
         let mut out = Acts::new(config.q_dim());
         out.set_rows(q.len());
-        let attention = Attention { kernels, config, queries: &queries, keys: k, values: v, start };
+        let tokens = start + q.len();
+        let tiles = vec![f16::NAN; tokens.next_multiple_of(TILE_KEYS) * config.kv_dim()];
+        let mut kv = LayerKv { k: k.to_vec(), v: v.to_vec(), tiles };
+        kv.tile(0..tokens, config.kv_heads, config.head_dim);
+        let (key_tiles, values) = (&kv.tiles, &kv.v);
+        let attention = Attention { kernels, config, queries: &queries, key_tiles, values, start };
         attention.run(&mut Scratch::new(2), &mut out);
         (0..q.len()).map(|row| out.row(row).flatten().copied().collect()).collect()
     }

@@ -78,6 +78,7 @@ impl Model {
     /// Appends the KV of `tokens` and returns the wanted logits, row after row. The caller
     /// has checked the tokens and the room.
     pub(crate) fn forward(&self, tokens: &[u32], kv: &mut KvBuffer, scratch: &mut Scratch, want: Want) -> Vec<f32> {
+        kv.tile_imported();
         let mut logits = Vec::new();
         let mut left = tokens.len();
         for batch in tokens.chunks(self.batch_tokens) {
@@ -85,7 +86,7 @@ impl Model {
             if self.batch(batch, kv, scratch, want == Want::All, left == 0) {
                 self.logits(scratch, &mut logits);
             }
-            kv.advance(batch.len());
+            kv.advance_tiled(batch.len());
         }
         logits
     }
@@ -191,6 +192,7 @@ impl Model {
         };
         write(q_panels, &mut kv.k);
         write(q_panels + kv_panels, &mut kv.v);
+        kv.tile(start..start + qkv.rows(), self.config.kv_heads, self.config.head_dim);
     }
 
     fn attend(&self, kv: &LayerKv, start: usize, s: &mut Scratch) {
@@ -199,7 +201,7 @@ impl Model {
             kernels: self.kernels,
             config: &self.config,
             queries: &s.qkv,
-            keys: &kv.k,
+            key_tiles: &kv.tiles,
             values: &kv.v,
             start,
         };

@@ -1,4 +1,31 @@
-//! A real model with KV in and out.
+//! A real Llama-family model on the CPU whose KV goes in and out: the engine behind
+//! `kvkeep`'s demos and server.
+//!
+//! Its arithmetic is batch-invariant: every value is computed by one fixed order of
+//! operations, whatever the batch, the cut of the prompt, the number of threads or the
+//! instruction set. So KV from a cache, from another request, or made while decoding is the
+//! KV that a prefill of the whole prompt would have made, to the last bit, and reuse
+//! can begin at any block. Engines whose sums depend on the shapes of a batch can only
+//! promise "nearly the same answer".
+//!
+//! ```no_run
+//! use std::ops::ControlFlow;
+//!
+//! use kvkeep::{CacheConfig, KvCache};
+//! use kvkeep_engine::{ChatMessage, Engine, EngineOptions, GenerateOptions, Generator};
+//!
+//! let engine = Engine::load("model.gguf", &EngineOptions::default())?;
+//! let cache = KvCache::new(CacheConfig::new(1 << 30))?;
+//! let mut generator = Generator::new(&engine, 4096, engine.namespace(64)?)?;
+//!
+//! let prompt = engine.chat_tokens(&[ChatMessage::new("user", "Why is the sky blue?")], true)?;
+//! let answer = generator.generate(&prompt, Some(&cache), &GenerateOptions::greedy(100), &mut |_, text| {
+//!     print!("{text}");
+//!     ControlFlow::Continue(())
+//! })?;
+//! println!("{} of {} tokens cached", answer.cached_tokens, answer.prompt_tokens);
+//! # Ok::<(), kvkeep_engine::EngineError>(())
+//! ```
 
 mod acts;
 mod attention;

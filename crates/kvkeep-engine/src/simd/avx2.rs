@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::{Into, LANES, Product, SoftmaxTile, TILE_KEYS, Weight, body};
+use super::{Into, LANES, Product, SoftmaxTile, Weight, body};
 
 macro_rules! compiled_with_avx2 {
     ($($name:ident($($arg:ident: $type:ty),*);)+) => {
@@ -188,68 +188,4 @@ pub(super) fn narrow(from: &[f32], to: &mut [f16]) {
     for (from, to) in from.chunks_exact(8).remainder().iter().zip(to_chunks.into_remainder()) {
         *to = f16::from_f32(*from);
     }
-}
-
-/// 8 floats of one head of one key, or 0 behind the last key.
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn wide8(from: &[f16], at: usize, present: bool) -> __m256 {
-    if !present {
-        return _mm256_setzero_ps();
-    }
-    let from = &from[at..at + 8];
-    // SAFETY: the slice just taken has 8 elements, 16 bytes.
-    unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.as_ptr().cast())) }
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn store8(to: &mut [f32], at: usize, value: __m256) {
-    let to = &mut to[at..at + 8];
-    // SAFETY: the slice just taken has 8 elements, 32 bytes.
-    unsafe { _mm256_storeu_ps(to.as_mut_ptr(), value) };
-}
-
-#[target_feature(enable = "avx2,fma,f16c")]
-pub(super) fn pack_keys(from: &[f16], stride: usize, keys: usize, head_dim: usize, to: &mut [f32]) {
-    for key in (0..TILE_KEYS).step_by(8) {
-        for d in (0..head_dim).step_by(8) {
-            let mut rows = [_mm256_setzero_ps(); 8];
-            for (i, row) in rows.iter_mut().enumerate() {
-                *row = wide8(from, (key + i) * stride + d, key + i < keys);
-            }
-            let columns = transpose(rows);
-            for (i, column) in columns.into_iter().enumerate() {
-                store8(to, (key / LANES * head_dim + d + i) * LANES + key % LANES, column);
-            }
-        }
-    }
-}
-
-#[inline]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn transpose(r: [__m256; 8]) -> [__m256; 8] {
-    let lo = |a, b| _mm256_unpacklo_ps(a, b);
-    let hi = |a, b| _mm256_unpackhi_ps(a, b);
-    let t = [lo(r[0], r[1]), hi(r[0], r[1]), lo(r[2], r[3]), hi(r[2], r[3])];
-    let u = [lo(r[4], r[5]), hi(r[4], r[5]), lo(r[6], r[7]), hi(r[6], r[7])];
-    let quads = |t: [__m256; 4]| {
-        [
-            _mm256_shuffle_ps::<0x44>(t[0], t[2]),
-            _mm256_shuffle_ps::<0xEE>(t[0], t[2]),
-            _mm256_shuffle_ps::<0x44>(t[1], t[3]),
-            _mm256_shuffle_ps::<0xEE>(t[1], t[3]),
-        ]
-    };
-    let (t, u) = (quads(t), quads(u));
-    [
-        _mm256_permute2f128_ps::<0x20>(t[0], u[0]),
-        _mm256_permute2f128_ps::<0x20>(t[1], u[1]),
-        _mm256_permute2f128_ps::<0x20>(t[2], u[2]),
-        _mm256_permute2f128_ps::<0x20>(t[3], u[3]),
-        _mm256_permute2f128_ps::<0x31>(t[0], u[0]),
-        _mm256_permute2f128_ps::<0x31>(t[1], u[1]),
-        _mm256_permute2f128_ps::<0x31>(t[2], u[2]),
-        _mm256_permute2f128_ps::<0x31>(t[3], u[3]),
-    ]
 }

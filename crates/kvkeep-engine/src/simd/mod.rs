@@ -189,13 +189,6 @@ impl Kernels {
         pick!(self, narrow(from, to));
     }
 
-    /// Keys of a tile as the right side of a product: `[keys / 16][head_dim][16]`.
-    /// Key `i` begins at `from[i * stride]`; keys that are not there become 0.
-    pub(crate) fn pack_keys(self, from: &[f16], stride: usize, keys: usize, head_dim: usize, to: &mut [f32]) {
-        assert_tile(from, stride, keys, head_dim, to);
-        pick!(self, pack_keys(from, stride, keys, head_dim, to));
-    }
-
     /// Scores to probabilities; rescales what was summed before.
     pub(crate) fn softmax(self, tile: &mut SoftmaxTile<'_>) {
         pick!(self, softmax(tile));
@@ -205,12 +198,6 @@ impl Kernels {
     pub(crate) fn divide(self, panel: &mut [f32], sums: &[f32]) {
         pick!(self, divide(panel, sums));
     }
-}
-
-fn assert_tile(from: &[f16], stride: usize, keys: usize, head_dim: usize, to: &[f32]) {
-    assert!(head_dim.is_multiple_of(LANES) && (1..=TILE_KEYS).contains(&keys) && stride >= head_dim);
-    assert!((keys - 1) * stride + head_dim <= from.len());
-    assert!(to.len() >= head_dim * TILE_KEYS);
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use half::f16;
 
 pub(super) use super::body::{divide, normalize, rms_inverse, rope, softmax, swiglu};
-use super::{Into, LANES, Product, TILE_KEYS, Weight};
+use super::{Into, LANES, Product, Weight};
 
 pub(super) fn product<W: Weight>(product: &Product<'_, W>, out: &mut [f32], into: Into) {
     for panel in 0..product.panels {
@@ -31,14 +31,5 @@ pub(super) fn product<W: Weight>(product: &Product<'_, W>, out: &mut [f32], into
 pub(super) fn narrow(from: &[f32], to: &mut [f16]) {
     for (from, to) in from.iter().zip(to) {
         *to = f16::from_f32(*from);
-    }
-}
-
-pub(super) fn pack_keys(from: &[f16], stride: usize, keys: usize, head_dim: usize, to: &mut [f32]) {
-    for key in 0..TILE_KEYS {
-        for d in 0..head_dim {
-            let value = if key < keys { from[key * stride + d].to_f32() } else { 0.0 };
-            to[(key / LANES * head_dim + d) * LANES + key % LANES] = value;
-        }
     }
 }

@@ -1,7 +1,8 @@
-//! How tables look, in one place.
+//! How results reach people: what tables look like, and standard output.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 
+use anyhow::{Context, Result};
 use comfy_table::{Table, presets};
 
 /// An empty table: colours only if standard output is a terminal and `NO_COLOR` is not set.
@@ -12,4 +13,9 @@ pub(crate) fn table() -> Table {
         table.force_no_tty();
     }
     table
+}
+
+/// Writes a line to standard output. `println!` would panic where a reader, such as `head`, has left.
+pub(crate) fn say(text: &str) -> Result<()> {
+    writeln!(std::io::stdout(), "{text}").context("cannot write to standard output")
 }

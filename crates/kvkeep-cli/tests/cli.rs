@@ -1,5 +1,7 @@
 //! The binary from outside: what it prints, and how it exits.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests, where a panic is the report")]
+
 use std::process::{Command, Output};
 
 use serde_json::Value;

@@ -53,6 +53,9 @@ struct Effort {
     quick: bool,
 }
 
+/// For memory to be touched and clocks to rise.
+const UNCOUNTED_ROUNDS: usize = 2;
+
 type Measure = fn(Effort) -> Result<Vec<Figure>>;
 
 const MEASURES: [(&str, Measure); 7] = [
@@ -68,6 +71,8 @@ const MEASURES: [(&str, Measure); 7] = [
 /// Measures and prints.
 pub(crate) fn run(options: &BenchOptions) -> Result<ExitCode> {
     let effort = Effort { quick: options.quick };
+    let threads = options.threads.map(usize::from);
+    let engine = options.engine.then(|| model::load(options.model.as_deref(), threads)).transpose()?;
     let bar = measure_bar(MEASURES.len() + usize::from(options.engine));
     let mut figures = Vec::new();
     for (name, measure) in MEASURES {
@@ -75,10 +80,9 @@ pub(crate) fn run(options: &BenchOptions) -> Result<ExitCode> {
         figures.extend(measure(effort)?);
         bar.inc(1);
     }
-    if options.engine {
+    if let Some(engine) = &engine {
         bar.set_message("engine");
-        let engine = model::load(options.model.as_deref(), options.threads.map(usize::from))?;
-        figures.extend(engine::figures(&engine, effort)?);
+        figures.extend(engine::figures(engine, effort)?);
     }
     bar.finish_and_clear();
     report::print(&figures, options.json)?;
@@ -134,12 +138,11 @@ impl Effort {
 /// Medians, in seconds, of what the closures return; they take turns, and the first rounds
 /// are not counted.
 fn alternate<const N: usize>(rounds: usize, mut timed: [&mut dyn FnMut() -> Result<Duration>; N]) -> Result<[f64; N]> {
-    const UNCOUNTED: usize = 2;
     let mut seconds = [const { Vec::new() }; N];
-    for round in 0..rounds + UNCOUNTED {
+    for round in 0..rounds + UNCOUNTED_ROUNDS {
         for (timed, seconds) in timed.iter_mut().zip(&mut seconds) {
             let took = timed()?;
-            if round >= UNCOUNTED {
+            if round >= UNCOUNTED_ROUNDS {
                 seconds.push(took.as_secs_f64());
             }
         }

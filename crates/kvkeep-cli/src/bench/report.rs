@@ -13,14 +13,12 @@ struct Results<'a> {
     results: &'a [Figure],
 }
 
-#[expect(clippy::print_stdout, reason = "printing results is what it is for")]
 pub(super) fn print(figures: &[Figure], json: bool) -> Result<()> {
     if json {
-        println!("{}", serde_json::to_string_pretty(&Results { results: figures })?);
+        style::say(&serde_json::to_string_pretty(&Results { results: figures })?)
     } else {
-        println!("{}", table(figures));
+        style::say(&table(figures))
     }
-    Ok(())
 }
 
 fn table(figures: &[Figure]) -> String {

@@ -10,7 +10,7 @@ mod tools;
 use anyhow::{Context, Result, ensure};
 use kvkeep_engine::{ChatMessage, Engine};
 
-use super::{Lab, Outcome};
+use super::{Client, Lab, Outcome};
 use crate::texts::{AGENT, TOOLS};
 use tools::TASKS;
 
@@ -31,41 +31,44 @@ struct Session {
 }
 
 pub(super) fn run(lab: &Lab<'_>, requests: usize) -> Result<Outcome> {
-    let engine = lab.engine;
-    let opened = TASKS.iter().map(|task| Session::open(engine, task.text)).collect::<Result<Vec<_>>>()?;
+    let opened = TASKS.iter().map(|task| Session::open(lab.engine, task.text)).collect::<Result<Vec<_>>>()?;
     let needed = needed_tokens(lab, &opened, requests)?;
-    let mut finished = Vec::new();
+    let mut sessions = Vec::new();
     let (without, with, cache) = lab.measure(requests, needed, |client| {
-        let mut sessions = opened.clone();
-        for request in 0..requests {
-            let (which, turn) = (request % sessions.len(), request / sessions.len());
-            let session = sessions.get_mut(which).context("no such session")?;
-            if let Some(result) = turn.checked_sub(1).and_then(|call| tools::message(which, call)) {
-                session.hear(engine, &result)?;
-            }
-            let answer = client.send(&session.tokens)?;
-            session.say(&answer.tokens, &answer.text);
-        }
-        finished = sessions;
-        Ok(())
+        sessions.clone_from(&opened);
+        talk(lab.engine, client, &mut sessions, requests)
     })?;
-    let longest = with.answers.iter().map(|answer| answer.prompt_tokens).max().unwrap_or_default();
-    let shortest = with.answers.iter().map(|answer| answer.prompt_tokens).min().unwrap_or_default();
+    let lengths = || with.answers.iter().map(|answer| answer.prompt_tokens);
+    let (shortest, longest) = (lengths().min().unwrap_or_default(), lengths().max().unwrap_or_default());
     Ok(Outcome {
         title: "Agent",
         about: format!(
-            "{requests} turns of {} sessions with one system prompt, prompts growing from {shortest} to {longest} tokens",
+            "{requests} turns of {} sessions with one system prompt, growing from {shortest} to {longest} tokens",
             TASKS.len()
         ),
-        model: engine.model_name().to_owned(),
-        threads: engine.threads(),
+        model: lab.engine.model_name().to_owned(),
+        threads: lab.engine.threads(),
         block_tokens: lab.options.block_tokens,
         without,
         with,
         first_turns: (0..TASKS.len()).collect(),
-        example: finished.first().map(Session::last_turn).unwrap_or_default(),
+        example: sessions.first().map(Session::last_turn).unwrap_or_default(),
         cache,
     })
+}
+
+/// The sessions take turns.
+fn talk(chat: &impl Chat, client: &mut Client<'_>, sessions: &mut [Session], requests: usize) -> Result<()> {
+    for request in 0..requests {
+        let (which, turn) = (request % sessions.len(), request / sessions.len());
+        let session = sessions.get_mut(which).context("no such session")?;
+        if let Some(result) = turn.checked_sub(1).and_then(|call| tools::message(which, call)) {
+            session.hear(chat, &result)?;
+        }
+        let answer = client.send(&session.tokens)?;
+        session.say(&answer.tokens, &answer.text);
+    }
+    Ok(())
 }
 
 /// Room for the longest session if every answer is as long as it may be.
@@ -123,10 +126,9 @@ impl Session {
     }
 
     /// For people: the last thing heard and said.
-    fn last_turn(&self) -> String {
-        let tail = self.messages.get(self.messages.len().saturating_sub(2)..).unwrap_or_default();
-        let lines: Vec<String> = tail.iter().map(|message| format!("{:?}", message.content)).collect();
-        lines.join("\n  ")
+    fn last_turn(&self) -> [(&'static str, String); 2] {
+        let said = |back: usize| self.messages.iter().rev().nth(back).map(|m| m.content.clone()).unwrap_or_default();
+        [("tool", said(1)), ("model", said(0))]
     }
 }
 

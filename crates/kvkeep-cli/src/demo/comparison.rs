@@ -38,7 +38,7 @@ pub(super) fn run(lab: &Lab<'_>, requests: usize) -> Result<Outcome> {
         without,
         with,
         first_turns: (0..documents.len()).collect(),
-        example: format!("{}: {question}\n  {answer:?}", document.file),
+        example: [("question", format!("({}) {question}", document.file)), ("answer", answer)],
         cache,
     })
 }

@@ -18,7 +18,7 @@ use kvkeep_engine::{Engine, GenerateOptions, Generation, Generator};
 
 use crate::cli::{ANSWERS_DIFFER, DemoCommand, DemoOptions, Which};
 use crate::stats::{float, ratio};
-use crate::{model, plot};
+use crate::{model, plot, style};
 use report::Both;
 
 /// Requests of each demo alone, and of both in one go.
@@ -58,8 +58,8 @@ struct Outcome {
     with: Run,
     /// Requests that are the first of their session.
     first_turns: Vec<usize>,
-    /// One request in words, for people.
-    example: String,
+    /// One request for people: who speaks, and what is said.
+    example: [(&'static str, String); 2],
     cache: kvkeep::Stats,
 }
 
@@ -104,19 +104,16 @@ fn exit_code(outcomes: &[Outcome]) -> ExitCode {
     code
 }
 
-#[expect(clippy::print_stdout, reason = "printing results is what it is for")]
 fn print(outcomes: &[Outcome], json: bool) -> Result<()> {
     let summaries: Vec<report::Summary> = outcomes.iter().map(report::Summary::of).collect();
     match (json, summaries.as_slice()) {
-        (true, [one]) => println!("{}", serde_json::to_string_pretty(one)?),
-        (true, [comparison, agent]) => println!("{}", serde_json::to_string_pretty(&Both { comparison, agent })?),
-        _ => {
-            for (outcome, summary) in outcomes.iter().zip(&summaries) {
-                println!("\n{}", report::text(outcome, summary));
-            }
-        }
+        (true, [one]) => style::say(&serde_json::to_string_pretty(one)?),
+        (true, [comparison, agent]) => style::say(&serde_json::to_string_pretty(&Both { comparison, agent })?),
+        _ => outcomes
+            .iter()
+            .zip(&summaries)
+            .try_for_each(|(outcome, summary)| style::say(&report::text(outcome, summary))),
     }
-    Ok(())
 }
 
 impl Lab<'_> {
@@ -241,7 +238,7 @@ mod tests {
             without,
             with,
             first_turns: vec![0],
-            example: String::new(),
+            example: Default::default(),
             cache: kvkeep::Stats::default(),
         }
     }

@@ -86,7 +86,10 @@ pub(super) fn text(outcome: &Outcome, summary: &Summary) -> String {
         "THEY DIFFER".to_owned()
     };
     let facts = [
-        ("speed-up", format!("{:.1}x on the average time to first token", summary.speedup)),
+        (
+            "speed-up",
+            format!("{:.1}x on the average time to first token, cold first requests included", summary.speedup),
+        ),
         (
             "hit rate",
             format!(
@@ -102,9 +105,11 @@ pub(super) fn text(outcome: &Outcome, summary: &Summary) -> String {
         ("cache", format!("{:.0} MiB in {} blocks of {block_tokens} tokens", cache.size_mb(), cache.entries)),
     ];
     let facts: String = facts.iter().map(|(name, value)| format!("  {name:<11} {value}\n")).collect();
-    let example = &outcome.example;
+    let said =
+        |(who, text): &(&str, String)| format!("  {who:<11} {}\n", text.trim().replace('\n', &format!("\n{:14}", "")));
+    let example: String = outcome.example.iter().map(said).collect();
     format!(
-        "{title}: {about}\n{model}, {threads} threads\n{}\n{facts}\nFor example, {example}\n",
+        "{title}: {about}\n{model}, {threads} threads\n{}\n{facts}\nOne of them, as the model answered it\n{example}",
         table(&summary.without, &summary.with)
     )
 }

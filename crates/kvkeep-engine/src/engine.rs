@@ -9,11 +9,12 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use crate::chat::{ChatMessage, ChatTemplate};
 use crate::config::Config;
 use crate::error::{EngineError, Result};
-use crate::forward::{Model, Scratch, Want};
+use crate::forward::{Batch, Model, Scratch, Want};
 use crate::gguf::Gguf;
 use crate::kv::KvBuffer;
 use crate::simd::Kernels;
 use crate::tokenizer::Tokenizer;
+use crate::turns::Turns;
 use crate::weights::Weights;
 
 /// What computes KV here, as far as its bits depend on it. Change it with the arithmetic.
@@ -31,6 +32,7 @@ struct Shared {
     tokenizer: Tokenizer,
     chat: Option<ChatTemplate>,
     pool: ThreadPool,
+    turns: Turns,
     revision: String,
     /// Held only to take one out or put it back.
     scratches: Mutex<Vec<Scratch>>,
@@ -104,7 +106,15 @@ impl Engine {
         if let Some(batch_tokens) = options.batch_tokens {
             model.batch_tokens = batch_tokens.max(1);
         }
-        let shared = Shared { model, tokenizer, chat, pool, revision: revision?, scratches: Mutex::default() };
+        let shared = Shared {
+            model,
+            tokenizer,
+            chat,
+            pool,
+            turns: Turns::default(),
+            revision: revision?,
+            scratches: Mutex::default(),
+        };
         Ok(Self { shared: Arc::new(shared) })
     }
 
@@ -227,7 +237,13 @@ impl Engine {
         }
         kv.check_room(kv.len() + tokens.len())?;
         let mut scratch = self.scratches().pop().unwrap_or_else(|| model.scratch());
-        let logits = pool.install(|| model.forward(tokens, kv, &mut scratch, want));
+        let mut logits = Vec::new();
+        let mut batches = tokens.chunks(model.batch_tokens).peekable();
+        while let Some(tokens) = batches.next() {
+            let batch = Batch { tokens, want, last: batches.peek().is_none() };
+            let _turn = self.shared.turns.take();
+            pool.install(|| model.pass(&batch, kv, &mut scratch, &mut logits));
+        }
         self.scratches().push(scratch);
         Ok(logits)
     }

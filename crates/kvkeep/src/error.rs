@@ -4,6 +4,7 @@
 //! [`Rejection`] inside a stated result.
 
 use std::io;
+use std::path::PathBuf;
 
 use crate::tensor::{DType, Shape};
 
@@ -115,6 +116,38 @@ pub enum Error {
         /// What the operating system said.
         source: io::Error,
     },
+    /// The disk tier's directory cannot be used.
+    #[error("cannot {doing} the disk tier at {}: {source}", .dir.display())]
+    Disk {
+        /// The directory.
+        dir: PathBuf,
+        /// What was tried: `open`, `flush`, `close`.
+        doing: &'static str,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// Another process has the directory.
+    #[error(
+        "the disk tier at {} is in use by {}: close it there, or give this one a directory of its own",
+        .dir.display(), .pid.map_or_else(|| "another process".into(), |pid| format!("process {pid}"))
+    )]
+    DiskLocked {
+        /// The directory.
+        dir: PathBuf,
+        /// The process that has it, if it said so.
+        pid: Option<u32>,
+    },
+    /// The directory was written with another key, or none, or by another release.
+    #[error("the disk tier at {} does not open: {reason}", .dir.display())]
+    DiskRefused {
+        /// The directory.
+        dir: PathBuf,
+        /// Why, and what to do.
+        reason: String,
+    },
+    /// There is no disk tier.
+    #[error("the cache has no disk tier: configure one")]
+    NoDisk,
 }
 
 /// Shorthand for results of this crate.

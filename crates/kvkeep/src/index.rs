@@ -7,27 +7,18 @@
 //! it is read is unlinked at once (nobody finds it any more) and keeps its slot and its
 //! extent until the last reader is gone.
 
-use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use hashbrown::HashTable;
 
 use crate::eviction::EntryId;
 use crate::key::{NamespaceId, ObjectKey};
-use crate::tensor::{DType, Shape};
+use crate::namespaces::Namespaces;
+use crate::tensor::PairSpec;
 use crate::tier::ram::Extent;
 
 /// `expires_at_ms` of what never expires.
 pub(crate) const NEVER: u64 = u64::MAX;
-
-/// What two tensors of a named entry look like; blocks have their namespace's layout instead.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct PairSpec {
-    pub(crate) k: (DType, Shape),
-    pub(crate) v: (DType, Shape),
-    /// Length of the prefix text the pair is stored under.
-    pub(crate) prefix_bytes: usize,
-}
 
 /// One sealed object.
 #[derive(Debug)]
@@ -53,21 +44,10 @@ pub(crate) struct Index {
     namespaces: Namespaces,
 }
 
-/// Small numbers for namespaces, kept only while they have entries.
-#[derive(Debug, Default)]
-struct Namespaces {
-    numbers: HashMap<NamespaceId, u32>,
-    records: Vec<NamespaceRecord>,
-    free_numbers: Vec<u32>,
-}
-
-#[derive(Debug)]
-struct NamespaceRecord {
-    id: NamespaceId,
-    entries: usize,
-    layers: u32,
-    /// Length of a stored prefix text → linked entries under prefixes of that length.
-    prefix_lengths: BTreeMap<usize, usize>,
+impl Entry {
+    fn prefix_bytes(&self) -> Option<usize> {
+        self.spec.as_ref().map(|spec| spec.prefix_bytes)
+    }
 }
 
 impl Index {
@@ -86,7 +66,7 @@ impl Index {
 
     /// Adds an entry under a key that is not in the index.
     pub(crate) fn insert(&mut self, entry: Entry) -> EntryId {
-        self.namespaces.count(&entry, true);
+        self.namespaces.add(entry.namespace, entry.key.layer(), entry.prefix_bytes());
         let key = entry.key;
         let id = self.free_slots.pop().unwrap_or_else(|| self.new_slot());
         if let Some(slot) = self.slots.get_mut(id as usize) {
@@ -105,7 +85,7 @@ impl Index {
         let Self { table, slots, namespaces, .. } = self;
         let Some(Some(entry)) = slots.get_mut(id as usize) else { return };
         if std::mem::take(&mut entry.linked) {
-            namespaces.count(entry, false);
+            namespaces.remove(entry.namespace, entry.prefix_bytes());
             if let Ok(found) = table.find_entry(entry.key.table_hash(), |other| *other == id) {
                 found.remove();
             }
@@ -135,23 +115,9 @@ impl Index {
         self.table.iter().copied().filter(live).collect()
     }
 
-    /// The number of a namespace that has entries.
-    pub(crate) fn known_namespace(&self, id: NamespaceId) -> Option<u32> {
-        self.namespaces.numbers.get(&id).copied()
-    }
-
-    /// One more than the highest layer stored in a namespace since it was last empty.
-    pub(crate) fn layers(&self, id: NamespaceId) -> u32 {
-        let record = self.known_namespace(id).and_then(|number| self.namespaces.records.get(number as usize));
-        record.map_or(0, |record| record.layers)
-    }
-
-    /// Distinct lengths of the prefix texts stored in a namespace, up to `max_bytes`, shortest first.
-    pub(crate) fn prefix_lengths(&self, id: NamespaceId, max_bytes: usize) -> Vec<usize> {
-        let record = self.known_namespace(id).and_then(|number| self.namespaces.records.get(number as usize));
-        record.map_or_else(Vec::new, |record| {
-            record.prefix_lengths.range(..=max_bytes).map(|(length, _)| *length).collect()
-        })
+    /// The namespaces of the entries.
+    pub(crate) fn namespaces(&self) -> &Namespaces {
+        &self.namespaces
     }
 
     /// When the next entry expires; [`NEVER`] if none does.
@@ -178,46 +144,5 @@ impl Index {
         }
         self.slots.push(None);
         EntryId::try_from(self.slots.len() - 1).unwrap_or(EntryId::MAX)
-    }
-}
-
-impl Namespaces {
-    fn number(&mut self, id: NamespaceId) -> u32 {
-        if let Some(number) = self.numbers.get(&id) {
-            return *number;
-        }
-        let record = NamespaceRecord { id, entries: 0, layers: 0, prefix_lengths: BTreeMap::new() };
-        let number = match self.free_numbers.pop() {
-            Some(number) => {
-                if let Some(slot) = self.records.get_mut(number as usize) {
-                    *slot = record;
-                }
-                number
-            }
-            None => {
-                self.records.push(record);
-                u32::try_from(self.records.len() - 1).unwrap_or(u32::MAX)
-            }
-        };
-        self.numbers.insert(id, number);
-        number
-    }
-
-    /// Counts an entry in or out, and forgets a namespace with its last entry.
-    fn count(&mut self, entry: &Entry, add: bool) {
-        let Some(record) = self.records.get_mut(entry.namespace as usize) else { return };
-        if let Some(spec) = &entry.spec {
-            let entries = record.prefix_lengths.entry(spec.prefix_bytes).or_insert(0);
-            *entries = if add { *entries + 1 } else { *entries - 1 };
-            if *entries == 0 {
-                record.prefix_lengths.remove(&spec.prefix_bytes);
-            }
-        }
-        record.layers = record.layers.max(entry.key.layer() + 1);
-        record.entries = if add { record.entries + 1 } else { record.entries - 1 };
-        if record.entries == 0 {
-            self.numbers.remove(&record.id);
-            self.free_numbers.push(entry.namespace);
-        }
     }
 }

@@ -166,6 +166,16 @@ impl NamespaceId {
         hasher.update(name);
         Self(hasher.finalize().into())
     }
+
+    pub(crate) fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// The 32 bytes of the identity.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
 }
 
 impl BlockHash {
@@ -192,6 +202,14 @@ impl BlockHash {
 }
 
 impl ObjectKey {
+    pub(crate) fn new(hash: [u8; 32], layer: u32) -> Self {
+        Self { hash, layer }
+    }
+
+    pub(crate) fn hash(&self) -> &[u8; 32] {
+        &self.hash
+    }
+
     pub(crate) fn layer(&self) -> u32 {
         self.layer
     }

@@ -10,11 +10,10 @@ use std::time::Duration;
 
 use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Error, Rejection, Result};
-use crate::index::PairSpec;
 use crate::key::{NamespaceId, ObjectKey, PrefixHash, PrefixHasher};
 use crate::stats::Stats;
 use crate::store::{OnPresent, Pin, Removed, Request, Sealing, Store};
-use crate::tensor::TensorView;
+use crate::tensor::{PairSpec, TensorView};
 
 /// Layers run from 0 to below this.
 pub const MAX_LAYERS: usize = 4096;
@@ -24,9 +23,6 @@ pub const DEFAULT_MAX_SIZE_GB: f64 = 10.0;
 
 /// Time to live in a [`SimpleKvCache`] unless said otherwise.
 pub const DEFAULT_TTL: Duration = Duration::from_secs(3600);
-
-/// V begins at a multiple of this behind K, so that it can be borrowed as elements.
-const ALIGN_BYTES: usize = 64;
 
 /// KV by prefix text and layer. Cheap to clone: clones share everything.
 ///
@@ -327,7 +323,7 @@ impl CachedLayers {
             TensorView::trusted(dtype, shape, bytes.get(start..end).unwrap_or_default())
         };
         match self.pin.spec(layer) {
-            Some(spec) => (view(spec.k, 0), view(spec.v, v_start(spec.k.1.size_bytes(spec.k.0)).unwrap_or(0))),
+            Some(spec) => (view(spec.k, 0), view(spec.v, spec.v_start().unwrap_or(0))),
             None => (TensorView::empty(), TensorView::empty()),
         }
     }
@@ -358,19 +354,12 @@ fn plan(prefix: &str, hash: PrefixHash, layers: &[LayerKv<'_>]) -> Result<Vec<Pl
                 }
             }
             let overflow = Error::SizeOverflow("the size of K and V");
-            let v_start = v_start(Some(k.bytes().len()));
-            let bytes = v_start.and_then(|start| start.checked_add(v.bytes().len()));
-            let (Some(v_start), Some(bytes)) = (v_start, bytes) else { return Err(overflow) };
             let (k, v) = ((k.dtype(), k.shape()), (v.dtype(), v.shape()));
-            let spec = Arc::new(PairSpec { k, v, prefix_bytes: prefix.len() });
-            Ok(Plan { key: hash.key(checked_layer(*layer)?), spec, v_start, bytes })
+            let spec = PairSpec { k, v, prefix_bytes: prefix.len() };
+            let (Some(v_start), Some(bytes)) = (spec.v_start(), spec.payload_bytes()) else { return Err(overflow) };
+            Ok(Plan { key: hash.key(checked_layer(*layer)?), spec: Arc::new(spec), v_start, bytes })
         })
         .collect()
-}
-
-/// Where V begins behind K of so many bytes.
-fn v_start(k_bytes: Option<usize>) -> Option<usize> {
-    k_bytes?.checked_next_multiple_of(ALIGN_BYTES)
 }
 
 fn copy_to(bytes: &mut [u8], start: usize, from: &[u8]) {

@@ -40,6 +40,54 @@ pub struct Stats {
     pub capacity_bytes: u64,
     /// Memory of the index and the policy's view of it, besides payloads.
     pub index_bytes: u64,
+    /// The disk tier, if there is one.
+    pub disk: Option<DiskStats>,
+}
+
+/// A snapshot of the disk tier's counters. They only grow, but for the sizes as of now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct DiskStats {
+    /// Records that can be found now.
+    pub entries: u64,
+    /// Bytes on the disk now, as `du` counts them, and a margin for the directory itself.
+    pub used_bytes: u64,
+    /// The cap.
+    pub capacity_bytes: u64,
+    /// Memory of the index.
+    pub index_bytes: u64,
+    /// Bytes of payloads that wait to be written; they are pinned in RAM.
+    pub queued_bytes: u64,
+    /// Records read back into RAM.
+    pub hits: u64,
+    /// Records written.
+    pub stored_total: u64,
+    /// Bytes of payloads written.
+    pub written_bytes_total: u64,
+    /// Bytes of payloads read.
+    pub read_bytes_total: u64,
+    /// Records that were not written: the queue was full, or the disk failed.
+    pub dropped_total: u64,
+    /// Records that went with their segment.
+    pub evictions: u64,
+    /// Hot records written again before their segment went.
+    pub reinserted_total: u64,
+    /// Records or segments that were not what they should be: each a miss.
+    pub damaged_total: u64,
+    /// Reads that the disk failed.
+    pub read_errors_total: u64,
+    /// Writes that the disk failed.
+    pub write_errors_total: u64,
+    /// Reads that took longer than the request would wait.
+    pub timeouts_total: u64,
+    /// Tokens on the disk that were not loaded because computing them again is faster.
+    pub not_worth_tokens_total: u64,
+    /// Is the disk failing right now? Then it is tried again, ever more seldom.
+    pub failing: bool,
+    /// Files in the directory that are not ours. They are left alone.
+    pub foreign_files: u64,
+    /// Measured: bytes a second of loads. 0 before the first.
+    pub load_bytes_per_s: u64,
 }
 
 impl Stats {

@@ -42,6 +42,16 @@ impl Condvar {
         self.0.wait(guard).unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// As `wait`, at most this long; says whether the time ran out.
+    pub(crate) fn wait_timeout<'a, T>(
+        &self,
+        guard: MutexGuard<'a, T>,
+        at_most: std::time::Duration,
+    ) -> (MutexGuard<'a, T>, bool) {
+        let (guard, result) = self.0.wait_timeout(guard, at_most).unwrap_or_else(PoisonError::into_inner);
+        (guard, result.timed_out())
+    }
+
     pub(crate) fn notify_all(&self) {
         self.0.notify_all();
     }

@@ -40,6 +40,15 @@ pub struct Shape {
     rank: u8,
 }
 
+/// What two tensors of a named entry look like; blocks have their namespace's layout instead.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PairSpec {
+    pub(crate) k: (DType, Shape),
+    pub(crate) v: (DType, Shape),
+    /// Length of the prefix text the pair is stored under.
+    pub(crate) prefix_bytes: usize,
+}
+
 /// A contiguous, row-major tensor that is only borrowed.
 #[derive(Debug, Clone, Copy)]
 pub struct TensorView<'a> {
@@ -66,6 +75,23 @@ pub trait Element: Pod {
 impl DType {
     /// Every dtype, in the order of their codes.
     pub const ALL: [Self; 7] = [Self::F32, Self::F16, Self::BF16, Self::F8E4M3, Self::F8E5M2, Self::I8, Self::U8];
+
+    /// Its number on disk: the position in [`DType::ALL`].
+    pub(crate) fn code(self) -> u8 {
+        match self {
+            Self::F32 => 0,
+            Self::F16 => 1,
+            Self::BF16 => 2,
+            Self::F8E4M3 => 3,
+            Self::F8E5M2 => 4,
+            Self::I8 => 5,
+            Self::U8 => 6,
+        }
+    }
+
+    pub(crate) fn from_code(code: u8) -> Option<Self> {
+        Self::ALL.get(usize::from(code)).copied()
+    }
 
     /// Bytes of one element.
     #[must_use]
@@ -95,6 +121,21 @@ impl DType {
 impl fmt::Display for DType {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(self.name())
+    }
+}
+
+impl PairSpec {
+    /// V begins at a multiple of this behind K, so that it can be borrowed as elements.
+    const ALIGN_BYTES: usize = 64;
+
+    /// Where V begins behind K; `None` if that overflows.
+    pub(crate) fn v_start(&self) -> Option<usize> {
+        self.k.1.size_bytes(self.k.0)?.checked_next_multiple_of(Self::ALIGN_BYTES)
+    }
+
+    /// Bytes of both; `None` if that overflows.
+    pub(crate) fn payload_bytes(&self) -> Option<usize> {
+        self.v_start()?.checked_add(self.v.1.size_bytes(self.v.0)?)
     }
 }
 

@@ -11,6 +11,7 @@ const RANKS: &[&[&str]] = &[
     &["error"],
     &["config", "stats", "layout"],
     &["key"],
+    &["namespaces"],
     &["eviction", "tier", "flight"],
     &["index"],
     &["store"],

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::Shared;
 use super::state::Held;
-use crate::index::PairSpec;
+use crate::tensor::PairSpec;
 use crate::tier::ram::Extent;
 
 /// Pages that are being written; invisible until sealed, freed if dropped.

@@ -18,10 +18,11 @@ use std::time::Duration;
 use crate::clock::{Clock, duration_ms};
 use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Rejection, Result};
-use crate::index::{NEVER, PairSpec};
+use crate::index::NEVER;
 use crate::key::{NamespaceId, ObjectKey, PrefixHash};
 use crate::stats::Stats;
 use crate::sync::Mutex;
+use crate::tensor::PairSpec;
 use crate::tier::ram::{self, Arena};
 
 pub(crate) use guard::{Pending, Pin};
@@ -117,7 +118,7 @@ impl Store {
     /// Removes all entries of one namespace.
     pub(crate) fn clear_namespace(&self, id: NamespaceId) -> Removed {
         let mut state = self.0.state.lock();
-        match state.index().known_namespace(id) {
+        match state.index().namespaces().known(id) {
             Some(number) => state.remove_where(|entry| entry.namespace == number),
             None => Removed::default(),
         }
@@ -144,19 +145,19 @@ impl Store {
     }
 
     pub(crate) fn prefix_lengths(&self, id: NamespaceId, max_bytes: usize) -> Vec<usize> {
-        self.0.state.lock().index().prefix_lengths(id, max_bytes)
+        self.0.state.lock().index().namespaces().prefix_lengths(id, max_bytes)
     }
 
     /// Layers of a named cache: one more than the highest one stored.
     pub(crate) fn layers(&self, id: NamespaceId) -> u32 {
-        self.0.state.lock().index().layers(id)
+        self.0.state.lock().index().namespaces().layers(id)
     }
 
     /// The length that goes with the first of these prefixes of which any layer is there.
     pub(crate) fn first_stored(&self, id: NamespaceId, prefixes: &[(usize, PrefixHash)]) -> Option<usize> {
         let now_ms = self.now_ms();
         let mut state = self.0.state.lock();
-        let layers = state.index().layers(id);
+        let layers = state.index().namespaces().layers(id);
         let mut stored =
             |prefix: &PrefixHash| (0..layers).any(|layer| state.find_live(&prefix.key(layer), now_ms).is_some());
         prefixes.iter().find(|(_, prefix)| stored(prefix)).map(|(length, _)| *length)

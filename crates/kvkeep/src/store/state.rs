@@ -11,9 +11,10 @@ use std::sync::Arc;
 use super::{OnPresent, Removed};
 use crate::error::Rejection;
 use crate::eviction::{EntryId, Lru, Policy};
-use crate::index::{Entry, Index, NEVER, PairSpec};
+use crate::index::{Entry, Index, NEVER};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::stats::Stats;
+use crate::tensor::PairSpec;
 use crate::tier::ram::{Extent, PAGE_BYTES, Pages, ReadGrant, page_bytes, pages_for};
 
 /// At most one full sweep in this time, however often entries expire.

@@ -1,7 +1,8 @@
-//! Where payloads lie. One tier so far: RAM.
+//! Where payloads lie. RAM, and a disk behind it.
 //!
 //! Tiers never import each other; only the store knows their order.
 
+pub(crate) mod disk;
 pub(crate) mod ram;
 
 /// Where a block lives.
@@ -10,4 +11,6 @@ pub(crate) mod ram;
 pub enum Tier {
     /// In this process's arena.
     Ram,
+    /// In the disk tier's directory.
+    Disk,
 }

@@ -1,0 +1,104 @@
+//! Small numbers for namespaces, kept only while they have entries, and what a tier
+//! knows of each: how many layers, and how long the stored prefix texts are.
+//!
+//! Both tiers number their namespaces for themselves: an entry then carries 4 bytes
+//! instead of 32.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::key::NamespaceId;
+
+/// Namespaces with entries.
+#[derive(Debug, Default)]
+pub(crate) struct Namespaces {
+    numbers: HashMap<NamespaceId, u32>,
+    records: Vec<Record>,
+    free_numbers: Vec<u32>,
+}
+
+#[derive(Debug)]
+struct Record {
+    id: NamespaceId,
+    entries: usize,
+    layers: u32,
+    /// Length of a stored prefix text → entries under prefixes of that length.
+    prefix_lengths: BTreeMap<usize, usize>,
+}
+
+impl Namespaces {
+    /// The number of a namespace, new if need be.
+    pub(crate) fn number(&mut self, id: NamespaceId) -> u32 {
+        if let Some(number) = self.numbers.get(&id) {
+            return *number;
+        }
+        let record = Record { id, entries: 0, layers: 0, prefix_lengths: BTreeMap::new() };
+        let number = match self.free_numbers.pop() {
+            Some(number) => {
+                if let Some(slot) = self.records.get_mut(number as usize) {
+                    *slot = record;
+                }
+                number
+            }
+            None => {
+                self.records.push(record);
+                u32::try_from(self.records.len() - 1).unwrap_or(u32::MAX)
+            }
+        };
+        self.numbers.insert(id, number);
+        number
+    }
+
+    /// The number of a namespace that has entries.
+    pub(crate) fn known(&self, id: NamespaceId) -> Option<u32> {
+        self.numbers.get(&id).copied()
+    }
+
+    /// The namespace with this number.
+    pub(crate) fn id(&self, number: u32) -> Option<NamespaceId> {
+        self.records.get(number as usize).map(|record| record.id)
+    }
+
+    /// Counts an entry in.
+    pub(crate) fn add(&mut self, number: u32, layer: u32, prefix_bytes: Option<usize>) {
+        let Some(record) = self.records.get_mut(number as usize) else { return };
+        record.entries += 1;
+        record.layers = record.layers.max(layer + 1);
+        if let Some(bytes) = prefix_bytes {
+            *record.prefix_lengths.entry(bytes).or_insert(0) += 1;
+        }
+    }
+
+    /// Counts an entry out, and forgets a namespace with its last entry.
+    pub(crate) fn remove(&mut self, number: u32, prefix_bytes: Option<usize>) {
+        let Some(record) = self.records.get_mut(number as usize) else { return };
+        if let Some(bytes) = prefix_bytes
+            && let Some(entries) = record.prefix_lengths.get_mut(&bytes)
+        {
+            *entries -= 1;
+            if *entries == 0 {
+                record.prefix_lengths.remove(&bytes);
+            }
+        }
+        record.entries -= 1;
+        if record.entries == 0 {
+            self.numbers.remove(&record.id);
+            self.free_numbers.push(number);
+        }
+    }
+
+    /// One more than the highest layer stored in a namespace since it was last empty.
+    pub(crate) fn layers(&self, id: NamespaceId) -> u32 {
+        self.record(id).map_or(0, |record| record.layers)
+    }
+
+    /// Distinct lengths of the prefix texts stored in a namespace, up to `max_bytes`, shortest first.
+    pub(crate) fn prefix_lengths(&self, id: NamespaceId, max_bytes: usize) -> Vec<usize> {
+        self.record(id).map_or_else(Vec::new, |record| {
+            record.prefix_lengths.range(..=max_bytes).map(|(length, _)| *length).collect()
+        })
+    }
+
+    fn record(&self, id: NamespaceId) -> Option<&Record> {
+        self.records.get(self.known(id)? as usize)
+    }
+}

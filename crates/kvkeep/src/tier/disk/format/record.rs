@@ -1,0 +1,333 @@
+//! One record: a header page, then the payload in whole pages.
+//!
+//! The header says what the payload is (key, namespace, lengths, expiry, tensors) and
+//! where it stands (directory, segment, page), so that a record that was moved or swapped
+//! is not taken for another. Payloads are checked in pieces, so that a range of layers
+//! can be read without the rest. A footer behind the payload was the alternative: then
+//! finding the next record means reading the payload.
+
+use super::{CipherKind, PAGE_BYTES, StoreId, Take, begin_page, finish_page, open_page};
+use crate::key::{NamespaceId, ObjectKey};
+use crate::layout::{KvLayout, TokenOrder};
+use crate::tensor::{DType, MAX_RANK, PairSpec, Shape};
+
+const MAGIC: &[u8; 8] = b"KVKRECRD";
+const CONTENT_AT: usize = 176;
+/// Checksums, tags or removed keys begin here.
+const LIST_AT: usize = 384;
+const LIST_BYTES: usize = super::PAGE_SUM_AT - LIST_AT;
+const KEY_BYTES: usize = 36;
+/// Keys that one removal record names at most.
+pub(crate) const HEADER_KEYS: usize = LIST_BYTES / KEY_BYTES;
+/// Longest model name that is written out.
+const LABEL_BYTES: usize = 128;
+/// Pieces are at least this long.
+const MIN_PIECE_SHIFT: u8 = 16;
+const SUM_BYTES: usize = 8;
+const TAG_BYTES: usize = 16;
+
+/// What a record does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Kind {
+    /// KV of a block of tokens: under its key for ever the same bytes.
+    Block,
+    /// K and V of one layer under a prefix text: a later one replaces it.
+    Named,
+    /// The keys it lists are gone.
+    Removal,
+    /// All before it in its namespace is gone.
+    NamespaceCleared,
+    /// All before it is gone.
+    Cleared,
+}
+
+/// What the payload of a record is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Content {
+    Block { layout: KvLayout, model: String },
+    Named(PairSpec),
+    Nothing,
+}
+
+/// What the index of a segment keeps of a record, too.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RecordMeta {
+    pub(crate) kind: Kind,
+    pub(crate) key: ObjectKey,
+    pub(crate) namespace: NamespaceId,
+    pub(crate) payload_bytes: u64,
+    pub(crate) stored_at_ms: u64,
+    /// `u64::MAX` for never.
+    pub(crate) expires_at_ms: u64,
+    pub(crate) compute_us: u32,
+    /// Length of the prefix text of a named record.
+    pub(crate) prefix_bytes: u32,
+}
+
+/// Where a record stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) store_id: StoreId,
+    pub(crate) segment: u64,
+    pub(crate) page: u32,
+}
+
+/// All of a header page.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct RecordHeader {
+    pub(crate) meta: RecordMeta,
+    pub(crate) place: Place,
+    /// Pages of this segment that were durable when this was written.
+    pub(crate) durable_pages: u32,
+    pub(crate) cipher: CipherKind,
+    pub(crate) nonce: [u8; 24],
+    pub(crate) content: Content,
+    /// Checksums (8 bytes) or tags (16 bytes) of the pieces, or keys that are gone.
+    pub(crate) list: Vec<u8>,
+}
+
+impl Kind {
+    pub(super) fn code(self) -> u8 {
+        match self {
+            Self::Block => 1,
+            Self::Named => 2,
+            Self::Removal => 3,
+            Self::NamespaceCleared => 4,
+            Self::Cleared => 5,
+        }
+    }
+
+    pub(super) fn from_code(code: u8) -> Option<Self> {
+        Some(match code {
+            1 => Self::Block,
+            2 => Self::Named,
+            3 => Self::Removal,
+            4 => Self::NamespaceCleared,
+            5 => Self::Cleared,
+            _ => return None,
+        })
+    }
+
+    /// Does it have a payload?
+    pub(crate) fn is_stored(self) -> bool {
+        matches!(self, Self::Block | Self::Named)
+    }
+}
+
+impl RecordMeta {
+    /// Pages of the payload; `None` if no segment could hold it.
+    pub(crate) fn payload_pages(&self) -> Option<u32> {
+        u32::try_from(self.payload_bytes.div_ceil(PAGE_BYTES as u64)).ok()
+    }
+
+    /// Pages of the header and the payload.
+    pub(crate) fn pages(&self) -> Option<u32> {
+        self.payload_pages()?.checked_add(1)
+    }
+
+    /// Bytes of one piece as a power of two: the smallest with which the sums fit the page.
+    pub(crate) fn piece_shift(&self, cipher: CipherKind) -> u8 {
+        let most = (LIST_BYTES / sum_bytes(cipher)) as u64;
+        let padded = self.payload_bytes.next_multiple_of(PAGE_BYTES as u64);
+        (MIN_PIECE_SHIFT..63).find(|shift| padded.div_ceil(1 << shift) <= most).unwrap_or(63)
+    }
+}
+
+fn sum_bytes(cipher: CipherKind) -> usize {
+    match cipher {
+        CipherKind::None => SUM_BYTES,
+        CipherKind::XChaCha20Poly1305 => TAG_BYTES,
+    }
+}
+
+impl RecordHeader {
+    /// The sum or tag of a piece.
+    pub(crate) fn sum(&self, piece: usize) -> Option<&[u8]> {
+        let bytes = sum_bytes(self.cipher);
+        self.list.get(piece * bytes..(piece + 1) * bytes)
+    }
+
+    /// The keys of a removal.
+    pub(crate) fn keys(&self) -> impl Iterator<Item = ObjectKey> {
+        let listed = if self.meta.kind == Kind::Removal { self.list.as_slice() } else { &[] };
+        listed.chunks_exact(KEY_BYTES).filter_map(|bytes| {
+            let mut take = Take::new(bytes);
+            Some(ObjectKey::new(take.array()?, take.u32()?))
+        })
+    }
+
+    /// The list of a removal.
+    pub(crate) fn key_list(keys: &[ObjectKey]) -> Vec<u8> {
+        let mut list = Vec::with_capacity(keys.len() * KEY_BYTES);
+        for key in keys {
+            list.extend_from_slice(key.hash());
+            list.extend_from_slice(&key.layer().to_le_bytes());
+        }
+        list
+    }
+
+    /// What a cipher binds the payload to: all of the header but the tags themselves.
+    pub(crate) fn bound(&self) -> Vec<u8> {
+        let mut page = vec![0; PAGE_BYTES];
+        self.put(&mut page);
+        page.truncate(LIST_AT);
+        page
+    }
+
+    /// Writes the header page.
+    pub(crate) fn encode(&self, page: &mut [u8]) {
+        self.put(page);
+        finish_page(page);
+    }
+
+    fn put(&self, page: &mut [u8]) {
+        let meta = &self.meta;
+        let mut put = begin_page(page, MAGIC);
+        put.u8(meta.kind.code());
+        put.u8(0); // codec: raw
+        put.u8(self.cipher.code());
+        put.u8(meta.piece_shift(self.cipher));
+        put.bytes(&self.place.store_id);
+        put.u64(self.place.segment);
+        put.u32(self.place.page);
+        put.u32(self.durable_pages);
+        put.bytes(meta.key.hash());
+        put.u32(meta.key.layer());
+        put.u32(meta.compute_us);
+        put.bytes(meta.namespace.as_bytes());
+        put.u64(meta.payload_bytes);
+        put.u64(meta.stored_at_ms);
+        put.u64(meta.expires_at_ms);
+        put.bytes(&self.nonce);
+        put.u32(u32::try_from(self.list.len()).unwrap_or(u32::MAX));
+        put.seek(CONTENT_AT);
+        match &self.content {
+            Content::Block { layout, model } => put_block(&mut put, layout, model),
+            Content::Named(spec) => put_named(&mut put, spec),
+            Content::Nothing => {}
+        }
+        put.seek(LIST_AT);
+        put.bytes(self.list.get(..LIST_BYTES.min(self.list.len())).unwrap_or_default());
+    }
+
+    /// A header page that is whole and means something.
+    pub(crate) fn decode(page: &[u8]) -> Option<Self> {
+        let mut take = open_page(page, MAGIC)?;
+        let kind = Kind::from_code(take.u8()?)?;
+        let codec = take.u8()?;
+        let cipher = CipherKind::from_code(take.u8()?)?;
+        let piece_shift = take.u8()?;
+        let place = Place { store_id: take.array()?, segment: take.u64()?, page: take.u32()? };
+        let durable_pages = take.u32()?;
+        let hash = take.array()?;
+        let key = ObjectKey::new(hash, take.u32()?);
+        let compute_us = take.u32()?;
+        let namespace = NamespaceId::from_bytes(take.array()?);
+        let [payload_bytes, stored_at_ms, expires_at_ms] = [take.u64()?, take.u64()?, take.u64()?];
+        let nonce = take.array()?;
+        let list_bytes = take.u32()? as usize;
+        take.seek(CONTENT_AT);
+        let content = match kind {
+            Kind::Block => take_block(&mut take)?,
+            Kind::Named => Content::Named(take_named(&mut take)?),
+            _ => Content::Nothing,
+        };
+        let prefix_bytes = match &content {
+            Content::Named(spec) => u32::try_from(spec.prefix_bytes).ok()?,
+            _ => 0,
+        };
+        take.seek(LIST_AT);
+        let list = take.bytes(list_bytes.min(LIST_BYTES))?.to_vec();
+        let meta =
+            RecordMeta { kind, key, namespace, payload_bytes, stored_at_ms, expires_at_ms, compute_us, prefix_bytes };
+        let header = Self { meta, place, durable_pages, cipher, nonce, content, list };
+        let right = codec == 0 && list_bytes <= LIST_BYTES && piece_shift == meta.piece_shift(cipher);
+        (right && header.is_consistent()).then_some(header)
+    }
+
+    /// Do the lengths fit each other?
+    fn is_consistent(&self) -> bool {
+        let meta = &self.meta;
+        if !meta.kind.is_stored() {
+            return meta.payload_bytes == 0 && self.list.len().is_multiple_of(KEY_BYTES);
+        }
+        let Some(pages) = meta.payload_pages() else { return false };
+        let padded = u64::from(pages) * PAGE_BYTES as u64;
+        let pieces = padded.div_ceil(1 << meta.piece_shift(self.cipher));
+        let needed = match &self.content {
+            Content::Block { layout, .. } => Some(layout.block_bytes()),
+            Content::Named(spec) => spec.payload_bytes(),
+            Content::Nothing => None,
+        };
+        pages > 0
+            && needed.is_some_and(|needed| needed as u64 == meta.payload_bytes)
+            && pieces * sum_bytes(self.cipher) as u64 == self.list.len() as u64
+    }
+}
+
+fn put_block(put: &mut super::Put<'_>, layout: &KvLayout, model: &str) {
+    for number in [layout.layers(), layout.kv_heads(), layout.k_head_dim(), layout.v_head_dim(), layout.block_tokens()]
+    {
+        put.u32(u32::try_from(number).unwrap_or(u32::MAX));
+    }
+    put.u8(layout.dtype().code());
+    put.u8(match layout.order() {
+        TokenOrder::TokenHeadDim => 0,
+        TokenOrder::HeadTokenDim => 1,
+    });
+    let mut length = model.len().min(LABEL_BYTES);
+    while !model.is_char_boundary(length) {
+        length -= 1;
+    }
+    put.u16(u16::try_from(length).unwrap_or(0));
+    put.bytes(model.as_bytes().get(..length).unwrap_or_default());
+}
+
+fn take_block(take: &mut Take<'_>) -> Option<Content> {
+    let [layers, kv_heads, k_head_dim, v_head_dim, block_tokens] =
+        [take.u32()?, take.u32()?, take.u32()?, take.u32()?, take.u32()?];
+    let dtype = DType::from_code(take.u8()?)?;
+    let order = match take.u8()? {
+        0 => TokenOrder::TokenHeadDim,
+        1 => TokenOrder::HeadTokenDim,
+        _ => return None,
+    };
+    let length = usize::from(take.u16()?);
+    if length > LABEL_BYTES {
+        return None;
+    }
+    let model = std::str::from_utf8(take.bytes(length)?).ok()?.to_owned();
+    let layout = KvLayout::new(layers, kv_heads, k_head_dim, dtype).ok()?;
+    let layout = layout.with_v_head_dim(v_head_dim).ok()?.with_block_tokens(block_tokens).ok()?.with_order(order);
+    Some(Content::Block { layout, model })
+}
+
+fn put_named(put: &mut super::Put<'_>, spec: &PairSpec) {
+    put.u64(spec.prefix_bytes as u64);
+    for (dtype, shape) in [&spec.k, &spec.v] {
+        put.u8(dtype.code());
+        put.u8(u8::try_from(shape.dims().len()).unwrap_or(u8::MAX));
+    }
+    put.skip(4);
+    for (_, shape) in [&spec.k, &spec.v] {
+        for position in 0..MAX_RANK {
+            put.u64(shape.dims().get(position).map_or(0, |dim| *dim as u64));
+        }
+    }
+}
+
+fn take_named(take: &mut Take<'_>) -> Option<PairSpec> {
+    let prefix_bytes = usize::try_from(take.u64()?).ok()?;
+    let codes = [(take.u8()?, take.u8()?), (take.u8()?, take.u8()?)];
+    take.skip(4)?;
+    let mut tensors = Vec::with_capacity(2);
+    for (code, rank) in codes {
+        let mut dims = [0usize; MAX_RANK];
+        for dim in &mut dims {
+            *dim = usize::try_from(take.u64()?).ok()?;
+        }
+        tensors.push((DType::from_code(code)?, Shape::new(dims.get(..usize::from(rank))?).ok()?));
+    }
+    let [k, v] = tensors.try_into().ok()?;
+    Some(PairSpec { k, v, prefix_bytes })
+}

@@ -1,0 +1,219 @@
+//! Key → place on the disk, in memory.
+//!
+//! A slot keeps 16 of a key's 32 bytes: the whole key stands in the record's header and is
+//! compared before anything is served, so that two keys with the same 16 bytes cost a miss
+//! and never a wrong answer. Slots lie in the hash table itself, without a slab beside it.
+
+use std::sync::Arc;
+
+use hashbrown::HashTable;
+
+use super::format::{Kind, RecordMeta};
+use super::segment::Segment;
+use crate::key::{NamespaceId, ObjectKey};
+use crate::namespaces::Namespaces;
+
+/// 16 bytes of a key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Fingerprint(u64, u64);
+
+/// Number of an open segment in this process: small, reused.
+pub(crate) type SegmentNumber = u16;
+
+/// One record that can be found.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Slot {
+    fingerprint: Fingerprint,
+    pub(crate) expires_at_ms: u64,
+    pub(crate) page: u32,
+    pub(crate) payload_pages: u32,
+    namespace: u32,
+    pub(crate) compute_us: u32,
+    prefix_bytes: u32,
+    pub(crate) segment: SegmentNumber,
+    named: bool,
+    /// Read since it was written here.
+    pub(crate) hot: bool,
+}
+
+/// Where a record is, with what it takes to read it.
+#[derive(Debug, Clone)]
+pub(crate) struct Found {
+    pub(crate) segment: Arc<Segment>,
+    pub(crate) namespace: NamespaceId,
+    pub(crate) slot: Slot,
+}
+
+/// All records that can be found, and the segments they lie in.
+#[derive(Debug, Default)]
+pub(crate) struct DiskIndex {
+    table: HashTable<Slot>,
+    segments: Vec<Option<Arc<Segment>>>,
+    namespaces: Namespaces,
+}
+
+impl Fingerprint {
+    pub(crate) fn of(key: &ObjectKey) -> Self {
+        let second = key.hash().get(8..16).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_le_bytes);
+        Self(key.table_hash(), second)
+    }
+}
+
+impl Slot {
+    fn prefix_bytes(&self) -> Option<usize> {
+        self.named.then_some(self.prefix_bytes as usize)
+    }
+}
+
+impl DiskIndex {
+    /// Gives a segment a number; `None` if there are too many.
+    pub(crate) fn add_segment(&mut self, segment: Arc<Segment>) -> Option<SegmentNumber> {
+        let number = match self.segments.iter().position(Option::is_none) {
+            Some(free) => free,
+            None => {
+                self.segments.push(None);
+                self.segments.len() - 1
+            }
+        };
+        *self.segments.get_mut(number)? = Some(segment);
+        SegmentNumber::try_from(number).ok()
+    }
+
+    /// Forgets a segment and everything in it; says how many records that were.
+    pub(crate) fn remove_segment(&mut self, number: SegmentNumber) -> usize {
+        let removed = self.retain(|slot| slot.segment != number);
+        if let Some(segment) = self.segments.get_mut(usize::from(number)) {
+            *segment = None;
+        }
+        removed
+    }
+
+    /// The live record under a key. One that has expired goes.
+    pub(crate) fn find(&mut self, key: &ObjectKey, now_ms: u64) -> Option<Found> {
+        let slot = *self.get(Fingerprint::of(key))?;
+        if slot.expires_at_ms <= now_ms {
+            self.remove(key);
+            return None;
+        }
+        let segment = Arc::clone(self.segments.get(usize::from(slot.segment))?.as_ref()?);
+        Some(Found { segment, namespace: self.namespaces.id(slot.namespace)?, slot })
+    }
+
+    /// Is a live record there?
+    pub(crate) fn contains(&self, key: &ObjectKey, now_ms: u64) -> bool {
+        self.get(Fingerprint::of(key)).is_some_and(|slot| slot.expires_at_ms > now_ms)
+    }
+
+    /// Makes room for so many more records at once.
+    pub(crate) fn reserve(&mut self, records: usize) {
+        self.table.reserve(records, |slot| slot.fingerprint.0);
+    }
+
+    /// Puts a record in place of what was there under its key.
+    pub(crate) fn insert(&mut self, meta: &RecordMeta, segment: SegmentNumber, page: u32) {
+        self.remove(&meta.key);
+        let Some(payload_pages) = meta.payload_pages() else { return };
+        let namespace = self.namespaces.number(meta.namespace);
+        let slot = Slot {
+            fingerprint: Fingerprint::of(&meta.key),
+            expires_at_ms: meta.expires_at_ms,
+            page,
+            payload_pages,
+            namespace,
+            compute_us: meta.compute_us,
+            prefix_bytes: meta.prefix_bytes,
+            segment,
+            named: meta.kind == Kind::Named,
+            hot: false,
+        };
+        self.namespaces.add(namespace, meta.key.layer(), slot.prefix_bytes());
+        self.table.insert_unique(slot.fingerprint.0, slot, |slot| slot.fingerprint.0);
+    }
+
+    /// Says whether the key was there.
+    pub(crate) fn remove(&mut self, key: &ObjectKey) -> bool {
+        let fingerprint = Fingerprint::of(key);
+        let Ok(found) = self.table.find_entry(fingerprint.0, |slot| slot.fingerprint == fingerprint) else {
+            return false;
+        };
+        let (slot, _) = found.remove();
+        self.namespaces.remove(slot.namespace, slot.prefix_bytes());
+        true
+    }
+
+    /// Removes the record under a key if it is still the one at this place.
+    pub(crate) fn remove_at(&mut self, key: &ObjectKey, slot: &Slot) -> bool {
+        let now = self.get(Fingerprint::of(key));
+        let same = now.is_some_and(|now| now.segment == slot.segment && now.page == slot.page);
+        same && self.remove(key)
+    }
+
+    /// Says how many records that were.
+    pub(crate) fn remove_namespace(&mut self, id: NamespaceId) -> usize {
+        let Some(number) = self.namespaces.known(id) else { return 0 };
+        self.retain(|slot| slot.namespace != number)
+    }
+
+    /// Removes everything that a later record could have replaced or removed unseen.
+    pub(crate) fn remove_named(&mut self) -> usize {
+        self.retain(|slot| !slot.named)
+    }
+
+    /// Says how many records that were. Segments stay.
+    pub(crate) fn clear(&mut self) -> usize {
+        self.retain(|_| false)
+    }
+
+    /// The directory is another one.
+    pub(crate) fn forget_everything(&mut self) {
+        *self = Self::default();
+    }
+
+    /// Says how many expired.
+    pub(crate) fn sweep(&mut self, now_ms: u64) -> usize {
+        self.retain(|slot| slot.expires_at_ms > now_ms)
+    }
+
+    /// Marks a record as worth keeping when its segment goes.
+    pub(crate) fn heat(&mut self, key: &ObjectKey) {
+        let fingerprint = Fingerprint::of(key);
+        if let Some(slot) = self.table.find_mut(fingerprint.0, |slot| slot.fingerprint == fingerprint) {
+            slot.hot = true;
+        }
+    }
+
+    /// The slot of a key, if it still is at this place.
+    pub(crate) fn at(&self, key: &ObjectKey, segment: SegmentNumber, page: u32) -> Option<&Slot> {
+        self.get(Fingerprint::of(key)).filter(|slot| slot.segment == segment && slot.page == page)
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.table.len()
+    }
+
+    pub(crate) fn namespaces(&self) -> &Namespaces {
+        &self.namespaces
+    }
+
+    /// Bytes of memory that the index has reserved.
+    pub(crate) fn memory_bytes(&self) -> usize {
+        self.table.allocation_size()
+    }
+
+    fn get(&self, fingerprint: Fingerprint) -> Option<&Slot> {
+        self.table.find(fingerprint.0, |slot| slot.fingerprint == fingerprint)
+    }
+
+    fn retain(&mut self, keep: impl Fn(&Slot) -> bool) -> usize {
+        let before = self.table.len();
+        let Self { table, namespaces, .. } = self;
+        table.retain(|slot| {
+            let kept = keep(slot);
+            if !kept {
+                namespaces.remove(slot.namespace, slot.prefix_bytes());
+            }
+            kept
+        });
+        before - self.table.len()
+    }
+}

@@ -1,0 +1,488 @@
+//! The writing side: records appended to the newest segment, segments sealed, begun and
+//! evicted. One thread owns it; readers never wait for it.
+//!
+//! Invariants:
+//! - What is on the disk stays under the cap at every moment: room is made before it is taken,
+//!   a segment's at once, and while segments can go there is room for one more, so that hot
+//!   records of the oldest one can be written again before it goes.
+//! - Segments go oldest first. So a removal outlives everything that it removes.
+//! - The manifest names a segment before it exists and until it is gone: an unnamed one is a
+//!   leftover.
+
+use std::io;
+use std::sync::Arc;
+
+use super::crypt::{self, Cipher};
+use super::format::{
+    CipherKind, Content, HEADER_KEYS, Identity, Kind, Manifest, PAGE_BYTES, Place, RecordHeader, RecordMeta,
+    SegmentHeader, SegmentLine, Trailer, checksum, encode_index,
+};
+use super::index::SegmentNumber;
+use super::io::{Backend, Pages};
+use super::manifest;
+use super::segment::{Expected, Segment, offset};
+use super::shared::Shared;
+use crate::key::{NamespaceId, ObjectKey};
+
+/// What the directory, its lock and two manifests take at most.
+pub(crate) const OVERHEAD_BYTES: u64 = 64 << 10;
+/// Below this there is no room for segments that can take turns.
+pub(crate) const MIN_CAPACITY_BYTES: u64 = 1 << 20;
+const MIN_SEGMENT_BYTES: u64 = 128 << 10;
+const MAX_SEGMENT_BYTES: u64 = 1 << 30;
+/// A segment is this part of the cap: what is evicted at once.
+const SEGMENTS: u64 = 32;
+/// Written without a sync at most: what a recovery has to check byte by byte.
+const SYNC_BYTES: u64 = 32 << 20;
+/// Of a new segment, the part that hot records of an old one may take.
+const REINSERT_DIVISOR: u32 = 2;
+/// Encrypted and copied this many pages at a time.
+const BOUNCE_PAGES: usize = 256;
+
+/// A segment in the order of its age.
+#[derive(Debug)]
+pub(crate) struct Line {
+    pub(crate) segment: Arc<Segment>,
+    pub(crate) number: SegmentNumber,
+    pub(crate) sealed: bool,
+    pub(crate) entries: u32,
+    pub(crate) pages: u32,
+    pub(crate) allocated_bytes: u64,
+}
+
+/// The segment that is being written: the last line.
+#[derive(Debug)]
+struct Active {
+    segment: Arc<Segment>,
+    number: SegmentNumber,
+    end_page: u32,
+    capacity_pages: u32,
+    durable_pages: u32,
+    entries: Vec<(u32, RecordMeta)>,
+}
+
+/// What the writer owns.
+#[derive(Debug)]
+pub(crate) struct Log {
+    pub(crate) backend: Arc<dyn Backend>,
+    pub(crate) identity: Identity,
+    pub(crate) cipher: Option<Arc<Cipher>>,
+    pub(crate) capacity_bytes: u64,
+    pub(crate) next_segment: u64,
+    pub(crate) lines: Vec<Line>,
+    /// Evicted segments whose files are not gone yet, and their bytes.
+    doomed: Vec<(u64, u64)>,
+    active: Option<Active>,
+    shared: Arc<Shared>,
+    bounce: Pages,
+}
+
+/// Where a record was written.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Written {
+    pub(crate) segment: SegmentNumber,
+    pub(crate) page: u32,
+}
+
+/// How long segments of a cache of this size are.
+fn segment_bytes(capacity_bytes: u64) -> u64 {
+    let bytes = (capacity_bytes / SEGMENTS).clamp(MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES);
+    bytes / PAGE_BYTES as u64 * PAGE_BYTES as u64
+}
+
+/// The name of a segment's file.
+pub(crate) fn segment_name(id: u64) -> String {
+    format!("segment-{id:016x}")
+}
+
+/// The number in a segment's name.
+pub(crate) fn segment_id(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix("segment-")?;
+    let id = u64::from_str_radix(digits, 16).ok()?;
+    (segment_name(id) == name).then_some(id)
+}
+
+impl Log {
+    pub(crate) fn new(
+        backend: Arc<dyn Backend>,
+        identity: Identity,
+        cipher: Option<Arc<Cipher>>,
+        capacity_bytes: u64,
+        next_segment: u64,
+        lines: Vec<Line>,
+        shared: Arc<Shared>,
+    ) -> Self {
+        let bounce = Pages::new(if cipher.is_some() { BOUNCE_PAGES } else { 0 });
+        Self {
+            backend,
+            identity,
+            cipher,
+            capacity_bytes,
+            next_segment,
+            lines,
+            doomed: Vec::new(),
+            active: None,
+            shared,
+            bounce,
+        }
+    }
+
+    /// Appends a record. `payload` is whole pages.
+    pub(crate) fn append(&mut self, meta: &RecordMeta, content: Content, payload: &[u8]) -> io::Result<Written> {
+        let pages = meta.pages().ok_or(io::ErrorKind::FileTooLarge)?;
+        if !self.fits(pages) {
+            self.rotate(pages)?;
+        }
+        self.append_here(meta, content, &[], payload)
+    }
+
+    /// Appends removals of these keys.
+    pub(crate) fn append_removals(&mut self, keys: &[ObjectKey], now_ms: u64) -> io::Result<()> {
+        for keys in keys.chunks(HEADER_KEYS) {
+            let meta = marker(Kind::Removal, NamespaceId::from_bytes([0; 32]), now_ms);
+            self.append_marker(&meta, keys)?;
+        }
+        Ok(())
+    }
+
+    /// Appends that a namespace, or everything, was cleared.
+    pub(crate) fn append_cleared(&mut self, namespace: Option<NamespaceId>, now_ms: u64) -> io::Result<()> {
+        let kind = if namespace.is_some() { Kind::NamespaceCleared } else { Kind::Cleared };
+        let namespace = namespace.unwrap_or(NamespaceId::from_bytes([0; 32]));
+        self.append_marker(&marker(kind, namespace, now_ms), &[])
+    }
+
+    fn append_marker(&mut self, meta: &RecordMeta, keys: &[ObjectKey]) -> io::Result<()> {
+        // Each key takes a line of the index.
+        if !self.fits_lines(1, keys.len().max(1)) {
+            self.rotate(1)?;
+        }
+        self.append_here(meta, Content::Nothing, keys, &[]).map(drop)
+    }
+
+    /// `keys` are what a removal lists.
+    fn append_here(
+        &mut self,
+        meta: &RecordMeta,
+        content: Content,
+        keys: &[ObjectKey],
+        payload: &[u8],
+    ) -> io::Result<Written> {
+        let active = self.active.as_ref().ok_or(io::ErrorKind::StorageFull)?;
+        let (page, segment, number) = (active.end_page, Arc::clone(&active.segment), active.number);
+        let encrypted = self.cipher.is_some() && meta.kind.is_stored();
+        let header = RecordHeader {
+            meta: *meta,
+            place: Place { store_id: self.identity.store_id, segment: segment.id, page },
+            durable_pages: active.durable_pages,
+            cipher: if encrypted { self.identity.cipher } else { CipherKind::None },
+            nonce: if encrypted { crypt::random_nonce()? } else { [0; 24] },
+            content,
+            list: RecordHeader::key_list(keys),
+        };
+        self.write_record(&segment, header, payload)?;
+        let mut unsynced = 0;
+        if let Some(active) = &mut self.active {
+            active.end_page += meta.pages().unwrap_or(1);
+            if keys.is_empty() {
+                active.entries.push((page, *meta));
+            }
+            active.entries.extend(keys.iter().map(|key| (page, RecordMeta { key: *key, ..*meta })));
+            unsynced = offset(active.end_page - active.durable_pages);
+        }
+        if unsynced >= SYNC_BYTES {
+            self.sync()?;
+        }
+        Ok(Written { segment: number, page })
+    }
+
+    fn write_record(&mut self, segment: &Segment, mut header: RecordHeader, payload: &[u8]) -> io::Result<()> {
+        let piece_bytes = 1usize << header.meta.piece_shift(header.cipher);
+        let page = header.place.page;
+        let mut head = Pages::new(1);
+        let encrypted = header.cipher != CipherKind::None;
+        if encrypted {
+            self.write_encrypted(segment, &mut header, payload, piece_bytes)?;
+        } else if header.meta.kind.is_stored() {
+            header.list = payload.chunks(piece_bytes).flat_map(|piece| checksum(piece).to_le_bytes()).collect();
+        }
+        header.encode(head.bytes_mut());
+        let rest = if encrypted { &[][..] } else { payload };
+        segment.file.write(&[head.bytes(), rest], offset(page))
+    }
+
+    /// Encrypts piece by piece through a buffer of its own: the payload is somebody's to read.
+    fn write_encrypted(
+        &mut self,
+        segment: &Segment,
+        header: &mut RecordHeader,
+        payload: &[u8],
+        piece_bytes: usize,
+    ) -> io::Result<()> {
+        let cipher = self.cipher.as_ref().ok_or_else(|| io::Error::other("no key"))?;
+        let pieces = payload.len().div_ceil(piece_bytes);
+        header.list = vec![0; pieces * 16];
+        let bound = header.bound();
+        if piece_bytes > self.bounce.bytes().len() {
+            self.bounce = Pages::new(piece_bytes / PAGE_BYTES);
+        }
+        let mut at = offset(header.place.page + 1);
+        let mut tags = Vec::with_capacity(pieces * 16);
+        for (number, piece) in (0u32..).zip(payload.chunks(piece_bytes)) {
+            let Some(buffer) = self.bounce.bytes_mut().get_mut(..piece.len()) else { continue };
+            buffer.copy_from_slice(piece);
+            let tag =
+                cipher.seal(&header.nonce, number, &bound, buffer).ok_or_else(|| io::Error::other("encryption"))?;
+            segment.file.write(&[buffer], at)?;
+            at += piece.len() as u64;
+            tags.extend_from_slice(&tag);
+        }
+        header.list = tags;
+        Ok(())
+    }
+
+    /// Makes everything that was appended durable.
+    pub(crate) fn sync(&mut self) -> io::Result<()> {
+        if let Some(active) = &mut self.active
+            && active.durable_pages < active.end_page
+        {
+            active.segment.file.sync()?;
+            active.durable_pages = active.end_page;
+        }
+        Ok(())
+    }
+
+    /// Seals the newest segment, so that the next opening is fast.
+    pub(crate) fn close(&mut self) -> io::Result<()> {
+        if self.active.is_some() {
+            self.seal()?;
+            self.write_manifest()?;
+        }
+        Ok(())
+    }
+
+    /// Gives up the newest segment after a write or a sync failed: what is in it can be read,
+    /// but nothing is known of what would come behind it.
+    pub(crate) fn abandon(&mut self) {
+        self.active = None;
+    }
+
+    /// Bytes on the disk.
+    pub(crate) fn used_bytes(&self) -> u64 {
+        self.kept_bytes() + self.doomed.iter().map(|(_, bytes)| bytes).sum::<u64>()
+    }
+
+    /// Bytes on the disk once everything evicted is gone.
+    fn kept_bytes(&self) -> u64 {
+        OVERHEAD_BYTES + self.lines.iter().map(|line| line.allocated_bytes).sum::<u64>()
+    }
+
+    /// Evicts until what lies here fits the cap; for opening.
+    pub(crate) fn shrink(&mut self) -> io::Result<()> {
+        while self.kept_bytes() > self.capacity_bytes && !self.lines.is_empty() {
+            self.forget_oldest();
+        }
+        self.write_manifest()?;
+        self.remove_doomed()
+    }
+
+    /// Writes down which segments there are.
+    pub(crate) fn write_manifest(&self) -> io::Result<()> {
+        manifest::write(self.backend.as_ref(), &self.manifest())
+    }
+
+    fn manifest(&self) -> Manifest {
+        let line = |line: &Line| SegmentLine {
+            segment: line.segment.id,
+            sealed: line.sealed,
+            entries: line.entries,
+            pages: line.pages,
+        };
+        let segments = self.lines.iter().map(line).collect();
+        Manifest { identity: self.identity, next_segment: self.next_segment, segments }
+    }
+
+    fn fits(&self, pages: u32) -> bool {
+        self.fits_lines(pages, 1)
+    }
+
+    fn fits_lines(&self, pages: u32, lines: usize) -> bool {
+        self.active.as_ref().is_some_and(|active| {
+            let needed = u64::from(active.end_page)
+                + u64::from(pages)
+                + u64::from(Trailer::tail_pages(active.entries.len() + lines));
+            needed <= u64::from(active.capacity_pages)
+        })
+    }
+
+    /// Seals the newest segment and begins another with room for `pages` pages.
+    fn rotate(&mut self, pages: u32) -> io::Result<()> {
+        if self.active.is_some() {
+            self.seal()?;
+        }
+        let ordinary = segment_bytes(self.capacity_bytes);
+        let needed = offset(1) + offset(pages) + offset(Trailer::tail_pages(HEADER_KEYS));
+        let bytes = ordinary.max(needed);
+        if OVERHEAD_BYTES + bytes > self.capacity_bytes {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        }
+        while self.kept_bytes() + bytes > self.capacity_bytes && !self.lines.is_empty() {
+            self.forget_oldest();
+        }
+        self.begin(bytes)?;
+        while self.kept_bytes() + ordinary > self.capacity_bytes && self.lines.len() > 1 {
+            self.evict_oldest()?;
+        }
+        Ok(())
+    }
+
+    /// Begins a segment, after those that went to make room for it are unlinked.
+    fn begin(&mut self, bytes: u64) -> io::Result<()> {
+        let id = self.next_segment;
+        self.next_segment += 1;
+        let mut manifest = self.manifest();
+        manifest.segments.push(SegmentLine { segment: id, sealed: false, entries: 0, pages: 0 });
+        manifest::write(self.backend.as_ref(), &manifest)?;
+        self.remove_doomed()?;
+        let made = self.create(id, bytes);
+        let (segment, allocated_bytes) = made.inspect_err(|_| drop(self.backend.remove(&segment_name(id))))?;
+        let number = self.shared.state.lock().index.add_segment(Arc::clone(&segment));
+        let number = number.ok_or(io::ErrorKind::StorageFull)?;
+        let line = Line { segment: Arc::clone(&segment), number, sealed: false, entries: 0, pages: 0, allocated_bytes };
+        self.lines.push(line);
+        let capacity_pages = u32::try_from(bytes / PAGE_BYTES as u64).unwrap_or(u32::MAX);
+        let entries = Vec::new();
+        self.active = Some(Active { segment, number, end_page: 1, capacity_pages, durable_pages: 1, entries });
+        Ok(())
+    }
+
+    /// A file that has its space already, and a header that is there to stay.
+    fn create(&self, id: u64, bytes: u64) -> io::Result<(Arc<Segment>, u64)> {
+        let file = self.backend.create(&segment_name(id))?;
+        file.allocate(bytes)?;
+        let mut head = Pages::new(1);
+        SegmentHeader { identity: self.identity, segment: id }.encode(head.bytes_mut());
+        file.write(&[head.bytes()], 0)?;
+        file.sync()?;
+        self.backend.sync_dir()?;
+        let allocated_bytes = file.size()?.allocated_bytes.max(bytes);
+        Ok((Arc::new(Segment { id, store_id: self.identity.store_id, file }), allocated_bytes))
+    }
+
+    /// Writes the index and the trailer and cuts off what is left. The manifest is not written.
+    fn seal(&mut self) -> io::Result<()> {
+        let Some(active) = self.active.take() else { return Ok(()) };
+        let (size, pages, entries) = seal_segment(&active.segment, active.end_page, &active.entries)?;
+        if let Some(line) = self.lines.iter_mut().find(|line| line.number == active.number) {
+            line.sealed = true;
+            line.entries = entries;
+            line.pages = pages;
+            line.allocated_bytes = size.allocated_bytes.max(size.bytes);
+        }
+        Ok(())
+    }
+
+    /// Evicts the oldest segment, after what is hot in it has been written again.
+    fn evict_oldest(&mut self) -> io::Result<()> {
+        self.reinsert_hot()?;
+        self.forget_oldest();
+        self.write_manifest()?;
+        self.remove_doomed()
+    }
+
+    /// Takes the oldest segment out of everything but the directory.
+    fn forget_oldest(&mut self) {
+        let line = self.lines.remove(0);
+        self.doomed.push((line.segment.id, line.allocated_bytes));
+        let mut state = self.shared.state.lock();
+        let evicted = state.index.remove_segment(line.number);
+        state.counters.evictions += evicted as u64;
+    }
+
+    /// Unlinks what was evicted and is no longer in the manifest.
+    fn remove_doomed(&mut self) -> io::Result<()> {
+        while let Some((id, _)) = self.doomed.last() {
+            match self.backend.remove(&segment_name(*id)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => self.doomed.pop(),
+            };
+        }
+        Ok(())
+    }
+
+    /// Writes hot records of the oldest segment again, within a budget, in their order.
+    fn reinsert_hot(&mut self) -> io::Result<()> {
+        let Some(oldest) = self.lines.first() else { return Ok(()) };
+        let (segment, number, entries) = (Arc::clone(&oldest.segment), oldest.number, oldest.entries);
+        let records = super::recover::read_segment(&segment, Some(entries)).entries;
+        let stored: Vec<(u32, RecordMeta)> = records.into_iter().filter(|(_, meta)| meta.kind.is_stored()).collect();
+        let keys: Vec<ObjectKey> = stored.iter().map(|(_, meta)| meta.key).collect();
+        let resident = self.shared.resident(&keys);
+        let mut budget = self.active.as_ref().map_or(0, |active| active.capacity_pages / REINSERT_DIVISOR);
+        let mut any = false;
+        for ((page, meta), resident) in stored.into_iter().zip(resident) {
+            let hot = {
+                let state = self.shared.state.lock();
+                state.index.at(&meta.key, number, page).is_some_and(|slot| slot.hot || resident)
+            };
+            let pages = meta.pages().unwrap_or(u32::MAX);
+            if !hot || pages > budget || !self.fits(pages) {
+                continue;
+            }
+            budget -= pages;
+            any |= self.reinsert(&segment, number, page, &meta)?;
+        }
+        // Before the old copy goes, the new one must be there to stay.
+        if any { self.sync() } else { Ok(()) }
+    }
+
+    fn reinsert(&mut self, segment: &Segment, number: SegmentNumber, page: u32, meta: &RecordMeta) -> io::Result<bool> {
+        let mut payload = Pages::new(meta.payload_pages().unwrap_or(0) as usize);
+        let expected = Expected { key: meta.key, namespace: meta.namespace };
+        let Ok(header) = segment.read(page, &expected, self.cipher.as_deref(), payload.bytes_mut()) else {
+            return Ok(false);
+        };
+        let written = self.append_here(&header.meta, header.content, &[], payload.bytes())?;
+        let mut state = self.shared.state.lock();
+        // It may have been removed or replaced while it was copied.
+        if state.index.at(&meta.key, number, page).is_some() {
+            state.index.insert(meta, written.segment, written.page);
+            state.counters.reinserted_total += 1;
+        }
+        Ok(true)
+    }
+}
+
+/// Closes a segment's file with an index of its records; gives its size, pages and lines.
+pub(crate) fn seal_segment(
+    segment: &Segment,
+    end_page: u32,
+    entries: &[(u32, RecordMeta)],
+) -> io::Result<(super::io::FileSize, u32, u32)> {
+    let tail = Trailer::tail_pages(entries.len());
+    let mut pages = Pages::new(tail as usize);
+    let (index, trailer) = pages.bytes_mut().split_at_mut((tail as usize - 1) * PAGE_BYTES);
+    let index_sum = encode_index(entries, index);
+    let lines = u32::try_from(entries.len()).map_err(|_| io::ErrorKind::FileTooLarge)?;
+    Trailer { store_id: segment.store_id, segment: segment.id, index_page: end_page, entries: lines, index_sum }
+        .encode(trailer);
+    segment.file.write(&[pages.bytes()], offset(end_page))?;
+    let pages = end_page + tail;
+    segment.file.truncate(offset(pages))?;
+    segment.file.sync()?;
+    Ok((segment.file.size()?, pages, lines))
+}
+
+/// A record without a payload.
+fn marker(kind: Kind, namespace: NamespaceId, now_ms: u64) -> RecordMeta {
+    RecordMeta {
+        kind,
+        key: ObjectKey::new([0; 32], 0),
+        namespace,
+        payload_bytes: 0,
+        stored_at_ms: now_ms,
+        expires_at_ms: u64::MAX,
+        compute_us: 0,
+        prefix_bytes: 0,
+    }
+}

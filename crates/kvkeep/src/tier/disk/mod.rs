@@ -1,0 +1,417 @@
+//! The disk tier: a bounded directory of append-only segments that is warm after a restart
+//! and never serves wrong bytes.
+//!
+//! - `format` says what every byte means and does no I/O; docs/format.md describes it.
+//! - `io` makes the system calls, behind a trait that tests put a simulated disk behind.
+//! - `segment` reads and checks records, `log` writes and evicts them, `recover` opens.
+//! - `shared` is what callers, readers and the writer share; `writer` is the one thread that
+//!   writes.
+//!
+//! Writes are queued and never hold a request up. Reads are made by whoever wants them.
+//! Nothing here knows of RAM: payloads come as bytes that stay readable while they are queued.
+
+mod archive;
+mod crypt;
+mod format;
+mod index;
+mod io;
+mod log;
+mod manifest;
+mod recover;
+mod segment;
+mod shared;
+#[cfg(test)]
+pub(crate) mod sim;
+#[cfg(test)]
+mod tests;
+mod writer;
+
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::clock::Clock;
+use crate::error::{Error, Result};
+use crate::key::{NamespaceId, ObjectKey};
+use crate::stats::DiskStats;
+use crate::sync::{Mutex, thread};
+
+pub use archive::{Archive, Contents, RecordInfo, RecordState, Verified};
+use crypt::Cipher;
+use format::Kind;
+pub(crate) use format::{Content, RecordHeader, RecordMeta};
+pub(crate) use index::Found;
+use io::{Access, Backend, Directory, OpenError, Pages};
+use recover::Refusal;
+use segment::{Expected, ReadError};
+use shared::{Op, Reply, Shared};
+pub(crate) use shared::{Payload, Resident};
+
+/// Failed reads in a row that make the disk a failing one.
+const BAD_READS: u32 = 3;
+
+/// The open tier. Dropping it closes it.
+#[derive(Debug)]
+pub(crate) struct Disk {
+    dir: PathBuf,
+    shared: Arc<Shared>,
+    cipher: Option<Arc<Cipher>>,
+    queue_bytes: u64,
+    writer: Mutex<Option<thread::JoinHandle<()>>>,
+    bad_reads: std::sync::atomic::AtomicU32,
+}
+
+/// How a tier is opened.
+#[derive(Debug, Clone)]
+pub(crate) struct Options<'a> {
+    pub(crate) dir: &'a Path,
+    pub(crate) capacity_bytes: u64,
+    pub(crate) key_file: Option<&'a Path>,
+    pub(crate) queue_bytes: u64,
+}
+
+/// Finds the directory again after it was gone.
+pub(crate) type Opener = Box<dyn Fn() -> std::io::Result<Arc<dyn Backend>> + Send>;
+
+impl Disk {
+    /// Opens a directory and whatever lies in it.
+    pub(crate) fn open(options: &Options<'_>, clock: Arc<dyn Clock>) -> Result<Self> {
+        let cipher = options.key_file.map(Cipher::from_file).transpose()?.map(Arc::new);
+        let dir = options.dir.to_owned();
+        let directory = Directory::open(&dir, Access::Exclusive).map_err(|error| open_error(&dir, error))?;
+        let again = dir.clone();
+        let opener = Box::new(move || match Directory::open(&again, Access::Exclusive) {
+            Ok(directory) => Ok(Arc::new(directory) as Arc<dyn Backend>),
+            Err(OpenError::Io(error)) => Err(error),
+            Err(OpenError::Locked(_)) => Err(std::io::ErrorKind::ResourceBusy.into()),
+        });
+        Self::over(Arc::new(directory), opener, options, cipher, clock)
+    }
+
+    /// Opens whatever lies in a backend.
+    fn over(
+        backend: Arc<dyn Backend>,
+        opener: Opener,
+        options: &Options<'_>,
+        cipher: Option<Arc<Cipher>>,
+        clock: Arc<dyn Clock>,
+    ) -> Result<Self> {
+        let Options { dir, capacity_bytes, queue_bytes, .. } = *options;
+        if capacity_bytes < log::MIN_CAPACITY_BYTES {
+            return Err(Error::Config(format!(
+                "a disk tier of {capacity_bytes} bytes is too small: give at least {}",
+                log::MIN_CAPACITY_BYTES
+            )));
+        }
+        let shared = Arc::new(Shared::new(clock));
+        shared.state.lock().counters.capacity_bytes = capacity_bytes;
+        let log = recover::open(backend, cipher.clone(), capacity_bytes, &shared)
+            .map_err(|refusal| refused(dir, "open", refusal))?;
+        let writer = writer::spawn(log, opener, Arc::clone(&shared));
+        Ok(Self {
+            dir: dir.to_owned(),
+            shared,
+            cipher,
+            queue_bytes,
+            writer: Mutex::new(Some(writer)),
+            bad_reads: 0.into(),
+        })
+    }
+
+    /// Says who knows what is in RAM: that is hot, and kept when its segment goes.
+    pub(crate) fn set_resident(&self, resident: Resident) {
+        self.shared.set_resident(resident);
+    }
+
+    /// Queues a record to be written. Handed back is what is there already, and what the queue
+    /// has no room for now, which counts as dropped.
+    pub(crate) fn write(
+        &self,
+        meta: RecordMeta,
+        content: Content,
+        payload: Box<dyn Payload>,
+    ) -> Result<(), Box<dyn Payload>> {
+        let now_ms = self.shared.now_ms();
+        let bytes = payload.bytes().len() as u64;
+        let mut state = self.shared.state.lock();
+        let Some(replaces) = state.supersede(&meta, now_ms) else { return Err(payload) };
+        if state.queue.bytes + bytes > self.queue_bytes || !state.writes.allows(now_ms) || state.closed {
+            state.counters.dropped_total += 1;
+            if replaces {
+                state.queue.forget(&meta.key);
+                state.queue.ops.push_back(Op::Remove(vec![meta.key]));
+            }
+            return Err(payload);
+        }
+        state.queue.push(meta, content, payload, replaces);
+        drop(state);
+        self.shared.work.notify_all();
+        Ok(())
+    }
+
+    /// As [`Disk::write`], but waits for room in the queue. For flushing.
+    pub(crate) fn write_waiting(
+        &self,
+        meta: RecordMeta,
+        content: Content,
+        payload: Box<dyn Payload>,
+    ) -> Result<(), Box<dyn Payload>> {
+        let bytes = payload.bytes().len() as u64;
+        let mut state = self.shared.state.lock();
+        while state.queue.bytes > 0 && state.queue.bytes + bytes > self.queue_bytes {
+            state = self.shared.room.wait(state);
+        }
+        let Some(replaces) = state.supersede(&meta, self.shared.now_ms()) else { return Err(payload) };
+        if state.closed {
+            return Err(payload);
+        }
+        state.queue.push(meta, content, payload, replaces);
+        drop(state);
+        self.shared.work.notify_all();
+        Ok(())
+    }
+
+    /// Is this on the disk, or on its way there?
+    pub(crate) fn holds(&self, key: &ObjectKey) -> bool {
+        let now_ms = self.shared.now_ms();
+        let state = self.shared.state.lock();
+        state.index.contains(key, now_ms) || state.queue.wants(key)
+    }
+
+    /// Would a write of so many bytes be taken now?
+    pub(crate) fn has_room(&self, bytes: u64) -> bool {
+        let now_ms = self.shared.now_ms();
+        let state = self.shared.state.lock();
+        state.queue.bytes + bytes <= self.queue_bytes && state.writes.allows(now_ms)
+    }
+
+    /// Gives up writes that have not begun, so that their payloads are free; says how many.
+    pub(crate) fn cancel_writes(&self) -> usize {
+        let mut state = self.shared.state.lock();
+        let writes = state.queue.cancel_writes();
+        state.counters.dropped_total += writes.len() as u64;
+        drop(state);
+        writes.len()
+    }
+
+    /// The record of a key, if it is on the disk and the disk can be read.
+    pub(crate) fn find(&self, key: &ObjectKey) -> Option<Found> {
+        let now_ms = self.shared.now_ms();
+        let mut state = self.shared.state.lock();
+        if state.hung_reads > 0 || !state.reads.allows(now_ms) {
+            return None;
+        }
+        state.index.find(key, now_ms)
+    }
+
+    /// Which of these keys are on the disk: the longest unbroken run.
+    pub(crate) fn find_run(&self, keys: impl Iterator<Item = ObjectKey>) -> Vec<Found> {
+        let now_ms = self.shared.now_ms();
+        let mut state = self.shared.state.lock();
+        if state.hung_reads > 0 || !state.reads.allows(now_ms) {
+            return Vec::new();
+        }
+        keys.map_while(|key| state.index.find(&key, now_ms)).collect()
+    }
+
+    /// Reads a record into exactly its pages. `None` is a miss: the disk failed, or the record
+    /// is not what it should be and is forgotten.
+    pub(crate) fn read(&self, key: &ObjectKey, found: &Found, into: &mut [u8]) -> Option<RecordHeader> {
+        let expected = Expected { key: *key, namespace: found.namespace };
+        let bytes = into.len();
+        let result = found.segment.read(found.slot.page, &expected, self.cipher.as_deref(), into);
+        self.settle(key, found, bytes, result)
+    }
+
+    /// Reads a part of a record's payload: its pages, and where in them the part begins.
+    pub(crate) fn read_range(
+        &self,
+        key: &ObjectKey,
+        found: &Found,
+        range: &Range<usize>,
+    ) -> Option<(RecordHeader, Pages, usize)> {
+        let expected = Expected { key: *key, namespace: found.namespace };
+        let result = found.segment.read_range(found.slot.page, &expected, self.cipher.as_deref(), range);
+        self.settle(key, found, range.len(), result)
+    }
+
+    /// Counts a read, and learns from a failed one.
+    fn settle<T>(&self, key: &ObjectKey, found: &Found, bytes: usize, result: Result<T, ReadError>) -> Option<T> {
+        use std::sync::atomic::Ordering::Relaxed;
+        let now_ms = self.shared.now_ms();
+        let mut state = self.shared.state.lock();
+        let error = match result {
+            Ok(read) => {
+                self.bad_reads.store(0, Relaxed);
+                state.counters.hits += 1;
+                state.counters.read_bytes_total += bytes as u64;
+                state.index.heat(key);
+                if state.reads.heal() {
+                    tracing::info!(dir = %self.dir.display(), "the disk tier can be read again");
+                }
+                return Some(read);
+            }
+            Err(ReadError::Damaged) => {
+                state.counters.damaged_total += 1;
+                state.index.remove_at(key, &found.slot);
+                return None;
+            }
+            Err(ReadError::Io(error)) => error,
+        };
+        state.counters.read_errors_total += 1;
+        if self.bad_reads.fetch_add(1, Relaxed) + 1 >= BAD_READS && state.reads.fail(now_ms) {
+            tracing::warn!(dir = %self.dir.display(), %error, "the disk tier cannot be read: going on without");
+        }
+        None
+    }
+
+    /// A read has run out of time: the disk is not asked again until it comes back.
+    pub(crate) fn read_hangs(&self) {
+        let mut state = self.shared.state.lock();
+        state.counters.timeouts_total += 1;
+        state.hung_reads += 1;
+        if state.hung_reads == 1 {
+            tracing::warn!(dir = %self.dir.display(), "the disk tier does not answer: going on without");
+        }
+    }
+
+    /// A read that had run out of time came back.
+    pub(crate) fn read_returns(&self) {
+        let mut state = self.shared.state.lock();
+        state.hung_reads = state.hung_reads.saturating_sub(1);
+        if state.hung_reads == 0 {
+            tracing::info!(dir = %self.dir.display(), "the disk tier answers again");
+        }
+    }
+
+    /// Removes keys, at once for every reader, and on the disk before the next flush returns.
+    /// Says for each whether it was there.
+    pub(crate) fn remove(&self, keys: &[ObjectKey]) -> Vec<bool> {
+        let now_ms = self.shared.now_ms();
+        let mut state = self.shared.state.lock();
+        let mut written = Vec::new();
+        let found = keys.iter().map(|key| {
+            let live = state.index.contains(key, now_ms);
+            let (known, queued) = (state.index.remove(key), state.queue.forget(key));
+            if known || queued {
+                written.push(*key);
+            }
+            live || queued
+        });
+        let found = found.collect();
+        if !written.is_empty() && !state.closed {
+            state.queue.ops.push_back(Op::Remove(written));
+        }
+        drop(state);
+        self.shared.work.notify_all();
+        found
+    }
+
+    /// Removes a namespace, or everything; says how many records.
+    pub(crate) fn clear(&self, namespace: Option<NamespaceId>) -> u64 {
+        let mut state = self.shared.state.lock();
+        let removed = match namespace {
+            Some(id) => state.index.remove_namespace(id),
+            None => state.index.clear(),
+        };
+        state.queue.forget_all(namespace);
+        if !state.closed {
+            state.queue.ops.push_back(Op::Clear(namespace));
+        }
+        drop(state);
+        self.shared.work.notify_all();
+        removed as u64
+    }
+
+    /// Makes everything durable that was written or removed before.
+    pub(crate) fn flush(&self) -> Result<()> {
+        self.ask("flush", Op::Flush)
+    }
+
+    /// Writes what is queued and leaves the directory ready to be opened fast. Afterwards
+    /// nothing is written any more.
+    pub(crate) fn close(&self) -> Result<()> {
+        let Some(writer) = self.writer.lock().take() else { return Ok(()) };
+        let closed = self.ask("close", Op::Close);
+        // A writer that panicked has answered nothing worse than its own error.
+        let _ = writer.join();
+        closed
+    }
+
+    fn ask(&self, doing: &'static str, op: impl FnOnce(Arc<Reply>) -> Op) -> Result<()> {
+        let reply = Arc::new(Reply::default());
+        let op = op(Arc::clone(&reply));
+        let mut state = self.shared.state.lock();
+        if state.closed {
+            let source = std::io::Error::other("it is closed");
+            return Err(Error::Disk { dir: self.dir.clone(), doing, source });
+        }
+        state.closed = matches!(op, Op::Close(_));
+        state.queue.ops.push_back(op);
+        drop(state);
+        self.shared.work.notify_all();
+        reply.wait().map_err(|source| Error::Disk { dir: self.dir.clone(), doing, source })
+    }
+
+    /// Drops what has expired from the index; says how many.
+    pub(crate) fn sweep(&self) -> usize {
+        let now_ms = self.shared.now_ms();
+        self.shared.state.lock().index.sweep(now_ms)
+    }
+
+    /// One more than the highest layer of a namespace.
+    pub(crate) fn layers(&self, id: NamespaceId) -> u32 {
+        self.shared.state.lock().index.namespaces().layers(id)
+    }
+
+    /// Lengths of the prefix texts of a namespace, shortest first.
+    pub(crate) fn prefix_lengths(&self, id: NamespaceId, max_bytes: usize) -> Vec<usize> {
+        self.shared.state.lock().index.namespaces().prefix_lengths(id, max_bytes)
+    }
+
+    pub(crate) fn stats(&self) -> DiskStats {
+        let state = self.shared.state.lock();
+        DiskStats {
+            entries: state.index.len() as u64,
+            index_bytes: state.index.memory_bytes() as u64,
+            queued_bytes: state.queue.bytes,
+            failing: state.writes.is_failing() || state.reads.is_failing() || state.hung_reads > 0,
+            ..state.counters
+        }
+    }
+
+    /// Counts tokens that were not worth loading.
+    pub(crate) fn count_not_worth(&self, tokens: u64) {
+        self.shared.state.lock().counters.not_worth_tokens_total += tokens;
+    }
+}
+
+impl Drop for Disk {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::warn!(%error, "the disk tier was not closed cleanly");
+        }
+    }
+}
+
+fn open_error(dir: &Path, error: OpenError) -> Error {
+    match error {
+        OpenError::Locked(pid) => Error::DiskLocked { dir: dir.to_owned(), pid },
+        OpenError::Io(source) => Error::Disk { dir: dir.to_owned(), doing: "open", source },
+    }
+}
+
+fn refused(dir: &Path, doing: &'static str, refusal: Refusal) -> Error {
+    let dir = dir.to_owned();
+    let reason = match refusal {
+        Refusal::Io(source) => return Error::Disk { dir, doing, source },
+        Refusal::OtherVersion(version) => {
+            let ours = format::VERSION;
+            format!("its format is version {version}, this release reads version {ours}: use another directory")
+        }
+        Refusal::WrongKey => "it is encrypted with another key".into(),
+        Refusal::KeyMissing => "it is encrypted: give the key file".into(),
+        Refusal::NotEncrypted => "it is not encrypted: open it without a key, or use another directory".into(),
+    };
+    Error::DiskRefused { dir, reason }
+}

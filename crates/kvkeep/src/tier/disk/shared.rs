@@ -1,0 +1,245 @@
+//! What the writer, the readers and the callers of the disk tier share: the index, the
+//! queue of what is to be written, and how the disk is doing.
+//!
+//! One lock, never held across I/O, and never while a payload is dropped: a payload gives
+//! its pages back to the RAM tier, whose lock comes before this one.
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::{Arc, OnceLock};
+
+use super::format::{Content, Kind, RecordMeta};
+use super::index::{DiskIndex, Fingerprint};
+use crate::clock::Clock;
+use crate::key::{NamespaceId, ObjectKey};
+use crate::stats::DiskStats;
+use crate::sync::{Condvar, Mutex};
+
+const FIRST_RETRY_MS: u64 = 100;
+const LAST_RETRY_MS: u64 = 60_000;
+
+/// Bytes that stay readable until this is dropped: whole pages, page-aligned.
+pub(crate) trait Payload: Send {
+    fn bytes(&self) -> &[u8];
+}
+
+/// Says which keys are in RAM.
+pub(crate) type Resident = Box<dyn Fn(&[ObjectKey]) -> Vec<bool> + Send + Sync>;
+
+#[derive(Default)]
+pub(crate) struct DiskState {
+    pub(crate) index: DiskIndex,
+    pub(crate) queue: Queue,
+    pub(crate) counters: DiskStats,
+    pub(crate) writes: Latch,
+    pub(crate) reads: Latch,
+    /// Reads that ran out of time and have not come back.
+    pub(crate) hung_reads: usize,
+    /// Nothing is taken any more.
+    pub(crate) closed: bool,
+}
+
+pub(crate) struct Shared {
+    /// Comes after the store's lock.
+    pub(crate) state: Mutex<DiskState>,
+    /// Something is queued.
+    pub(crate) work: Condvar,
+    /// Something left the queue.
+    pub(crate) room: Condvar,
+    pub(crate) clock: Arc<dyn Clock>,
+    resident: OnceLock<Resident>,
+}
+
+/// One thing for the writer to do.
+pub(crate) enum Op {
+    Write(Write),
+    Remove(Vec<ObjectKey>),
+    /// A namespace, or everything.
+    Clear(Option<NamespaceId>),
+    Flush(Arc<Reply>),
+    Close(Arc<Reply>),
+}
+
+/// A record to be written.
+pub(crate) struct Write {
+    pub(crate) ticket: u64,
+    pub(crate) meta: RecordMeta,
+    pub(crate) content: Content,
+    pub(crate) payload: Box<dyn Payload>,
+    /// An older record of this key may be on the disk: if this one does not get there, a
+    /// removal must.
+    pub(crate) replaces: bool,
+}
+
+/// What is to be written, in order. Bounded by the bytes of its payloads.
+#[derive(Default)]
+pub(crate) struct Queue {
+    pub(crate) ops: VecDeque<Op>,
+    pub(crate) bytes: u64,
+    /// The newest write of each key that is queued or under way: others are of no use.
+    wanted: HashMap<Fingerprint, (u64, NamespaceId)>,
+    last_ticket: u64,
+}
+
+/// Where the writer answers.
+#[derive(Debug, Default)]
+pub(crate) struct Reply {
+    answer: Mutex<Option<io::Result<()>>>,
+    answered: Condvar,
+}
+
+/// Is something failing, and when is it worth another try?
+#[derive(Debug, Default, Clone, Copy)]
+pub(crate) struct Latch {
+    attempts: u32,
+    retry_at_ms: u64,
+}
+
+impl Shared {
+    pub(crate) fn new(clock: Arc<dyn Clock>) -> Self {
+        Self {
+            state: Mutex::new(DiskState::default()),
+            work: Condvar::default(),
+            room: Condvar::default(),
+            clock,
+            resident: OnceLock::new(),
+        }
+    }
+
+    /// Says once and for all who knows what is in RAM.
+    pub(crate) fn set_resident(&self, resident: Resident) {
+        // A second one would be the same store's.
+        let _ = self.resident.set(resident);
+    }
+
+    /// Which of these keys are in RAM. Called without a lock held.
+    pub(crate) fn resident(&self, keys: &[ObjectKey]) -> Vec<bool> {
+        self.resident.get().map_or_else(|| vec![false; keys.len()], |resident| resident(keys))
+    }
+
+    pub(crate) fn now_ms(&self) -> u64 {
+        self.clock.now_ms()
+    }
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").finish_non_exhaustive()
+    }
+}
+
+impl DiskState {
+    /// Prepares for a record to be written: `None` if a block is there already, else whether
+    /// it takes the place of an older record, which can no longer be found.
+    pub(crate) fn supersede(&mut self, meta: &RecordMeta, now_ms: u64) -> Option<bool> {
+        if meta.kind == Kind::Block {
+            let there = self.index.contains(&meta.key, now_ms) || self.queue.wants(&meta.key);
+            return (!there).then_some(false);
+        }
+        let (known, queued) = (self.index.remove(&meta.key), self.queue.wants(&meta.key));
+        Some(known || queued)
+    }
+}
+
+impl Queue {
+    /// Queues a write, in place of an earlier one of its key.
+    pub(crate) fn push(&mut self, meta: RecordMeta, content: Content, payload: Box<dyn Payload>, replaces: bool) {
+        self.last_ticket += 1;
+        let ticket = self.last_ticket;
+        self.wanted.insert(Fingerprint::of(&meta.key), (ticket, meta.namespace));
+        self.bytes += payload.bytes().len() as u64;
+        self.ops.push_back(Op::Write(Write { ticket, meta, content, payload, replaces }));
+    }
+
+    /// Is a write of this key queued or under way?
+    pub(crate) fn wants(&self, key: &ObjectKey) -> bool {
+        self.wanted.contains_key(&Fingerprint::of(key))
+    }
+
+    /// Is this the newest write of its key?
+    pub(crate) fn is_wanted(&self, key: &ObjectKey, ticket: u64) -> bool {
+        self.wanted.get(&Fingerprint::of(key)).is_some_and(|(newest, _)| *newest == ticket)
+    }
+
+    /// A write is done with, one way or the other.
+    pub(crate) fn finish(&mut self, key: &ObjectKey, ticket: u64, payload_bytes: u64) {
+        self.bytes -= payload_bytes;
+        if self.is_wanted(key, ticket) {
+            self.wanted.remove(&Fingerprint::of(key));
+        }
+    }
+
+    /// Nobody wants this key to be written any more; says whether it was to be.
+    pub(crate) fn forget(&mut self, key: &ObjectKey) -> bool {
+        self.wanted.remove(&Fingerprint::of(key)).is_some()
+    }
+
+    /// Nobody wants anything of a namespace, or anything at all.
+    pub(crate) fn forget_all(&mut self, namespace: Option<NamespaceId>) {
+        self.wanted.retain(|_, (_, id)| namespace.is_some_and(|namespace| namespace != *id));
+    }
+
+    /// Takes out all writes that have not begun; the caller drops them without the lock.
+    pub(crate) fn cancel_writes(&mut self) -> Vec<Write> {
+        let (mut writes, mut kept) = (Vec::new(), VecDeque::new());
+        for op in self.ops.drain(..) {
+            match op {
+                Op::Write(write) => writes.push(write),
+                other => kept.push_back(other),
+            }
+        }
+        self.ops = kept;
+        let mut owed = Vec::new();
+        for write in &writes {
+            if write.replaces && self.is_wanted(&write.meta.key, write.ticket) {
+                owed.push(write.meta.key);
+            }
+            self.finish(&write.meta.key, write.ticket, write.payload.bytes().len() as u64);
+        }
+        if !owed.is_empty() {
+            self.ops.push_back(Op::Remove(owed));
+        }
+        writes
+    }
+}
+
+impl Reply {
+    pub(crate) fn answer(&self, result: io::Result<()>) {
+        *self.answer.lock() = Some(result);
+        self.answered.notify_all();
+    }
+
+    pub(crate) fn wait(&self) -> io::Result<()> {
+        let mut answer = self.answer.lock();
+        loop {
+            match answer.take() {
+                Some(result) => return result,
+                None => answer = self.answered.wait(answer),
+            }
+        }
+    }
+}
+
+impl Latch {
+    pub(crate) fn is_failing(&self) -> bool {
+        self.attempts > 0
+    }
+
+    /// Is it worth trying?
+    pub(crate) fn allows(&self, now_ms: u64) -> bool {
+        !self.is_failing() || now_ms >= self.retry_at_ms
+    }
+
+    /// Another failure: the next try comes twice as late. Says whether it is the first.
+    pub(crate) fn fail(&mut self, now_ms: u64) -> bool {
+        let wait_ms = FIRST_RETRY_MS.checked_shl(self.attempts.min(16)).unwrap_or(LAST_RETRY_MS).min(LAST_RETRY_MS);
+        self.retry_at_ms = now_ms.saturating_add(wait_ms);
+        self.attempts = self.attempts.saturating_add(1);
+        self.attempts == 1
+    }
+
+    /// It works; says whether it did not before.
+    pub(crate) fn heal(&mut self) -> bool {
+        std::mem::take(&mut self.attempts) > 0
+    }
+}

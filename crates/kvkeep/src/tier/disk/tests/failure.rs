@@ -1,0 +1,142 @@
+//! A disk that fails: dropped and counted, latched, tried again; reads are misses.
+
+use std::time::Duration;
+
+use super::*;
+
+#[test]
+fn a_full_or_failing_disk_drops_writes_and_is_tried_again_later() {
+    for fault in ["full", "failing"] {
+        let (sim, clock) = (Sim::default(), Arc::new(ManualClock::at(NOW_MS)));
+        let disk = open_with(&sim, 4 * MIB, None, clock.clone()).unwrap();
+        let set = |on: bool| match fault {
+            "full" => sim.space_bytes(on.then(|| sim.used_bytes())),
+            _ => sim.fail_writes(on),
+        };
+        let kept = block(0, 4);
+        kept.store(&disk);
+        disk.flush().unwrap();
+        set(true);
+        (1..60).for_each(|number| drop(block(number, 8).store(&disk)));
+        let _ = disk.flush();
+        let stats = disk.stats();
+        assert!(stats.failing && stats.dropped_total > 20 && stats.write_errors_total > 0, "{fault}: {stats:?}");
+        assert!(kept.is_there(&disk), "what was there can still be read");
+        set(false);
+        clock.advance(Duration::from_secs(100));
+        let after = block(100, 4);
+        assert!(after.store(&disk));
+        disk.flush().unwrap();
+        assert!(after.is_there(&disk) && !disk.stats().failing, "{fault}");
+        drop(disk);
+        let disk = open(&sim, 4 * MIB);
+        assert!(after.is_there(&disk) && kept.is_there(&disk), "{fault}");
+        assert!(sim.peak_bytes() <= 4 * MIB);
+    }
+}
+
+#[test]
+fn while_the_disk_fails_it_is_asked_ever_more_seldom() {
+    let (sim, clock) = (Sim::default(), Arc::new(ManualClock::at(NOW_MS)));
+    let disk = open_with(&sim, 4 * MIB, None, clock.clone()).unwrap();
+    sim.fail_writes(true);
+    for number in 0..10_000 {
+        block(number, 1).store(&disk);
+        clock.advance(Duration::from_millis(10));
+    }
+    let _ = disk.flush();
+    let errors = disk.stats().write_errors_total;
+    assert!((3..20).contains(&errors), "{errors} tries in 100 s");
+}
+
+#[test]
+fn a_removal_is_not_forgotten_while_the_disk_fails() {
+    let (sim, clock) = (Sim::default(), Arc::new(ManualClock::at(NOW_MS)));
+    let disk = open_with(&sim, 4 * MIB, None, clock.clone()).unwrap();
+    let things: Vec<Thing> = (0..4).map(|number| named(number, 1, 1)).collect();
+    things.iter().for_each(|thing| assert!(thing.store(&disk)));
+    disk.flush().unwrap();
+    sim.fail_writes(true);
+    disk.remove(&[things[0].key()]);
+    assert!(disk.flush().is_err(), "a flush that did not happen says so");
+    // A newer version that does not get there must not leave the older one to be found.
+    named(1, 2, 1).store(&disk);
+    disk.cancel_writes();
+    let _ = disk.flush();
+    assert!(named(1, 1, 1).load(&disk).is_none());
+    sim.fail_writes(false);
+    disk.flush().unwrap();
+    drop(disk);
+    let disk = open(&sim, 4 * MIB);
+    let there: Vec<bool> = things.iter().map(|thing| thing.load(&disk).is_some()).collect();
+    assert_eq!(there, [false, false, true, true]);
+}
+
+#[test]
+fn reads_that_fail_are_misses_and_soon_nobody_asks_any_more() {
+    let (sim, clock) = (Sim::default(), Arc::new(ManualClock::at(NOW_MS)));
+    let disk = open_with(&sim, 4 * MIB, None, clock.clone()).unwrap();
+    let things: Vec<Thing> = (0..20).map(|number| block(number, 1)).collect();
+    things.iter().for_each(|thing| assert!(thing.store(&disk)));
+    disk.flush().unwrap();
+    sim.fail_reads(true);
+    assert!(things.iter().all(|thing| !thing.is_there(&disk)));
+    let stats = disk.stats();
+    assert!(stats.failing && stats.read_errors_total < 5, "{stats:?}");
+    sim.fail_reads(false);
+    assert!(!things[19].is_there(&disk), "not before the pause is over");
+    clock.advance(Duration::from_secs(100));
+    assert!(things.iter().all(|thing| thing.is_there(&disk)));
+    assert!(!disk.stats().failing);
+}
+
+#[test]
+fn a_directory_that_was_gone_and_is_back_is_used_again() {
+    let (sim, clock) = (Sim::default(), Arc::new(ManualClock::at(NOW_MS)));
+    let disk = open_with(&sim, 4 * MIB, None, clock.clone()).unwrap();
+    let kept = block(0, 4);
+    kept.store(&disk);
+    disk.flush().unwrap();
+    sim.vanish(true);
+    block(1, 4).store(&disk);
+    assert!(disk.flush().is_err(), "what was stored meanwhile is not there");
+    assert!(disk.stats().write_errors_total > 0);
+    clock.advance(Duration::from_secs(100));
+    block(2, 4).store(&disk);
+    disk.flush().unwrap();
+    assert!(block(2, 4).is_there(&disk) && kept.is_there(&disk) && !disk.stats().failing);
+}
+
+#[test]
+fn a_full_queue_drops_what_comes_and_says_so() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    // Larger than the whole queue: never taken, never waited for.
+    let large = block(1, 1100);
+    let mut pages = Pages::new(1100);
+    pages.bytes_mut().copy_from_slice(&large.bytes());
+    assert!(disk.write(large.meta(), large.content(), Box::new(Bytes(pages))).is_err());
+    assert_eq!(disk.stats().dropped_total, 1);
+}
+
+#[test]
+fn a_disk_that_cannot_be_made_fails_softly_when_full_from_the_start() {
+    let sim = Sim::default();
+    sim.space_bytes(Some(16 << 10));
+    let disk = open(&sim, 4 * MIB);
+    block(1, 4).store(&disk);
+    assert!(disk.flush().is_err());
+    assert!(disk.stats().failing && !block(1, 4).is_there(&disk));
+}
+
+#[test]
+fn a_closed_disk_takes_nothing_and_says_so() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    assert!(block(1, 4).store(&disk));
+    disk.close().unwrap();
+    assert!(!block(2, 4).store(&disk));
+    assert!(disk.flush().is_err());
+    assert!(block(1, 4).is_there(&disk), "it can still be read");
+    disk.close().unwrap();
+}

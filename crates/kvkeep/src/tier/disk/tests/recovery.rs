@@ -1,0 +1,339 @@
+//! Opening what is not as it was left.
+
+use super::super::io::{Access, Directory};
+use super::super::log::segment_name;
+use super::super::manifest;
+use super::super::{Archive, RecordState};
+use super::*;
+use crate::error::Error;
+
+/// A closed directory of several segments: blocks 0..n, and named records of two versions.
+fn filled() -> (Sim, Vec<Thing>) {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    let mut things = Vec::new();
+    for number in 0..6 {
+        named(500 + number, 1, 2).store(&disk);
+    }
+    for number in 0..60 {
+        things.push(block(number, 4));
+        if number % 10 == 5 {
+            things.push(named(500 + number / 10, 2, 3));
+        }
+    }
+    things.iter().for_each(|thing| assert!(thing.store(&disk)));
+    drop(disk);
+    assert!(segments(&sim).len() >= 4, "{:?}", sim.names());
+    (sim, things)
+}
+
+fn segments(sim: &Sim) -> Vec<String> {
+    sim.names().into_iter().filter(|name| name.starts_with("segment")).collect()
+}
+
+/// How many of the things are there; whatever is there is right.
+fn count(sim: &Sim, things: &[Thing]) -> usize {
+    let disk = open(sim, 4 * MIB);
+    things.iter().filter(|thing| thing.is_there(&disk)).count()
+}
+
+#[test]
+fn without_a_manifest_the_segments_speak_for_themselves() {
+    let (sim, things) = filled();
+    sim.delete(manifest::NAME);
+    assert_eq!(count(&sim, &things), things.len());
+    assert_eq!(count(&sim, &things), things.len(), "and then there is one again");
+}
+
+#[test]
+fn without_indexes_the_headers_are_read() {
+    let (sim, things) = filled();
+    let all = segments(&sim);
+    for name in &all {
+        let bytes = sim.get(name).unwrap();
+        sim.put(name, bytes[..bytes.len() - 4096].to_vec());
+    }
+    let blocks: Vec<Thing> = things.iter().copied().filter(|thing| !thing.named).collect();
+    assert_eq!(count(&sim, &blocks), blocks.len());
+    assert_eq!(open(&sim, 4 * MIB).stats().damaged_total, 0, "the indexes were written again");
+}
+
+#[test]
+fn a_torn_tail_is_cut_off_and_what_was_flushed_before_it_is_there() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    let things: Vec<Thing> = (0..5).map(|number| block(number, 4)).collect();
+    things.iter().for_each(|thing| assert!(thing.store(&disk)));
+    disk.flush().unwrap();
+    let left = sim.copy();
+    drop(disk);
+    // The last record's header got there, its payload only in part.
+    let name = &segments(&left)[0];
+    let mut bytes = left.get(name).unwrap();
+    let last_page = (1 + 4 * 5 + 3) * 4096;
+    bytes[last_page..last_page + 4096].fill(0);
+    left.put(name, bytes);
+    let disk = open(&left, 4 * MIB);
+    assert_eq!(disk.stats().entries, 4, "a torn record is not even in the index");
+    assert!(things[..4].iter().all(|thing| thing.is_there(&disk)));
+}
+
+/// The segment that is lost held the newer version: the older one must not come back.
+#[test]
+fn a_lost_segment_brings_back_nothing_that_it_replaced() {
+    let (sim, things) = filled();
+    for name in segments(&sim) {
+        for damage in ["missing", "empty", "cut", "header"] {
+            let left = sim.copy();
+            match damage {
+                "missing" => left.delete(&name),
+                "empty" => left.put(&name, Vec::new()),
+                "cut" => left.put(&name, left.get(&name).unwrap()[..5 * 4096].to_vec()),
+                _ => {
+                    let mut bytes = left.get(&name).unwrap();
+                    bytes[100] ^= 4;
+                    left.put(&name, bytes);
+                }
+            }
+            let there = count(&left, &things);
+            assert!(there > things.len() / 2 && there < things.len(), "{damage} {name}: {there}");
+        }
+    }
+}
+
+#[test]
+fn without_a_manifest_a_gap_in_the_segments_counts_as_a_loss() {
+    let (sim, things) = filled();
+    sim.delete(manifest::NAME);
+    sim.delete(&segments(&sim)[1]);
+    assert!(count(&sim, &things) < things.len());
+}
+
+#[test]
+fn foreign_files_are_left_alone_and_counted() {
+    let (sim, things) = filled();
+    let (other, _) = {
+        let sim = Sim::default();
+        let disk = open(&sim, 4 * MIB);
+        named(500, 9, 3).store(&disk);
+        drop(disk);
+        (sim.clone(), ())
+    };
+    let segment = other.get(&segments(&other)[0]).unwrap();
+    sim.put("notes.txt", b"mine".to_vec());
+    sim.put("segment-zz", b"mine".to_vec());
+    sim.put(&segment_name(77), segment.clone());
+    sim.put(&segment_name(78), Vec::new());
+    assert_eq!(count(&sim, &things), things.len());
+    assert_eq!(open(&sim, 4 * MIB).stats().foreign_files, 4);
+    assert_eq!(sim.get("notes.txt").unwrap(), b"mine");
+    assert_eq!(sim.get(&segment_name(77)).unwrap(), segment);
+    let disk = open(&sim, 4 * MIB);
+    block(70, 3).store(&disk);
+    drop(disk);
+    assert!(sim.names().contains(&segment_name(79)), "a new segment stands behind all others: {:?}", sim.names());
+}
+
+#[test]
+fn swapped_and_duplicated_segments_are_misses() {
+    let (sim, things) = filled();
+    let names = segments(&sim);
+    let (a, b) = (sim.get(&names[0]).unwrap(), sim.get(&names[1]).unwrap());
+    let swapped = sim.copy();
+    swapped.put(&names[0], b.clone());
+    swapped.put(&names[1], a.clone());
+    assert!(count(&swapped, &things) < things.len());
+    let twice = sim.copy();
+    twice.put(&names[1], a);
+    assert!(count(&twice, &things) < things.len());
+    let copied = sim.copy();
+    copied.put(&segment_name(99), b);
+    assert_eq!(count(&copied, &things), things.len(), "a copy beside the segments is foreign");
+}
+
+/// A segment that was evicted, but whose file was still there when the power went.
+#[test]
+fn evicted_segments_that_are_still_there_do_not_come_back() {
+    let sim = Sim::default();
+    let disk = open(&sim, 2 * MIB);
+    named(1, 1, 3).store(&disk);
+    disk.flush().unwrap();
+    let first = segments(&sim)[0].clone();
+    let evicted = sim.get(&first).unwrap();
+    (0..200).for_each(|number| assert!(block(number, 4).store(&disk)));
+    drop(disk);
+    assert!(!sim.names().contains(&first));
+    sim.put(&first, evicted);
+    let disk = open(&sim, 2 * MIB);
+    assert!(named(1, 1, 3).load(&disk).is_none());
+    assert!(!sim.names().contains(&first), "it is removed, so that the cap holds");
+}
+
+#[test]
+fn another_version_is_refused_and_a_flipped_version_is_not_taken_for_one() {
+    let (sim, things) = filled();
+    let mut bytes = sim.get(manifest::NAME).unwrap();
+    bytes[8] ^= 2;
+    sim.put(manifest::NAME, bytes.clone());
+    assert_eq!(count(&sim, &things), things.len(), "as if there were no manifest");
+    let newer = 9u32.to_le_bytes();
+    bytes[8..12].copy_from_slice(&newer);
+    bytes[33..37].copy_from_slice(&newer);
+    sim.put(manifest::NAME, bytes);
+    let error = open_with(&sim, 4 * MIB, None, clock()).unwrap_err();
+    assert!(error.to_string().contains("version 9"), "{error}");
+}
+
+#[test]
+fn a_wrong_missing_or_needless_key_is_a_clear_error() {
+    let (sim, plain) = (Sim::default(), Sim::default());
+    let open = |sim: &Sim, key: Option<u8>| open_with(sim, 4 * MIB, key.map(|key| Cipher::new(&[key; 32])), clock());
+    block(1, 3).store(&open(&sim, Some(1)).unwrap());
+    block(1, 3).store(&open(&plain, None).unwrap());
+    assert!(block(1, 3).is_there(&open(&sim, Some(1)).unwrap()));
+    for (sim, key, says) in
+        [(&sim, Some(2), "another key"), (&sim, None, "give the key"), (&plain, Some(1), "not encrypted")]
+    {
+        let error = open(sim, key).unwrap_err();
+        assert!(matches!(error, Error::DiskRefused { .. }) && error.to_string().contains(says), "{error}");
+    }
+    assert!(block(1, 3).is_there(&open(&sim, Some(1)).unwrap()), "and nothing is lost by trying");
+}
+
+#[test]
+fn encrypted_payloads_cannot_be_read_or_swapped_on_the_disk() {
+    let sim = Sim::default();
+    let open = || open_with(&sim, 4 * MIB, Some(Cipher::new(&[7; 32])), clock()).unwrap();
+    let (one, two) = (block(1, 2), block(2, 2));
+    let disk = open();
+    one.store(&disk);
+    two.store(&disk);
+    drop(disk);
+    let name = segments(&sim)[0].clone();
+    let mut bytes = sim.get(&name).unwrap();
+    let plain = &one.bytes()[..64];
+    assert!(!bytes.windows(64).any(|window| window == plain));
+    // Payloads change places; the headers, with all their checksums, stay.
+    let (a, b) = (bytes[2 * 4096..4 * 4096].to_vec(), bytes[5 * 4096..7 * 4096].to_vec());
+    bytes[2 * 4096..4 * 4096].copy_from_slice(&b);
+    bytes[5 * 4096..7 * 4096].copy_from_slice(&a);
+    sim.put(&name, bytes);
+    let disk = open();
+    assert!(!one.is_there(&disk) && !two.is_there(&disk));
+    assert_eq!(disk.stats().damaged_total, 2);
+}
+
+// On a real file system.
+
+fn real(dir: &Path) -> Result<Disk> {
+    Disk::open(&Options { dir, capacity_bytes: 4 * MIB, key_file: None, queue_bytes: MIB }, clock())
+}
+
+#[test]
+fn a_directory_belongs_to_one_process_at_a_time_and_the_error_names_it() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("a/b");
+    let disk = real(&dir).unwrap();
+    let error = real(&dir).unwrap_err();
+    assert!(error.to_string().contains(&format!("process {}", std::process::id())), "{error}");
+    assert!(matches!(Archive::open(&dir, None, NOW_MS), Err(Error::DiskLocked { .. })));
+    drop(disk);
+    drop(real(&dir).unwrap());
+    let readers = (Archive::open(&dir, None, NOW_MS).unwrap(), Archive::open(&dir, None, NOW_MS).unwrap());
+    assert!(matches!(real(&dir), Err(Error::DiskLocked { .. })));
+    drop(readers);
+}
+
+#[test]
+fn files_and_directories_are_for_their_owner_alone_and_stay_under_the_cap() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt};
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path().join("cache");
+    let disk = real(&dir).unwrap();
+    for number in 0..300 {
+        block(number, 8).store(&disk);
+        if number % 20 == 0 {
+            disk.flush().unwrap();
+            let files = std::fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().metadata());
+            // A file may go between being listed and being looked at.
+            let bytes: u64 = files.flatten().map(|metadata| metadata.blocks() * 512).sum();
+            assert!(bytes + 4096 <= 4 * MIB, "{bytes}");
+        }
+    }
+    drop(disk);
+    assert_eq!(std::fs::metadata(&dir).unwrap().permissions().mode() & 0o777, 0o700);
+    for entry in std::fs::read_dir(&dir).unwrap() {
+        let entry = entry.unwrap();
+        assert_eq!(entry.metadata().unwrap().permissions().mode() & 0o777, 0o600, "{entry:?}");
+    }
+    let disk = real(&dir).unwrap();
+    assert!(block(299, 8).is_there(&disk) && block(290, 8).is_there(&disk));
+}
+
+#[test]
+fn a_path_that_is_no_directory_or_may_not_be_written_is_a_clear_error() {
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("file");
+    std::fs::write(&file, b"x").unwrap();
+    for path in [file.clone(), file.join("below")] {
+        let error = real(&path).unwrap_err();
+        assert!(matches!(error, Error::Disk { doing: "open", .. }), "{error}");
+    }
+    assert!(matches!(Directory::open(&home.path().join("none"), Access::ReadOnly), Err(_)));
+}
+
+#[test]
+fn an_archive_lists_every_record_and_what_became_of_it_and_checks_it() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = home.path();
+    let disk = real(dir).unwrap();
+    let things = [block(1, 3), named(2, 1, 2), named(2, 2, 2), block(3, 1), block(4, 1)];
+    for thing in &things {
+        thing.store(&disk);
+        disk.flush().unwrap();
+    }
+    Thing { expires_at_ms: NOW_MS + 5, ..block(5, 1) }.store(&disk);
+    disk.flush().unwrap();
+    disk.remove(&[block(3, 1).key()]);
+    drop(disk);
+    let archive = Archive::open(dir, None, NOW_MS + 5).unwrap();
+    let states: Vec<RecordState> = archive.records().iter().map(|record| record.state).collect();
+    use RecordState::{Expired, Gone, Live};
+    assert_eq!(states, [Live, Gone, Live, Gone, Live, Expired]);
+    let (contents, payload) = archive.load(&archive.records()[0]).unwrap().unwrap();
+    assert_eq!(payload, things[0].bytes()[..things[0].payload_bytes()]);
+    assert!(matches!(contents, super::super::Contents::Block { model, .. } if model == "model"));
+    let verified = archive.verify(|_| {}).unwrap();
+    assert!(verified.is_whole() && verified.records == 6, "{verified:?}");
+    // A flipped bit in a payload is found.
+    let name = segment_name(1);
+    let mut bytes = std::fs::read(dir.join(&name)).unwrap();
+    bytes[2 * 4096 + 17] ^= 1;
+    std::fs::write(dir.join(&name), bytes).unwrap();
+    let verified = Archive::open(dir, None, NOW_MS).unwrap().verify(|_| {}).unwrap();
+    assert_eq!(verified.damaged.len(), 1);
+    assert_eq!(verified.damaged[0].key, *things[0].key().hash());
+}
+
+#[test]
+fn a_key_file_is_read_as_bytes_or_digits_and_must_be_private() {
+    use std::os::unix::fs::PermissionsExt;
+    let home = tempfile::tempdir().unwrap();
+    let file = home.path().join("key");
+    let write = |bytes: &[u8], mode: u32| {
+        std::fs::write(&file, bytes).unwrap();
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let id = [3; 16];
+    let right = Cipher::new(&[0xab; 32]).check(&id);
+    write(&[0xab; 32], 0o600);
+    assert_eq!(Cipher::from_file(&file).unwrap().check(&id), right);
+    write(format!("{}\n", "ab".repeat(32)).as_bytes(), 0o400);
+    assert_eq!(Cipher::from_file(&file).unwrap().check(&id), right);
+    for (bytes, mode, says) in [(&b"short"[..], 0o600, "32 bytes"), (&[7; 32][..], 0o644, "chmod 600")] {
+        std::fs::remove_file(&file).unwrap();
+        write(bytes, mode);
+        let error = Cipher::from_file(&file).unwrap_err();
+        assert!(error.to_string().contains(says), "{error}");
+    }
+}

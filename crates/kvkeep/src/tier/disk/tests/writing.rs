@@ -1,0 +1,212 @@
+//! Storing, reading, replacing, removing, and the cap.
+
+use super::*;
+
+#[test]
+fn what_is_written_is_read_back_also_after_closing_and_opening() {
+    let sim = Sim::default();
+    let things = [block(1, 3), named(2, 0, 1), block(3, 20), named(4, 0, 2)];
+    let disk = open(&sim, 4 * MIB);
+    assert!(things.iter().all(|thing| thing.store(&disk)));
+    disk.flush().unwrap();
+    assert!(things.iter().all(|thing| thing.is_there(&disk)));
+    assert_eq!(disk.stats().entries, 4);
+    drop(disk);
+    let disk = open(&sim, 4 * MIB);
+    assert!(things.iter().all(|thing| thing.is_there(&disk)));
+    assert!(!block(9, 1).is_there(&disk));
+    let stats = disk.stats();
+    assert_eq!((stats.entries, stats.damaged_total, stats.foreign_files), (4, 0, 0));
+}
+
+#[test]
+fn a_named_record_is_replaced_and_stays_replaced() {
+    let sim = Sim::default();
+    for close_between in [false, true] {
+        let mut disk = open(&sim, 4 * MIB);
+        named(1, 1, 2).store(&disk);
+        if close_between {
+            drop(disk);
+            disk = open(&sim, 4 * MIB);
+        }
+        named(1, 2, 3).store(&disk);
+        disk.flush().unwrap();
+        assert!(named(1, 2, 3).is_there(&disk));
+        drop(disk);
+        assert!(named(1, 2, 3).is_there(&open(&sim, 4 * MIB)));
+    }
+}
+
+#[test]
+fn what_is_removed_or_cleared_is_gone_at_once_and_after_opening() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    let things: Vec<Thing> = (0..9).map(|number| block(number, 1)).collect();
+    things.iter().for_each(|thing| assert!(thing.store(&disk)));
+    disk.flush().unwrap();
+    // Also what is still queued.
+    block(30, 1).store(&disk);
+    let keys = [things[0].key(), block(30, 1).key(), block(99, 1).key()];
+    assert_eq!(disk.remove(&keys), [true, true, false]);
+    assert!(!things[0].is_there(&disk) && !block(30, 1).is_there(&disk));
+    assert_eq!(disk.clear(Some(namespace(1))), 3);
+    let left = |disk: &Disk| -> Vec<u32> {
+        things.iter().filter(|thing| thing.is_there(disk)).map(|thing| thing.number).collect()
+    };
+    let expected = [2, 3, 5, 6, 8];
+    assert_eq!(left(&disk), expected);
+    drop(disk);
+    let disk = open(&sim, 4 * MIB);
+    assert_eq!(left(&disk), expected);
+    assert!(!block(30, 1).is_there(&disk));
+    disk.clear(None);
+    drop(disk);
+    let disk = open(&sim, 4 * MIB);
+    assert_eq!(disk.stats().entries, 0);
+    assert!(things[2].store(&disk));
+    disk.flush().unwrap();
+    assert!(things[2].is_there(&disk));
+}
+
+#[test]
+fn an_expiry_means_the_same_after_a_restart() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    let short = Thing { expires_at_ms: NOW_MS + 10, ..block(1, 1) };
+    short.store(&disk);
+    block(2, 1).store(&disk);
+    drop(disk);
+    let clock = Arc::new(ManualClock::at(NOW_MS + 9));
+    let disk = open_with(&sim, 4 * MIB, None, clock.clone()).unwrap();
+    assert!(short.is_there(&disk));
+    clock.advance(std::time::Duration::from_millis(1));
+    assert!(!short.is_there(&disk) && block(2, 1).is_there(&disk));
+    drop(disk);
+    let disk = open_with(&sim, 4 * MIB, None, clock).unwrap();
+    assert!(!short.is_there(&disk) && block(2, 1).is_there(&disk));
+}
+
+/// An expired record replaced an older one that lives longer: that one must not come back.
+#[test]
+fn an_older_record_does_not_come_back_when_the_newer_one_expires() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    named(1, 1, 1).store(&disk);
+    Thing { expires_at_ms: NOW_MS + 10, ..named(1, 2, 1) }.store(&disk);
+    drop(disk);
+    let disk = open_with(&sim, 4 * MIB, None, Arc::new(ManualClock::at(NOW_MS + 20))).unwrap();
+    assert!(named(1, 1, 1).load(&disk).is_none());
+}
+
+#[test]
+fn the_disk_stays_under_its_cap_at_every_moment_also_when_opened_with_a_smaller_one() {
+    for cipher in [false, true] {
+        let sim = Sim::default();
+        let open = |capacity| open_with(&sim, capacity, cipher.then(|| Cipher::new(&[7; 32])), clock()).unwrap();
+        let disk = open(3 * MIB);
+        for number in 0..400 {
+            assert!(block(number, 1 + number % 20).store(&disk));
+            if number % 50 == 0 {
+                disk.flush().unwrap();
+            }
+        }
+        disk.flush().unwrap();
+        let stats = disk.stats();
+        assert!(stats.evictions > 0 && stats.used_bytes <= 3 * MIB, "{stats:?}");
+        assert!(block(399, 20).is_there(&disk), "the newest is there");
+        assert!(sim.peak_bytes() <= 3 * MIB, "{}", sim.peak_bytes());
+        drop(disk);
+        let disk = open(MIB);
+        assert!(sim.used_bytes() <= MIB && disk.stats().used_bytes <= MIB);
+        assert!(disk.stats().entries > 0, "the newest segments stay");
+        assert!(block(399, 20).is_there(&disk));
+    }
+}
+
+#[test]
+fn hot_records_are_written_again_before_their_segment_goes() {
+    let sim = Sim::default();
+    let disk = open(&sim, 3 * MIB);
+    let hot = block(1_000, 4);
+    hot.store(&disk);
+    for number in 0..600 {
+        block(number, 4).store(&disk);
+        if number % 16 == 0 {
+            disk.flush().unwrap();
+            assert!(hot.is_there(&disk), "it is read again and again, and so is kept");
+        }
+    }
+    assert!(!block(0, 4).is_there(&disk), "what nobody reads goes");
+    assert!(disk.stats().reinserted_total > 0);
+}
+
+#[test]
+fn what_is_in_ram_counts_as_hot() {
+    let sim = Sim::default();
+    let disk = open(&sim, 3 * MIB);
+    let kept = block(1_000, 4);
+    let key = kept.key();
+    disk.set_resident(Box::new(move |keys| keys.iter().map(|other| *other == key).collect()));
+    kept.store(&disk);
+    (0..600).for_each(|number| assert!(block(number, 4).store(&disk)));
+    disk.flush().unwrap();
+    assert!(kept.is_there(&disk));
+}
+
+#[test]
+fn a_record_larger_than_a_segment_gets_one_of_its_own() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    let (small, large, absurd) = (block(1, 1), block(2, 600), block(3, 1_100));
+    for thing in [&small, &large, &absurd] {
+        thing.store(&disk);
+    }
+    disk.flush().unwrap();
+    assert!(small.is_there(&disk) && large.is_there(&disk) && !absurd.is_there(&disk));
+    let stats = disk.stats();
+    assert_eq!((stats.dropped_total, stats.failing), (1, false), "one that no disk this small can hold");
+    assert!(sim.peak_bytes() <= 4 * MIB);
+}
+
+#[test]
+fn a_part_of_a_payload_is_read_and_checked_by_itself() {
+    for cipher in [None, Some(Cipher::new(&[7; 32]))] {
+        let sim = Sim::default();
+        let disk = open_with(&sim, 8 * MIB, cipher, clock()).unwrap();
+        let thing = block(1, 100);
+        thing.store(&disk);
+        disk.flush().unwrap();
+        let found = disk.find(&thing.key()).unwrap();
+        for range in [0..1, 5_000..70_000, 131_072..131_073, 65_536..200_000, 300_000..409_504] {
+            let (_, pages, at) = disk.read_range(&thing.key(), &found, &range).unwrap();
+            assert_eq!(pages.bytes()[at..at + range.len()], thing.bytes()[range.clone()]);
+            assert!(pages.bytes().len() <= range.len() + 2 * 65_536, "not the whole");
+        }
+        let beyond = 0..100 * 4096 + 1;
+        assert!(disk.read_range(&thing.key(), &found, &beyond).is_none());
+    }
+}
+
+#[test]
+fn records_that_are_there_are_not_written_again() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    assert!(block(1, 1).store(&disk));
+    disk.flush().unwrap();
+    assert!(!block(1, 1).store(&disk));
+    assert_eq!(disk.stats().stored_total, 1);
+}
+
+#[test]
+fn the_index_costs_less_than_128_bytes_a_record() {
+    let mut index = super::super::index::DiskIndex::default();
+    let mut thing = block(0, 1);
+    for number in 0..120_000 {
+        thing.number = number;
+        index.insert(&thing.meta(), 0, 1 + number * 2);
+        if number > 1_000 {
+            let bytes = index.memory_bytes() as f64 / f64::from(number + 1);
+            assert!(bytes < 128.0, "{bytes} bytes at {number}");
+        }
+    }
+}

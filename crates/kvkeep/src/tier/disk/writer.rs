@@ -1,0 +1,244 @@
+//! The one thread that writes.
+//!
+//! It takes what is queued in order. When the disk fails, records are dropped and counted,
+//! and tried again with growing pauses; removals are never dropped: they are owed, and
+//! written before anything else. Owing too many turns them into one removal of everything:
+//! a cache may forget, but must not bring back what was removed.
+
+use std::io;
+use std::sync::Arc;
+
+use super::Opener;
+use super::log::Log;
+use super::recover;
+use super::shared::{Op, Shared, Write};
+use crate::key::{NamespaceId, ObjectKey};
+use crate::sync::thread;
+
+/// More removals than this are not kept one by one.
+const MAX_OWED_KEYS: usize = 1 << 16;
+const MAX_OWED_NAMESPACES: usize = 1 << 10;
+
+struct Writer {
+    log: Log,
+    opener: Opener,
+    shared: Arc<Shared>,
+    owed: Owed,
+    /// Why something that was to be written since the last flush was not.
+    lost: Option<(io::ErrorKind, String)>,
+}
+
+/// Removals that are not on the disk yet.
+#[derive(Debug, Default)]
+struct Owed {
+    keys: Vec<ObjectKey>,
+    namespaces: Vec<NamespaceId>,
+    all: bool,
+}
+
+/// Starts the thread.
+pub(super) fn spawn(log: Log, opener: Opener, shared: Arc<Shared>) -> thread::JoinHandle<()> {
+    let mut writer = Writer { log, opener, shared, owed: Owed::default(), lost: None };
+    writer.publish_sizes();
+    thread::spawn(move || writer.run())
+}
+
+impl Writer {
+    fn run(&mut self) {
+        loop {
+            match self.next() {
+                Op::Write(write) => self.write(write),
+                Op::Remove(keys) => {
+                    self.owed.add(keys, &self.shared);
+                    self.pay_if_due();
+                }
+                Op::Clear(namespace) => {
+                    self.owed.clear(namespace, &self.shared);
+                    self.pay_if_due();
+                }
+                Op::Flush(reply) => {
+                    let flushed = self.attempt(|writer| {
+                        writer.pay()?;
+                        writer.log.sync()?;
+                        writer.log.backend.check()
+                    });
+                    let lost = self.lost.take().map_or(Ok(()), |(kind, error)| Err(io::Error::new(kind, error)));
+                    reply.answer(flushed.and(lost));
+                }
+                Op::Close(reply) => {
+                    let closed = self.attempt(|writer| {
+                        writer.pay()?;
+                        writer.log.close()
+                    });
+                    self.publish_sizes();
+                    reply.answer(closed);
+                    return;
+                }
+            }
+            self.publish_sizes();
+        }
+    }
+
+    fn next(&self) -> Op {
+        let mut state = self.shared.state.lock();
+        loop {
+            match state.queue.ops.pop_front() {
+                Some(op) => return op,
+                None => state = self.shared.work.wait(state),
+            }
+        }
+    }
+
+    fn write(&mut self, write: Write) {
+        let Write { ticket, meta, content, payload, replaces } = write;
+        let now_ms = self.shared.now_ms();
+        let (wanted, allowed) = {
+            let state = self.shared.state.lock();
+            (state.queue.is_wanted(&meta.key, ticket), state.writes.allows(now_ms))
+        };
+        let live = wanted && meta.expires_at_ms > now_ms;
+        let result = if live && allowed {
+            Some(self.attempt(|writer| {
+                writer.pay()?;
+                let written = writer.log.append(&meta, content, payload.bytes())?;
+                writer.heal();
+                Ok(written)
+            }))
+        } else {
+            None
+        };
+        let bytes = payload.bytes().len() as u64;
+        match &result {
+            Some(Err(error)) if error.kind() != io::ErrorKind::FileTooLarge => {
+                self.lost = Some((error.kind(), error.to_string()))
+            }
+            None if live => self.lost = Some((io::ErrorKind::Other, "the disk tier is failing".into())),
+            _ => {}
+        }
+        if replaces && wanted && !matches!(result, Some(Ok(_))) {
+            self.owed.add(vec![meta.key], &self.shared);
+        }
+        {
+            let mut state = self.shared.state.lock();
+            match result {
+                // Removed or replaced while it was written: then a removal, or the newer
+                // one, comes behind it.
+                Some(Ok(written)) if state.queue.is_wanted(&meta.key, ticket) => {
+                    state.index.insert(&meta, written.segment, written.page);
+                    state.counters.stored_total += 1;
+                    state.counters.written_bytes_total += bytes;
+                }
+                Some(Ok(_)) => {}
+                _ if live => state.counters.dropped_total += 1,
+                _ => {}
+            }
+            state.queue.finish(&meta.key, ticket, bytes);
+        }
+        drop(payload);
+        self.shared.room.notify_all();
+    }
+
+    /// Tries something on the disk; a failure is latched.
+    fn attempt<T>(&mut self, action: impl FnOnce(&mut Self) -> io::Result<T>) -> io::Result<T> {
+        if self.shared.state.lock().writes.is_failing() {
+            self.reopen_if_gone();
+        }
+        let result = action(self);
+        let now_ms = self.shared.now_ms();
+        let mut state = self.shared.state.lock();
+        match &result {
+            // One record that no segment can hold says nothing about the disk.
+            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {}
+            Ok(_) => {}
+            Err(error) => {
+                state.counters.write_errors_total += 1;
+                if state.writes.fail(now_ms) {
+                    tracing::warn!(%error, "the disk tier cannot be written: going on without");
+                }
+                drop(state);
+                self.log.abandon();
+            }
+        }
+        result
+    }
+
+    /// A directory that was moved away or unmounted is opened again where it should be.
+    fn reopen_if_gone(&mut self) {
+        if self.log.backend.check().is_ok() {
+            return;
+        }
+        let Ok(backend) = (self.opener)() else { return };
+        self.shared.state.lock().index.forget_everything();
+        let (cipher, capacity_bytes) = (self.log.cipher.clone(), self.log.capacity_bytes);
+        if let Ok(log) = recover::open(backend, cipher, capacity_bytes, &self.shared) {
+            self.log = log;
+        }
+    }
+
+    /// Something was written: if the disk was failing, it is not any more.
+    fn heal(&self) {
+        if self.shared.state.lock().writes.heal() {
+            tracing::info!("the disk tier can be written again");
+        }
+    }
+
+    fn pay_if_due(&mut self) {
+        if self.shared.state.lock().writes.allows(self.shared.now_ms()) {
+            // A failure is latched, and what is owed stays owed.
+            let _ = self.attempt(Self::pay);
+        }
+    }
+
+    /// Writes the removals that are owed.
+    fn pay(&mut self) -> io::Result<()> {
+        let now_ms = self.shared.now_ms();
+        if self.owed.is_empty() {
+            return Ok(());
+        }
+        if self.owed.all {
+            self.log.append_cleared(None, now_ms)?;
+            self.owed.all = false;
+        }
+        while let Some(namespace) = self.owed.namespaces.last() {
+            self.log.append_cleared(Some(*namespace), now_ms)?;
+            self.owed.namespaces.pop();
+        }
+        if !self.owed.keys.is_empty() {
+            self.log.append_removals(&self.owed.keys, now_ms)?;
+            self.owed.keys.clear();
+        }
+        self.heal();
+        Ok(())
+    }
+
+    fn publish_sizes(&self) {
+        self.shared.state.lock().counters.used_bytes = self.log.used_bytes();
+    }
+}
+
+impl Owed {
+    fn is_empty(&self) -> bool {
+        self.keys.is_empty() && self.namespaces.is_empty() && !self.all
+    }
+
+    fn add(&mut self, keys: Vec<ObjectKey>, shared: &Shared) {
+        self.keys.extend(keys);
+        if self.keys.len() > MAX_OWED_KEYS {
+            self.clear(None, shared);
+        }
+    }
+
+    fn clear(&mut self, namespace: Option<NamespaceId>, shared: &Shared) {
+        match namespace {
+            Some(namespace) if self.namespaces.len() < MAX_OWED_NAMESPACES => {
+                if !self.namespaces.contains(&namespace) {
+                    self.namespaces.push(namespace);
+                }
+            }
+            _ => {
+                *self = Self { all: true, ..Self::default() };
+                shared.state.lock().index.clear();
+            }
+        }
+    }
+}

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Error, Rejection, Result};
@@ -48,6 +49,28 @@ pub struct KvCache {
 pub struct Match {
     pin: Pin,
     layout: KvLayout,
+}
+
+/// What is there of a prompt. All numbers are whole blocks.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Look {
+    /// In RAM, from the first token on.
+    pub ram_tokens: usize,
+    /// Behind those, worth loading: on the disk, or in RAM behind such.
+    pub load_tokens: usize,
+    /// Behind those: there, but computing them again is faster than loading them.
+    pub not_worth_tokens: usize,
+    /// How long loading takes, as measured so far; zero before the first load.
+    pub load_time: Duration,
+}
+
+impl Look {
+    /// Tokens that a lookup gives: those in RAM and those worth loading.
+    #[must_use]
+    pub fn worth_tokens(&self) -> usize {
+        self.ram_tokens + self.load_tokens
+    }
 }
 
 /// What became of the blocks of one store.
@@ -105,6 +128,69 @@ impl KvCache {
         Ok(self.pinned(namespace, &keys(namespace, tokens)?, request))
     }
 
+    /// What [`KvCache::lookup`] would find, tier by tier, and what of it is worth loading. Loads
+    /// and counts nothing.
+    ///
+    /// # Errors
+    /// [`Error::EmptyTokens`].
+    pub fn look(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Look> {
+        let found = self.store.look(&keys(namespace, tokens)?);
+        let block_tokens = namespace.layout().block_tokens();
+        Ok(Look {
+            ram_tokens: found.ram * block_tokens,
+            load_tokens: found.load * block_tokens,
+            not_worth_tokens: found.not_worth * block_tokens,
+            load_time: found.load_time,
+        })
+    }
+
+    /// Begins to bring a prompt's blocks from the disk into RAM, as far as that is worth it, and
+    /// does not wait: for a request that is known to come. Says of how many tokens.
+    ///
+    /// # Errors
+    /// [`Error::EmptyTokens`].
+    pub fn prefetch(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<usize> {
+        Ok(self.store.prefetch(&keys(namespace, tokens)?) * namespace.layout().block_tokens())
+    }
+
+    /// Copies K and V of these layers of the longest run of blocks into an engine's tensors,
+    /// one for each layer: from RAM, behind that straight from the disk, of which only these
+    /// layers are read and nothing is kept in RAM. For loading layer by layer. Says how many
+    /// tokens were written, at the tensors' beginning.
+    ///
+    /// # Errors
+    /// [`Error::EmptyTokens`], and as [`Match::load`] for tensors with room for all full blocks.
+    pub fn load_layers(
+        &self,
+        namespace: &Namespace,
+        tokens: &[TokenId],
+        layers: Range<usize>,
+        into: &mut [LayerViewMut<'_>],
+    ) -> Result<usize> {
+        let (layout, keys) = (namespace.layout(), keys(namespace, tokens)?);
+        let room = check_targets(layout, &layers, into, keys.len() * layout.block_tokens())?;
+        let first = layout.range(layers.start, Side::K).start;
+        let part = first..layout.range(layers.end - 1, Side::V).end;
+        let blocks = self.store.read_parts(&keys, &part, |block, bytes| {
+            for ((layer, target), room) in layers.clone().zip(&mut *into).zip(&room) {
+                for (side, tensor, room) in [(Side::K, &mut target.k, room.0), (Side::V, &mut target.v, room.1)] {
+                    let range = layout.range(layer, side);
+                    let payload = bytes.get(range.start - first..range.end - first).unwrap_or_default();
+                    copy_block(layout, side, block, payload, tensor, room);
+                }
+            }
+        });
+        Ok(blocks * layout.block_tokens())
+    }
+
+    /// Makes everything stored so far durable.
+    ///
+    /// # Errors
+    /// As [`Store::flush`].
+    pub fn flush(&self) -> Result<()> {
+        self.store.flush()
+    }
+
     /// As [`KvCache::lookup`], but not a request: for keeping a prefix, such as a system
     /// prompt, while the returned value lives.
     ///
@@ -139,12 +225,14 @@ impl KvCache {
     ) -> Result<StoreReport> {
         let layout = namespace.layout();
         let keys = keys(namespace, tokens)?;
+        self.store.describe(namespace);
         let source = Source::checked(layout, layers, first_token, keys.len() * layout.block_tokens())?;
         let first_block = first_token.div_ceil(layout.block_tokens());
-        let Reserved { present, missing, rejection } = self.store.reserve(&keys, layout.block_bytes(), first_block);
+        let Reserved { present, missing, below, rejection } =
+            self.store.reserve(&keys, layout.block_bytes(), first_block);
         let mut report = StoreReport {
-            present_blocks: present.len(),
-            rejected_blocks: keys.len() - present.len() - missing.len(),
+            present_blocks: present.len() + below,
+            rejected_blocks: keys.len() - present.len() - below - missing.len(),
             rejection: rejection.map(|rejection| in_tokens(rejection, layout)),
             ..StoreReport::default()
         };
@@ -152,7 +240,7 @@ impl KvCache {
         for (position, mut pending) in missing {
             source.write_block(position * layout.block_tokens(), pending.bytes_mut());
             if let Some(key) = keys.get(position) {
-                objects.push(Sealing { key: *key, pending, spec: None });
+                objects.push(Sealing { key: *key, pending, bytes: layout.block_bytes(), spec: None });
             }
         }
         let reserved = objects.len();
@@ -293,33 +381,15 @@ impl Match {
     /// [`Error::ZeroLayers`], [`Error::LayerOutOfRange`], [`Error::LayerCount`],
     /// [`Error::DTypeMismatch`], [`Error::ShapeMismatch`]; then nothing is written.
     pub fn load(&self, layers: Range<usize>, into: &mut [LayerViewMut<'_>]) -> Result<()> {
-        self.layout.check_layers(&layers)?;
-        if into.len() != layers.len() {
-            return Err(Error::LayerCount { expected: layers.len(), got: into.len() });
-        }
-        for (layer, target) in layers.clone().zip(into.iter()) {
-            let tokens = self.cached_tokens();
-            self.layout.check_tensor(&target.k.as_view(), Side::K, layer, tokens)?;
-            self.layout.check_tensor(&target.v.as_view(), Side::V, layer, tokens)?;
-        }
-        for (layer, target) in layers.zip(into) {
-            self.load_side(layer, Side::K, &mut target.k)?;
-            self.load_side(layer, Side::V, &mut target.v)?;
-        }
-        Ok(())
-    }
-
-    fn load_side(&self, layer: usize, side: Side, target: &mut crate::TensorViewMut<'_>) -> Result<()> {
-        let tokens = self.layout.check_tensor(&target.as_view(), side, layer, self.cached_tokens())?;
-        let range = self.layout.range(layer, side);
-        for block in 0..self.blocks() {
-            let payload = self.pin.bytes(block).get(range.clone()).unwrap_or_default();
-            let bytes = target.bytes_mut();
-            self.layout.each_run(side, tokens, block * self.layout.block_tokens(), |from, to| {
-                if let (Some(from), Some(to)) = (payload.get(from), bytes.get_mut(to)) {
-                    to.copy_from_slice(from);
+        let room = check_targets(&self.layout, &layers, into, self.cached_tokens())?;
+        for ((layer, target), room) in layers.zip(into).zip(room) {
+            for (side, tensor, room) in [(Side::K, &mut target.k, room.0), (Side::V, &mut target.v, room.1)] {
+                let range = self.layout.range(layer, side);
+                for block in 0..self.blocks() {
+                    let payload = self.pin.bytes(block).get(range.clone()).unwrap_or_default();
+                    copy_block(&self.layout, side, block, payload, tensor, room);
                 }
-            });
+            }
         }
         Ok(())
     }
@@ -357,6 +427,42 @@ impl Missing<'_> {
     pub fn store(&self, layers: &[LayerView<'_>], options: &StoreOptions) -> Result<StoreReport> {
         self.cache.store_from(self.namespace, self.tokens, self.first_token(), layers, options)
     }
+}
+
+/// Checks that there is a tensor for each layer with room for `tokens` tokens; says for how
+/// many each K and V has room.
+fn check_targets(
+    layout: &KvLayout,
+    layers: &Range<usize>,
+    into: &[LayerViewMut<'_>],
+    tokens: usize,
+) -> Result<Vec<(usize, usize)>> {
+    layout.check_layers(layers)?;
+    if into.len() != layers.len() {
+        return Err(Error::LayerCount { expected: layers.len(), got: into.len() });
+    }
+    let check = |(layer, target): (usize, &LayerViewMut<'_>)| {
+        let k = layout.check_tensor(&target.k.as_view(), Side::K, layer, tokens)?;
+        Ok((k, layout.check_tensor(&target.v.as_view(), Side::V, layer, tokens)?))
+    };
+    layers.clone().zip(into).map(check).collect()
+}
+
+/// Copies one side of one layer of a block to where it belongs in a tensor of `room` tokens.
+fn copy_block(
+    layout: &KvLayout,
+    side: Side,
+    block: usize,
+    payload: &[u8],
+    target: &mut crate::TensorViewMut<'_>,
+    room: usize,
+) {
+    let bytes = target.bytes_mut();
+    layout.each_run(side, room, block * layout.block_tokens(), |from, to| {
+        if let (Some(from), Some(to)) = (payload.get(from), bytes.get_mut(to)) {
+            to.copy_from_slice(from);
+        }
+    });
 }
 
 /// An engine's tensors, checked to hold what is to be stored.

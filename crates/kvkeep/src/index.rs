@@ -15,7 +15,7 @@ use crate::eviction::EntryId;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::namespaces::Namespaces;
 use crate::tensor::PairSpec;
-use crate::tier::ram::Extent;
+use crate::tier::ram::{Extent, page_bytes};
 
 /// `expires_at_ms` of what never expires.
 pub(crate) const NEVER: u64 = u64::MAX;
@@ -31,6 +31,10 @@ pub(crate) struct Entry {
     pub(crate) spec: Option<Arc<PairSpec>>,
     /// What it took to compute, in microseconds; 0 if nobody said.
     pub(crate) compute_us: u32,
+    /// Bytes of its last page behind the payload.
+    pub(crate) slack_bytes: u16,
+    /// One of its readers is a queued write, which is no use of it and does not keep it.
+    pub(crate) queued: bool,
     /// Can it be found?
     pub(crate) linked: bool,
 }
@@ -45,6 +49,16 @@ pub(crate) struct Index {
 }
 
 impl Entry {
+    /// Bytes of the payload.
+    pub(crate) fn payload_bytes(&self) -> u64 {
+        page_bytes(self.extent.pages()) - u64::from(self.slack_bytes)
+    }
+
+    /// Is it in use, so that it must not be evicted?
+    pub(crate) fn is_pinned(&self) -> bool {
+        self.extent.readers() > u32::from(self.queued)
+    }
+
     fn prefix_bytes(&self) -> Option<usize> {
         self.spec.as_ref().map(|spec| spec.prefix_bytes)
     }

@@ -38,7 +38,7 @@ pub struct NamespaceId([u8; 32]);
 pub struct BlockHash([u8; 32]);
 
 /// The key of one stored object, whichever front door made it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct ObjectKey {
     hash: [u8; 32],
     /// 0 for blocks, which hold all layers.

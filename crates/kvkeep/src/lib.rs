@@ -28,7 +28,7 @@ mod sync;
 mod tensor;
 mod tier;
 
-pub use cache::{KvCache, Match, Missing, StoreReport};
+pub use cache::{KvCache, Look, Match, Missing, StoreReport};
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use config::{CacheConfig, DiskConfig, StoreOptions, WritePolicy};
 pub use error::{Error, Rejection, Result};

@@ -177,7 +177,7 @@ impl SimpleKvCache {
             let bytes = pending.bytes_mut();
             copy_to(bytes, 0, layer.k.bytes());
             copy_to(bytes, plan.v_start, layer.v.bytes());
-            objects.push(Sealing { key: plan.key, pending, spec: Some(plan.spec) });
+            objects.push(Sealing { key: plan.key, pending, bytes: plan.bytes, spec: Some(plan.spec) });
         }
         self.store.seal(self.namespace, objects, options, OnPresent::Replace);
         Ok(Outcome::Stored)
@@ -245,6 +245,14 @@ impl SimpleKvCache {
     /// Removes everything in this cache; other doors over the same store keep theirs.
     pub fn clear(&self) -> Removed {
         self.store.clear_namespace(self.namespace)
+    }
+
+    /// Makes everything stored so far durable.
+    ///
+    /// # Errors
+    /// As [`Store::flush`].
+    pub fn flush(&self) -> Result<()> {
+        self.store.flush()
     }
 
     /// The store's counters and sizes.

@@ -40,7 +40,8 @@ fn no_arrow_points_the_wrong_way() {
     for path in sources(&src) {
         let inner = path.strip_prefix(&src).unwrap();
         let module = inner.iter().next().unwrap().to_str().unwrap().trim_end_matches(".rs").to_owned();
-        if module == "lib" {
+        // Unit tests look at a module from above.
+        if module == "lib" || inner.iter().any(|part| part == "tests" || part == "tests.rs") {
             continue;
         }
         for line in fs::read_to_string(&path).unwrap().lines() {

@@ -36,6 +36,13 @@ impl Pending {
         }
     }
 
+    /// Clears what lies behind the payload: it was somebody else's, and goes to the disk with it.
+    pub(super) fn clear_from(&mut self, bytes: usize) {
+        if let Some(rest) = self.bytes_mut().get_mut(bytes..) {
+            rest.fill(0);
+        }
+    }
+
     pub(super) fn into_extent(mut self) -> Option<Extent> {
         self.extent.take()
     }
@@ -70,6 +77,11 @@ impl Pin {
 
     pub(super) fn held(&self) -> &[Held] {
         &self.held
+    }
+
+    /// Holds more behind what is held already.
+    pub(super) fn extend(&mut self, more: Vec<Held>) {
+        self.held.extend(more);
     }
 
     /// Lets go of everything from `len` on.

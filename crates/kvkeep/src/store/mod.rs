@@ -9,31 +9,43 @@
 //! and a lookup of 512 blocks takes one lock 512 times over instead of once.
 
 mod guard;
+mod readers;
 mod state;
+#[cfg(test)]
+mod tests;
+mod tiering;
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::{Clock, duration_ms};
-use crate::config::{CacheConfig, StoreOptions};
-use crate::error::{Rejection, Result};
+use crate::config::{CacheConfig, StoreOptions, WritePolicy};
+use crate::error::{Error, Rejection, Result};
 use crate::index::NEVER;
-use crate::key::{NamespaceId, ObjectKey, PrefixHash};
+use crate::key::{Namespace, NamespaceId, ObjectKey, PrefixHash};
 use crate::stats::Stats;
 use crate::sync::Mutex;
 use crate::tensor::PairSpec;
+use crate::tier::disk::Disk;
 use crate::tier::ram::{self, Arena};
 
 pub(crate) use guard::{Pending, Pin};
 pub(crate) use state::Request;
 use state::State;
+use tiering::{Decision, Tiering};
 
-/// Keyed, sealed objects in RAM under one cap. Cheap to clone: clones share everything.
+/// Keyed, sealed objects in RAM and, if configured, on a disk, each under a cap. Cheap to clone:
+/// clones share everything. Dropping the last clone closes the disk tier.
 ///
 /// Make one and put both front doors over it, or let each door make its own.
 #[derive(Clone)]
-pub struct Store(Arc<Shared>);
+pub struct Store {
+    shared: Arc<Shared>,
+    /// Not part of `shared`, which pins keep alive: with the last clone it closes.
+    tiering: Option<Arc<Tiering>>,
+}
 
 /// What all clones, pins and pending objects share.
 pub(crate) struct Shared {
@@ -56,6 +68,8 @@ pub struct Removed {
 pub(crate) struct Sealing {
     pub(crate) key: ObjectKey,
     pub(crate) pending: Pending,
+    /// Of these pages, what is the payload.
+    pub(crate) bytes: usize,
     pub(crate) spec: Option<Arc<PairSpec>>,
 }
 
@@ -65,8 +79,23 @@ pub(crate) struct Reserved {
     pub(crate) present: Pin,
     /// Position in the run and pages for each that is missing, up to the first rejection.
     pub(crate) missing: Vec<(usize, Pending)>,
+    /// Those that are only in a slower tier, and were not given.
+    pub(crate) below: usize,
     /// Why the rest was not admitted; positions stand for tokens.
     pub(crate) rejection: Option<Rejection>,
+}
+
+/// What a lookup may find, tier by tier, and what of it is worth loading.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Found {
+    /// In RAM, from the first key on.
+    pub(crate) ram: usize,
+    /// Behind those, worth loading: from the disk, or in RAM behind such.
+    pub(crate) load: usize,
+    /// Behind those, not worth it.
+    pub(crate) not_worth: usize,
+    /// How long loading takes.
+    pub(crate) load_time: Duration,
 }
 
 /// What happens to an object that is already there under the same key.
@@ -79,111 +108,264 @@ pub(crate) enum OnPresent {
 }
 
 impl Store {
-    /// Opens a store. Address space is reserved now, memory is committed as it is used.
+    /// Opens a store. Address space is reserved now, memory is committed as it is used. A disk
+    /// tier is read as far as it takes to know what is there.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config) for a capacity below one page (4 KiB) or
-    /// beyond 16 TiB, [`Error::Memory`](crate::Error::Memory) if it cannot be reserved.
+    /// [`Error::Config`] for a capacity below one page (4 KiB) or beyond 16 TiB, or a disk
+    /// tier below 1 MiB; [`Error::Memory`] if it cannot be reserved; [`Error::Disk`],
+    /// [`Error::DiskLocked`], [`Error::DiskRefused`] if the disk tier cannot be opened.
     pub fn new(config: CacheConfig) -> Result<Self> {
         let (arena, pages) = ram::reserve(config.capacity_bytes)?;
-        Ok(Self(Arc::new(Shared {
+        let shared = Arc::new(Shared {
             state: Mutex::new(State::new(pages)),
             arena,
             clock: config.clock,
             default_ttl: config.ttl,
-        })))
+        });
+        let tiering = config.disk.map(|disk| Tiering::open(&disk, config.capacity_bytes, &shared).map(Arc::new));
+        Ok(Self { tiering: tiering.transpose()?, shared })
     }
 
     /// Counters and sizes as of now. Sweeps what has expired first.
     #[must_use]
     pub fn stats(&self) -> Stats {
         let now_ms = self.now_ms();
-        let mut state = self.0.state.lock();
-        state.sweep(now_ms);
-        state.stats()
+        let stats = {
+            let mut state = self.shared.state.lock();
+            state.sweep(now_ms);
+            state.stats()
+        };
+        let disk = self.tiering.as_ref().map(|tiering| tiering.stats());
+        Stats { disk, ..stats }
+    }
+
+    /// Makes everything stored so far durable: after a crash it is there, unless it was
+    /// evicted, removed, or expired meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::NoDisk`] without a disk tier, [`Error::Disk`] if it fails: then some of it may
+    /// be lost in a crash.
+    pub fn flush(&self) -> Result<()> {
+        self.tiering.as_ref().ok_or(Error::NoDisk)?.flush()
     }
 
     /// Removes everything. What is pinned can no longer be found and is freed with its last pin.
     pub fn clear(&self) -> Removed {
-        self.0.state.lock().remove_where(|_| true)
+        self.change(
+            |_, _| true,
+            |state, disk| {
+                let (removed, below) = (state.remove_where(|_| true), disk.map_or(0, |disk| disk.clear(None)));
+                Removed { entries: removed.entries.max(below), ..removed }
+            },
+        )
     }
 
-    /// Drops everything whose TTL has run out and says how many entries that were.
-    /// Stores and [`Store::stats`] do it by themselves; a quiet cache may want a timer.
+    /// Drops everything whose TTL has run out and says how many entries of the RAM tier that
+    /// were. Stores and [`Store::stats`] do it by themselves; a quiet cache may want a timer.
     pub fn sweep(&self) -> u64 {
         let now_ms = self.now_ms();
-        self.0.state.lock().sweep(now_ms)
+        if let Some(tiering) = &self.tiering {
+            tiering.disk().sweep();
+        }
+        self.shared.state.lock().sweep(now_ms)
     }
 
     /// Removes all entries of one namespace.
     pub(crate) fn clear_namespace(&self, id: NamespaceId) -> Removed {
-        let mut state = self.0.state.lock();
-        match state.index().namespaces().known(id) {
-            Some(number) => state.remove_where(|entry| entry.namespace == number),
-            None => Removed::default(),
-        }
+        self.change(
+            |_, namespace| namespace == id,
+            |state, disk| {
+                let removed = match state.index().namespaces().known(id) {
+                    Some(number) => state.remove_where(|entry| entry.namespace == number),
+                    None => Removed::default(),
+                };
+                let below = disk.map_or(0, |disk| disk.clear(Some(id)));
+                Removed { entries: removed.entries.max(below), ..removed }
+            },
+        )
     }
 
     /// Removes these keys; says for each whether it was there.
     pub(crate) fn remove(&self, keys: &[ObjectKey]) -> (Removed, Vec<bool>) {
         let now_ms = self.now_ms();
-        self.0.state.lock().remove(keys, now_ms)
+        self.change(
+            |key, _| keys.contains(key),
+            |state, disk| {
+                let (mut removed, mut found) = state.remove(keys, now_ms);
+                if let Some(disk) = disk {
+                    found.iter_mut().zip(disk.remove(keys)).for_each(|(found, below)| *found |= below);
+                    removed.entries = found.iter().filter(|found| **found).count() as u64;
+                }
+                (removed, found)
+            },
+        )
     }
 
-    /// Pins the longest run of resident objects from the first key on.
+    /// Remembers what the blocks of a namespace look like: their headers on the disk say so.
+    pub(crate) fn describe(&self, namespace: &Namespace) {
+        if let Some(tiering) = &self.tiering {
+            tiering.describe(namespace);
+        }
+    }
+
+    /// Pins the longest run of objects from the first key on; what is on the disk and worth
+    /// it is loaded first.
     pub(crate) fn pin_run(&self, keys: &[ObjectKey], request: Request) -> Pin {
         let now_ms = self.now_ms();
-        let held = self.0.state.lock().hold_run(keys, now_ms, request);
-        Pin::new(Arc::clone(&self.0), held)
+        let Some(tiering) = &self.tiering else {
+            let held = self.shared.state.lock().hold_run(keys, now_ms, request);
+            return Pin::new(Arc::clone(&self.shared), held);
+        };
+        let held = self.shared.state.lock().hold_run(keys, now_ms, Request::Uncounted);
+        let mut pin = Pin::new(Arc::clone(&self.shared), held);
+        let rest = keys.get(pin.len()..).unwrap_or_default();
+        let Decision { load, not_worth } = self.decide(tiering, rest);
+        if load > 0 {
+            let wanted = rest.get(..load).unwrap_or_default();
+            let loaded = tiering.load(wanted);
+            let more = self.shared.state.lock().hold_run(wanted, now_ms, Request::Uncounted);
+            drop(loaded);
+            pin.extend(more);
+        }
+        if let Request::Tokens { block_tokens, .. } = request {
+            tiering.count_not_worth(not_worth * block_tokens);
+        }
+        self.count(&pin, request);
+        pin
     }
 
-    /// Pins all of these objects or none.
+    /// Begins to load what of these keys is on the disk, and does not wait for it; says how
+    /// many are under way.
+    pub(crate) fn prefetch(&self, keys: &[ObjectKey]) -> usize {
+        let Some(tiering) = &self.tiering else { return 0 };
+        let first = self.shared.state.lock().resident(keys).iter().take_while(|resident| **resident).count();
+        let rest = keys.get(first..).unwrap_or_default();
+        let load = self.decide(tiering, rest).load;
+        tiering.start_loads(rest.get(..load).unwrap_or_default()).len()
+    }
+
+    /// Hands these bytes of the objects under these keys to `each`, in order: from RAM, behind
+    /// that straight from the disk, without bringing them into RAM. Says how many there were.
+    pub(crate) fn read_parts(
+        &self,
+        keys: &[ObjectKey],
+        range: &Range<usize>,
+        mut each: impl FnMut(usize, &[u8]),
+    ) -> usize {
+        let now_ms = self.now_ms();
+        let held = self.shared.state.lock().hold_run(keys, now_ms, Request::Uncounted);
+        let pin = Pin::new(Arc::clone(&self.shared), held);
+        let first = pin.len();
+        for position in 0..first {
+            each(position, pin.bytes(position).get(range.clone()).unwrap_or_default());
+        }
+        let Some(tiering) = &self.tiering else { return first };
+        let rest = keys.get(first..).unwrap_or_default();
+        first + tiering.read_parts(rest, range, |position, bytes| each(first + position, bytes))
+    }
+
+    /// What a lookup of these keys would find, without loading anything.
+    pub(crate) fn look(&self, keys: &[ObjectKey]) -> Found {
+        let ram = self.shared.state.lock().resident(keys).iter().take_while(|resident| **resident).count();
+        let Some(tiering) = &self.tiering else { return Found { ram, ..Found::default() } };
+        let rest = keys.get(ram..).unwrap_or_default();
+        let Decision { load, not_worth } = self.decide(tiering, rest);
+        let load_time = tiering.load_time(rest.get(..load).unwrap_or_default());
+        Found { ram, load, not_worth, load_time }
+    }
+
+    /// Pins all of these objects or none; loads what is on the disk, if that is worth it.
     pub(crate) fn pin_all(&self, keys: &[ObjectKey], request: Request) -> Option<Pin> {
         let now_ms = self.now_ms();
-        let held = self.0.state.lock().hold_all(keys, now_ms, request)?;
-        Some(Pin::new(Arc::clone(&self.0), held))
+        let Some(tiering) = &self.tiering else {
+            let held = self.shared.state.lock().hold_all(keys, now_ms, request)?;
+            return Some(Pin::new(Arc::clone(&self.shared), held));
+        };
+        let held = self.shared.state.lock().hold_all(keys, now_ms, Request::Uncounted);
+        let held = held.or_else(|| {
+            // All or nothing: a part is not worth anything.
+            if self.decide(tiering, keys).load < keys.len() {
+                return None;
+            }
+            let _loaded = tiering.load(keys);
+            self.shared.state.lock().hold_all(keys, now_ms, Request::Uncounted)
+        });
+        let pin = Pin::new(Arc::clone(&self.shared), held.unwrap_or_default());
+        self.count(&pin, request);
+        (pin.len() > 0).then_some(pin)
     }
 
     pub(crate) fn prefix_lengths(&self, id: NamespaceId, max_bytes: usize) -> Vec<usize> {
-        self.0.state.lock().index().namespaces().prefix_lengths(id, max_bytes)
+        let mut lengths = self.shared.state.lock().index().namespaces().prefix_lengths(id, max_bytes);
+        if let Some(tiering) = &self.tiering {
+            lengths.extend(tiering.disk().prefix_lengths(id, max_bytes));
+            lengths.sort_unstable();
+            lengths.dedup();
+        }
+        lengths
     }
 
     /// Layers of a named cache: one more than the highest one stored.
     pub(crate) fn layers(&self, id: NamespaceId) -> u32 {
-        self.0.state.lock().index().namespaces().layers(id)
+        let below = self.tiering.as_ref().map_or(0, |tiering| tiering.disk().layers(id));
+        self.shared.state.lock().index().namespaces().layers(id).max(below)
     }
 
     /// The length that goes with the first of these prefixes of which any layer is there.
     pub(crate) fn first_stored(&self, id: NamespaceId, prefixes: &[(usize, PrefixHash)]) -> Option<usize> {
         let now_ms = self.now_ms();
-        let mut state = self.0.state.lock();
-        let layers = state.index().namespaces().layers(id);
-        let mut stored =
-            |prefix: &PrefixHash| (0..layers).any(|layer| state.find_live(&prefix.key(layer), now_ms).is_some());
+        let layers = self.layers(id);
+        let mut state = self.shared.state.lock();
+        let below = |key: &ObjectKey| self.tiering.as_ref().is_some_and(|tiering| tiering.disk().holds(key));
+        let mut stored = |prefix: &PrefixHash| {
+            (0..layers).map(|layer| prefix.key(layer)).any(|key| state.find_live(&key, now_ms).is_some() || below(&key))
+        };
         prefixes.iter().find(|(_, prefix)| stored(prefix)).map(|(length, _)| *length)
     }
 
     /// Counts a pin as a request after the fact.
     pub(crate) fn count(&self, pin: &Pin, request: Request) {
-        self.0.state.lock().count(request, pin.held());
+        self.shared.state.lock().count(request, pin.held());
     }
 
     /// Pages for each of `sizes_bytes`, all or nothing.
     pub(crate) fn reserve_all(&self, sizes_bytes: &[usize]) -> Result<Vec<Pending>, Rejection> {
         let now_ms = self.now_ms();
-        let extents = self.0.state.lock().reserve_all(sizes_bytes, now_ms)?;
-        Ok(extents.into_iter().map(|extent| Pending::new(Arc::clone(&self.0), extent)).collect())
+        let mut reserved = self.shared.state.lock().reserve_all(sizes_bytes, now_ms);
+        if matches!(reserved, Err(Rejection::AllPinned { .. })) && self.make_way() {
+            reserved = self.shared.state.lock().reserve_all(sizes_bytes, now_ms);
+        }
+        let extents = reserved.inspect_err(|_| self.shared.state.lock().count_rejection())?;
+        Ok(extents.into_iter().map(|extent| Pending::new(Arc::clone(&self.shared), extent)).collect())
     }
 
     /// Pins what is there of a chain and makes room for the rest, head first. What is
     /// missing before position `first_given` cannot be written and ends it.
     pub(crate) fn reserve(&self, keys: &[ObjectKey], bytes_each: usize, first_given: usize) -> Reserved {
+        let mut reserved = self.try_reserve(keys, bytes_each, first_given);
+        if matches!(reserved.rejection, Some(Rejection::AllPinned { .. })) && self.make_way() {
+            drop(reserved);
+            reserved = self.try_reserve(keys, bytes_each, first_given);
+        }
+        if reserved.rejection.is_some() {
+            self.shared.state.lock().count_rejection();
+        }
+        reserved
+    }
+
+    fn try_reserve(&self, keys: &[ObjectKey], bytes_each: usize, first_given: usize) -> Reserved {
         let now_ms = self.now_ms();
-        let (present, missing, rejection) = self.0.state.lock().reserve(keys, bytes_each, first_given, now_ms);
-        let pending = |(position, extent)| (position, Pending::new(Arc::clone(&self.0), extent));
+        let (present, missing, rejection) = self.shared.state.lock().reserve(keys, bytes_each, first_given, now_ms);
+        let pending = |(position, extent)| (position, Pending::new(Arc::clone(&self.shared), extent));
+        let below = match &rejection {
+            None => keys.len() - present.len() - missing.len(),
+            Some(_) => 0,
+        };
         Reserved {
-            present: Pin::new(Arc::clone(&self.0), present),
+            present: Pin::new(Arc::clone(&self.shared), present),
             missing: missing.into_iter().map(pending).collect(),
+            below,
             rejection,
         }
     }
@@ -193,29 +375,66 @@ impl Store {
     pub(crate) fn seal(
         &self,
         namespace: NamespaceId,
-        objects: Vec<Sealing>,
+        mut objects: Vec<Sealing>,
         options: &StoreOptions,
         on_present: OnPresent,
     ) -> usize {
         let now_ms = self.now_ms();
         let expires_at_ms =
-            options.ttl.or(self.0.default_ttl).map_or(NEVER, |ttl| now_ms.saturating_add(duration_ms(ttl)));
+            options.ttl.or(self.shared.default_ttl).map_or(NEVER, |ttl| now_ms.saturating_add(duration_ms(ttl)));
         let share = options
             .compute_time
             .map_or(Duration::ZERO, |time| time / u32::try_from(objects.len()).unwrap_or(u32::MAX).max(1));
         let compute_us = u32::try_from(share.as_micros()).unwrap_or(u32::MAX);
-        let mut state = self.0.state.lock();
-        let mut sealed = 0;
-        for object in objects.into_iter().rev() {
-            let Some(extent) = object.pending.into_extent() else { continue };
-            let entry = state::new_entry(object.key, extent, expires_at_ms, object.spec, compute_us);
-            sealed += usize::from(state.seal(namespace, entry, on_present));
+        objects.iter_mut().for_each(|object| object.pending.clear_from(object.bytes));
+        let keys: Vec<ObjectKey> = objects.iter().map(|object| object.key).collect();
+        let through = self.tiering.as_ref().is_some_and(|tiering| tiering.policy == WritePolicy::Through);
+        let replaced = |key: &ObjectKey, _| on_present == OnPresent::Replace && keys.contains(key);
+        self.change(replaced, |state, disk| {
+            if let Some(disk) = disk.filter(|_| on_present == OnPresent::Replace) {
+                disk.hide(&keys);
+            }
+            let mut sealed = 0;
+            for object in objects.into_iter().rev() {
+                let Some(extent) = object.pending.into_extent() else { continue };
+                let entry = state::new_entry(object.key, extent, object.bytes, expires_at_ms, object.spec, compute_us);
+                sealed += usize::from(state.seal(namespace, entry, on_present));
+                if through {
+                    state.demote(&object.key, false);
+                }
+            }
+            sealed
+        })
+    }
+
+    /// Changes RAM and disk together, while nothing of what `gone` names can come up from the disk.
+    fn change<T>(
+        &self,
+        gone: impl Fn(&ObjectKey, NamespaceId) -> bool,
+        change: impl FnOnce(&mut State, Option<&Disk>) -> T,
+    ) -> T {
+        match &self.tiering {
+            Some(tiering) => {
+                tiering.loads().without(gone, || change(&mut self.shared.state.lock(), Some(tiering.disk())))
+            }
+            None => change(&mut self.shared.state.lock(), None),
         }
-        sealed
+    }
+
+    fn decide(&self, tiering: &Tiering, keys: &[ObjectKey]) -> Decision {
+        if keys.is_empty() {
+            return Decision::default();
+        }
+        tiering.decide(keys, |key| self.shared.state.lock().compute_us(key))
+    }
+
+    /// Queued writes pin pages that are needed now.
+    fn make_way(&self) -> bool {
+        self.tiering.as_ref().is_some_and(|tiering| tiering.make_way())
     }
 
     fn now_ms(&self) -> u64 {
-        self.0.clock.now_ms()
+        self.shared.clock.now_ms()
     }
 }
 

@@ -3,8 +3,10 @@
 //! Invariants:
 //! - `pages.used_pages()` is the sum of the extents in the index (linked or not) and of
 //!   the pending ones, so it is under the cap at every moment.
-//! - `held_pages` is what cannot be evicted: pending extents and those being read.
-//! - An entry is in the policy's order exactly if it is linked and nobody reads it.
+//! - `held_pages` is what cannot be evicted: pending extents and those being read. A queued
+//!   write reads too, but does not keep its entry from being evicted; the pages are then
+//!   free when it is written.
+//! - An entry is in the policy's order exactly if it is linked and not pinned.
 
 use std::sync::Arc;
 
@@ -35,6 +37,8 @@ pub(crate) enum Request {
 #[derive(Debug)]
 pub(crate) struct Held {
     id: EntryId,
+    /// Held for a queued write: no use, and no pin.
+    queued: bool,
     pub(super) grant: ReadGrant,
     pub(super) spec: Option<Arc<PairSpec>>,
 }
@@ -52,16 +56,39 @@ pub(crate) struct State {
     last_sweep_ms: u64,
     counters: Stats,
     time_saved_us: u64,
+    below: Option<Arc<dyn Below>>,
+}
+
+/// What an evicted entry is offered to: a slower tier.
+pub(super) trait Below: Send + Sync + std::fmt::Debug {
+    /// Is it there, or on its way there?
+    fn holds(&self, key: &ObjectKey) -> bool;
+    /// Takes an entry, or gives it back: there is no room for it. With `wait` there is.
+    fn demote(&self, object: &Object, held: Held, wait: bool) -> Result<(), Held>;
+}
+
+/// What a slower tier has to know of an entry.
+#[derive(Debug)]
+pub(super) struct Object {
+    pub(super) key: ObjectKey,
+    pub(super) namespace: NamespaceId,
+    pub(super) bytes: u64,
+    pub(super) expires_at_ms: u64,
+    pub(super) compute_us: u32,
+    pub(super) spec: Option<Arc<PairSpec>>,
 }
 
 pub(super) fn new_entry(
     key: ObjectKey,
     extent: Extent,
+    bytes: usize,
     expires_at_ms: u64,
     spec: Option<Arc<PairSpec>>,
     compute_us: u32,
 ) -> Entry {
-    Entry { key, namespace: 0, extent, expires_at_ms, spec, compute_us, linked: true }
+    let slack = (extent.pages() as usize * PAGE_BYTES).saturating_sub(bytes);
+    let slack_bytes = u16::try_from(slack).unwrap_or(0);
+    Entry { key, namespace: 0, extent, expires_at_ms, spec, compute_us, slack_bytes, queued: false, linked: true }
 }
 
 impl State {
@@ -75,7 +102,13 @@ impl State {
             last_sweep_ms: 0,
             counters: Stats::default(),
             time_saved_us: 0,
+            below: None,
         }
+    }
+
+    /// Evicted entries are offered to this tier from now on.
+    pub(super) fn set_below(&mut self, below: Arc<dyn Below>) {
+        self.below = Some(below);
     }
 
     pub(super) fn index(&self) -> &Index {
@@ -118,6 +151,11 @@ impl State {
         run
     }
 
+    /// Holds those of these entries that are there.
+    pub(super) fn hold_each(&mut self, keys: &[ObjectKey], now_ms: u64) -> Vec<Held> {
+        keys.iter().filter_map(|key| self.find_live(key, now_ms).and_then(|id| self.hold(id))).collect()
+    }
+
     /// Holds the entries of all keys, or none of them.
     pub(super) fn hold_all(&mut self, keys: &[ObjectKey], now_ms: u64, request: Request) -> Option<Vec<Held>> {
         let mut run = self.hold_run(keys, now_ms, Request::Uncounted);
@@ -132,16 +170,18 @@ impl State {
     /// Ends the reading of entries. Goes from the tail to the head, so that the head of a
     /// chain is the most recently used.
     pub(super) fn release(&mut self, run: Vec<Held>) {
-        for Held { id, grant, .. } in run.into_iter().rev() {
+        for Held { id, grant, queued, .. } in run.into_iter().rev() {
             let Some(entry) = self.index.get_mut(id) else { continue };
             entry.extent.revoke(grant);
-            if entry.extent.is_read() {
-                continue;
+            if queued {
+                entry.queued = false;
+            } else if !entry.is_pinned() {
+                self.held_pages -= entry.extent.pages();
+                if entry.linked {
+                    self.policy.release(id);
+                }
             }
-            self.held_pages -= entry.extent.pages();
-            if entry.linked {
-                self.policy.release(id);
-            } else {
+            if !entry.linked && !entry.extent.is_read() {
                 self.free(id);
             }
         }
@@ -167,10 +207,19 @@ impl State {
             Ok(()) => Ok(extents),
             Err(rejection) => {
                 extents.into_iter().for_each(|extent| self.abandon(extent));
-                self.counters.rejections += 1;
                 Err(rejection)
             }
         }
+    }
+
+    /// Room for one promoted entry.
+    pub(super) fn reserve_one(&mut self, bytes: usize, now_ms: u64) -> Result<Extent, Rejection> {
+        self.make_room(bytes, now_ms)
+    }
+
+    /// A store was refused.
+    pub(super) fn count_rejection(&mut self) {
+        self.counters.rejections += 1;
     }
 
     /// Holds what is there of a chain and makes room for what is not, head first; what does
@@ -188,7 +237,9 @@ impl State {
                 present.push(held);
                 continue;
             }
-            let room = if position < first_given {
+            let room = if position < first_given && self.below.as_ref().is_some_and(|below| below.holds(key)) {
+                continue;
+            } else if position < first_given {
                 Err(Rejection::PrefixGone { token: position })
             } else {
                 self.make_room(bytes_each, now_ms)
@@ -196,7 +247,6 @@ impl State {
             match room {
                 Ok(extent) => missing.push((position, extent)),
                 Err(rejection) => {
-                    self.counters.rejections += 1;
                     let whole = self.fits_empty(std::iter::repeat_n(bytes_each, keys.len())).err();
                     return (present, missing, whole.or(Some(rejection)));
                 }
@@ -206,7 +256,14 @@ impl State {
     }
 
     /// Makes a written entry findable. `false` if one is there already and stays.
-    pub(super) fn seal(&mut self, namespace: NamespaceId, mut entry: Entry, on_present: OnPresent) -> bool {
+    pub(super) fn seal(&mut self, namespace: NamespaceId, entry: Entry, on_present: OnPresent) -> bool {
+        let sealed = self.seal_promoted(namespace, entry, on_present);
+        self.counters.stored_total += u64::from(sealed);
+        sealed
+    }
+
+    /// As [`State::seal`], of what a slower tier had already: it does not count as stored.
+    pub(super) fn seal_promoted(&mut self, namespace: NamespaceId, mut entry: Entry, on_present: OnPresent) -> bool {
         let present = self.index.find(&entry.key);
         if present.is_some() && on_present == OnPresent::Keep {
             self.abandon(entry.extent);
@@ -220,8 +277,54 @@ impl State {
         entry.namespace = self.index.namespace(namespace);
         let id = self.index.insert(entry);
         self.policy.insert(id);
-        self.counters.stored_total += 1;
         true
+    }
+
+    /// Offers the entry under a key to the tier below, if that does not have it.
+    pub(super) fn demote(&mut self, key: &ObjectKey, wait: bool) {
+        if let Some(id) = self.index.find(key) {
+            self.demote_entry(id, wait);
+        }
+    }
+
+    fn demote_entry(&mut self, id: EntryId, wait: bool) {
+        let Some(below) = self.below.clone() else { return };
+        let Some(object) = self.index.get(id).and_then(|entry| self.object(entry)) else { return };
+        if below.holds(&object.key) {
+            return;
+        }
+        if let Some(held) = self.hold_queued(id)
+            && let Err(held) = below.demote(&object, held, wait)
+        {
+            self.release(vec![held]);
+        }
+    }
+
+    fn object(&self, entry: &Entry) -> Option<Object> {
+        Some(Object {
+            key: entry.key,
+            namespace: self.index.namespaces().id(entry.namespace)?,
+            bytes: entry.payload_bytes(),
+            expires_at_ms: entry.expires_at_ms,
+            compute_us: entry.compute_us,
+            spec: entry.spec.clone(),
+        })
+    }
+
+    /// Which of these keys are here.
+    pub(super) fn resident(&self, keys: &[ObjectKey]) -> Vec<bool> {
+        keys.iter().map(|key| self.index.find(key).is_some()).collect()
+    }
+
+    /// The keys of everything that can be found.
+    pub(super) fn all_keys(&self) -> Vec<ObjectKey> {
+        let ids = self.index.select(|_| true);
+        ids.into_iter().filter_map(|id| self.index.get(id)).map(|entry| entry.key).collect()
+    }
+
+    /// How long a live entry took to compute.
+    pub(super) fn compute_us(&self, key: &ObjectKey) -> Option<u32> {
+        self.index.find(key).and_then(|id| self.index.get(id)).map(|entry| entry.compute_us)
     }
 
     pub(super) fn remove(&mut self, keys: &[ObjectKey], now_ms: u64) -> (Removed, Vec<bool>) {
@@ -271,6 +374,7 @@ impl State {
                 return Ok(extent);
             }
             let victim = self.policy.victim().ok_or(self.all_pinned(u64::from(pages)))?;
+            self.demote_entry(victim, false);
             self.drop_entry(victim);
             self.counters.evictions += 1;
         }
@@ -305,11 +409,18 @@ impl State {
 
     fn hold(&mut self, id: EntryId) -> Option<Held> {
         let entry = self.index.get_mut(id)?;
-        if !entry.extent.is_read() {
+        if !entry.is_pinned() {
             self.held_pages += entry.extent.pages();
             self.policy.hold(id);
         }
-        Some(Held { id, grant: entry.extent.grant(), spec: entry.spec.clone() })
+        Some(Held { id, queued: false, grant: entry.extent.grant(), spec: entry.spec.clone() })
+    }
+
+    /// Holds an entry's pages for a queued write, and leaves it where it is in the policy's order.
+    fn hold_queued(&mut self, id: EntryId) -> Option<Held> {
+        let entry = self.index.get_mut(id).filter(|entry| !entry.queued)?;
+        entry.queued = true;
+        Some(Held { id, queued: true, grant: entry.extent.grant(), spec: entry.spec.clone() })
     }
 
     /// Counts a request that found this run.

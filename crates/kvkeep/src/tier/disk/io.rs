@@ -4,7 +4,7 @@
 //! them, so that tests can put a simulated disk in their place: one that fails, hangs, or
 //! forgets what was not synced.
 //!
-//! Segments are written and read with O_DIRECT where the file system has it: payloads go
+//! Segments are written and read with `O_DIRECT` where the file system has it: payloads go
 //! straight between the disk and the arena, whose pages are the RAM tier, and a second copy
 //! in the page cache would only take memory that the arena could have.
 
@@ -33,7 +33,7 @@ unsafe impl bytemuck::Zeroable for Page {}
 // SAFETY: as above; `Copy`, `'static` and free of pointers.
 unsafe impl bytemuck::Pod for Page {}
 
-/// Whole pages of zeroed, page-aligned memory, as O_DIRECT wants it.
+/// Whole pages of zeroed, page-aligned memory, as `O_DIRECT` wants it.
 pub(crate) struct Pages(Box<[Page]>);
 
 impl Pages {
@@ -143,7 +143,7 @@ impl Directory {
         Ok(Self { path: path.to_owned(), fd, _lock: lock })
     }
 
-    /// With O_DIRECT if the file system has it, in the page cache if not.
+    /// With `O_DIRECT` if the file system has it, in the page cache if not.
     fn open_file(&self, name: &str, flags: OFlags) -> io::Result<Arc<dyn DiskFile>> {
         let mode = Mode::RUSR | Mode::WUSR;
         let flags = flags | OFlags::CLOEXEC | OFlags::NOFOLLOW;
@@ -232,7 +232,7 @@ impl Backend for Directory {
 #[derive(Debug)]
 struct RealFile(OwnedFd);
 
-/// Buffers that one system call takes at most (IOV_MAX is 1,024).
+/// Buffers that one system call takes at most (`IOV_MAX` is 1,024).
 const BUFFERS_A_CALL: usize = 1024;
 
 impl DiskFile for RealFile {

@@ -29,6 +29,7 @@ mod writer;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::clock::Clock;
 use crate::error::{Error, Result};
@@ -38,10 +39,10 @@ use crate::sync::{Mutex, thread};
 
 pub use archive::{Archive, Contents, RecordInfo, RecordState, Verified};
 use crypt::Cipher;
-use format::Kind;
-pub(crate) use format::{Content, RecordHeader, RecordMeta};
+pub(crate) use format::{Content, Kind, RecordHeader, RecordMeta};
 pub(crate) use index::Found;
-use io::{Access, Backend, Directory, OpenError, Pages};
+pub(crate) use io::Pages;
+use io::{Access, Backend, Directory, OpenError};
 use recover::Refusal;
 use segment::{Expected, ReadError};
 use shared::{Op, Reply, Shared};
@@ -123,52 +124,66 @@ impl Disk {
         self.shared.set_resident(resident);
     }
 
-    /// Queues a record to be written. Handed back is what is there already, and what the queue
-    /// has no room for now, which counts as dropped.
+    /// Queues a record to be written, unless it is a block that is there already. `payload` is
+    /// asked for only if the record is taken. A queue without room drops it and counts that; with
+    /// `wait`, for flushing, it is taken anyway: then what waits is limited by RAM alone.
     pub(crate) fn write(
         &self,
         meta: RecordMeta,
         content: Content,
-        payload: Box<dyn Payload>,
-    ) -> Result<(), Box<dyn Payload>> {
+        bytes: u64,
+        wait: bool,
+        payload: impl FnOnce() -> Box<dyn Payload>,
+    ) -> bool {
         let now_ms = self.shared.now_ms();
-        let bytes = payload.bytes().len() as u64;
         let mut state = self.shared.state.lock();
-        let Some(replaces) = state.supersede(&meta, now_ms) else { return Err(payload) };
-        if state.queue.bytes + bytes > self.queue_bytes || !state.writes.allows(now_ms) || state.closed {
-            state.counters.dropped_total += 1;
-            if replaces {
-                state.queue.forget(&meta.key);
-                state.queue.ops.push_back(Op::Remove(vec![meta.key]));
-            }
-            return Err(payload);
+        if !state.admits(&meta, now_ms) {
+            return false;
         }
-        state.queue.push(meta, content, payload, replaces);
+        let room = wait
+            || ((state.queue.bytes == 0 || state.queue.bytes + bytes <= self.queue_bytes)
+                && state.writes.allows(now_ms));
+        let taken = room && !state.closed;
+        if taken {
+            state.queue.push(meta, content, payload());
+        } else {
+            state.counters.dropped_total += 1;
+        }
         drop(state);
         self.shared.work.notify_all();
-        Ok(())
+        taken
     }
 
-    /// As [`Disk::write`], but waits for room in the queue. For flushing.
-    pub(crate) fn write_waiting(
-        &self,
-        meta: RecordMeta,
-        content: Content,
-        payload: Box<dyn Payload>,
-    ) -> Result<(), Box<dyn Payload>> {
-        let bytes = payload.bytes().len() as u64;
+    /// Waits until the queue has room.
+    pub(crate) fn wait_for_queue(&self) {
         let mut state = self.shared.state.lock();
-        while state.queue.bytes > 0 && state.queue.bytes + bytes > self.queue_bytes {
+        while state.queue.bytes > self.queue_bytes {
             state = self.shared.room.wait(state);
         }
-        let Some(replaces) = state.supersede(&meta, self.shared.now_ms()) else { return Err(payload) };
-        if state.closed {
-            return Err(payload);
+    }
+
+    /// Waits until nothing is queued or being written; says whether it had to, and it is so. A writer
+    /// that has once taken too long is not waited for again until it has come back.
+    pub(crate) fn wait_for_writer(&self, at_most: Duration) -> bool {
+        let mut state = self.shared.state.lock();
+        if state.queue.bytes == 0 || state.writer_hangs {
+            return false;
         }
-        state.queue.push(meta, content, payload, replaces);
-        drop(state);
-        self.shared.work.notify_all();
-        Ok(())
+        while state.queue.bytes > 0 {
+            let (again, timed_out) = self.shared.room.wait_timeout(state, at_most);
+            state = again;
+            if timed_out && state.queue.bytes > 0 {
+                state.writer_hangs = true;
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Does a read or a write take longer than anybody waits?
+    pub(crate) fn hangs(&self) -> bool {
+        let state = self.shared.state.lock();
+        state.hung_reads > 0 || state.writer_hangs
     }
 
     /// Is this on the disk, or on its way there?
@@ -176,13 +191,6 @@ impl Disk {
         let now_ms = self.shared.now_ms();
         let state = self.shared.state.lock();
         state.index.contains(key, now_ms) || state.queue.wants(key)
-    }
-
-    /// Would a write of so many bytes be taken now?
-    pub(crate) fn has_room(&self, bytes: u64) -> bool {
-        let now_ms = self.shared.now_ms();
-        let state = self.shared.state.lock();
-        state.queue.bytes + bytes <= self.queue_bytes && state.writes.allows(now_ms)
     }
 
     /// Gives up writes that have not begun, so that their payloads are free; says how many.
@@ -202,16 +210,6 @@ impl Disk {
             return None;
         }
         state.index.find(key, now_ms)
-    }
-
-    /// Which of these keys are on the disk: the longest unbroken run.
-    pub(crate) fn find_run(&self, keys: impl Iterator<Item = ObjectKey>) -> Vec<Found> {
-        let now_ms = self.shared.now_ms();
-        let mut state = self.shared.state.lock();
-        if state.hung_reads > 0 || !state.reads.allows(now_ms) {
-            return Vec::new();
-        }
-        keys.map_while(|key| state.index.find(&key, now_ms)).collect()
     }
 
     /// Reads a record into exactly its pages. `None` is a miss: the disk failed, or the record
@@ -293,7 +291,7 @@ impl Disk {
         let found = keys.iter().map(|key| {
             let live = state.index.contains(key, now_ms);
             let (known, queued) = (state.index.remove(key), state.queue.forget(key));
-            if known || queued {
+            if state.settle(key) || known || queued {
                 written.push(*key);
             }
             live || queued
@@ -307,12 +305,21 @@ impl Disk {
         found
     }
 
+    /// These are about to be replaced: what is on the disk is not to be found any more.
+    pub(crate) fn hide(&self, keys: &[ObjectKey]) {
+        let mut state = self.shared.state.lock();
+        keys.iter().for_each(|key| state.hide(key));
+    }
+
     /// Removes a namespace, or everything; says how many records.
     pub(crate) fn clear(&self, namespace: Option<NamespaceId>) -> u64 {
         let mut state = self.shared.state.lock();
         let removed = match namespace {
             Some(id) => state.index.remove_namespace(id),
-            None => state.index.clear(),
+            None => {
+                state.forget_hidden();
+                state.index.clear()
+            }
         };
         state.queue.forget_all(namespace);
         if !state.closed {
@@ -336,6 +343,20 @@ impl Disk {
         // A writer that panicked has answered nothing worse than its own error.
         let _ = writer.join();
         closed
+    }
+
+    /// Closes without waiting: the disk hangs, and the writer ends when it is back.
+    pub(crate) fn give_up(&self) {
+        if self.writer.lock().take().is_some() {
+            let mut state = self.shared.state.lock();
+            let dropped = state.queue.cancel_writes();
+            state.closed = true;
+            state.queue.ops.push_back(Op::Close(Arc::default()));
+            drop(state);
+            drop(dropped);
+            self.shared.work.notify_all();
+            tracing::warn!(dir = %self.dir.display(), "the disk tier does not answer and was not closed");
+        }
     }
 
     fn ask(&self, doing: &'static str, op: impl FnOnce(Arc<Reply>) -> Op) -> Result<()> {
@@ -375,7 +396,10 @@ impl Disk {
             entries: state.index.len() as u64,
             index_bytes: state.index.memory_bytes() as u64,
             queued_bytes: state.queue.bytes,
-            failing: state.writes.is_failing() || state.reads.is_failing() || state.hung_reads > 0,
+            failing: state.writes.is_failing()
+                || state.reads.is_failing()
+                || state.hung_reads > 0
+                || state.writer_hangs,
             ..state.counters
         }
     }

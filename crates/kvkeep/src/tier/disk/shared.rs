@@ -4,7 +4,7 @@
 //! One lock, never held across I/O, and never while a payload is dropped: a payload gives
 //! its pages back to the RAM tier, whose lock comes before this one.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::sync::{Arc, OnceLock};
 
@@ -16,6 +16,8 @@ use crate::stats::DiskStats;
 use crate::sync::{Condvar, Mutex};
 
 const FIRST_RETRY_MS: u64 = 100;
+/// More hidden records than this are removed at once.
+const MAX_HIDDEN: usize = 1 << 16;
 const LAST_RETRY_MS: u64 = 60_000;
 
 /// Bytes that stay readable until this is dropped: whole pages, page-aligned.
@@ -35,6 +37,12 @@ pub(crate) struct DiskState {
     pub(crate) reads: Latch,
     /// Reads that ran out of time and have not come back.
     pub(crate) hung_reads: usize,
+    /// Named records that were replaced in RAM and must not be found any more. Their successors
+    /// replace them on the disk too; where none gets there, the next flush writes a removal. Not
+    /// before: a crash in between would leave neither.
+    hidden: HashSet<ObjectKey>,
+    /// Somebody ran out of time over the writer.
+    pub(crate) writer_hangs: bool,
     /// Nothing is taken any more.
     pub(crate) closed: bool,
 }
@@ -52,7 +60,7 @@ pub(crate) struct Shared {
 
 /// One thing for the writer to do.
 pub(crate) enum Op {
-    Write(Write),
+    Write(Box<Write>),
     Remove(Vec<ObjectKey>),
     /// A namespace, or everything.
     Clear(Option<NamespaceId>),
@@ -66,9 +74,6 @@ pub(crate) struct Write {
     pub(crate) meta: RecordMeta,
     pub(crate) content: Content,
     pub(crate) payload: Box<dyn Payload>,
-    /// An older record of this key may be on the disk: if this one does not get there, a
-    /// removal must.
-    pub(crate) replaces: bool,
 }
 
 /// What is to be written, in order. Bounded by the bytes of its payloads.
@@ -129,26 +134,52 @@ impl std::fmt::Debug for Shared {
 }
 
 impl DiskState {
-    /// Prepares for a record to be written: `None` if a block is there already, else whether
-    /// it takes the place of an older record, which can no longer be found.
-    pub(crate) fn supersede(&mut self, meta: &RecordMeta, now_ms: u64) -> Option<bool> {
+    /// Is a record to be written? Not a block that is there already. An older named one can no
+    /// longer be found.
+    pub(crate) fn admits(&mut self, meta: &RecordMeta, now_ms: u64) -> bool {
         if meta.kind == Kind::Block {
-            let there = self.index.contains(&meta.key, now_ms) || self.queue.wants(&meta.key);
-            return (!there).then_some(false);
+            return !self.index.contains(&meta.key, now_ms) && !self.queue.wants(&meta.key);
         }
-        let (known, queued) = (self.index.remove(&meta.key), self.queue.wants(&meta.key));
-        Some(known || queued)
+        self.hide(&meta.key);
+        true
+    }
+
+    /// What is on the disk under a key, or on its way there, is not to be found any more.
+    pub(crate) fn hide(&mut self, key: &ObjectKey) {
+        let (known, queued) = (self.index.remove(key), self.queue.forget(key));
+        if known || queued {
+            self.hidden.insert(*key);
+        }
+        if self.hidden.len() > MAX_HIDDEN {
+            self.queue.ops.push_back(Op::Remove(self.hidden.drain().collect()));
+        }
+    }
+
+    /// Something newer is on the disk under this key; says whether something was hidden.
+    pub(crate) fn settle(&mut self, key: &ObjectKey) -> bool {
+        self.hidden.remove(key)
+    }
+
+    /// Hidden records without a successor that is queued: to be removed for good.
+    pub(crate) fn take_hidden(&mut self) -> Vec<ObjectKey> {
+        let Self { hidden, queue, .. } = self;
+        hidden.extract_if(|key| !queue.wants(key)).collect()
+    }
+
+    /// Everything is gone, what was hidden too.
+    pub(crate) fn forget_hidden(&mut self) {
+        self.hidden.clear();
     }
 }
 
 impl Queue {
     /// Queues a write, in place of an earlier one of its key.
-    pub(crate) fn push(&mut self, meta: RecordMeta, content: Content, payload: Box<dyn Payload>, replaces: bool) {
+    pub(crate) fn push(&mut self, meta: RecordMeta, content: Content, payload: Box<dyn Payload>) {
         self.last_ticket += 1;
         let ticket = self.last_ticket;
         self.wanted.insert(Fingerprint::of(&meta.key), (ticket, meta.namespace));
         self.bytes += payload.bytes().len() as u64;
-        self.ops.push_back(Op::Write(Write { ticket, meta, content, payload, replaces }));
+        self.ops.push_back(Op::Write(Box::new(Write { ticket, meta, content, payload })));
     }
 
     /// Is a write of this key queued or under way?
@@ -184,20 +215,13 @@ impl Queue {
         let (mut writes, mut kept) = (Vec::new(), VecDeque::new());
         for op in self.ops.drain(..) {
             match op {
-                Op::Write(write) => writes.push(write),
+                Op::Write(write) => writes.push(*write),
                 other => kept.push_back(other),
             }
         }
         self.ops = kept;
-        let mut owed = Vec::new();
         for write in &writes {
-            if write.replaces && self.is_wanted(&write.meta.key, write.ticket) {
-                owed.push(write.meta.key);
-            }
             self.finish(&write.meta.key, write.ticket, write.payload.bytes().len() as u64);
-        }
-        if !owed.is_empty() {
-            self.ops.push_back(Op::Remove(owed));
         }
         writes
     }

@@ -4,12 +4,18 @@
 //! leaves: synced pages for sure, others perhaps. Its operations are numbered, so that a test
 //! can cut the power at each of them.
 
+#![allow(clippy::cast_possible_truncation, clippy::allow_attributes, reason = "a test that panics fails")]
+
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
+use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 
+use super::crypt::Cipher;
 use super::io::{Backend, DiskFile, FileSize};
-use crate::clock::ManualClock;
+use super::{Disk, Options};
+use crate::clock::{Clock, ManualClock};
+use crate::error::Result;
 
 const PAGE: usize = 4096;
 
@@ -29,7 +35,8 @@ struct Image {
     fail_reads: bool,
     fail_writes: bool,
     gone: bool,
-    hang_reads: bool,
+    hang: bool,
+    waiting: usize,
     peak_bytes: u64,
     /// Reading takes so long for each page.
     slow: Option<(Arc<ManualClock>, u64)>,
@@ -71,9 +78,9 @@ impl Sim {
         self.image().gone = gone;
     }
 
-    /// Reads wait until this is taken back.
-    pub(crate) fn hang_reads(&self, hang: bool) {
-        self.image().hang_reads = hang;
+    /// Everything waits until this is taken back.
+    pub(crate) fn hang(&self, hang: bool) {
+        self.image().hang = hang;
         self.0.1.notify_all();
     }
 
@@ -152,6 +159,20 @@ impl Sim {
         left
     }
 
+    /// Operations that hang.
+    pub(crate) fn waiting(&self) -> usize {
+        self.image().waiting
+    }
+
+    fn wait<'a>(&'a self, mut image: MutexGuard<'a, Image>) -> MutexGuard<'a, Image> {
+        image.waiting += 1;
+        while image.hang {
+            image = self.0.1.wait(image).unwrap();
+        }
+        image.waiting -= 1;
+        image
+    }
+
     fn image(&self) -> MutexGuard<'_, Image> {
         self.0.0.lock().unwrap()
     }
@@ -159,6 +180,7 @@ impl Sim {
     /// One operation that changes something.
     fn change<T>(&self, action: impl FnOnce(&mut Image) -> io::Result<T>) -> io::Result<T> {
         let mut image = self.image();
+        image = self.wait(image);
         image.operations += 1;
         let cut = image.cut_at.is_some_and(|cut| image.operations >= cut);
         if cut || image.fail_writes {
@@ -171,6 +193,23 @@ impl Sim {
         image.peak_bytes = image.peak_bytes.max(image.used_bytes());
         result
     }
+}
+
+/// A tier over a simulated disk, which is found again after it vanished.
+pub(crate) fn open(
+    sim: &Sim,
+    capacity_bytes: u64,
+    queue_bytes: u64,
+    cipher: Option<Cipher>,
+    clock: Arc<dyn Clock>,
+) -> Result<Disk> {
+    let options = Options { dir: Path::new("sim"), capacity_bytes, key_file: None, queue_bytes };
+    let again = sim.clone();
+    let opener = Box::new(move || {
+        again.vanish(false);
+        Ok(Arc::new(again.clone()) as Arc<dyn Backend>)
+    });
+    Disk::over(Arc::new(sim.clone()), opener, &options, cipher.map(Arc::new), clock)
 }
 
 impl Image {
@@ -247,9 +286,7 @@ impl Backend for Sim {
 impl DiskFile for SimFile {
     fn read(&self, into: &mut [&mut [u8]], at: u64) -> io::Result<()> {
         let mut image = self.0.image();
-        while image.hang_reads {
-            image = self.0.0.1.wait(image).unwrap();
-        }
+        image = self.0.wait(image);
         if image.fail_reads {
             return Err(io::Error::other("the disk fails"));
         }

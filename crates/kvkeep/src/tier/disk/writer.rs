@@ -47,7 +47,7 @@ impl Writer {
     fn run(&mut self) {
         loop {
             match self.next() {
-                Op::Write(write) => self.write(write),
+                Op::Write(write) => self.write(*write),
                 Op::Remove(keys) => {
                     self.owed.add(keys, &self.shared);
                     self.pay_if_due();
@@ -57,6 +57,7 @@ impl Writer {
                     self.pay_if_due();
                 }
                 Op::Flush(reply) => {
+                    self.owe_hidden();
                     let flushed = self.attempt(|writer| {
                         writer.pay()?;
                         writer.log.sync()?;
@@ -66,6 +67,7 @@ impl Writer {
                     reply.answer(flushed.and(lost));
                 }
                 Op::Close(reply) => {
+                    self.owe_hidden();
                     let closed = self.attempt(|writer| {
                         writer.pay()?;
                         writer.log.close()
@@ -79,6 +81,12 @@ impl Writer {
         }
     }
 
+    /// What was replaced, and whose successor did not get here, is removed.
+    fn owe_hidden(&mut self) {
+        let hidden = self.shared.state.lock().take_hidden();
+        self.owed.add(hidden, &self.shared);
+    }
+
     fn next(&self) -> Op {
         let mut state = self.shared.state.lock();
         loop {
@@ -90,7 +98,7 @@ impl Writer {
     }
 
     fn write(&mut self, write: Write) {
-        let Write { ticket, meta, content, payload, replaces } = write;
+        let Write { ticket, meta, content, payload } = write;
         let now_ms = self.shared.now_ms();
         let (wanted, allowed) = {
             let state = self.shared.state.lock();
@@ -110,13 +118,10 @@ impl Writer {
         let bytes = payload.bytes().len() as u64;
         match &result {
             Some(Err(error)) if error.kind() != io::ErrorKind::FileTooLarge => {
-                self.lost = Some((error.kind(), error.to_string()))
+                self.lost = Some((error.kind(), error.to_string()));
             }
             None if live => self.lost = Some((io::ErrorKind::Other, "the disk tier is failing".into())),
             _ => {}
-        }
-        if replaces && wanted && !matches!(result, Some(Ok(_))) {
-            self.owed.add(vec![meta.key], &self.shared);
         }
         {
             let mut state = self.shared.state.lock();
@@ -124,6 +129,7 @@ impl Writer {
                 // Removed or replaced while it was written: then a removal, or the newer
                 // one, comes behind it.
                 Some(Ok(written)) if state.queue.is_wanted(&meta.key, ticket) => {
+                    state.settle(&meta.key);
                     state.index.insert(&meta, written.segment, written.page);
                     state.counters.stored_total += 1;
                     state.counters.written_bytes_total += bytes;
@@ -133,6 +139,7 @@ impl Writer {
                 _ => {}
             }
             state.queue.finish(&meta.key, ticket, bytes);
+            state.writer_hangs = false;
         }
         drop(payload);
         self.shared.room.notify_all();

@@ -135,6 +135,11 @@ impl Extent {
         self.grants -= 1;
     }
 
+    /// How many are reading?
+    pub(crate) fn readers(&self) -> u32 {
+        self.grants
+    }
+
     /// Is anybody reading?
     pub(crate) fn is_read(&self) -> bool {
         self.grants > 0

@@ -15,7 +15,7 @@ pub(crate) use manifest::{Manifest, SegmentLine};
 pub(crate) use record::{Content, HEADER_KEYS, Kind, Place, RecordHeader, RecordMeta};
 pub(crate) use segment::{SegmentHeader, Trailer, decode_index, encode_index};
 
-/// The unit of everything: what O_DIRECT and the arena agree on.
+/// The unit of everything: what `O_DIRECT` and the arena agree on.
 pub(crate) const PAGE_BYTES: usize = 4096;
 /// Version of all formats below. A file of another one is not touched.
 pub(crate) const VERSION: u32 = 1;

@@ -110,13 +110,24 @@ fn a_directory_that_was_gone_and_is_back_is_used_again() {
 #[test]
 fn a_full_queue_drops_what_comes_and_says_so() {
     let sim = Sim::default();
-    let disk = open(&sim, 4 * MIB);
-    // Larger than the whole queue: never taken, never waited for.
-    let large = block(1, 1100);
-    let mut pages = Pages::new(1100);
-    pages.bytes_mut().copy_from_slice(&large.bytes());
-    assert!(disk.write(large.meta(), large.content(), Box::new(Bytes(pages))).is_err());
-    assert_eq!(disk.stats().dropped_total, 1);
+    let disk = open(&sim, 8 * MIB);
+    sim.hang(true);
+    let taken: Vec<bool> = (0..40).map(|number| block(number, 100).offer(&disk, false)).collect();
+    while sim.waiting() == 0 {
+        std::thread::yield_now();
+    }
+    let expected = 4 * MIB as usize / (100 * 4096);
+    assert_eq!(taken.iter().filter(|taken| **taken).count(), expected, "{taken:?}");
+    let stats = disk.stats();
+    assert_eq!((stats.dropped_total, stats.queued_bytes), (40 - expected as u64, expected as u64 * 100 * 4096));
+    assert!(!disk.wait_for_writer(Duration::from_millis(1)) && disk.hangs());
+    // Whoever needs the pages gets all but those of the write that is under way.
+    assert_eq!(disk.cancel_writes(), expected - 1);
+    sim.hang(false);
+    disk.flush().unwrap();
+    assert!(block(0, 100).is_there(&disk) && !block(1, 100).is_there(&disk) && !disk.hangs());
+    // A record larger than the queue is taken when nothing else waits.
+    assert!(block(50, 1_100).offer(&disk, false));
 }
 
 #[test]

@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex};
 
 use super::crypt::Cipher;
 use super::format::{Content, Kind, RecordMeta};
-use super::io::{Backend, Pages};
+use super::io::Pages;
 use super::shared::Payload;
 use super::sim::Sim;
 use super::{Disk, Options};
@@ -113,9 +113,17 @@ impl Thing {
     }
 
     fn store(&self, disk: &Disk) -> bool {
-        let mut pages = Pages::new(self.pages as usize);
-        pages.bytes_mut().copy_from_slice(&self.bytes());
-        disk.write_waiting(self.meta(), self.content(), Box::new(Bytes(pages))).is_ok()
+        disk.wait_for_queue();
+        self.offer(disk, true)
+    }
+
+    /// As a store does it: not taken if the queue is full.
+    fn offer(&self, disk: &Disk, wait: bool) -> bool {
+        disk.write(self.meta(), self.content(), u64::from(self.pages) * 4096, wait, || {
+            let mut pages = Pages::new(self.pages as usize);
+            pages.bytes_mut().copy_from_slice(&self.bytes());
+            Box::new(Bytes(pages))
+        })
     }
 
     /// What a lookup finds: the whole payload, whatever its version.
@@ -137,13 +145,7 @@ fn clock() -> Arc<dyn Clock> {
 }
 
 fn open_with(sim: &Sim, capacity_bytes: u64, cipher: Option<Cipher>, clock: Arc<dyn Clock>) -> Result<Disk> {
-    let options = Options { dir: Path::new("sim"), capacity_bytes, key_file: None, queue_bytes: 4 * MIB };
-    let again = sim.clone();
-    let opener = Box::new(move || {
-        again.vanish(false);
-        Ok(Arc::new(again.clone()) as Arc<dyn Backend>)
-    });
-    Disk::over(Arc::new(sim.clone()), opener, &options, cipher.map(Arc::new), clock)
+    super::sim::open(sim, capacity_bytes, 4 * MIB, cipher, clock)
 }
 
 fn open(sim: &Sim, capacity_bytes: u64) -> Disk {

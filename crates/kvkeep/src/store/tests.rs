@@ -1,0 +1,440 @@
+//! RAM over a simulated disk: promises that need one that fails, hangs, or is slow.
+
+#![allow(clippy::cast_possible_truncation, clippy::allow_attributes, reason = "a test that panics fails")]
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::*;
+use crate::cache::KvCache;
+use crate::clock::ManualClock;
+use crate::config::DiskConfig;
+use crate::key::TokenId;
+use crate::layout::{KvLayout, LayerView, LayerViewMut};
+use crate::named::{Outcome, SimpleKvCache};
+use crate::tensor::{DType, TensorView, TensorViewMut};
+use crate::tier::disk::sim::{self, Sim};
+
+const PAGE: u64 = 4096;
+const MIB: u64 = 1 << 20;
+const BLOCK_TOKENS: usize = 4;
+const TOKEN_BYTES: usize = 512;
+
+/// One block is one page.
+fn namespace() -> Namespace {
+    let layout = KvLayout::new(2, 1, 128, DType::U8).unwrap().with_block_tokens(BLOCK_TOKENS as u32).unwrap();
+    Namespace::new("m", layout)
+}
+
+struct Lab {
+    sim: Sim,
+    clock: Arc<ManualClock>,
+    config: DiskConfig,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let config = DiskConfig::new("sim", 4 * MIB).read_timeout(Duration::from_millis(50));
+        Self { sim: Sim::default(), clock: Arc::new(ManualClock::at(1_000_000)), config }
+    }
+
+    fn back(mut self) -> Self {
+        self.config = self.config.write_policy(WritePolicy::Back);
+        self
+    }
+
+    fn open(&self, ram_pages: u64) -> KvCache {
+        let (arena, pages) = ram::reserve(ram_pages * PAGE).unwrap();
+        let clock: Arc<dyn Clock> = self.clock.clone();
+        let state = Mutex::new(State::new(pages));
+        let shared = Arc::new(Shared { state, arena, clock: Arc::clone(&clock), default_ttl: None });
+        let queue_bytes = self.config.queue_bytes.unwrap_or(ram_pages * PAGE / 8);
+        let disk = sim::open(&self.sim, 4 * MIB, queue_bytes, None, clock).unwrap();
+        let tiering = Some(Arc::new(Tiering::over(disk, &self.config, &shared)));
+        KvCache::over(Store { shared, tiering })
+    }
+}
+
+fn prompt(start: u32, blocks: u32) -> Vec<TokenId> {
+    (start..start + blocks * BLOCK_TOKENS as u32).collect()
+}
+
+/// KV that depends on every token before.
+fn kv(tokens: &[TokenId], layer: usize) -> Vec<u8> {
+    let mut state = layer as u32;
+    let row = |token: &TokenId| {
+        state = state.wrapping_mul(0x0100_0193) ^ token;
+        [state as u8; TOKEN_BYTES / 4]
+    };
+    tokens.iter().flat_map(row).collect()
+}
+
+fn store(cache: &KvCache, tokens: &[TokenId], options: &StoreOptions) -> crate::StoreReport {
+    let layers = [kv(tokens, 0), kv(tokens, 1)];
+    let view = |bytes| TensorView::new(DType::U8, &[tokens.len(), 1, TOKEN_BYTES / 4], bytes).unwrap();
+    let views = layers.each_ref().map(|bytes| LayerView { k: view(bytes), v: view(bytes) });
+    cache.store_from(&namespace(), tokens, 0, &views, options).unwrap()
+}
+
+/// Tokens found; every byte of them is right.
+fn look(cache: &KvCache, tokens: &[TokenId]) -> usize {
+    let found = cache.lookup(&namespace(), tokens).unwrap();
+    for layer in 0..2 {
+        let right = kv(tokens, layer);
+        for block in 0..found.blocks() {
+            let row = BLOCK_TOKENS * TOKEN_BYTES / 4;
+            let view = found.layer(block, layer).unwrap();
+            assert_eq!(view.k.bytes(), &right[block * row..(block + 1) * row]);
+            assert_eq!(view.v.bytes(), view.k.bytes());
+        }
+    }
+    found.cached_tokens()
+}
+
+fn plain() -> StoreOptions {
+    StoreOptions::default()
+}
+
+fn disk(cache: &KvCache) -> crate::DiskStats {
+    cache.stats().disk.unwrap()
+}
+
+#[test]
+fn what_ram_evicts_is_found_on_the_disk_with_either_policy() {
+    for lab in [Lab::new(), Lab::new().back()] {
+        let cache = lab.open(16);
+        let prompts: Vec<_> = (0..10).map(|number| prompt(number * 1000, 4)).collect();
+        for tokens in &prompts {
+            assert_eq!(store(&cache, tokens, &plain()).stored_blocks, 4);
+            // Not part of the promise: it gives the writer time, so that nothing is dropped.
+            cache.store_handle().flush().unwrap();
+        }
+        for tokens in &prompts {
+            assert_eq!(look(&cache, tokens), tokens.len(), "{:?}", disk(&cache));
+        }
+        let stats = cache.stats();
+        assert!(stats.used_bytes <= 16 * PAGE && disk(&cache).hits >= 24, "{stats}");
+        drop(cache);
+        let cache = lab.open(16);
+        assert!(prompts.iter().all(|tokens| look(&cache, tokens) == tokens.len()), "warm after a restart");
+    }
+}
+
+#[test]
+fn write_back_writes_nothing_before_it_is_evicted_or_flushed() {
+    let lab = Lab::new().back();
+    let cache = lab.open(64);
+    store(&cache, &prompt(0, 4), &plain());
+    assert_eq!((disk(&cache).stored_total, disk(&cache).queued_bytes), (0, 0));
+    cache.store_handle().flush().unwrap();
+    assert_eq!(disk(&cache).stored_total, 4);
+    cache.store_handle().flush().unwrap();
+    assert_eq!(disk(&cache).stored_total, 4, "what is there is not written again");
+}
+
+#[test]
+fn a_run_that_is_partly_in_ram_and_partly_on_the_disk_is_found_as_one() {
+    let lab = Lab::new();
+    let cache = lab.open(8);
+    let tokens = prompt(0, 8);
+    store(&cache, &tokens, &plain());
+    cache.store_handle().flush().unwrap();
+    // Evicts the tail of the chain.
+    store(&cache, &prompt(5000, 3), &plain());
+    cache.store_handle().flush().unwrap();
+    assert_eq!(look(&cache, &tokens), tokens.len());
+    // The head is on the disk alone: storing behind it is no gap.
+    store(&cache, &prompt(6000, 8), &plain());
+    cache.store_handle().flush().unwrap();
+    let longer = prompt(0, 9);
+    let bytes = kv(&longer, 0)[8 * BLOCK_TOKENS * TOKEN_BYTES / 4..].to_vec();
+    let view = TensorView::new(DType::U8, &[4, 1, 128], &bytes).unwrap();
+    let layer = LayerView { k: view, v: view };
+    let report = cache.store_from(&namespace(), &longer, 32, &[layer, layer], &plain()).unwrap();
+    assert_eq!((report.stored_blocks, report.present_blocks, report.rejection), (1, 8, None));
+}
+
+#[test]
+fn a_prompt_larger_than_ram_is_loaded_as_far_as_it_fits() {
+    let lab = Lab::new();
+    let cache = lab.open(64);
+    let tokens = prompt(0, 32);
+    store(&cache, &tokens, &plain());
+    drop(cache);
+    let cache = lab.open(8);
+    assert_eq!(look(&cache, &tokens), 8 * BLOCK_TOKENS);
+    assert_eq!(cache.stats().held_bytes, 0);
+}
+
+#[test]
+fn prefetch_brings_a_prompt_into_ram_without_waiting() {
+    let lab = Lab::new();
+    let cache = lab.open(64);
+    let tokens = prompt(0, 16);
+    store(&cache, &tokens, &plain());
+    drop(cache);
+    let cache = lab.open(64);
+    assert_eq!(cache.prefetch(&namespace(), &tokens).unwrap(), 16 * BLOCK_TOKENS);
+    while cache.stats().entries < 16 {
+        std::thread::yield_now();
+    }
+    lab.sim.fail_reads(true);
+    assert_eq!(look(&cache, &tokens), tokens.len(), "nothing is read any more");
+    assert_eq!(cache.prefetch(&namespace(), &tokens).unwrap(), 0);
+}
+
+#[test]
+fn of_threads_that_want_the_same_blocks_from_the_disk_one_reads() {
+    let lab = Lab::new();
+    let cache = lab.open(64);
+    let tokens = prompt(0, 16);
+    store(&cache, &tokens, &plain());
+    drop(cache);
+    let cache = lab.open(64);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| assert_eq!(look(&cache, &tokens), tokens.len()));
+        }
+    });
+    assert_eq!(disk(&cache).hits, 16);
+}
+
+#[test]
+fn what_is_removed_or_cleared_does_not_come_back_from_the_disk() {
+    for flush in [false, true] {
+        let lab = Lab::new();
+        let cache = lab.open(64);
+        let prompts: Vec<_> = (0..3).map(|number| prompt(number * 1000, 2)).collect();
+        prompts.iter().for_each(|tokens| assert_eq!(store(&cache, tokens, &plain()).stored_blocks, 2));
+        if flush {
+            cache.store_handle().flush().unwrap();
+        }
+        assert_eq!(cache.remove(&namespace(), &prompts[0]).unwrap().entries, 2);
+        assert_eq!(look(&cache, &prompts[0]), 0);
+        drop(cache);
+        let cache = lab.open(64);
+        assert_eq!((look(&cache, &prompts[0]), look(&cache, &prompts[1])), (0, 8));
+        assert_eq!(cache.clear_namespace(&namespace()).entries, 4);
+        assert_eq!(look(&cache, &prompts[2]), 0);
+        drop(cache);
+        assert_eq!(look(&lab.open(64), &prompts[2]), 0);
+    }
+}
+
+/// The newer value never gets to the disk: the older one there must not be found instead.
+#[test]
+fn a_replaced_value_does_not_come_back_when_its_successor_is_lost() {
+    for lab in [Lab::new(), Lab::new().back()] {
+        let cache = lab.open(8);
+        let simple = SimpleKvCache::over(cache.store_handle().clone(), "s");
+        let put = |value: u8| {
+            let bytes = vec![value; 3000];
+            let view = TensorView::new(DType::U8, &[3000], &bytes).unwrap();
+            simple.cache_kv("p", 0, view, view).unwrap()
+        };
+        let get = || simple.get_cached_kv("p", 0).unwrap().map(|hit| hit.k().bytes()[0]);
+        assert_eq!(put(1), Outcome::Stored);
+        cache.store_handle().flush().unwrap();
+        lab.sim.fail_writes(true);
+        assert_eq!(put(2), Outcome::Stored);
+        assert_eq!(get(), Some(2));
+        for number in 0..8 {
+            store(&cache, &prompt(number * 1000, 2), &plain());
+        }
+        assert_eq!(get(), None);
+        lab.sim.fail_writes(false);
+        lab.clock.advance(Duration::from_secs(100));
+        drop((simple, cache));
+        let simple = SimpleKvCache::over(lab.open(8).store_handle().clone(), "s");
+        let found = simple.get_cached_kv("p", 0).unwrap().map(|hit| hit.k().bytes()[0]);
+        // The newer one may have waited in the queue until the disk was well again.
+        assert_ne!(found, Some(1));
+    }
+}
+
+#[test]
+fn named_pairs_come_back_from_the_disk_with_shapes_and_are_found_as_prefixes() {
+    let lab = Lab::new();
+    let open = || SimpleKvCache::over(lab.open(64).store_handle().clone(), "s");
+    let simple = open();
+    let (k, v) = (vec![1.5f32; 6], vec![7u8; 10]);
+    let (k, v) = (TensorView::of(&k, &[1, 2, 3]).unwrap(), TensorView::of(&v, &[10]).unwrap());
+    for layer in 0..3 {
+        assert_eq!(simple.cache_kv("You are", layer, k, v).unwrap(), Outcome::Stored);
+    }
+    drop(simple);
+    let simple = open();
+    assert_eq!(simple.longest_prefix("You are helpful"), Some("You are"));
+    assert!(simple.get_all_layers("You are", 4).unwrap().is_none());
+    let hit = simple.get_all_layers("You are", 3).unwrap().unwrap();
+    let (found_k, found_v) = hit.layer(2).unwrap();
+    assert_eq!((found_k.shape(), found_k.bytes(), found_v.bytes()), (k.shape(), k.bytes(), v.bytes()));
+    drop(hit);
+    let evicted = simple.evict("You are", Some(1)).unwrap();
+    assert_eq!(evicted.layers, [1]);
+    drop(simple);
+    let simple = open();
+    assert!(simple.get_cached_kv("You are", 1).unwrap().is_none());
+    assert_eq!(simple.evict("You are", None).unwrap().layers, [0, 2]);
+    assert_eq!(simple.longest_prefix("You are helpful"), None);
+}
+
+// Promise 3: never stuck.
+
+#[test]
+fn queued_writes_give_their_pages_up_when_a_store_needs_them() {
+    let mut lab = Lab::new();
+    lab.config = lab.config.queue_bytes(MIB);
+    let cache = lab.open(8);
+    lab.sim.hang(true);
+    store(&cache, &prompt(0, 8), &plain());
+    assert_eq!(disk(&cache).queued_bytes, 8 * PAGE, "all of it waits for the disk");
+    while lab.sim.waiting() == 0 {
+        std::thread::yield_now();
+    }
+    // One write is under way and keeps its page.
+    let report = store(&cache, &prompt(1000, 7), &plain());
+    assert_eq!(report.stored_blocks, 7, "{report:?}");
+    assert!(disk(&cache).failing && disk(&cache).dropped_total > 0);
+    lab.sim.hang(false);
+    cache.store_handle().flush().unwrap();
+    assert_eq!(cache.stats().held_bytes, 0);
+    assert_eq!(store(&cache, &prompt(2000, 8), &plain()).stored_blocks, 8);
+}
+
+// Promise 7: soft failure.
+
+#[test]
+fn a_disk_that_hangs_is_given_up_and_asked_again_when_it_is_back() {
+    let lab = Lab::new();
+    let cache = lab.open(64);
+    let (tokens, other) = (prompt(0, 8), prompt(1000, 4));
+    store(&cache, &tokens, &plain());
+    store(&cache, &other, &plain());
+    drop(cache);
+    let cache = lab.open(64);
+    lab.sim.hang(true);
+    assert_eq!(look(&cache, &tokens), 0, "the request goes on and computes");
+    let stats = disk(&cache);
+    assert!(stats.failing && stats.timeouts_total == 1, "{stats:?}");
+    assert_eq!(look(&cache, &other), 0, "and nobody else waits for it");
+    assert_eq!(disk(&cache).timeouts_total, 1);
+    store(&cache, &prompt(2000, 2), &plain());
+    assert_eq!(look(&cache, &prompt(2000, 2)), 8, "RAM serves on");
+    lab.sim.hang(false);
+    while disk(&cache).failing {
+        std::thread::yield_now();
+    }
+    assert_eq!(look(&cache, &other), other.len());
+    assert_eq!(look(&cache, &tokens), tokens.len());
+}
+
+#[test]
+fn a_failing_or_full_disk_turns_into_misses_and_ram_serves_on() {
+    let lab = Lab::new();
+    let cache = lab.open(16);
+    let first = prompt(0, 4);
+    store(&cache, &first, &plain());
+    cache.store_handle().flush().unwrap();
+    lab.sim.fail_writes(true);
+    lab.sim.fail_reads(true);
+    for number in 1..20 {
+        let tokens = prompt(number * 1000, 4);
+        assert_eq!(store(&cache, &tokens, &plain()).stored_blocks, 4);
+        assert_eq!(look(&cache, &tokens), tokens.len());
+    }
+    assert_eq!(look(&cache, &first), 0);
+    assert!(disk(&cache).failing && cache.store_handle().flush().is_err());
+    lab.sim.fail_writes(false);
+    lab.sim.fail_reads(false);
+    lab.clock.advance(Duration::from_secs(100));
+    cache.store_handle().flush().unwrap();
+    assert_eq!(look(&cache, &first), first.len());
+    store(&cache, &prompt(90_000, 4), &plain());
+    cache.store_handle().flush().unwrap();
+    assert!(!disk(&cache).failing);
+}
+
+// Promise 8: worth it.
+
+#[test]
+fn a_load_that_takes_longer_than_computing_again_is_not_made() {
+    let lab = Lab::new();
+    let cache = lab.open(256);
+    let (slow, fast) = (prompt(0, 16), prompt(5000, 16));
+    // 16 blocks at 1 ms each to compute, and 16 at 100 ms each.
+    store(&cache, &slow, &plain().compute_time(Duration::from_millis(16)));
+    store(&cache, &fast, &plain().compute_time(Duration::from_millis(1600)));
+    drop(cache);
+    let cache = lab.open(256);
+    // Loading takes 10 ms for each of a record's two pages.
+    lab.sim.slow_reads(lab.clock.clone(), 10);
+    let found = |tokens: &[TokenId]| cache.look(&namespace(), tokens).unwrap();
+    assert_eq!(found(&slow).worth_tokens(), 64, "nothing is measured yet");
+    assert_eq!(look(&cache, &fast), fast.len(), "saves more than it costs");
+    assert_eq!(found(&slow).worth_tokens(), 0);
+    assert_eq!(look(&cache, &slow), 0, "computing is faster");
+    assert_eq!(disk(&cache).not_worth_tokens_total, 64);
+    assert!(disk(&cache).load_bytes_per_s > 0);
+    // The disk gets faster: now and then a block is tried, so that the cache finds out.
+    lab.sim.slow_reads(lab.clock.clone(), 0);
+    let loaded = (0..400).map(|_| look(&cache, &slow)).max().unwrap();
+    assert_eq!(loaded, slow.len());
+}
+
+/// Behind a few blocks on the disk lie many in RAM: loading the few makes the many useful.
+#[test]
+fn blocks_in_ram_behind_a_gap_on_the_disk_count_for_the_decision() {
+    let lab = Lab::new();
+    let cache = lab.open(256);
+    let tokens = prompt(0, 16);
+    store(&cache, &tokens, &plain().compute_time(Duration::from_millis(80)));
+    let measured = prompt(9000, 4);
+    store(&cache, &measured, &plain());
+    drop(cache);
+    let cache = lab.open(256);
+    lab.sim.slow_reads(lab.clock.clone(), 5);
+    look(&cache, &measured);
+    let found = cache.look(&namespace(), &tokens).unwrap();
+    assert_eq!((found.ram_tokens, found.load_tokens, found.not_worth_tokens), (0, 0, 64));
+    // All but the first two come into RAM by being stored again.
+    store(&cache, &tokens, &plain().compute_time(Duration::from_millis(80)));
+    let head: Vec<ObjectKey> =
+        namespace().block_hashes(&tokens[..8]).unwrap().into_iter().map(crate::BlockHash::key).collect();
+    cache.store_handle().shared.state.lock().remove(&head, 0);
+    let found = cache.look(&namespace(), &tokens).unwrap();
+    assert_eq!((found.ram_tokens, found.load_tokens, found.not_worth_tokens), (0, 64, 0));
+    assert_eq!(look(&cache, &tokens), 64);
+}
+
+#[test]
+fn a_range_of_layers_is_read_from_ram_and_disk_without_bringing_blocks_up() {
+    let lab = Lab::new();
+    let cache = lab.open(64);
+    let tokens = prompt(0, 16);
+    store(&cache, &tokens, &plain());
+    drop(cache);
+    let cache = lab.open(64);
+    assert_eq!(look(&cache, &tokens[..12]), 12, "three blocks are in RAM");
+    let load = |layer: usize| {
+        let (mut k, mut v) = (vec![0u8; 64 * 128], vec![0u8; 64 * 128]);
+        let view = |bytes| TensorViewMut::new(DType::U8, &[64, 1, 128], bytes).unwrap();
+        let mut target = [LayerViewMut { k: view(&mut k), v: view(&mut v) }];
+        let loaded = cache.load_layers(&namespace(), &tokens, layer..layer + 1, &mut target).unwrap();
+        let right = &kv(&tokens, layer)[..loaded * 128];
+        assert!(k[..loaded * 128] == *right && v[..loaded * 128] == *right);
+        loaded
+    };
+    assert_eq!((load(1), load(0)), (64, 64));
+    assert_eq!(cache.stats().entries, 3);
+    lab.sim.hang(true);
+    assert_eq!(load(0), 12, "what is in RAM, and no waiting for ever");
+    lab.sim.hang(false);
+}
+
+#[test]
+fn without_a_disk_there_is_nothing_to_flush() {
+    let cache = KvCache::new(CacheConfig::new(MIB)).unwrap();
+    assert!(matches!(cache.store_handle().flush(), Err(Error::NoDisk)));
+    assert_eq!(cache.stats().disk, None);
+}

@@ -3,7 +3,7 @@
 CARGO ?= cargo
 PYTHON ?= python3
 
-.PHONY: help demo test test-integrations bench lint fmt clean
+.PHONY: help demo test crash-test test-integrations bench lint fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -19,6 +19,9 @@ test: ## All tests that need no service (nextest where it is installed)
 	fi
 	$(CARGO) test --locked --doc -p kvkeep
 	$(CARGO) test --locked -p kvkeep --features shuttle --test shuttle
+
+crash-test: ## Kill a writing process at random moments and check what it left (ROUNDS=200)
+	KVKEEP_CRASH_ROUNDS=$(or $(ROUNDS),200) $(CARGO) test --locked -p kvkeep --test crash -- --nocapture
 
 test-integrations: ## The slower end-to-end runs: the demos and the benchmark of the release build
 	CARGO="$(CARGO)" PYTHON="$(PYTHON)" bash tests/integrations.sh

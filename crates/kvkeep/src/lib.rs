@@ -9,6 +9,10 @@
 //!   borrowed or copied into an engine's tensors. What engines use.
 //! - [`SimpleKvCache`], by prefix text and layer: K and V of any shape, handed back as stored.
 //!
+//! Behind RAM there may be a directory on a disk ([`DiskConfig`]): what is stored goes there too, a
+//! restart finds it again, and what RAM has evicted is loaded from there where that is faster than
+//! computing it again. [`Archive`] looks at such a directory from outside.
+//!
 //! It is synchronous, runs on any number of threads, and knows nothing of models.
 
 mod cache;
@@ -42,3 +46,10 @@ pub use store::{Removed, Store};
 pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};
 pub use tier::Tier;
 pub use tier::disk::{Archive, Contents, RecordInfo, RecordState, Verified};
+
+/// Feeds bytes to every decoder of the disk format. For `fuzz/` alone.
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub fn fuzz_disk_format(bytes: &[u8]) {
+    tier::disk::decode_anything(bytes);
+}

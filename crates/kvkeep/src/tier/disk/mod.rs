@@ -39,6 +39,8 @@ use crate::sync::{Mutex, thread};
 
 pub use archive::{Archive, Contents, RecordInfo, RecordState, Verified};
 use crypt::Cipher;
+#[cfg(feature = "fuzzing")]
+pub(crate) use format::decode_anything;
 pub(crate) use format::{Content, Kind, RecordHeader, RecordMeta};
 pub(crate) use index::Found;
 pub(crate) use io::Pages;

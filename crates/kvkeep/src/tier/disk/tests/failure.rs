@@ -17,7 +17,7 @@ fn a_full_or_failing_disk_drops_writes_and_is_tried_again_later() {
         kept.store(&disk);
         disk.flush().unwrap();
         set(true);
-        (1..60).for_each(|number| drop(block(number, 8).store(&disk)));
+        (1..60).for_each(|number| _ = block(number, 8).store(&disk));
         let _ = disk.flush();
         let stats = disk.stats();
         assert!(stats.failing && stats.dropped_total > 20 && stats.write_errors_total > 0, "{fault}: {stats:?}");

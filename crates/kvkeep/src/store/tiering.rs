@@ -402,7 +402,7 @@ impl Below for Demoter {
         let bytes = object.bytes.next_multiple_of(PAGE_BYTES as u64);
         self.disk.write(meta, content, bytes, wait, || {
             let held = held.take().into_iter().collect();
-            Box::new(Queued(Pin::new(shared, held)))
+            Arc::new(Queued(Pin::new(shared, held)))
         });
         held.map_or(Ok(()), Err)
     }

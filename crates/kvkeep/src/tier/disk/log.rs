@@ -15,13 +15,13 @@ use std::sync::Arc;
 use super::crypt::{self, Cipher};
 use super::format::{
     CipherKind, Content, HEADER_KEYS, Identity, Kind, Manifest, PAGE_BYTES, Place, RecordHeader, RecordMeta,
-    SegmentHeader, SegmentLine, Trailer, checksum, encode_index,
+    SegmentHeader, SegmentLine, Trailer, encode_index,
 };
 use super::index::SegmentNumber;
 use super::io::{Backend, Pages};
 use super::manifest;
 use super::segment::{Expected, Segment, offset};
-use super::shared::Shared;
+use super::shared::{Shared, Sums};
 use crate::key::{NamespaceId, ObjectKey};
 
 /// What the directory, its lock and two manifests take at most.
@@ -33,7 +33,7 @@ const MAX_SEGMENT_BYTES: u64 = 1 << 30;
 /// A segment is this part of the cap: what is evicted at once.
 const SEGMENTS: u64 = 32;
 /// Written without a sync at most: what a recovery has to check byte by byte.
-const SYNC_BYTES: u64 = 32 << 20;
+const SYNC_BYTES: u64 = 256 << 20;
 /// Of a new segment, the part that hot records of an old one may take.
 const REINSERT_DIVISOR: u32 = 2;
 /// Encrypted and copied this many pages at a time.
@@ -58,6 +58,8 @@ struct Active {
     end_page: u32,
     capacity_pages: u32,
     durable_pages: u32,
+    /// Is the file itself there to stay?
+    durable_name: bool,
     entries: Vec<(u32, RecordMeta)>,
 }
 
@@ -127,13 +129,19 @@ impl Log {
         }
     }
 
-    /// Appends a record. `payload` is whole pages.
-    pub(crate) fn append(&mut self, meta: &RecordMeta, content: Content, payload: &[u8]) -> io::Result<Written> {
+    /// Appends a record. `payload` is whole pages; its checksums may have been made already.
+    pub(crate) fn append(
+        &mut self,
+        meta: &RecordMeta,
+        content: Content,
+        payload: &[u8],
+        sums: Option<&Sums>,
+    ) -> io::Result<Written> {
         let pages = meta.pages().ok_or(io::ErrorKind::FileTooLarge)?;
         if !self.fits(pages) {
             self.rotate(pages)?;
         }
-        self.append_here(meta, content, &[], payload)
+        self.append_here(meta, content, &[], payload, sums)
     }
 
     /// Appends removals of these keys.
@@ -157,7 +165,7 @@ impl Log {
         if !self.fits_lines(1, keys.len().max(1)) {
             self.rotate(1)?;
         }
-        self.append_here(meta, Content::Nothing, keys, &[]).map(drop)
+        self.append_here(meta, Content::Nothing, keys, &[], None).map(drop)
     }
 
     /// `keys` are what a removal lists.
@@ -167,6 +175,7 @@ impl Log {
         content: Content,
         keys: &[ObjectKey],
         payload: &[u8],
+        sums: Option<&Sums>,
     ) -> io::Result<Written> {
         let active = self.active.as_ref().ok_or(io::ErrorKind::StorageFull)?;
         let (page, segment, number) = (active.end_page, Arc::clone(&active.segment), active.number);
@@ -180,7 +189,7 @@ impl Log {
             content,
             list: RecordHeader::key_list(keys),
         };
-        self.write_record(&segment, header, payload)?;
+        self.write_record(&segment, header, payload, sums)?;
         let mut unsynced = 0;
         if let Some(active) = &mut self.active {
             active.end_page += meta.pages().unwrap_or(1);
@@ -196,15 +205,21 @@ impl Log {
         Ok(Written { segment: number, page })
     }
 
-    fn write_record(&mut self, segment: &Segment, mut header: RecordHeader, payload: &[u8]) -> io::Result<()> {
-        let piece_bytes = 1usize << header.meta.piece_shift(header.cipher);
+    fn write_record(
+        &mut self,
+        segment: &Segment,
+        mut header: RecordHeader,
+        payload: &[u8],
+        sums: Option<&Sums>,
+    ) -> io::Result<()> {
         let page = header.place.page;
         let mut head = Pages::new(1);
         let encrypted = header.cipher != CipherKind::None;
         if encrypted {
-            self.write_encrypted(segment, &mut header, payload, piece_bytes)?;
+            self.write_encrypted(segment, &mut header, payload)?;
         } else if header.meta.kind.is_stored() {
-            header.list = payload.chunks(piece_bytes).flat_map(|piece| checksum(piece).to_le_bytes()).collect();
+            let make = || header.meta.sums(payload);
+            header.list = sums.map_or_else(make, |sums| sums.get_or_init(make).clone());
         }
         header.encode(head.bytes_mut());
         let rest = if encrypted { &[][..] } else { payload };
@@ -212,13 +227,8 @@ impl Log {
     }
 
     /// Encrypts piece by piece through a buffer of its own: the payload is somebody's to read.
-    fn write_encrypted(
-        &mut self,
-        segment: &Segment,
-        header: &mut RecordHeader,
-        payload: &[u8],
-        piece_bytes: usize,
-    ) -> io::Result<()> {
+    fn write_encrypted(&mut self, segment: &Segment, header: &mut RecordHeader, payload: &[u8]) -> io::Result<()> {
+        let piece_bytes = 1usize << header.meta.piece_shift(header.cipher);
         let cipher = self.cipher.as_ref().ok_or_else(|| io::Error::other("no key"))?;
         let pieces = payload.len().div_ceil(piece_bytes);
         header.list = vec![0; pieces * 16];
@@ -247,6 +257,10 @@ impl Log {
             && active.durable_pages < active.end_page
         {
             active.segment.file.sync()?;
+            if !active.durable_name {
+                self.backend.sync_dir()?;
+                active.durable_name = true;
+            }
             active.durable_pages = active.end_page;
         }
         Ok(())
@@ -352,19 +366,25 @@ impl Log {
         self.lines.push(line);
         let capacity_pages = u32::try_from(bytes / PAGE_BYTES as u64).unwrap_or(u32::MAX);
         let entries = Vec::new();
-        self.active = Some(Active { segment, number, end_page: 1, capacity_pages, durable_pages: 1, entries });
+        self.active = Some(Active {
+            segment,
+            number,
+            end_page: 1,
+            capacity_pages,
+            durable_pages: 1,
+            durable_name: false,
+            entries,
+        });
         Ok(())
     }
 
-    /// A file that has its space already, and a header that is there to stay.
+    /// A file that has its space already, and a header. The first sync makes both durable.
     fn create(&self, id: u64, bytes: u64) -> io::Result<(Arc<Segment>, u64)> {
         let file = self.backend.create(&segment_name(id))?;
         file.allocate(bytes)?;
         let mut head = Pages::new(1);
         SegmentHeader { identity: self.identity, segment: id }.encode(head.bytes_mut());
         file.write(&[head.bytes()], 0)?;
-        file.sync()?;
-        self.backend.sync_dir()?;
         let allocated_bytes = file.size()?.allocated_bytes.max(bytes);
         Ok((Arc::new(Segment { id, store_id: self.identity.store_id, file }), allocated_bytes))
     }
@@ -373,6 +393,9 @@ impl Log {
     fn seal(&mut self) -> io::Result<()> {
         let Some(active) = self.active.take() else { return Ok(()) };
         let (size, pages, entries) = seal_segment(&active.segment, active.end_page, &active.entries)?;
+        if !active.durable_name {
+            self.backend.sync_dir()?;
+        }
         if let Some(line) = self.lines.iter_mut().find(|line| line.number == active.number) {
             line.sealed = true;
             line.entries = entries;
@@ -442,7 +465,7 @@ impl Log {
         let Ok(header) = segment.read(page, &expected, self.cipher.as_deref(), payload.bytes_mut()) else {
             return Ok(false);
         };
-        let written = self.append_here(&header.meta, header.content, &[], payload.bytes())?;
+        let written = self.append_here(&header.meta, header.content, &[], payload.bytes(), None)?;
         let mut state = self.shared.state.lock();
         // It may have been removed or replaced while it was copied.
         if state.index.at(&meta.key, number, page).is_some() {

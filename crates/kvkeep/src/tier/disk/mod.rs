@@ -135,7 +135,7 @@ impl Disk {
         content: Content,
         bytes: u64,
         wait: bool,
-        payload: impl FnOnce() -> Box<dyn Payload>,
+        payload: impl FnOnce() -> Arc<dyn Payload>,
     ) -> bool {
         let now_ms = self.shared.now_ms();
         let mut state = self.shared.state.lock();

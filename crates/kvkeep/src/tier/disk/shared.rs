@@ -6,7 +6,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, OnceLock, Weak};
 
 use super::format::{Content, Kind, RecordMeta};
 use super::index::{DiskIndex, Fingerprint};
@@ -21,7 +21,7 @@ const MAX_HIDDEN: usize = 1 << 16;
 const LAST_RETRY_MS: u64 = 60_000;
 
 /// Bytes that stay readable until this is dropped: whole pages, page-aligned.
-pub(crate) trait Payload: Send {
+pub(crate) trait Payload: Send + Sync {
     fn bytes(&self) -> &[u8];
 }
 
@@ -73,13 +73,27 @@ pub(crate) struct Write {
     pub(crate) ticket: u64,
     pub(crate) meta: RecordMeta,
     pub(crate) content: Content,
-    pub(crate) payload: Box<dyn Payload>,
+    pub(crate) payload: Arc<dyn Payload>,
+    pub(crate) sums: Arc<Sums>,
+}
+
+/// The checksums of a queued payload: made by whoever needs or has time for them first.
+pub(crate) type Sums = OnceLock<Vec<u8>>;
+
+/// A payload that waits for its checksums, if it still waits to be written.
+pub(crate) struct ToSum {
+    meta: RecordMeta,
+    payload: Weak<dyn Payload>,
+    sums: Arc<Sums>,
 }
 
 /// What is to be written, in order. Bounded by the bytes of its payloads.
 #[derive(Default)]
 pub(crate) struct Queue {
     pub(crate) ops: VecDeque<Op>,
+    pub(crate) to_sum: VecDeque<ToSum>,
+    /// Does anybody make checksums ahead?
+    pub(crate) sums_ahead: bool,
     pub(crate) bytes: u64,
     /// The newest write of each key that is queued or under way: others are of no use.
     wanted: HashMap<Fingerprint, (u64, NamespaceId)>,
@@ -174,12 +188,16 @@ impl DiskState {
 
 impl Queue {
     /// Queues a write, in place of an earlier one of its key.
-    pub(crate) fn push(&mut self, meta: RecordMeta, content: Content, payload: Box<dyn Payload>) {
+    pub(crate) fn push(&mut self, meta: RecordMeta, content: Content, payload: Arc<dyn Payload>) {
         self.last_ticket += 1;
         let ticket = self.last_ticket;
         self.wanted.insert(Fingerprint::of(&meta.key), (ticket, meta.namespace));
         self.bytes += payload.bytes().len() as u64;
-        self.ops.push_back(Op::Write(Box::new(Write { ticket, meta, content, payload })));
+        let sums = Arc::<Sums>::default();
+        if self.sums_ahead {
+            self.to_sum.push_back(ToSum { meta, payload: Arc::downgrade(&payload), sums: Arc::clone(&sums) });
+        }
+        self.ops.push_back(Op::Write(Box::new(Write { ticket, meta, content, payload, sums })));
     }
 
     /// Is a write of this key queued or under way?
@@ -224,6 +242,17 @@ impl Queue {
             self.finish(&write.meta.key, write.ticket, write.payload.bytes().len() as u64);
         }
         writes
+    }
+}
+
+impl ToSum {
+    /// Makes the checksums, if the payload still waits and has none.
+    pub(crate) fn sum(self) {
+        if self.sums.get().is_none()
+            && let Some(payload) = self.payload.upgrade()
+        {
+            self.sums.get_or_init(|| self.meta.sums(payload.bytes()));
+        }
     }
 }
 

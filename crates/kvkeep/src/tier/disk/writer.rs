@@ -36,11 +36,32 @@ struct Owed {
     all: bool,
 }
 
-/// Starts the thread.
+/// Starts the thread, and one that makes checksums while this one waits for the disk.
 pub(super) fn spawn(log: Log, opener: Opener, shared: Arc<Shared>) -> thread::JoinHandle<()> {
+    if log.cipher.is_none() {
+        shared.state.lock().queue.sums_ahead = true;
+        let shared = Arc::clone(&shared);
+        thread::spawn(move || sum(&shared));
+    }
     let mut writer = Writer { log, opener, shared, owed: Owed::default(), lost: None };
     writer.publish_sizes();
     thread::spawn(move || writer.run())
+}
+
+/// Makes checksums of what is queued, until the tier is closed.
+fn sum(shared: &Shared) {
+    loop {
+        let mut state = shared.state.lock();
+        let next = loop {
+            match state.queue.to_sum.pop_front() {
+                Some(next) => break next,
+                None if state.closed => return,
+                None => state = shared.work.wait(state),
+            }
+        };
+        drop(state);
+        next.sum();
+    }
 }
 
 impl Writer {
@@ -98,7 +119,7 @@ impl Writer {
     }
 
     fn write(&mut self, write: Write) {
-        let Write { ticket, meta, content, payload } = write;
+        let Write { ticket, meta, content, payload, sums } = write;
         let now_ms = self.shared.now_ms();
         let (wanted, allowed) = {
             let state = self.shared.state.lock();
@@ -108,7 +129,7 @@ impl Writer {
         let result = if live && allowed {
             Some(self.attempt(|writer| {
                 writer.pay()?;
-                let written = writer.log.append(&meta, content, payload.bytes())?;
+                let written = writer.log.append(&meta, content, payload.bytes(), Some(&sums))?;
                 writer.heal();
                 Ok(written)
             }))

@@ -6,7 +6,7 @@
 //! can be read without the rest. A footer behind the payload was the alternative: then
 //! finding the next record means reading the payload.
 
-use super::{CipherKind, PAGE_BYTES, StoreId, Take, begin_page, finish_page, open_page};
+use super::{CipherKind, PAGE_BYTES, StoreId, Take, begin_page, checksum, finish_page, open_page};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::layout::{KvLayout, TokenOrder};
 use crate::tensor::{DType, MAX_RANK, PairSpec, Shape};
@@ -123,6 +123,12 @@ impl RecordMeta {
     /// Pages of the header and the payload.
     pub(crate) fn pages(&self) -> Option<u32> {
         self.payload_pages()?.checked_add(1)
+    }
+
+    /// The checksums of a payload without a cipher.
+    pub(crate) fn sums(&self, payload: &[u8]) -> Vec<u8> {
+        let piece_bytes = 1usize << self.piece_shift(CipherKind::None);
+        payload.chunks(piece_bytes).flat_map(|piece| checksum(piece).to_le_bytes()).collect()
     }
 
     /// Bytes of one piece as a power of two: the smallest with which the sums fit the page.

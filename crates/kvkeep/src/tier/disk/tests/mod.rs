@@ -122,7 +122,7 @@ impl Thing {
         disk.write(self.meta(), self.content(), u64::from(self.pages) * 4096, wait, || {
             let mut pages = Pages::new(self.pages as usize);
             pages.bytes_mut().copy_from_slice(&self.bytes());
-            Box::new(Bytes(pages))
+            Arc::new(Bytes(pages))
         })
     }
 

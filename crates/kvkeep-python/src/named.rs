@@ -3,11 +3,13 @@
 
 #![expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvkeep::{CacheConfig, CachedLayers, LayerKv, PrivateLayers, PrivateTensor, SimpleKvCache, StoreOptions};
+use kvkeep::{
+    CacheConfig, CachedLayers, HashedPrefix, LayerKv, PrivateLayers, PrivateTensor, SimpleKvCache, StoreOptions,
+};
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyTuple};
+use pyo3::types::{PyDict, PyString, PyTuple};
 
 use crate::convert::seconds;
 use crate::error::{Outcome, to_python};
@@ -27,6 +29,9 @@ const DETACH_BYTES: usize = 8 << 10;
 #[derive(Debug)]
 pub(crate) struct NamedCache {
     cache: Here<SimpleKvCache>,
+    /// The last prefix asked for and its hash: who asks for layer after layer passes the same
+    /// string object, and hashing 8,192 tokens of text takes ten times as long as a hit.
+    last: Mutex<Option<(Py<PyString>, HashedPrefix)>>,
     /// Called with a tensor to bring it where it is wanted; None if that is the CPU.
     to_device: Option<Py<PyAny>>,
 }
@@ -43,7 +48,7 @@ impl NamedCache {
         let ttl = seconds(default_ttl_seconds, "default_ttl_seconds")?;
         let config = CacheConfig::from_gib(max_size_gb).map_err(|error| to_python(&error))?.ttl(ttl);
         let cache = SimpleKvCache::open(config).map_err(|error| to_python(&error))?;
-        Ok(Self { cache: Here::new(cache), to_device })
+        Ok(Self { cache: Here::new(cache), last: Mutex::new(None), to_device })
     }
 
     /// Stores (layer, K, V) of a prefix, all or nothing.
@@ -78,9 +83,13 @@ impl NamedCache {
     /// every size. Their pages cannot be evicted while they live.
     ///
     /// Raises `EmptyPrefixError`, `LayerOutOfRangeError`.
-    fn get_cached_kv<'py>(&self, py: Python<'py>, prefix: &str, layer: usize) -> PyResult<Option<Bound<'py, PyTuple>>> {
-        let cache = self.cache.get()?;
-        let found = detached(py, prefix.len(), || cache.get_cached_kv(prefix, layer));
+    fn get_cached_kv<'py>(
+        &self,
+        py: Python<'py>,
+        prefix: &Bound<'py, PyString>,
+        layer: usize,
+    ) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        let found = self.cache.get()?.get_hashed(&self.hashed(prefix)?, layer);
         let Some(found) = found.map_err(|error| to_python(&error))? else { return Ok(None) };
         let hit = Hit::of(found.into_private())?;
         let tensors = self.tensors(py, &hit)?;
@@ -94,11 +103,10 @@ impl NamedCache {
     fn get_all_layers<'py>(
         &self,
         py: Python<'py>,
-        prefix: &str,
+        prefix: &Bound<'py, PyString>,
         num_layers: usize,
     ) -> PyResult<Option<Bound<'py, PyDict>>> {
-        let cache = self.cache.get()?;
-        let found = detached(py, prefix.len(), || cache.get_all_layers(prefix, num_layers));
+        let found = self.cache.get()?.get_all_hashed(&self.hashed(prefix)?, num_layers);
         let Some(found) = found.map_err(|error| to_python(&error))? else { return Ok(None) };
         let hit = Hit::of(CachedLayers::into_private(found))?;
         let dict = PyDict::new(py);
@@ -129,6 +137,7 @@ impl NamedCache {
     /// Removes everything; returns how many entries that were. Counters are kept.
     fn clear(&self, py: Python<'_>) -> PyResult<u64> {
         let cache = self.cache.get()?;
+        self.last().take();
         Ok(py.detach(|| cache.clear().entries))
     }
 
@@ -144,6 +153,26 @@ impl NamedCache {
 }
 
 impl NamedCache {
+    /// The hash of a prefix; nothing to do if it is the very string that was asked for last.
+    fn hashed(&self, prefix: &Bound<'_, PyString>) -> PyResult<HashedPrefix> {
+        let py = prefix.py();
+        if let Some((last, hashed)) = self.last().as_ref()
+            && last.is(prefix)
+        {
+            return Ok(*hashed);
+        }
+        let (cache, text) = (self.cache.get()?, prefix.to_str()?);
+        let hashed = detached(py, text.len(), || cache.hashed(text)).map_err(|error| to_python(&error))?;
+        // What it replaces is dropped behind the lock.
+        let _last = self.last().replace((prefix.clone().unbind(), hashed));
+        Ok(hashed)
+    }
+
+    /// Never held while Python code runs or the GIL is waited for.
+    fn last(&self) -> MutexGuard<'_, Option<(Py<PyString>, HashedPrefix)>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// K and V of each layer of a hit, one after the other, as what they came in as.
     fn tensors<'py>(&self, py: Python<'py>, hit: &Arc<Hit>) -> PyResult<Vec<Bound<'py, PyAny>>> {
         let layers = hit.0.get();

@@ -14,7 +14,7 @@ use std::ffi::{CStr, c_int, c_void};
 use std::ptr::{self, NonNull};
 use std::sync::Arc;
 
-use kvkeep::{DType, MAX_RANK, PrivateTensor};
+use kvkeep::{DType, MAX_RANK, PrivateTensor, Shape};
 use pyo3::exceptions::PyRuntimeError;
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
@@ -56,9 +56,6 @@ struct Managed {
     deleter: Option<unsafe extern "C" fn(*mut Managed)>,
     flags: u64,
     tensor: DlTensor,
-    /// Not part of DLPack: where `shape` and `strides` point to.
-    dims: [i64; MAX_RANK],
-    strides: [i64; MAX_RANK],
 }
 
 /// `DLPackExchangeAPI`, as far as it is used.
@@ -73,9 +70,19 @@ struct Table {
 
 /// The descriptions of all tensors of a hit, in one piece, and the hit that they show.
 /// Each tensor that torch has made owns one count of it.
+#[expect(clippy::vec_box, reason = "descriptions point to what is in the boxes")]
 struct Batch {
-    tensors: Box<[UnsafeCell<Managed>]>,
+    tensors: Vec<UnsafeCell<Managed>>,
+    /// What descriptions point to: one for a run of tensors of one shape.
+    _dims: Vec<Box<Dims>>,
     _hit: Arc<Hit>,
+}
+
+/// A shape in DLPack's words.
+struct Dims {
+    shape: Shape,
+    sizes: [i64; MAX_RANK],
+    strides: [i64; MAX_RANK],
 }
 
 // SAFETY: descriptions are written before torch sees them and only read after; torch may
@@ -135,17 +142,12 @@ fn through_table<'py>(
     let Some(to_object) = (unsafe { (*table.as_ptr()).to_object }) else {
         return Err(PyRuntimeError::new_err("torch's DLPack table has no way to make a tensor"));
     };
-    let descriptions = tensors.iter().map(|tensor| UnsafeCell::new(describe(tensor))).collect();
-    let batch = Arc::new(Batch { tensors: descriptions, _hit: Arc::clone(hit) });
+    let batch = Arc::new(Batch::of(hit, tensors));
     let make = |cell: &UnsafeCell<Managed>| {
         let managed = cell.get();
-        // SAFETY: nobody else knows the description yet. Its own fields stay where they are as
-        // long as the batch lives, and the count taken here keeps it until the deleter runs.
-        unsafe {
-            (*managed).manager_ctx = Arc::into_raw(Arc::clone(&batch)).cast_mut().cast();
-            (*managed).tensor.shape = (&raw mut (*managed).dims).cast();
-            (*managed).tensor.strides = (&raw mut (*managed).strides).cast();
-        }
+        // SAFETY: nobody else knows the description yet. The count taken here keeps the batch,
+        // and with it all that the description points to, until the deleter runs.
+        unsafe { (*managed).manager_ctx = Arc::into_raw(Arc::clone(&batch)).cast_mut().cast() };
         let mut object = ptr::null_mut();
         // SAFETY: a filled description and a place for the answer, with the GIL held, as the table asks.
         let failed = unsafe { to_object(managed, &raw mut object) } != 0;
@@ -159,36 +161,55 @@ fn through_table<'py>(
     batch.tensors.iter().map(make).collect()
 }
 
-fn describe(tensor: &PrivateTensor) -> Managed {
-    let (mut dims, mut strides) = ([0; MAX_RANK], [0; MAX_RANK]);
-    let mut stride = 1;
-    let sizes = tensor.shape.dims();
-    let places = dims.iter_mut().zip(&mut strides).take(sizes.len()).rev();
-    for ((dim, place), size) in places.zip(sizes.iter().rev()) {
-        *dim = i64::try_from(*size).unwrap_or(i64::MAX);
-        *place = stride;
-        stride *= *dim;
+impl Batch {
+    fn of(hit: &Arc<Hit>, tensors: &[PrivateTensor]) -> Self {
+        let mut dims: Vec<Box<Dims>> = Vec::with_capacity(2);
+        let mut descriptions = Vec::with_capacity(tensors.len());
+        for tensor in tensors {
+            if dims.last().is_none_or(|dims| dims.shape != tensor.shape) {
+                dims.push(Box::new(Dims::of(tensor.shape)));
+            }
+            let Some(dims) = dims.last() else { continue };
+            descriptions.push(UnsafeCell::new(dims.describe(tensor)));
+        }
+        Self { tensors: descriptions, _dims: dims, _hit: Arc::clone(hit) }
     }
-    let (code, bits) = dlpack_type(tensor.dtype);
-    Managed {
-        version: Version { major: MAJOR, minor: 0 },
-        manager_ctx: ptr::null_mut(),
-        deleter: Some(drop_count),
-        flags: 0,
-        tensor: DlTensor {
-            data: tensor.address.as_ptr().cast(),
-            device_type: CPU,
-            device_id: 0,
-            ndim: i32::try_from(tensor.shape.dims().len()).unwrap_or(0),
-            code,
-            bits,
-            lanes: 1,
-            shape: ptr::null_mut(),
-            strides: ptr::null_mut(),
-            byte_offset: 0,
-        },
-        dims,
-        strides,
+}
+
+impl Dims {
+    fn of(shape: Shape) -> Self {
+        let (mut sizes, mut strides) = ([0; MAX_RANK], [0; MAX_RANK]);
+        let mut stride = 1;
+        let places = sizes.iter_mut().zip(&mut strides).take(shape.dims().len()).rev();
+        for ((size, place), dim) in places.zip(shape.dims().iter().rev()) {
+            *size = i64::try_from(*dim).unwrap_or(i64::MAX);
+            *place = stride;
+            stride *= *size;
+        }
+        Self { shape, sizes, strides }
+    }
+
+    fn describe(&self, tensor: &PrivateTensor) -> Managed {
+        let (code, bits) = dlpack_type(tensor.dtype);
+        Managed {
+            version: Version { major: MAJOR, minor: 0 },
+            manager_ctx: ptr::null_mut(),
+            deleter: Some(drop_count),
+            flags: 0,
+            tensor: DlTensor {
+                data: tensor.address.as_ptr().cast(),
+                device_type: CPU,
+                device_id: 0,
+                ndim: i32::try_from(self.shape.dims().len()).unwrap_or(0),
+                code,
+                bits,
+                lanes: 1,
+                // Only read, like everything in a description.
+                shape: self.sizes.as_ptr().cast_mut(),
+                strides: self.strides.as_ptr().cast_mut(),
+                byte_offset: 0,
+            },
+        }
     }
 }
 

@@ -60,6 +60,10 @@ pub struct LayerKv<'a> {
     pub v: TensorView<'a>,
 }
 
+/// A prefix text, hashed once, for several requests of the cache that made it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HashedPrefix(PrefixHash);
+
 /// What became of a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
@@ -214,7 +218,23 @@ impl SimpleKvCache {
     /// # Errors
     /// [`Error::EmptyPrefix`], [`Error::LayerOutOfRange`].
     pub fn get_cached_kv(&self, prefix: &str, layer: usize) -> Result<Option<CachedKv>> {
-        let key = self.hash(prefix)?.key(checked_layer(layer)?);
+        self.get_hashed(&self.hashed(prefix)?, layer)
+    }
+
+    /// Hashes a prefix text, to ask for several of its layers one by one.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrefix`].
+    pub fn hashed(&self, prefix: &str) -> Result<HashedPrefix> {
+        self.hash(prefix).map(HashedPrefix)
+    }
+
+    /// [`SimpleKvCache::get_cached_kv`] of a text that is hashed already.
+    ///
+    /// # Errors
+    /// [`Error::LayerOutOfRange`].
+    pub fn get_hashed(&self, prefix: &HashedPrefix, layer: usize) -> Result<Option<CachedKv>> {
+        let key = prefix.0.key(checked_layer(layer)?);
         let pin = self.store.pin_all(&[key], Request::Named);
         Ok(pin.map(|pin| CachedKv(CachedLayers { pin })))
     }
@@ -225,9 +245,16 @@ impl SimpleKvCache {
     /// # Errors
     /// [`Error::EmptyPrefix`], [`Error::ZeroLayers`], [`Error::LayerOutOfRange`].
     pub fn get_all_layers(&self, prefix: &str, num_layers: usize) -> Result<Option<CachedLayers>> {
-        let last = num_layers.checked_sub(1).ok_or(Error::ZeroLayers)?;
-        let (hash, last) = (self.hash(prefix)?, checked_layer(last)?);
-        let keys: Vec<ObjectKey> = (0..=last).map(|layer| hash.key(layer)).collect();
+        self.get_all_hashed(&self.hashed(prefix)?, num_layers)
+    }
+
+    /// [`SimpleKvCache::get_all_layers`] of a text that is hashed already.
+    ///
+    /// # Errors
+    /// [`Error::ZeroLayers`], [`Error::LayerOutOfRange`].
+    pub fn get_all_hashed(&self, prefix: &HashedPrefix, num_layers: usize) -> Result<Option<CachedLayers>> {
+        let last = checked_layer(num_layers.checked_sub(1).ok_or(Error::ZeroLayers)?)?;
+        let keys: Vec<ObjectKey> = (0..=last).map(|layer| prefix.0.key(layer)).collect();
         Ok(self.store.pin_all(&keys, Request::Named).map(|pin| CachedLayers { pin }))
     }
 

@@ -52,7 +52,7 @@ def ids(count: int, seed: int) -> Any:
 
 
 def greedy(model: Any, prompt: Any, tokens: int = 24) -> Any:
-    return model.generate(prompt, max_new_tokens=tokens, do_sample=False)
+    return model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
@@ -92,6 +92,18 @@ def test_the_turns_of_a_chat_reuse_the_answers_before_them(config: Any) -> None:
         if turn:
             # All but the last turn's words, the token that was generated last and the partial block.
             assert generator.last.cached_tokens >= (before - 9 - 1) // 8 * 8, generator.last
+
+
+def test_a_generated_padding_token_is_a_token_like_others() -> None:
+    """Without a mask `generate` hides every token that looks like padding, so a prompt with a generated padding
+    token in it was read otherwise the second time."""
+    model = model_of(CONFIGS["qwen2"](), seed=3).double()
+    generator = CachedGenerator(model, KVCache(max_size_gb=0.1), block_tokens=8)
+    prompt = ids(60, 5)
+    prompt[0, 20] = 0
+    for _ in range(2):
+        assert torch.equal(generator.generate(prompt, max_new_tokens=12, do_sample=False), greedy(model, prompt, 12))
+    assert generator.last is not None and generator.last.cached_tokens == 56
 
 
 def test_time_to_first_token_falls(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,6 +95,7 @@ class CachedGenerator:
 
     def generate(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
         """As `model.generate(input_ids, **kwargs)` for one prompt, `[1, tokens]`; returns what it returns.
+        Every token of the prompt counts (the attention mask is all ones), also one that could be padding.
 
         Raises `KvkeepError` for arguments that go against reuse, and what `generate` raises.
         """
@@ -102,6 +103,9 @@ class CachedGenerator:
         prompt = input_ids[0].tolist()
         # At least one token is left for the model, which must make the first logits.
         past, cached_tokens = self._past(prompt[:-1])
+        # Without a mask `generate` guesses one and hides tokens that look like padding: then KV would
+        # depend on more than the tokens.
+        kwargs["attention_mask"] = torch.ones_like(input_ids)
         output = self.model.generate(input_ids, past_key_values=past, **kwargs)
         sequence = output if isinstance(output, torch.Tensor) else output.sequences
         end = past.get_seq_length() if self.store_answers else len(prompt)

@@ -2,8 +2,9 @@
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 PYTHON ?= python3
+VENV = PYTHON="$(PYTHON)" bash tests/venv.sh
 
-.PHONY: help demo test test-integrations bench lint fmt clean
+.PHONY: help demo test test-rust test-python test-integrations wheel bench bench-python lint fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -26,6 +27,11 @@ test-integrations: ## The slower end-to-end runs: the demos and the benchmark of
 bench: ## Benchmarks against memcpy and each other; figures go to docs/benchmarks.md
 	$(CARGO) bench --locked -p kvkeep --bench cache
 	$(CARGO) run --release --locked -p kvkeep-cli -- bench --engine
+
+wheel: ## The Python wheel, into dist/: one for CPython 3.10 and later
+	$(VENV) .venv-build "maturin>=1.16,<2"
+	rm -f dist/kvkeep-*.whl
+	.venv-build/bin/maturin build --release --locked --manifest-path crates/kvkeep-python/Cargo.toml --out dist
 
 lint: ## Format, clippy, and dependency rules
 	$(CARGO) fmt --all --check

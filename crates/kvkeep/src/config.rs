@@ -74,6 +74,10 @@ pub struct StoreOptions {
     /// later hit counts its share as time saved. `None` saves nothing: the cache
     /// never guesses.
     pub compute_time: Option<Duration>,
+    /// A mark of the caller's own, kept with what the named door stores now and handed
+    /// back with every hit; the cache does not look at it. A binding keeps here what
+    /// kind of tensor came in.
+    pub tag: u8,
 }
 
 impl StoreOptions {
@@ -88,6 +92,13 @@ impl StoreOptions {
     #[must_use]
     pub fn compute_time(mut self, compute_time: Duration) -> Self {
         self.compute_time = Some(compute_time);
+        self
+    }
+
+    /// Options with a mark of the caller's own.
+    #[must_use]
+    pub fn tag(mut self, tag: u8) -> Self {
+        self.tag = tag;
         self
     }
 }

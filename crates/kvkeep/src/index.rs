@@ -27,6 +27,8 @@ pub(crate) struct PairSpec {
     pub(crate) v: (DType, Shape),
     /// Length of the prefix text the pair is stored under.
     pub(crate) prefix_bytes: usize,
+    /// The caller's own mark.
+    pub(crate) tag: u8,
 }
 
 /// One sealed object.

@@ -34,7 +34,8 @@ pub use error::{Error, Rejection, Result};
 pub use key::{BlockHash, Namespace, NamespaceId, TokenId};
 pub use layout::{DEFAULT_BLOCK_TOKENS, KvLayout, LayerView, LayerViewMut, TokenOrder};
 pub use named::{
-    CachedKv, CachedLayers, DEFAULT_MAX_SIZE_GB, DEFAULT_TTL, Evicted, LayerKv, MAX_LAYERS, Outcome, SimpleKvCache,
+    CachedKv, CachedLayers, DEFAULT_MAX_SIZE_GB, DEFAULT_TTL, Evicted, HashedPrefix, LayerKv, MAX_LAYERS, Outcome,
+    PrivateLayers, PrivateTensor, SimpleKvCache,
 };
 pub use stats::Stats;
 pub use store::{Removed, Store};

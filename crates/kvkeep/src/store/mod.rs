@@ -24,7 +24,7 @@ use crate::stats::Stats;
 use crate::sync::Mutex;
 use crate::tier::ram::{self, Arena};
 
-pub(crate) use guard::{Pending, Pin};
+pub(crate) use guard::{Pending, Pin, PrivatePin};
 pub(crate) use state::Request;
 use state::State;
 

@@ -157,6 +157,10 @@ impl State {
     pub(super) fn reserve_all(&mut self, sizes_bytes: &[usize], now_ms: u64) -> Result<Vec<Extent>, Rejection> {
         let mut extents = Vec::with_capacity(sizes_bytes.len());
         let result = self.admit(sizes_bytes.iter().copied()).and_then(|()| {
+            if let Some(run) = self.make_run(sizes_bytes, now_ms) {
+                extents = run;
+                return Ok(());
+            }
             sizes_bytes.iter().try_for_each(|bytes| {
                 extents.push(self.make_room(*bytes, now_ms)?);
                 Ok(())
@@ -257,21 +261,46 @@ impl State {
         expired.len() as u64
     }
 
+    /// Free extents behind each other in one run of pages, so that a reader of all of them
+    /// needs one view. Evicts what these sizes take wherever they come to lie, and nothing
+    /// for the sake of the run: where the free pages are scattered there is none.
+    fn make_run(&mut self, sizes_bytes: &[usize], now_ms: u64) -> Option<Vec<Extent>> {
+        let pages: Vec<u32> = sizes_bytes.iter().map(|bytes| pages_for(*bytes)).collect::<Option<_>>()?;
+        let all = pages.iter().try_fold(0u32, |all, pages| all.checked_add(*pages))?;
+        self.sweep_when_due(now_ms);
+        while self.pages.free_pages() < all {
+            self.evict_one(u64::from(all)).ok()?;
+        }
+        let extents = self.pages.allocate_run(&pages)?;
+        self.held_pages += all;
+        Some(extents)
+    }
+
     /// A free extent, after as many evictions as it takes.
     fn make_room(&mut self, bytes: usize, now_ms: u64) -> Result<Extent, Rejection> {
         self.admit(std::iter::once(bytes))?;
         let pages = pages_for(bytes).unwrap_or(u32::MAX);
-        if now_ms.saturating_sub(self.last_sweep_ms) >= SWEEP_INTERVAL_MS {
-            self.sweep(now_ms);
-        }
+        self.sweep_when_due(now_ms);
         loop {
             if let Some(extent) = self.pages.allocate(pages) {
                 self.held_pages += pages;
                 return Ok(extent);
             }
-            let victim = self.policy.victim().ok_or(self.all_pinned(u64::from(pages)))?;
-            self.drop_entry(victim);
-            self.counters.evictions += 1;
+            self.evict_one(u64::from(pages))?;
+        }
+    }
+
+    /// Evicts what the policy says, for the sake of so many pages.
+    fn evict_one(&mut self, pages: u64) -> Result<(), Rejection> {
+        let victim = self.policy.victim().ok_or(self.all_pinned(pages))?;
+        self.drop_entry(victim);
+        self.counters.evictions += 1;
+        Ok(())
+    }
+
+    fn sweep_when_due(&mut self, now_ms: u64) {
+        if now_ms.saturating_sub(self.last_sweep_ms) >= SWEEP_INTERVAL_MS {
+            self.sweep(now_ms);
         }
     }
 

@@ -212,7 +212,7 @@ def loading(report: Report, rounds: int) -> None:
                     np.copyto(target, source)
 
         size = sum(tensor.nbytes for pair in into for tensor in pair)
-        mine, memcpy = turns(lambda: found.load(into), copy, 5, rounds)  # type: ignore[arg-type]
+        mine, memcpy = turns(lambda: found.load(into), copy, 5, rounds)
         report.add(
             f"load {found.blocks} blocks into one tensor a layer, {order}", size / mine / 1e9, "GB/s",
             f"memcpy {size / memcpy / 1e9:.1f} GB/s", memcpy / mine, "0.8x",

@@ -194,7 +194,7 @@ def loading(report: Report, rounds: int) -> None:
     for order in ("token_head", "head_token"):
         tokens, layers = 2048, 8
         namespace = Namespace(
-            "m", layers=layers, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="f16", order=order  # type: ignore[arg-type]
+            "m", layers=layers, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="f16", order=order
         )
         cache = KVCache(max_size_gb=1)
         shape = namespace.shape(tokens, HEAD_DIM)
@@ -212,7 +212,7 @@ def loading(report: Report, rounds: int) -> None:
                     np.copyto(target, source)
 
         size = sum(tensor.nbytes for pair in into for tensor in pair)
-        mine, memcpy = turns(lambda: found.load(into), copy, 5, rounds)
+        mine, memcpy = turns(lambda: found.load(into), copy, 5, rounds)  # type: ignore[arg-type]
         report.add(
             f"load {found.blocks} blocks into one tensor a layer, {order}", size / mine / 1e9, "GB/s",
             f"memcpy {size / memcpy / 1e9:.1f} GB/s", memcpy / mine, "0.8x",

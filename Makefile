@@ -12,7 +12,9 @@ help: ## List the targets
 demo: ## A real model answering repeated prompts, without and with the cache
 	$(CARGO) run --release --locked -p kvkeep-cli -- demo
 
-test: ## All tests that need no service (nextest where it is installed)
+test: test-rust test-python ## All tests that need no service
+
+test-rust: ## The Rust tests (nextest where it is installed)
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
 		$(CARGO) nextest run --locked --workspace $${CI:+--profile ci}; \
 	else \
@@ -21,12 +23,19 @@ test: ## All tests that need no service (nextest where it is installed)
 	$(CARGO) test --locked --doc -p kvkeep
 	$(CARGO) test --locked -p kvkeep --features shuttle --test shuttle
 
-test-integrations: ## The slower end-to-end runs: the demos and the benchmark of the release build
+test-python: wheel ## The Python tests that need numpy alone, and the wheel in an empty environment
+	PYTHON="$(PYTHON)" bash tests/python.sh
+
+test-integrations: wheel ## The slower end-to-end runs: the demos, the benchmarks, torch, transformers, notebooks
 	CARGO="$(CARGO)" PYTHON="$(PYTHON)" bash tests/integrations.sh
+	PYTHON="$(PYTHON)" bash tests/integrations_python.sh
 
 bench: ## Benchmarks against memcpy and each other; figures go to docs/benchmarks.md
 	$(CARGO) bench --locked -p kvkeep --bench cache
 	$(CARGO) run --release --locked -p kvkeep-cli -- bench --engine
+
+bench-python: wheel ## The Python front door against a dict and memcpy (needs what test-integrations installs)
+	PYTHON="$(PYTHON)" bash tests/integrations_python.sh bench
 
 wheel: ## The Python wheel, into dist/: one for CPython 3.10 and later
 	$(VENV) .venv-build "maturin>=1.16,<2"
@@ -45,3 +54,4 @@ fmt: ## Format everything
 
 clean: ## Remove what was built
 	$(CARGO) clean
+	rm -rf dist .venv-build .venv-empty .venv-test .venv-torch

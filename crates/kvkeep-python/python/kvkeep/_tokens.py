@@ -10,8 +10,9 @@ import numpy as np
 
 from kvkeep import _kvkeep
 from kvkeep._errors import LayoutError, TokenIdError
+from kvkeep._kvkeep import DTYPES
 from kvkeep._stats import Stats
-from kvkeep._tensors import DTYPES, dtype_code, is_torch, lend, lend_to_write, numpy_dtype, torch_dtype
+from kvkeep._tensors import dtype_code, is_torch, lend, lend_to_write, numpy_dtype, torch_dtype
 
 if TYPE_CHECKING:
     import torch

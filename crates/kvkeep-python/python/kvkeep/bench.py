@@ -173,11 +173,13 @@ def storing(report: Report, rounds: int) -> None:
         k = torch.randn(mib << 18).reshape(1, 8, -1, 64)[:, :, : (mib << 18) // 1024]
         k = k.contiguous()
         v = k.clone()
-        into = np.empty(k.shape, np.float32), np.empty(k.shape, np.float32)
+        # In turn, as a store must that replaces what may still be read.
+        targets = [[np.zeros(k.shape, np.float32) for _ in "kv"] for _ in range(2)]
         sources = k.numpy(), v.numpy()
 
         def copy() -> None:
-            for target, source in zip(into, sources, strict=True):
+            targets.reverse()
+            for target, source in zip(targets[0], sources, strict=True):
                 np.copyto(target, source)
 
         size = 2 * k.nbytes
@@ -194,7 +196,7 @@ def loading(report: Report, rounds: int) -> None:
     for order in ("token_head", "head_token"):
         tokens, layers = 2048, 8
         namespace = Namespace(
-            "m", layers=layers, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="f16", order=order  # type: ignore[arg-type]
+            "m", layers=layers, kv_heads=KV_HEADS, head_dim=HEAD_DIM, dtype="f16", order=order
         )
         cache = KVCache(max_size_gb=1)
         shape = namespace.shape(tokens, HEAD_DIM)
@@ -246,10 +248,21 @@ def threads(report: Report, seconds: float) -> None:
         return sum(counts) / (time.perf_counter() - begin)
 
     big = torch.randn(8, 256, 256)
+    numbers = SimpleKVCache(max_size_gb=0.1)
+    numbers.cache_kv(prefix, 0, *(tensor.numpy() for tensor in pair))
+    into = [torch.empty_like(pair[0]) for _ in range(8)]
+
+    def hit_and_copy(me: int) -> None:
+        for tensor in cache.get_cached_kv(prefix, 3):  # type: ignore[union-attr]
+            into[me].copy_(tensor)
+
     for name, work, unit in (
-        ("get_all_layers, 32 layers", lambda me: cache.get_all_layers(prefix, LAYERS), "calls/s"),
-        ("get_cached_kv", lambda me: cache.get_cached_kv(prefix, 3), "calls/s"),
         ("cache_kv, K and V of 4 MiB", lambda me: cache.cache_kv(f"t{me}", 0, big, big), "calls/s"),
+        ("get_cached_kv, and copy out K and V of 2 MiB", hit_and_copy, "calls/s"),
+        ("get_cached_kv, numpy", lambda me: numbers.get_cached_kv(prefix, 0), "calls/s"),
+        ("get_cached_kv", lambda me: cache.get_cached_kv(prefix, 3), "calls/s"),
+        ("get_all_layers, 32 layers", lambda me: cache.get_all_layers(prefix, LAYERS), "calls/s"),
+        ("(torch alone: 64 tensors made and dropped)", lambda me: [pair[0].detach() for _ in range(64)], "calls/s"),
     ):
         work(0)
         rounds = [(rate(1, work), rate(8, work)) for _ in range(3)]

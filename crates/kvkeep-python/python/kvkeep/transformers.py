@@ -21,6 +21,7 @@ whole, and a cache that is built from blocks is cut to the window by the layer i
 from __future__ import annotations
 
 import hashlib
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,8 +61,23 @@ class Generation:
     prompt_tokens: int
     cached_tokens: int
     """Tokens of the prompt that were not read again."""
+    ttft_seconds: float
+    """From the call to the first token, look-up and load included."""
     stored: StoreReport | None
     """What became of the new blocks; None if there was no full block."""
+
+
+class FirstToken:
+    """A stopping criterion that never stops and notes when the first token was there."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+        self._begin = time.perf_counter()
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if self.seconds is None:
+            self.seconds = time.perf_counter() - self._begin
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 class CachedGenerator:
@@ -99,6 +115,7 @@ class CachedGenerator:
 
         Raises `KvkeepError` for arguments that go against reuse, and what `generate` raises.
         """
+        first_token = FirstToken()
         _check_arguments(self.model, input_ids, kwargs)
         prompt = input_ids[0].tolist()
         # At least one token is left for the model, which must make the first logits.
@@ -106,11 +123,14 @@ class CachedGenerator:
         # Without a mask `generate` guesses one and hides tokens that look like padding: then KV would
         # depend on more than the tokens.
         kwargs["attention_mask"] = torch.ones_like(input_ids)
+        kwargs["stopping_criteria"] = [*(kwargs.get("stopping_criteria") or ()), first_token]
+        begin = time.perf_counter()
         output = self.model.generate(input_ids, past_key_values=past, **kwargs)
+        compute_seconds = time.perf_counter() - begin
         sequence = output if isinstance(output, torch.Tensor) else output.sequences
         end = past.get_seq_length() if self.store_answers else len(prompt)
-        stored = self._store(sequence[0, :end].tolist(), past, cached_tokens)
-        self.last = Generation(len(prompt), cached_tokens, stored)
+        stored = self._store(sequence[0, :end].tolist(), past, cached_tokens, compute_seconds)
+        self.last = Generation(len(prompt), cached_tokens, first_token.seconds or compute_seconds, stored)
         return output
 
     def _past(self, tokens: list[int]) -> tuple[DynamicCache, int]:
@@ -127,14 +147,18 @@ class CachedGenerator:
                 layer.activate_past_recording()
         return past, cached_tokens
 
-    def _store(self, tokens: list[int], past: DynamicCache, first_token: int) -> StoreReport | None:
+    def _store(
+        self, tokens: list[int], past: DynamicCache, first_token: int, compute_seconds: float
+    ) -> StoreReport | None:
         """Stores the full blocks behind `first_token`."""
         if len(tokens) - first_token < self.namespace.block_tokens:
             return None
         # Layers hold all tokens, or with a window at least those behind `first_token`.
         behind = past.get_seq_length() - first_token
         layers = [(layer.keys[0, :, -behind:], layer.values[0, :, -behind:]) for layer in past.layers]
-        return self.cache.store(self.namespace, tokens, layers, first_token=first_token)
+        return self.cache.store(
+            self.namespace, tokens, layers, first_token=first_token, compute_seconds=compute_seconds
+        )
 
 
 def _namespace(model: Any, block_tokens: int, salt: str, lora: str) -> Namespace:

@@ -2,12 +2,13 @@
 //! view reaches neither the cache nor another reader.
 //!
 //! A lane is a private (copy-on-write) mapping of the whole arena. Readers of different
-//! pages share a lane, readers of the same pages get different lanes, and a view that
-//! is given back loses what was written into it with one `madvise`. A hit therefore
-//! makes no mapping, and its cost does not depend on its size. What lost: a mapping for
-//! each reader (two more system calls a hit, and a process may have 65,530 mappings), and
-//! a copy for each reader (its cost grows). Copies remain the way out where there
-//! is no memfd, or where as many readers as there are lanes hold the same pages.
+//! pages share a lane, readers of the same pages get different lanes, and what was written
+//! into a view is dropped with one `madvise` before its pages are viewed again: neighbours,
+//! such as the layers of a prefix, together. A hit therefore makes no mapping, and its cost
+//! does not depend on its size. What lost: a mapping for each reader (two more system calls
+//! a hit, and a process may have 65,530 mappings), and a copy for each reader (its cost
+//! grows). Copies remain the way out where there is no memfd, or where as many readers as
+//! there are lanes hold the same pages.
 //!
 //! Soundness rests on two rules:
 //! 1. A page of a lane belongs to one [`View`] at most.
@@ -29,6 +30,10 @@ use crate::sync::Mutex;
 /// Readers of the same pages that get a view; the next one gets a copy. Lanes cost
 /// address space only: at 256 an arena of 100 GiB takes a fifth of what a process has.
 const MAX_LANES: usize = 256;
+
+/// Pages that were given back and are not cleaned yet: at most so many (16 MiB), so that
+/// little memory is kept for writes that nobody wants any more.
+const MAX_STALE_PAGES: u32 = 4096;
 
 /// The lanes of an arena.
 #[derive(Debug)]
@@ -52,6 +57,9 @@ struct Lane {
     base: NonNull<u8>,
     /// First page → pages of each view in it.
     taken: BTreeMap<u32, u32>,
+    /// First page → pages of each run that was given back and may show what its reader wrote.
+    stale: BTreeMap<u32, u32>,
+    stale_pages: u32,
 }
 
 /// Memory of one reader: pages of a lane, or a copy.
@@ -84,12 +92,13 @@ impl Lanes {
         let number = match free {
             Some(number) => number,
             None if lanes.len() < MAX_LANES => {
-                lanes.push(Lane { base: source.map().ok()?, taken: BTreeMap::new() });
+                lanes.push(Lane::at(source.map().ok()?));
                 lanes.len() - 1
             }
             None => return None,
         };
         let lane = lanes.get_mut(number)?;
+        lane.clean(first_page, pages)?;
         lane.taken.insert(first_page, pages);
         // SAFETY: the pages are those of an extent, so they lie inside the arena, which the lane maps whole.
         let start = unsafe { lane.base.add(first_page as usize * PAGE_BYTES) };
@@ -104,13 +113,8 @@ impl Lanes {
             let _ = unsafe { rustix::mm::munmap(view.start.as_ptr().cast(), view.bytes()) };
             return;
         };
-        // SAFETY: the range lies in a lane, and the view, which is consumed, was the only way to it.
-        let dropped = unsafe { rustix::mm::madvise(view.start.as_ptr().cast(), view.bytes(), Advice::LinuxDontNeed) };
-        // Pages that could not be cleaned are not handed out again.
-        if dropped.is_ok()
-            && let Some(lane) = self.lanes.lock().get_mut(number)
-        {
-            lane.taken.remove(&view.first_page);
+        if let Some(lane) = self.lanes.lock().get_mut(number) {
+            lane.give(view.first_page, view.pages);
         }
     }
 }
@@ -139,10 +143,55 @@ impl Source {
 }
 
 impl Lane {
-    fn is_free(&self, first_page: u32, pages: u32) -> bool {
-        let before = self.taken.range(..first_page.saturating_add(pages)).next_back();
-        before.is_none_or(|(first, pages)| first.saturating_add(*pages) <= first_page)
+    fn at(base: NonNull<u8>) -> Self {
+        Self { base, taken: BTreeMap::new(), stale: BTreeMap::new(), stale_pages: 0 }
     }
+
+    fn is_free(&self, first_page: u32, pages: u32) -> bool {
+        last_overlap(&self.taken, first_page, pages).is_none()
+    }
+
+    /// Takes pages of a view back.
+    fn give(&mut self, mut first_page: u32, mut pages: u32) {
+        self.taken.remove(&first_page);
+        self.stale_pages = self.stale_pages.saturating_add(pages);
+        if let Some((&before, &length)) = self.stale.range(..first_page).next_back()
+            && before + length == first_page
+        {
+            self.stale.remove(&before);
+            (first_page, pages) = (before, length + pages);
+        }
+        if let Some(length) = self.stale.remove(&(first_page + pages)) {
+            pages += length;
+        }
+        self.stale.insert(first_page, pages);
+        if self.stale_pages > MAX_STALE_PAGES {
+            // What cannot be cleaned now stays stale and is tried again before it is viewed.
+            let _ = self.clean(first_page, pages);
+        }
+    }
+
+    /// Drops what was written into stale runs that touch these pages. `None` if that fails.
+    fn clean(&mut self, first_page: u32, pages: u32) -> Option<()> {
+        while let Some((first, length)) = last_overlap(&self.stale, first_page, pages) {
+            let bytes = length as usize * PAGE_BYTES;
+            // SAFETY: pages of extents, so inside the arena, which the lane maps whole; they were given
+            // back and not taken again (rule 1), so no view shows them.
+            unsafe {
+                let start = self.base.add(first as usize * PAGE_BYTES);
+                rustix::mm::madvise(start.as_ptr().cast(), bytes, Advice::LinuxDontNeed).ok()?;
+            }
+            self.stale.remove(&first);
+            self.stale_pages -= length;
+        }
+        Some(())
+    }
+}
+
+/// The last of these runs that shares a page with the given one.
+fn last_overlap(runs: &BTreeMap<u32, u32>, first_page: u32, pages: u32) -> Option<(u32, u32)> {
+    let (&first, &length) = runs.range(..first_page.saturating_add(pages)).next_back()?;
+    (first.saturating_add(length) > first_page).then_some((first, length))
 }
 
 impl View {
@@ -229,6 +278,28 @@ mod tests {
         let (_grant, mut new) = view(&arena, &mut extent);
         assert!(new.bytes_mut().iter().all(|byte| *byte == 7));
         arena.give_back(new);
+    }
+
+    /// Layer after layer given back is one run, and cleaned as one before any of it is viewed again.
+    #[test]
+    fn stale_neighbours_are_cleaned_before_any_of_them_is_viewed_again() {
+        let (arena, mut pages) = reserve(page_bytes(16)).unwrap();
+        let mut extents = written(&arena, &mut pages, &[2, 1, 3, 2]);
+        for order in [[0, 1, 2, 3], [3, 1, 0, 2], [2, 0, 3, 1]] {
+            for at in order {
+                let (_grant, mut scribbled) = view(&arena, &mut extents[at]);
+                scribbled.bytes_mut().fill(99);
+                arena.give_back(scribbled);
+            }
+            let grants: Vec<_> = extents.iter_mut().map(Extent::grant).collect();
+            let mut all = arena.private_views(&grants.iter().collect::<Vec<_>>()).unwrap();
+            assert!(all[0].bytes_mut().iter().all(|byte| *byte != 99));
+            all[0].bytes_mut().fill(98);
+            all.into_iter().for_each(|view| arena.give_back(view));
+            let (_grant, mut middle) = view(&arena, &mut extents[2]);
+            assert!(middle.bytes_mut().iter().all(|byte| *byte == 3));
+            arena.give_back(middle);
+        }
     }
 
     #[test]

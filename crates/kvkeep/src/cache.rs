@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Error, Rejection, Result};
+use crate::eviction::Place;
 use crate::flight::Flights;
 use crate::key::{BlockHash, Namespace, ObjectKey, TokenId};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
@@ -148,11 +149,13 @@ impl KvCache {
             rejection: rejection.map(|rejection| in_tokens(rejection, layout)),
             ..StoreReport::default()
         };
+        let found = missing.first().map_or(keys.len(), |(position, _)| *position);
         let mut objects = Vec::with_capacity(missing.len());
         for (position, mut pending) in missing {
             source.write_block(position * layout.block_tokens(), pending.bytes_mut());
             if let Some(key) = keys.get(position) {
-                objects.push(Sealing { key: *key, pending, spec: None });
+                let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
+                objects.push(Sealing { key: *key, pending, spec: None, parent, place: Place::of(position, keys.len(), found) });
             }
         }
         let reserved = objects.len();

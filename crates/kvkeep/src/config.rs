@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use crate::clock::{Clock, SystemClock};
 use crate::error::{Error, Result};
+use crate::eviction::PolicyKind;
 
 /// Bytes in a GiB. `max_size_gb` and `size_mb` count in powers of two, as memory is sold.
 const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
@@ -15,6 +16,7 @@ const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
 pub struct CacheConfig {
     pub(crate) capacity_bytes: u64,
     pub(crate) ttl: Option<Duration>,
+    pub(crate) policy: PolicyKind,
     pub(crate) clock: Arc<dyn Clock>,
 }
 
@@ -22,7 +24,7 @@ impl CacheConfig {
     /// A RAM tier of at most `capacity_bytes`, in whole pages of 4 KiB. Nothing expires.
     #[must_use]
     pub fn new(capacity_bytes: u64) -> Self {
-        Self { capacity_bytes, ttl: None, clock: Arc::new(SystemClock::new()) }
+        Self { capacity_bytes, ttl: None, policy: PolicyKind::default(), clock: Arc::new(SystemClock::new()) }
     }
 
     /// A RAM tier of `gib` GiB.
@@ -37,6 +39,13 @@ impl CacheConfig {
     #[must_use]
     pub fn ttl(mut self, ttl: Option<Duration>) -> Self {
         self.ttl = ttl;
+        self
+    }
+
+    /// What goes first when room is needed.
+    #[must_use]
+    pub fn policy(mut self, policy: PolicyKind) -> Self {
+        self.policy = policy;
         self
     }
 

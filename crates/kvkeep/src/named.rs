@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Error, Rejection, Result};
+use crate::eviction::Place;
 use crate::index::PairSpec;
 use crate::key::{NamespaceId, ObjectKey, PrefixHash, PrefixHasher};
 use crate::stats::Stats;
@@ -181,7 +182,8 @@ impl SimpleKvCache {
             let bytes = pending.bytes_mut();
             copy_to(bytes, 0, layer.k.bytes());
             copy_to(bytes, plan.v_start, layer.v.bytes());
-            objects.push(Sealing { key: plan.key, pending, spec: Some(plan.spec) });
+            let place = Place::of(0, layers.len(), 0);
+            objects.push(Sealing { key: plan.key, pending, spec: Some(plan.spec), parent: None, place });
         }
         self.store.seal(self.namespace, objects, options, OnPresent::Replace);
         Ok(Outcome::Stored)

@@ -9,7 +9,7 @@
 //! and a lookup of 512 blocks takes one lock 512 times over instead of once.
 
 mod guard;
-mod state;
+pub(crate) mod state;
 
 use std::fmt;
 use std::sync::Arc;
@@ -19,6 +19,7 @@ use crate::clock::{Clock, duration_ms};
 use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Rejection, Result};
 use crate::index::{NEVER, PairSpec};
+use crate::eviction::Place;
 use crate::key::{NamespaceId, ObjectKey, PrefixHash};
 use crate::stats::Stats;
 use crate::sync::Mutex;
@@ -26,7 +27,7 @@ use crate::tier::ram::{self, Arena};
 
 pub(crate) use guard::{Pending, Pin};
 pub(crate) use state::Request;
-use state::State;
+use state::{State, Written};
 
 /// Keyed, sealed objects in RAM under one cap. Cheap to clone: clones share everything.
 ///
@@ -56,6 +57,9 @@ pub(crate) struct Sealing {
     pub(crate) key: ObjectKey,
     pub(crate) pending: Pending,
     pub(crate) spec: Option<Arc<PairSpec>>,
+    /// The key of the block before it in its chain.
+    pub(crate) parent: Option<ObjectKey>,
+    pub(crate) place: Place,
 }
 
 /// What [`Store::reserve`] found and made for a run of keys.
@@ -86,7 +90,7 @@ impl Store {
     pub fn new(config: CacheConfig) -> Result<Self> {
         let (arena, pages) = ram::reserve(config.capacity_bytes)?;
         Ok(Self(Arc::new(Shared {
-            state: Mutex::new(State::new(pages)),
+            state: Mutex::new(State::new(pages, config.policy)),
             arena,
             clock: config.clock,
             default_ttl: config.ttl,
@@ -203,14 +207,11 @@ impl Store {
             .compute_time
             .map_or(Duration::ZERO, |time| time / u32::try_from(objects.len()).unwrap_or(u32::MAX).max(1));
         let compute_us = u32::try_from(share.as_micros()).unwrap_or(u32::MAX);
-        let mut state = self.0.state.lock();
-        let mut sealed = 0;
-        for object in objects.into_iter().rev() {
-            let Some(extent) = object.pending.into_extent() else { continue };
-            let entry = state::new_entry(object.key, extent, expires_at_ms, object.spec, compute_us);
-            sealed += usize::from(state.seal(namespace, entry, on_present));
-        }
-        sealed
+        let written = objects.into_iter().filter_map(|Sealing { key, pending, spec, parent, place }| {
+            let entry = state::new_entry(key, pending.into_extent()?, expires_at_ms, spec, compute_us);
+            Some(Written { entry, parent, place })
+        });
+        self.0.state.lock().seal_all(namespace, written, on_present)
     }
 
     fn now_ms(&self) -> u64 {

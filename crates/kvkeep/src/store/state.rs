@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use super::{OnPresent, Removed};
 use crate::error::Rejection;
-use crate::eviction::{EntryId, Lru, Policy};
+use crate::eviction::{Arrival, Departure, EntryId, Place, Policy, PolicyKind};
 use crate::index::{Entry, Index, NEVER, PairSpec};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::stats::Stats;
@@ -38,7 +38,16 @@ pub(crate) struct Held {
     pub(super) spec: Option<Arc<PairSpec>>,
 }
 
-pub(super) type Reservation = (Vec<Held>, Vec<(usize, Extent)>, Option<Rejection>);
+/// One object whose payload is written, to be made findable.
+#[derive(Debug)]
+pub(crate) struct Written {
+    pub(crate) entry: Entry,
+    /// The key of the block before it.
+    pub(crate) parent: Option<ObjectKey>,
+    pub(crate) place: Place,
+}
+
+pub(crate) type Reservation = (Vec<Held>, Vec<(usize, Extent)>, Option<Rejection>);
 
 #[derive(Debug)]
 pub(crate) struct State {
@@ -53,7 +62,7 @@ pub(crate) struct State {
     time_saved_us: u64,
 }
 
-pub(super) fn new_entry(
+pub(crate) fn new_entry(
     key: ObjectKey,
     extent: Extent,
     expires_at_ms: u64,
@@ -64,10 +73,10 @@ pub(super) fn new_entry(
 }
 
 impl State {
-    pub(super) fn new(pages: Pages) -> Self {
+    pub(crate) fn new(pages: Pages, policy: PolicyKind) -> Self {
         Self {
             index: Index::default(),
-            policy: Box::new(Lru::new()),
+            policy: policy.make(),
             pages,
             held_pages: 0,
             earliest_expiry_ms: NEVER,
@@ -77,11 +86,15 @@ impl State {
         }
     }
 
-    pub(super) fn index(&self) -> &Index {
+    pub(crate) fn index(&self) -> &Index {
         &self.index
     }
 
-    pub(super) fn stats(&self) -> Stats {
+    pub(crate) fn policy_bytes(&self) -> usize {
+        self.policy.memory_bytes()
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
         Stats {
             time_saved: std::time::Duration::from_micros(self.time_saved_us),
             entries: self.index.len() as u64,
@@ -99,13 +112,13 @@ impl State {
         if self.index.get(id)?.expires_at_ms > now_ms {
             return Some(id);
         }
-        self.drop_entry(id);
+        self.drop_entry(id, Departure::Removed);
         self.counters.expirations += 1;
         None
     }
 
     /// Holds the longest unbroken run of live entries from the first key on.
-    pub(super) fn hold_run(&mut self, keys: &[ObjectKey], now_ms: u64, request: Request) -> Vec<Held> {
+    pub(crate) fn hold_run(&mut self, keys: &[ObjectKey], now_ms: u64, request: Request) -> Vec<Held> {
         let mut run = Vec::with_capacity(keys.len());
         for key in keys {
             match self.find_live(key, now_ms).and_then(|id| self.hold(id)) {
@@ -130,7 +143,7 @@ impl State {
 
     /// Ends the reading of entries. Goes from the tail to the head, so that the head of a
     /// chain is the most recently used.
-    pub(super) fn release(&mut self, run: Vec<Held>) {
+    pub(crate) fn release(&mut self, run: Vec<Held>) {
         for Held { id, grant, .. } in run.into_iter().rev() {
             let Some(entry) = self.index.get_mut(id) else { continue };
             entry.extent.revoke(grant);
@@ -147,7 +160,7 @@ impl State {
     }
 
     /// Pages that were reserved and will not be sealed.
-    pub(super) fn abandon(&mut self, extent: Extent) {
+    pub(crate) fn abandon(&mut self, extent: Extent) {
         self.held_pages -= extent.pages();
         // A pending extent has no readers, so this cannot be refused.
         let _ = self.pages.free(extent);
@@ -174,7 +187,7 @@ impl State {
 
     /// Holds what is there of a chain and makes room for what is not, head first; what does
     /// not fit any more is the tail.
-    pub(super) fn reserve(
+    pub(crate) fn reserve(
         &mut self,
         keys: &[ObjectKey],
         bytes_each: usize,
@@ -204,23 +217,47 @@ impl State {
         (present, missing, None)
     }
 
-    /// Makes a written entry findable. `false` if one is there already and stays.
-    pub(super) fn seal(&mut self, namespace: NamespaceId, mut entry: Entry, on_present: OnPresent) -> bool {
+    /// Makes written entries findable, all at once; says how many are new. The policy hears of
+    /// the last one first, so that the head of a chain is the most recent.
+    pub(crate) fn seal_all(
+        &mut self,
+        namespace: NamespaceId,
+        written: impl Iterator<Item = Written>,
+        on_present: OnPresent,
+    ) -> usize {
+        let mut arrivals = Vec::with_capacity(written.size_hint().0);
+        let mut before = None;
+        for Written { entry, parent, place } in written {
+            let parent = parent.and_then(|key| match before {
+                Some((known, id)) if known == key => Some(id),
+                _ => self.index.find(&key),
+            });
+            let arrival = Arrival { fingerprint: entry.key.table_hash(), parent, place };
+            let key = entry.key;
+            let (id, new) = self.seal(namespace, entry, on_present);
+            before = Some((key, id));
+            arrivals.extend(new.then_some((id, arrival)));
+        }
+        self.policy.insert_run(&arrivals);
+        arrivals.len()
+    }
+
+    /// Makes a written entry findable; the policy has yet to hear of it. The id is another's if
+    /// one is there already and stays.
+    fn seal(&mut self, namespace: NamespaceId, mut entry: Entry, on_present: OnPresent) -> (EntryId, bool) {
         let present = self.index.find(&entry.key);
-        if present.is_some() && on_present == OnPresent::Keep {
+        if let (Some(id), OnPresent::Keep) = (present, on_present) {
             self.abandon(entry.extent);
-            return false;
+            return (id, false);
         }
         if let Some(id) = present {
-            self.drop_entry(id);
+            self.drop_entry(id, Departure::Removed);
         }
         self.held_pages -= entry.extent.pages();
         self.earliest_expiry_ms = self.earliest_expiry_ms.min(entry.expires_at_ms);
         entry.namespace = self.index.namespace(namespace);
-        let id = self.index.insert(entry);
-        self.policy.insert(id);
         self.counters.stored_total += 1;
-        true
+        (self.index.insert(entry), true)
     }
 
     pub(super) fn remove(&mut self, keys: &[ObjectKey], now_ms: u64) -> (Removed, Vec<bool>) {
@@ -250,7 +287,7 @@ impl State {
             return 0;
         }
         let expired = self.index.select(|entry| entry.expires_at_ms <= now_ms);
-        expired.iter().for_each(|id| self.drop_entry(*id));
+        expired.iter().for_each(|id| self.drop_entry(*id, Departure::Removed));
         self.counters.expirations += expired.len() as u64;
         self.last_sweep_ms = now_ms;
         self.earliest_expiry_ms = self.index.earliest_expiry_ms();
@@ -270,7 +307,7 @@ impl State {
                 return Ok(extent);
             }
             let victim = self.policy.victim().ok_or(self.all_pinned(u64::from(pages)))?;
-            self.drop_entry(victim);
+            self.drop_entry(victim, Departure::Evicted);
             self.counters.evictions += 1;
         }
     }
@@ -312,20 +349,26 @@ impl State {
     }
 
     /// Counts a request that found this run.
-    pub(super) fn count(&mut self, request: Request, run: &[Held]) {
+    pub(crate) fn count(&mut self, request: Request, run: &[Held]) {
         if request == Request::Uncounted {
             return;
         }
+        self.policy.tick();
+        let mut blocks = run.len();
         if let Request::Tokens { requested, block_tokens } = request {
             self.counters.requested_tokens_total += requested as u64;
             self.counters.cached_tokens_total += (run.len() * block_tokens) as u64;
+            blocks = requested / block_tokens.max(1);
         }
         if run.is_empty() {
             self.counters.misses += 1;
             return;
         }
         self.counters.hits += 1;
-        for held in run {
+        let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+        let blocks_found = u32::try_from(run.len()).unwrap_or(u32::MAX);
+        for (depth, held) in (0..).zip(run) {
+            self.policy.touch(held.id, Place { depth, blocks, found: blocks_found });
             let compute_us = self.index.get(held.id).map_or(0, |entry| entry.compute_us);
             self.time_saved_us += u64::from(compute_us);
         }
@@ -336,12 +379,12 @@ impl State {
         removed.entries += 1;
         removed.bytes += page_bytes(pages);
         self.counters.removals += 1;
-        self.drop_entry(id);
+        self.drop_entry(id, Departure::Removed);
     }
 
     /// Makes an entry unfindable and frees it, now or with its last reader.
-    fn drop_entry(&mut self, id: EntryId) {
-        self.policy.remove(id);
+    fn drop_entry(&mut self, id: EntryId, why: Departure) {
+        self.policy.remove(id, why);
         self.index.unlink(id);
         if self.index.get(id).is_some_and(|entry| !entry.extent.is_read()) {
             self.free(id);

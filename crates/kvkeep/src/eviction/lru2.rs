@@ -1,18 +1,24 @@
 //! LRU-2 (O'Neil et al., "The LRU-K page replacement algorithm for database disk buffering",
 //! SIGMOD 1993): the entry whose second to last use is longest ago goes first; what was used
-//! once goes before all of them, the least recent first. The past of what is gone is forgotten.
+//! once goes before all of them, the least recent first. What was evicted is remembered for four
+//! times as many evictions as there are residents; the paper leaves that time open, and without it
+//! a session that comes back after an eviction looks new for ever.
 
 use std::collections::BTreeSet;
 
+use super::ghosts::Ghosts;
 use super::list::Slots;
 use super::{Arrival, Departure, EntryId, Place, Policy};
+
+/// Evictions remembered for each resident entry.
+const REMEMBERED: usize = 4;
 
 #[derive(Debug)]
 pub(crate) struct Lru2 {
     slots: Slots<Slot>,
     order: BTreeSet<(u64, u64, EntryId)>,
     now: u64,
-    history: super::ghosts::Ghosts<u64>,
+    history: Ghosts<u64>,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -27,7 +33,7 @@ struct Slot {
 
 impl Lru2 {
     pub(crate) fn new() -> Self {
-        Self { slots: Slots::new(), order: BTreeSet::new(), now: 0, history: super::ghosts::Ghosts::new() }
+        Self { slots: Slots::new(), order: BTreeSet::new(), now: 0, history: Ghosts::new() }
     }
 
     fn link(&mut self, id: EntryId) {
@@ -76,8 +82,7 @@ impl Policy for Lru2 {
     fn remove(&mut self, id: EntryId, why: Departure) {
         self.unlink(id);
         if let Some(slot) = self.slots.get(id).filter(|_| why == Departure::Evicted) {
-            let max = std::env::var("HIST").ok().map_or(usize::MAX, |h| (h.parse::<f64>().unwrap() * self.order.len() as f64) as usize);
-            self.history.add(slot.fingerprint, slot.last, max);
+            self.history.add(slot.fingerprint, slot.last, self.order.len() * REMEMBERED);
         }
     }
 

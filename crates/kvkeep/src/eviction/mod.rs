@@ -5,6 +5,7 @@
 //! head, so recency alone makes leaves older than the prefixes they need.
 
 mod adaptive;
+mod admission;
 mod arc;
 mod ghosts;
 mod list;
@@ -15,6 +16,9 @@ mod s3fifo;
 
 use std::fmt;
 
+pub use admission::Admission;
+pub(crate) use admission::Admitter;
+
 
 /// The slot of an entry in the index; small and dense, reused after removal.
 pub(crate) type EntryId = u32;
@@ -24,7 +28,6 @@ pub(crate) type EntryId = u32;
 #[non_exhaustive]
 pub enum PolicyKind {
     /// The least recently used goes first.
-    #[default]
     Lru,
     /// Three queues: newcomers pass through a small one.
     S3Fifo,
@@ -32,7 +35,9 @@ pub enum PolicyKind {
     Arc,
     /// The entry whose second to last use is longest ago goes first.
     Lru2,
-    /// Learns while it runs.
+    /// Keeps what is likely to be used again soonest, by rates of reuse that it learns while
+    /// it runs; leaves of a chain go first.
+    #[default]
     Adaptive,
 }
 

@@ -7,9 +7,10 @@
 //! promises, which is the Gittins index of a block (Gittins 1979) and what hit density estimates
 //! (Beckmann, Chen and Cidon, "LHD", NSDI 2018).
 //!
-//! Few uses say little, so each rate leans on the rate at that age of all kinds, and that one on
-//! a rate that falls with age: untaught, this policy is LRU. Old sums fade by half, so that a
-//! change of traffic is learned.
+//! Few uses say little, so each rate leans on the rate at that age of its family (the same but
+//! for the length of the request), that one on the rate of all kinds, and that one on a rate
+//! that falls with age: untaught, this policy is LRU. Old sums fade by half, so that a change of
+//! traffic is learned.
 
 use super::Place;
 
@@ -18,7 +19,7 @@ const BINS: usize = 40;
 /// Ages are told apart from here on, in touches.
 const FINEST: u32 = 16;
 /// So many uses are leant on.
-const LEAN: f32 = 5.0;
+const LEAN: f32 = 10.0;
 /// What nothing is known of: one use in ten for each factor e of age.
 const UNTAUGHT: f32 = 0.1;
 /// Touches between two looks at what the sums say.
@@ -48,7 +49,9 @@ struct Sums {
 
 impl Kind {
     pub(super) const FIRST: Self = Self(0);
-    const ALL: usize = 60;
+    pub(super) const ALL: usize = 60;
+    /// Kinds that differ in the length of the request alone.
+    const FAMILY: usize = 4;
     /// Touches 0, 1, 2 to 3, more; part found under an eighth, under three quarters, more;
     /// four lengths; apart from these, the never touched ends.
     const ENDS: u8 = 48;
@@ -150,15 +153,26 @@ impl Rates {
 
     /// From the sums to what each kind is worth at each age.
     fn conclude(&mut self) {
-        let mut common = [0.0; BINS];
-        for (bin, rate) in common.iter_mut().enumerate() {
-            let sum = |sum: fn(&Sums) -> &[f32; BINS]| self.kinds.iter().filter_map(|k| sum(k).get(bin)).sum::<f32>();
-            *rate = leaning(sum(|k| &k.uses), sum(|k| &k.waited), UNTAUGHT / begin(bin));
-        }
-        for sums in &mut self.kinds {
-            sums.conclude(&common, &self.widths);
+        let mut untaught = [0.0; BINS];
+        untaught.iter_mut().enumerate().for_each(|(bin, rate)| *rate = UNTAUGHT / begin(bin));
+        let common = together(&self.kinds, &untaught);
+        for family in self.kinds.chunks_mut(Kind::FAMILY) {
+            let shared = together(family, &common);
+            family.iter_mut().for_each(|sums| sums.conclude(&shared, &self.widths));
         }
     }
+}
+
+/// The rates of several kinds taken together.
+fn together(kinds: &[Sums], lean_on: &[f32; BINS]) -> [f32; BINS] {
+    let (mut uses, mut waited) = ([0.0f32; BINS], [0.0f32; BINS]);
+    for sums in kinds {
+        uses.iter_mut().zip(&sums.uses).for_each(|(sum, part)| *sum += part);
+        waited.iter_mut().zip(&sums.waited).for_each(|(sum, part)| *sum += part);
+    }
+    let mut rates = *lean_on;
+    rates.iter_mut().zip(uses.iter().zip(&waited)).for_each(|(rate, (uses, waited))| *rate = leaning(*uses, *waited, *rate));
+    rates
 }
 
 /// A stretch of waiting: uses it promises, how long it takes on average, and how likely it ends

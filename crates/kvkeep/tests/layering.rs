@@ -9,12 +9,12 @@ use std::path::{Path, PathBuf};
 const RANKS: &[&[&str]] = &[
     &["sync", "clock", "tensor"],
     &["error"],
-    &["config", "stats", "layout"],
-    &["key"],
-    &["eviction", "tier", "flight"],
+    &["stats", "layout", "eviction"],
+    &["key", "config"],
+    &["tier", "flight"],
     &["index"],
     &["store"],
-    &["cache", "named"],
+    &["cache", "named", "simulation"],
 ];
 
 /// The two that know each other: an error names the dtype and shape it is about.

@@ -52,7 +52,7 @@ fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows: &[&Row
         .y_desc("block hit rate (%)")
         .axis_desc_style((FONT, 15, &INK))
         .label_style((FONT, 13, &INK))
-        .x_label_formatter(&|blocks| format!("{blocks:.0}"))
+        .x_label_formatter(&|blocks| tick(*blocks))
         .y_label_formatter(&|rate| format!("{rate:.0}"))
         .y_labels(8)
         .bold_line_style(INK.mix(0.18))
@@ -83,6 +83,12 @@ fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows: &[&Row
         .background_style(WHITE.mix(0.9))
         .border_style(INK.mix(0.3))
         .draw()
+}
+
+/// 1, 2 and 5 of each decade: the others run into each other.
+fn tick(blocks: f64) -> String {
+    let text = format!("{blocks:.0}");
+    if ["1", "2", "5"].contains(&text.trim_end_matches('0')) { text } else { String::new() }
 }
 
 fn line<'r>(rows: impl Iterator<Item = &'r &'r Row>, rate: impl Fn(&Row) -> f64) -> Vec<(f64, f64)> {

@@ -7,7 +7,7 @@
 //! A few leaves are drawn at random and the worst of them goes. An exact order was the
 //! alternative: every rate that is learned would move every entry.
 
-use super::ghosts::Sampled;
+use super::ghosts::{Buckets, tag};
 use super::list::{NONE, Slots};
 use super::rates::{Kind, Rates};
 use super::{Arrival, Departure, EntryId, Place, Policy};
@@ -15,12 +15,16 @@ use super::{Arrival, Departure, EntryId, Place, Policy};
 /// Leaves that are compared to find a victim. 256 instead gain less than 0.1 points of hits.
 const CANDIDATES: usize = 32;
 const MAX_TOUCHES: u8 = 15;
+/// One eviction in so many is remembered, as many as there are residents: so the memory reaches
+/// back over four times as many evictions as there are residents.
+const SAMPLED: u32 = 4;
 
 #[derive(Debug)]
 pub(crate) struct Adaptive {
     slots: Slots<Slot>,
     leaves: Vec<EntryId>,
-    ghosts: Sampled,
+    /// A sample: one key in [`SAMPLED`].
+    ghosts: Buckets,
     rates: Rates,
     resident: usize,
     /// Touches so far: the unit of age.
@@ -110,7 +114,7 @@ impl Adaptive {
         Self {
             slots: Slots::new(),
             leaves: Vec::new(),
-            ghosts: Sampled::default(),
+            ghosts: Buckets::default(),
             rates: Rates::new(),
             resident: 0,
             clock: 0,
@@ -131,9 +135,16 @@ impl Adaptive {
             self.rates.waits(slot.kind, self.now.wrapping_sub(slot.last), self.end);
         }
         if let Some(ghost) = self.ghosts.look() {
-            self.rates.waits(ghost.kind(), ghost.age(self.now), self.ghosts.stands_for());
+            let stands_for = u32::try_from(self.covered()).unwrap_or(u32::MAX);
+            let (kind, last) = opened(ghost);
+            self.rates.waits(kind, self.now.wrapping_sub(last), stands_for);
         }
-        self.rates.learn(self.resident + self.ghosts.covers());
+        self.rates.learn(self.resident + self.covered());
+    }
+
+    /// Evictions that the sample stands for when it is full.
+    fn covered(&self) -> usize {
+        self.ghosts.places() * SAMPLED as usize
     }
 
     /// Which of a run were here before? A block that was seen was seen with all before it, so
@@ -142,8 +153,9 @@ impl Adaptive {
         let mut known = Known::default();
         for (_, arrival) in run {
             let Some(ghost) = self.ghosts.take(tag(arrival.fingerprint)) else { continue };
-            self.rates.reused(ghost.kind(), ghost.age(self.now), Sampled::RATE);
-            known = Known { blocks: arrival.place.depth + 1, touches: ghost.kind().touches() + 1 };
+            let (kind, last) = opened(ghost);
+            self.rates.reused(kind, self.now.wrapping_sub(last), SAMPLED);
+            known = Known { blocks: arrival.place.depth + 1, touches: kind.touches() + 1 };
         }
         known
     }
@@ -242,10 +254,14 @@ impl Adaptive {
     }
 }
 
-/// 32 bits that stand for the key.
-fn tag(fingerprint: u64) -> u32 {
-    let [a, b, c, d, e, f, g, h] = fingerprint.to_le_bytes();
-    u32::from_le_bytes([a, b, c, d]) ^ u32::from_le_bytes([e, f, g, h]).rotate_left(7)
+/// What a ghost keeps: the time of its last use, with the kind in the lowest bits.
+fn closed(kind: Kind, last: u32) -> u32 {
+    last & !Kind::MASK | u32::from(kind.number())
+}
+
+fn opened(ghost: u32) -> (Kind, u32) {
+    let [number, ..] = (ghost & Kind::MASK).to_le_bytes();
+    (Kind::from_number(number), ghost & !Kind::MASK)
 }
 
 impl Policy for Adaptive {
@@ -285,8 +301,8 @@ impl Policy for Adaptive {
         let gone = *slot;
         *slot = Slot { generation: gone.generation.wrapping_add(1), ..EMPTY };
         self.resident -= 1;
-        if why == Departure::Evicted {
-            self.ghosts.add(gone.tag, gone.kind, gone.last, self.now, self.resident);
+        if why == Departure::Evicted && gone.tag.is_multiple_of(SAMPLED) {
+            self.ghosts.add(gone.tag, closed(gone.kind, gone.last), self.resident);
         }
         self.leave(gone.parent, gone.parent_generation);
     }

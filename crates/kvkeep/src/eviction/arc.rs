@@ -4,7 +4,7 @@
 //!
 //! The cache's capacity is what is resident when room is needed.
 
-use super::ghosts::Ghosts;
+use super::ghosts::{Ghosts, tag};
 use super::list::{Links, List, Slots};
 use super::{Arrival, Departure, EntryId, Place, Policy};
 
@@ -27,7 +27,7 @@ pub(crate) struct Arc {
 
 #[derive(Debug, Clone, Copy)]
 struct Slot {
-    fingerprint: u64,
+    tag: u32,
     often: bool,
     place: At,
 }
@@ -82,13 +82,13 @@ impl Arc {
     }
 
     /// Moves the border if the newcomer was here before; was it?
-    fn recall(&mut self, fingerprint: u64) -> bool {
+    fn recall(&mut self, tag: u32) -> bool {
         let (once, often) = (self.ghosts_once.len(), self.ghosts_often.len());
-        if self.ghosts_once.take(fingerprint).is_some() {
+        if self.ghosts_once.take(tag) {
             let step = (often / once.max(1)).max(1);
             self.target_once = (self.target_once + step).min(self.capacity);
             true
-        } else if self.ghosts_often.take(fingerprint).is_some() {
+        } else if self.ghosts_often.take(tag) {
             let step = (once / often.max(1)).max(1);
             self.target_once = self.target_once.saturating_sub(step);
             true
@@ -100,8 +100,8 @@ impl Arc {
 
 impl Policy for Arc {
     fn insert(&mut self, id: EntryId, arrival: &Arrival) {
-        let often = self.recall(arrival.fingerprint);
-        let slot = Slot { fingerprint: arrival.fingerprint, often, place: At::Gone };
+        let often = self.recall(tag(arrival.fingerprint));
+        let slot = Slot { tag: tag(arrival.fingerprint), often, place: At::Gone };
         if let Some(place) = self.slots.grow(id, slot) {
             *place = slot;
         }
@@ -136,10 +136,10 @@ impl Policy for Arc {
         let capacity = self.capacity;
         if slot.often {
             let residents = self.resident + self.ghosts_once.len();
-            self.ghosts_often.add(slot.fingerprint, (), (2 * capacity).saturating_sub(residents));
+            self.ghosts_often.add(slot.tag, (2 * capacity).saturating_sub(residents));
         } else {
             let once = self.once.len() + self.held_once;
-            self.ghosts_once.add(slot.fingerprint, (), capacity.saturating_sub(once));
+            self.ghosts_once.add(slot.tag, capacity.saturating_sub(once));
         }
     }
 

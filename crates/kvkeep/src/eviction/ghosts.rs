@@ -1,31 +1,24 @@
-//! What was evicted not long ago: fingerprints in the order of their eviction, the oldest
-//! forgotten first. Bounded by whoever owns it.
+//! What was evicted not long ago, bounded: exactly and in order ([`Ghosts`]), or small and
+//! about in order ([`Buckets`]).
 //!
-//! A fingerprint that was taken back leaves a stale place in the queue, recognised by its
-//! number; the queue is swept when more than half of it is stale.
+//! In the exact one a tag that was taken back leaves a stale place in the queue, recognised by
+//! its number; the queue is swept when a third of it is stale. Tags have 32 bits: one eviction in
+//! some ten thousand is taken for another one, which costs a policy nothing but a good guess.
 
 use std::collections::VecDeque;
 
 use hashbrown::HashTable;
 
-use super::rates::Kind;
-
+/// Exact, and 20 to 40 bytes each.
 #[derive(Debug)]
-pub(super) struct Ghosts<T = ()> {
-    table: HashTable<Ghost<T>>,
-    /// Fingerprints and the numbers of their eviction.
-    queue: VecDeque<(u64, u32)>,
+pub(super) struct Ghosts {
+    /// Tags and the numbers of their eviction.
+    table: HashTable<(u32, u32)>,
+    queue: VecDeque<(u32, u32)>,
     next: u32,
 }
 
-#[derive(Debug)]
-struct Ghost<T> {
-    fingerprint: u64,
-    number: u32,
-    memory: T,
-}
-
-impl<T> Ghosts<T> {
+impl Ghosts {
     pub(super) fn new() -> Self {
         Self { table: HashTable::new(), queue: VecDeque::new(), next: 0 }
     }
@@ -35,126 +28,112 @@ impl<T> Ghosts<T> {
     }
 
     /// Remembers an eviction; the oldest memories beyond `max` go.
-    pub(super) fn add(&mut self, fingerprint: u64, memory: T, max: usize) {
-        self.take(fingerprint);
+    pub(super) fn add(&mut self, tag: u32, max: usize) {
+        self.take(tag);
         self.next = self.next.wrapping_add(1);
-        let number = self.next;
-        let ghost = Ghost { fingerprint, number, memory };
-        self.table.insert_unique(fingerprint, ghost, |ghost| ghost.fingerprint);
-        self.queue.push_back((fingerprint, number));
+        let ghost = (tag, self.next);
+        self.table.insert_unique(hash(tag), ghost, |ghost| hash(ghost.0));
+        self.queue.push_back(ghost);
         self.shrink(max);
     }
 
-    /// What was remembered of it, if it was evicted not long ago. Forgets it.
-    pub(super) fn take(&mut self, fingerprint: u64) -> Option<T> {
-        let found = self.table.find_entry(fingerprint, |ghost| ghost.fingerprint == fingerprint);
-        found.ok().map(|ghost| ghost.remove().0.memory)
+    /// Was it evicted not long ago? Forgets it.
+    pub(super) fn take(&mut self, tag: u32) -> bool {
+        let found = self.table.find_entry(hash(tag), |ghost| ghost.0 == tag);
+        found.map(|ghost| ghost.remove()).is_ok()
     }
 
-    /// Forgets the oldest beyond `max`.
-    pub(super) fn shrink(&mut self, max: usize) {
+    /// Forgets the oldest beyond `max`, and the places of what was taken back.
+    fn shrink(&mut self, max: usize) {
         while self.table.len() > max {
             let Some(oldest) = self.queue.pop_front() else { return };
-            if let Ok(ghost) = self.table.find_entry(oldest.0, |ghost| ghost.number == oldest.1) {
+            if let Ok(ghost) = self.table.find_entry(hash(oldest.0), |ghost| *ghost == oldest) {
                 ghost.remove();
             }
         }
-        if self.queue.len() > 2 * self.table.len() + 16 {
+        if self.queue.len() > self.table.len() + self.table.len() / 2 + 16 {
             let Self { table, queue, .. } = self;
-            queue.retain(|old| table.find(old.0, |ghost| ghost.number == old.1).is_some());
+            queue.retain(|old| table.find(hash(old.0), |ghost| ghost == old).is_some());
+            queue.shrink_to(queue.len() + queue.len() / 2);
+            if table.capacity() > 4 * table.len() {
+                table.shrink_to(2 * table.len(), |ghost| hash(ghost.0));
+            }
         }
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
-        self.table.allocation_size() + self.queue.capacity() * size_of::<(u64, u32)>()
+        self.table.allocation_size() + self.queue.capacity() * size_of::<(u32, u32)>()
     }
 }
 
-/// A sample of what was evicted: one key in [`Sampled::RATE`], 8 bytes each, in buckets of eight
-/// of which the oldest makes room. As many as there are resident entries, so that the sample
-/// reaches back over [`Sampled::RATE`] times as many evictions.
+/// 32 bits that stand for a key of which 64 are known.
+pub(super) fn tag(fingerprint: u64) -> u32 {
+    let [a, b, c, d, e, f, g, h] = fingerprint.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d]) ^ u32::from_le_bytes([e, f, g, h]).rotate_left(7)
+}
+
+/// Tags are uniform; a table wants its bits in the upper half too.
+fn hash(tag: u32) -> u64 {
+    u64::from(tag).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// Some of what was evicted: 8 bytes each, in buckets of eight from the newest to the oldest.
 #[derive(Debug, Default)]
-pub(super) struct Sampled {
-    ghosts: Vec<SampledGhost>,
+pub(super) struct Buckets {
+    ghosts: Vec<Ghost>,
     cursor: usize,
 }
 
-/// A key's tag (0: nobody), and when it was used last and its kind in one word.
+/// A key's tag (0: nobody), and when it was used last; a policy may keep a note in the lowest bits.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct SampledGhost {
+struct Ghost {
     tag: u32,
-    last_and_kind: u32,
+    last: u32,
 }
 
 const BUCKET: usize = 8;
-/// Bits of a kind; the age gives up as many.
-const KIND_BITS: u32 = 6;
 
-impl SampledGhost {
-    pub(super) fn kind(self) -> Kind {
-        let [number, ..] = (self.last_and_kind & ((1 << KIND_BITS) - 1)).to_le_bytes();
-        Kind::from_number(number)
-    }
-
-    pub(super) fn age(self, now: u32) -> u32 {
-        now.wrapping_sub(self.last_and_kind >> KIND_BITS << KIND_BITS)
-    }
-}
-
-impl Sampled {
-    pub(super) const RATE: u32 = 4;
-
-    /// Remembers an eviction, if it is in the sample.
-    pub(super) fn add(&mut self, tag: u32, kind: Kind, last: u32, now: u32, resident: usize) {
-        if !Self::samples(tag) {
-            return;
-        }
+impl Buckets {
+    /// Remembers an eviction among `wanted` others.
+    pub(super) fn add(&mut self, tag: u32, last: u32, wanted: usize) {
         // When the cache has grown, what is known starts anew: it grows while nothing is evicted.
-        let wanted = resident.div_ceil(BUCKET) * BUCKET;
+        let wanted = wanted.div_ceil(BUCKET).max(1) * BUCKET;
         if wanted > self.ghosts.len() + self.ghosts.len() / 4 {
-            self.ghosts = vec![SampledGhost::default(); wanted];
+            self.ghosts = vec![Ghost::default(); wanted];
             self.cursor = 0;
         }
-        let last_and_kind = last >> KIND_BITS << KIND_BITS | u32::from(kind.number());
-        let age = |ghost: &SampledGhost| if ghost.tag == 0 { u32::MAX } else { ghost.age(now) };
-        if let Some(oldest) = self.bucket(tag).iter_mut().max_by_key(|ghost| age(ghost)) {
-            *oldest = SampledGhost { tag, last_and_kind };
+        let bucket = self.bucket(tag);
+        let end = bucket.iter().position(|ghost| ghost.tag == 0).unwrap_or(BUCKET - 1);
+        if let Some(newer) = bucket.get_mut(..=end) {
+            newer.rotate_right(1);
+            newer.iter_mut().take(1).for_each(|first| *first = Ghost { tag, last });
         }
     }
 
-    /// What is remembered of it. Forgets it.
-    pub(super) fn take(&mut self, tag: u32) -> Option<SampledGhost> {
-        if !Self::samples(tag) {
+    /// When it was used last, if that is remembered. Forgets it.
+    pub(super) fn take(&mut self, tag: u32) -> Option<u32> {
+        if tag == 0 {
             return None;
         }
-        self.bucket(tag).iter_mut().find(|ghost| ghost.tag == tag).map(std::mem::take)
+        self.bucket(tag).iter_mut().find(|ghost| ghost.tag == tag).map(|ghost| std::mem::take(ghost).last)
     }
 
     /// The next place, if somebody is there.
-    pub(super) fn look(&mut self) -> Option<SampledGhost> {
+    pub(super) fn look(&mut self) -> Option<u32> {
         self.cursor = if self.cursor + 1 < self.ghosts.len() { self.cursor + 1 } else { 0 };
-        self.ghosts.get(self.cursor).copied().filter(|ghost| ghost.tag != 0)
+        self.ghosts.get(self.cursor).filter(|ghost| ghost.tag != 0).map(|ghost| ghost.last)
     }
 
-    /// Evictions that a look at one place stands for.
-    pub(super) fn stands_for(&self) -> u32 {
-        u32::try_from(self.covers()).unwrap_or(u32::MAX)
-    }
-
-    /// Evictions that are covered when the sample is full.
-    pub(super) fn covers(&self) -> usize {
-        self.ghosts.len() * Self::RATE as usize
+    /// Places, taken or not.
+    pub(super) fn places(&self) -> usize {
+        self.ghosts.len()
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
-        self.ghosts.capacity() * size_of::<SampledGhost>()
+        self.ghosts.capacity() * size_of::<Ghost>()
     }
 
-    fn samples(tag: u32) -> bool {
-        tag != 0 && tag.is_multiple_of(Self::RATE)
-    }
-
-    fn bucket(&mut self, tag: u32) -> &mut [SampledGhost] {
+    fn bucket(&mut self, tag: u32) -> &mut [Ghost] {
         let buckets = (self.ghosts.len() / BUCKET) as u64;
         let bucket = (u64::from(tag.wrapping_mul(0x9e37_79b1)) * buckets) >> 32;
         let first = usize::try_from(bucket).unwrap_or(0) * BUCKET;

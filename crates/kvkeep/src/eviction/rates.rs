@@ -50,6 +50,8 @@ struct Sums {
 impl Kind {
     pub(super) const FIRST: Self = Self(0);
     pub(super) const ALL: usize = 60;
+    /// The bits a kind takes.
+    pub(super) const MASK: u32 = 63;
     /// Kinds that differ in the length of the request alone.
     const FAMILY: usize = 4;
     /// Touches 0, 1, 2 to 3, more; part found under an eighth, under three quarters, more;

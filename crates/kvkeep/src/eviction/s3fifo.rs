@@ -2,7 +2,7 @@
 //! queue that newcomers pass through, a main queue for what was used again meanwhile, and a
 //! memory of what left the small queue unused.
 
-use super::ghosts::Ghosts;
+use super::ghosts::{Ghosts, tag};
 use super::list::{Links, List, Slots};
 use super::{Arrival, Departure, EntryId, Place, Policy};
 
@@ -26,7 +26,7 @@ pub(crate) struct S3Fifo {
 
 #[derive(Debug, Clone, Copy)]
 struct Slot {
-    fingerprint: u64,
+    tag: u32,
     uses: u8,
     queue: Queue,
     held: bool,
@@ -83,10 +83,10 @@ impl S3Fifo {
 
 impl Policy for S3Fifo {
     fn insert(&mut self, id: EntryId, arrival: &Arrival) {
-        let known = self.ghosts.take(arrival.fingerprint).is_some();
-        let empty = Slot { fingerprint: 0, uses: 0, queue: Queue::None, held: false };
+        let known = self.ghosts.take(tag(arrival.fingerprint));
+        let empty = Slot { tag: 0, uses: 0, queue: Queue::None, held: false };
         if let Some(slot) = self.slots.grow(id, empty) {
-            *slot = Slot { fingerprint: arrival.fingerprint, ..empty };
+            *slot = Slot { tag: tag(arrival.fingerprint), ..empty };
         }
         self.push(id, if known { Queue::Main } else { Queue::Small });
     }
@@ -114,7 +114,7 @@ impl Policy for S3Fifo {
         self.release(id);
         self.unlink(id);
         if why == Departure::Evicted && slot.queue == Queue::Small {
-            self.ghosts.add(slot.fingerprint, (), self.len() * (SMALL_PART - 1) / SMALL_PART);
+            self.ghosts.add(slot.tag, self.len() * (SMALL_PART - 1) / SMALL_PART);
         }
     }
 

@@ -173,7 +173,7 @@ impl SimpleKvCache {
         let hash = self.hash(prefix)?;
         let plans = plan(prefix, hash, layers)?;
         let sizes: Vec<usize> = plans.iter().map(|plan| plan.bytes).collect();
-        let pages = match self.store.reserve_all(&sizes) {
+        let pages = match self.store.reserve_all(self.namespace, &sizes) {
             Ok(pages) => pages,
             Err(rejection) => return Ok(Outcome::Rejected(rejection)),
         };

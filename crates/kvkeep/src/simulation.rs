@@ -5,10 +5,11 @@
 //! would prove nothing about the first.
 
 use crate::error::{Error, Result};
-use crate::eviction::{Admission, Admitter, Place, PolicyKind};
+use crate::eviction::{Admission, Admitter, Place, PolicyKind, Priority};
 use crate::index::NEVER;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::store::OnPresent;
+use crate::store::Wanted;
 use crate::store::state::{Request, State, Written, new_entry};
 use crate::tier::ram::{PAGE_BYTES, pages_without_arena};
 
@@ -27,7 +28,6 @@ pub struct Simulation {
     ram: State,
     disk: Option<Disk>,
     keys: Vec<ObjectKey>,
-    tenant: u64,
 }
 
 /// The blocks of one request that were there, from the first one on.
@@ -60,8 +60,17 @@ impl Simulation {
     /// # Errors
     /// [`Error::Config`] for a capacity of no blocks.
     pub fn new(capacity_blocks: u32, policy: PolicyKind) -> Result<Self> {
-        let ram = state(capacity_blocks, policy)?;
-        Ok(Self { ram, disk: None, keys: Vec::new(), tenant: 0 })
+        Self::with_quotas(capacity_blocks, policy, &[])
+    }
+
+    /// As [`Simulation::new`], with weights for the tenants 1, 2, ...; tenant 0 has the weight 1.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a capacity of no blocks.
+    pub fn with_quotas(capacity_blocks: u32, policy: PolicyKind, weights: &[f64]) -> Result<Self> {
+        let quotas: Vec<_> = (1..).zip(weights).map(|(number, weight)| (tenant(number), *weight)).collect();
+        let ram = state(capacity_blocks, policy, &quotas)?;
+        Ok(Self { ram, disk: None, keys: Vec::new() })
     }
 
     /// A disk behind the RAM: what `admission` lets pass is written when it is stored, what is
@@ -70,7 +79,7 @@ impl Simulation {
     /// # Errors
     /// [`Error::Config`] for a capacity of no blocks.
     pub fn with_disk(mut self, capacity_blocks: u32, policy: PolicyKind, admission: Admission) -> Result<Self> {
-        let state = state(capacity_blocks, policy)?;
+        let state = state(capacity_blocks, policy, &[])?;
         self.disk = Some(Disk { state, admitter: Admitter::new(admission), written_blocks: 0 });
         Ok(self)
     }
@@ -79,7 +88,12 @@ impl Simulation {
     /// missing. `blocks` are prefix-chained: equal numbers mean equal blocks and equal
     /// everything before them.
     pub fn request(&mut self, blocks: &[u64]) -> Hits {
-        let Self { ram, disk, keys, tenant } = self;
+        self.request_of(0, blocks, Priority::Normal)
+    }
+
+    /// As [`Simulation::request`], by a tenant, whose blocks have numbers of their own.
+    pub fn request_of(&mut self, tenant_number: u32, blocks: &[u64], priority: Priority) -> Hits {
+        let Self { ram, disk, keys } = self;
         keys.clear();
         keys.extend(blocks.iter().map(|number| ObjectKey::numbered(*number)));
         let found = ram.hold_run(keys, 0, Request::Tokens { requested: keys.len(), block_tokens: 1 });
@@ -87,7 +101,7 @@ impl Simulation {
         ram.release(found);
         let on_disk = disk.as_mut().map_or(0, |disk| disk.read(keys, in_ram));
         if in_ram < keys.len() {
-            store_missing(ram, keys, in_ram + on_disk, *tenant);
+            store_missing(ram, keys, in_ram + on_disk, tenant(tenant_number), priority);
         }
         if let Some(disk) = disk {
             disk.write(keys, in_ram + on_disk);
@@ -107,6 +121,13 @@ impl Simulation {
         self.ram.index().len()
     }
 
+    /// Blocks of a request that RAM has, from the first one on; not a request.
+    #[must_use]
+    pub fn reachable_blocks(&self, blocks: &[u64]) -> usize {
+        let found = |number: &&u64| self.ram.index().find(&ObjectKey::numbered(**number)).is_some();
+        blocks.iter().take_while(found).count()
+    }
+
     /// Blocks written to disk so far.
     #[must_use]
     pub fn disk_written_blocks(&self) -> u64 {
@@ -114,22 +135,27 @@ impl Simulation {
     }
 }
 
-fn state(capacity_blocks: u32, policy: PolicyKind) -> Result<State> {
+fn state(capacity_blocks: u32, policy: PolicyKind, quotas: &[(NamespaceId, f64)]) -> Result<State> {
     if capacity_blocks == 0 {
         return Err(Error::Config("a capacity of 0 blocks makes no cache: give at least 1".to_owned()));
     }
-    Ok(State::new(pages_without_arena(capacity_blocks), policy))
+    Ok(State::new(pages_without_arena(capacity_blocks), policy, quotas))
+}
+
+fn tenant(number: u32) -> NamespaceId {
+    NamespaceId::named(&format!("tenant {number}"))
 }
 
 /// Stores what is missing of a run, head first as far as it fits.
-fn store_missing(state: &mut State, keys: &[ObjectKey], found: usize, _tenant: u64) {
-    let (present, missing, _) = state.reserve(keys, PAGE_BYTES, 0, 0);
+fn store_missing(state: &mut State, keys: &[ObjectKey], found: usize, tenant: NamespaceId, priority: Priority) {
+    let wanted = Wanted { bytes_each: PAGE_BYTES, first_given: 0, priority };
+    let (present, missing, _) = state.reserve(tenant, keys, wanted, 0);
     let written = missing.into_iter().filter_map(|(position, extent)| {
         let entry = new_entry(*keys.get(position)?, extent, NEVER, None, 0);
         let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
         Some(Written { entry, parent, place: Place::of(position, keys.len(), found) })
     });
-    state.seal_all(NamespaceId::named("simulation"), written, OnPresent::Keep);
+    state.seal_all(tenant, written, OnPresent::Keep, priority);
     state.release(present);
 }
 
@@ -161,15 +187,17 @@ impl Disk {
             if !self.admitter.admits(touches, place) {
                 break;
             }
-            let (_, room, _) = self.state.reserve(std::slice::from_ref(key), PAGE_BYTES, 0, 0);
+            let wanted = Wanted { bytes_each: PAGE_BYTES, first_given: 0, priority: Priority::Normal };
+            let (_, room, _) = self.state.reserve(tenant(0), std::slice::from_ref(key), wanted, 0);
             let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
             let entry = |extent| Written { entry: new_entry(*key, extent, NEVER, None, 0), parent, place };
             written.extend(room.into_iter().map(|(_, extent)| (entry(extent), touches)));
         }
         self.written_blocks += written.len() as u64;
-        let told: Vec<_> = written.iter().map(|(written, touches)| (written.entry.key, *touches, written.place)).collect();
+        let told: Vec<_> =
+            written.iter().map(|(written, touches)| (written.entry.key, *touches, written.place)).collect();
         let written = written.into_iter().map(|(written, _)| written);
-        self.state.seal_all(NamespaceId::named("simulation"), written, OnPresent::Keep);
+        self.state.seal_all(tenant(0), written, OnPresent::Keep, Priority::Normal);
         for (key, touches, place) in told {
             if let Some(id) = self.state.index().find(&key) {
                 self.admitter.wrote(id, touches, place);

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 /// Lower ranks first; modules of one rank do not use each other.
 const RANKS: &[&[&str]] = &[
-    &["sync", "clock", "tensor"],
+    &["sync", "clock", "tensor", "record"],
     &["error"],
     &["stats", "layout", "eviction"],
-    &["key", "config"],
-    &["tier", "flight"],
+    &["key"],
+    &["config", "tier", "flight"],
     &["index"],
     &["store"],
     &["cache", "named", "simulation"],

@@ -130,7 +130,12 @@ pub(crate) fn run(options: &ReplayOptions) -> Result<ExitCode> {
     let mut jobs = Vec::new();
     for (trace, limits) in traces.iter().zip(&limits) {
         for policy in &policies {
-            jobs.extend(limits.optimum.iter().map(|(capacity, _)| Job { trace, limits, policy: *policy, capacity: *capacity }));
+            jobs.extend(limits.optimum.iter().map(|(capacity, _)| Job {
+                trace,
+                limits,
+                policy: *policy,
+                capacity: *capacity,
+            }));
         }
     }
     let bar = progress("replays", jobs.len());

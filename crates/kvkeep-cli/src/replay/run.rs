@@ -104,7 +104,8 @@ mod tests {
         let items: Vec<usize> = (0..100).collect();
         let squares = in_parallel(&items, &ProgressBar::hidden(), |n| Ok(n * n)).unwrap();
         assert_eq!(squares, items.iter().map(|n| n * n).collect::<Vec<_>>());
-        let failed = in_parallel(&items, &ProgressBar::hidden(), |n| if *n == 50 { Err(anyhow!("50")) } else { Ok(()) });
+        let failed =
+            in_parallel(&items, &ProgressBar::hidden(), |n| if *n == 50 { Err(anyhow!("50")) } else { Ok(()) });
         assert_eq!(failed.unwrap_err().to_string(), "50");
     }
 

@@ -13,12 +13,16 @@ mod lru;
 mod lru2;
 mod rates;
 mod s3fifo;
+mod shares;
+#[cfg(test)]
+mod tests;
 
 use std::fmt;
 
 pub use admission::Admission;
 pub(crate) use admission::Admitter;
-
+pub use shares::Priority;
+pub(crate) use shares::{ShareId, Shares};
 
 /// The slot of an entry in the index; small and dense, reused after removal.
 pub(crate) type EntryId = u32;

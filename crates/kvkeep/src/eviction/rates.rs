@@ -65,7 +65,8 @@ impl Kind {
             2 | 3 => 2,
             _ => 3,
         };
-        let part = u8::from(found.saturating_mul(8) >= blocks) + u8::from(found.saturating_mul(4) >= blocks.saturating_mul(3));
+        let part =
+            u8::from(found.saturating_mul(8) >= blocks) + u8::from(found.saturating_mul(4) >= blocks.saturating_mul(3));
         let length = match blocks {
             0..4 => 0,
             4..16 => 1,
@@ -173,7 +174,10 @@ fn together(kinds: &[Sums], lean_on: &[f32; BINS]) -> [f32; BINS] {
         waited.iter_mut().zip(&sums.waited).for_each(|(sum, part)| *sum += part);
     }
     let mut rates = *lean_on;
-    rates.iter_mut().zip(uses.iter().zip(&waited)).for_each(|(rate, (uses, waited))| *rate = leaning(*uses, *waited, *rate));
+    rates
+        .iter_mut()
+        .zip(uses.iter().zip(&waited))
+        .for_each(|(rate, (uses, waited))| *rate = leaning(*uses, *waited, *rate));
     rates
 }
 

@@ -18,15 +18,16 @@ use std::time::Duration;
 use crate::clock::{Clock, duration_ms};
 use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Rejection, Result};
-use crate::index::{NEVER, PairSpec};
 use crate::eviction::Place;
+use crate::index::{NEVER, PairSpec};
 use crate::key::{NamespaceId, ObjectKey, PrefixHash};
+use crate::record::TraceRecorder;
 use crate::stats::Stats;
 use crate::sync::Mutex;
 use crate::tier::ram::{self, Arena};
 
 pub(crate) use guard::{Pending, Pin};
-pub(crate) use state::Request;
+pub(crate) use state::{Request, Wanted};
 use state::{State, Written};
 
 /// Keyed, sealed objects in RAM under one cap. Cheap to clone: clones share everything.
@@ -41,6 +42,7 @@ pub(crate) struct Shared {
     arena: Arena,
     clock: Arc<dyn Clock>,
     default_ttl: Option<Duration>,
+    recorder: Option<Arc<TraceRecorder>>,
 }
 
 /// What was taken out of the cache.
@@ -90,10 +92,11 @@ impl Store {
     pub fn new(config: CacheConfig) -> Result<Self> {
         let (arena, pages) = ram::reserve(config.capacity_bytes)?;
         Ok(Self(Arc::new(Shared {
-            state: Mutex::new(State::new(pages, config.policy)),
+            state: Mutex::new(State::new(pages, config.policy, &config.quotas)),
             arena,
             clock: config.clock,
             default_ttl: config.ttl,
+            recorder: config.recorder,
         })))
     }
 
@@ -172,17 +175,17 @@ impl Store {
     }
 
     /// Pages for each of `sizes_bytes`, all or nothing.
-    pub(crate) fn reserve_all(&self, sizes_bytes: &[usize]) -> Result<Vec<Pending>, Rejection> {
+    pub(crate) fn reserve_all(&self, namespace: NamespaceId, sizes_bytes: &[usize]) -> Result<Vec<Pending>, Rejection> {
         let now_ms = self.now_ms();
-        let extents = self.0.state.lock().reserve_all(sizes_bytes, now_ms)?;
+        let extents = self.0.state.lock().reserve_all(namespace, sizes_bytes, now_ms)?;
         Ok(extents.into_iter().map(|extent| Pending::new(Arc::clone(&self.0), extent)).collect())
     }
 
     /// Pins what is there of a chain and makes room for the rest, head first. What is
-    /// missing before position `first_given` cannot be written and ends it.
-    pub(crate) fn reserve(&self, keys: &[ObjectKey], bytes_each: usize, first_given: usize) -> Reserved {
+    /// missing before the first position given cannot be written and ends it.
+    pub(crate) fn reserve(&self, namespace: NamespaceId, keys: &[ObjectKey], wanted: Wanted) -> Reserved {
         let now_ms = self.now_ms();
-        let (present, missing, rejection) = self.0.state.lock().reserve(keys, bytes_each, first_given, now_ms);
+        let (present, missing, rejection) = self.0.state.lock().reserve(namespace, keys, wanted, now_ms);
         let pending = |(position, extent)| (position, Pending::new(Arc::clone(&self.0), extent));
         Reserved {
             present: Pin::new(Arc::clone(&self.0), present),
@@ -211,7 +214,14 @@ impl Store {
             let entry = state::new_entry(key, pending.into_extent()?, expires_at_ms, spec, compute_us);
             Some(Written { entry, parent, place })
         });
-        self.0.state.lock().seal_all(namespace, written, on_present)
+        self.0.state.lock().seal_all(namespace, written, on_present, options.priority)
+    }
+
+    /// Writes a request of the token door to the trace, if there is one.
+    pub(crate) fn record(&self, tokens: usize, keys: &[ObjectKey]) {
+        if let Some(recorder) = &self.0.recorder {
+            recorder.request(self.now_ms(), tokens, keys.iter().map(ObjectKey::table_hash));
+        }
     }
 
     fn now_ms(&self) -> u64 {

@@ -6,11 +6,12 @@
 //! - `held_pages` is what cannot be evicted: pending extents and those being read.
 //! - An entry is in the policy's order exactly if it is linked and nobody reads it.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::{OnPresent, Removed};
 use crate::error::Rejection;
-use crate::eviction::{Arrival, Departure, EntryId, Place, Policy, PolicyKind};
+use crate::eviction::{Arrival, Departure, EntryId, Place, PolicyKind, Priority, ShareId, Shares};
 use crate::index::{Entry, Index, NEVER, PairSpec};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::stats::Stats;
@@ -47,12 +48,23 @@ pub(crate) struct Written {
     pub(crate) place: Place,
 }
 
+/// What room is made for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted {
+    pub(crate) bytes_each: usize,
+    /// The first position that can be written.
+    pub(crate) first_given: usize,
+    pub(crate) priority: Priority,
+}
+
 pub(crate) type Reservation = (Vec<Held>, Vec<(usize, Extent)>, Option<Rejection>);
 
 #[derive(Debug)]
 pub(crate) struct State {
     index: Index,
-    policy: Box<dyn Policy>,
+    policy: Shares,
+    /// The shares of namespaces with a quota.
+    quotas: HashMap<NamespaceId, ShareId>,
     pages: Pages,
     held_pages: u32,
     /// Nothing expires before this.
@@ -73,10 +85,13 @@ pub(crate) fn new_entry(
 }
 
 impl State {
-    pub(crate) fn new(pages: Pages, policy: PolicyKind) -> Self {
+    /// `quotas` are weights of namespaces; all others together have the weight 1.
+    pub(crate) fn new(pages: Pages, policy: PolicyKind, quotas: &[(NamespaceId, f64)]) -> Self {
+        let shares = Shares::new(policy, quotas.iter().map(|(_, weight)| *weight));
         Self {
             index: Index::default(),
-            policy: policy.make(),
+            policy: shares,
+            quotas: (1..).zip(quotas).map(|(share, (namespace, _))| (*namespace, share)).collect(),
             pages,
             held_pages: 0,
             earliest_expiry_ms: NEVER,
@@ -167,11 +182,17 @@ impl State {
     }
 
     /// Room for each size, or for none.
-    pub(super) fn reserve_all(&mut self, sizes_bytes: &[usize], now_ms: u64) -> Result<Vec<Extent>, Rejection> {
+    pub(super) fn reserve_all(
+        &mut self,
+        namespace: NamespaceId,
+        sizes_bytes: &[usize],
+        now_ms: u64,
+    ) -> Result<Vec<Extent>, Rejection> {
+        let share = self.share(namespace);
         let mut extents = Vec::with_capacity(sizes_bytes.len());
         let result = self.admit(sizes_bytes.iter().copied()).and_then(|()| {
             sizes_bytes.iter().try_for_each(|bytes| {
-                extents.push(self.make_room(*bytes, now_ms)?);
+                extents.push(self.make_room(share, *bytes, now_ms)?);
                 Ok(())
             })
         });
@@ -189,21 +210,24 @@ impl State {
     /// not fit any more is the tail.
     pub(crate) fn reserve(
         &mut self,
+        namespace: NamespaceId,
         keys: &[ObjectKey],
-        bytes_each: usize,
-        first_given: usize,
+        wanted: Wanted,
         now_ms: u64,
     ) -> Reservation {
+        let Wanted { bytes_each, first_given, priority } = wanted;
+        let share = self.share(namespace);
         let (mut present, mut missing) = (Vec::new(), Vec::new());
         for (position, key) in keys.iter().enumerate() {
             if let Some(held) = self.find_live(key, now_ms).and_then(|id| self.hold(id)) {
+                self.raise(held.id, keys, position, priority);
                 present.push(held);
                 continue;
             }
             let room = if position < first_given {
                 Err(Rejection::PrefixGone { token: position })
             } else {
-                self.make_room(bytes_each, now_ms)
+                self.make_room(share, bytes_each, now_ms)
             };
             match room {
                 Ok(extent) => missing.push((position, extent)),
@@ -224,7 +248,9 @@ impl State {
         namespace: NamespaceId,
         written: impl Iterator<Item = Written>,
         on_present: OnPresent,
+        priority: Priority,
     ) -> usize {
+        let share = self.share(namespace);
         let mut arrivals = Vec::with_capacity(written.size_hint().0);
         let mut before = None;
         for Written { entry, parent, place } in written {
@@ -238,8 +264,11 @@ impl State {
             before = Some((key, id));
             arrivals.extend(new.then_some((id, arrival)));
         }
-        self.policy.insert_run(&arrivals);
-        arrivals.len()
+        let Self { index, policy, .. } = self;
+        let pages = |id| index.get(id).map_or(0, |entry| entry.extent.pages());
+        let sealed = arrivals.len();
+        policy.insert_run(&mut arrivals, pages, share, priority);
+        sealed
     }
 
     /// Makes a written entry findable; the policy has yet to hear of it. The id is another's if
@@ -295,7 +324,7 @@ impl State {
     }
 
     /// A free extent, after as many evictions as it takes.
-    fn make_room(&mut self, bytes: usize, now_ms: u64) -> Result<Extent, Rejection> {
+    fn make_room(&mut self, share: ShareId, bytes: usize, now_ms: u64) -> Result<Extent, Rejection> {
         self.admit(std::iter::once(bytes))?;
         let pages = pages_for(bytes).unwrap_or(u32::MAX);
         if now_ms.saturating_sub(self.last_sweep_ms) >= SWEEP_INTERVAL_MS {
@@ -306,10 +335,29 @@ impl State {
                 self.held_pages += pages;
                 return Ok(extent);
             }
-            let victim = self.policy.victim().ok_or(self.all_pinned(u64::from(pages)))?;
+            let victim = self.policy.victim(share, pages, self.pages.capacity_pages());
+            let victim = victim.ok_or(self.all_pinned(u64::from(pages)))?;
             self.drop_entry(victim, Departure::Evicted);
             self.counters.evictions += 1;
         }
+    }
+
+    fn share(&self, namespace: NamespaceId) -> ShareId {
+        self.quotas.get(&namespace).copied().unwrap_or(0)
+    }
+
+    /// What comes before must be kept as long as what is stored behind it.
+    fn raise(&mut self, id: EntryId, keys: &[ObjectKey], position: usize, priority: Priority) {
+        if self.policy.priority(id) >= priority {
+            return;
+        }
+        let (Some(key), Some(entry)) = (keys.get(position), self.index.get(id)) else { return };
+        let pages = entry.extent.pages();
+        let parent = position.checked_sub(1).and_then(|before| keys.get(before));
+        let parent = parent.and_then(|key| self.index.find(key));
+        let place = Place::of(position, keys.len(), keys.len());
+        let arrival = Arrival { fingerprint: key.table_hash(), parent, place };
+        self.policy.raise(id, &arrival, pages, priority);
     }
 
     /// Refuses, before anything is evicted, what would not fit if everything that can go went.
@@ -384,7 +432,8 @@ impl State {
 
     /// Makes an entry unfindable and frees it, now or with its last reader.
     fn drop_entry(&mut self, id: EntryId, why: Departure) {
-        self.policy.remove(id, why);
+        let pages = self.index.get(id).map_or(0, |entry| entry.extent.pages());
+        self.policy.remove(id, pages, why);
         self.index.unlink(id);
         if self.index.get(id).is_some_and(|entry| !entry.extent.is_read()) {
             self.free(id);

@@ -242,7 +242,13 @@ impl Adaptive {
                 self.consider(id, &mut worst);
             }
         }
-        worst.map(|(_, _, id)| id)
+        worst.map(|(_, _, id)| id).or_else(|| self.any())
+    }
+
+    /// Where every leaf is held, something that others need has to go all the same:
+    /// a cache that can evict must.
+    fn any(&self) -> Option<EntryId> {
+        (0..self.end).find(|id| self.slots.get(*id).is_some_and(|slot| slot.state.may_go()))
     }
 
     fn set_held(&mut self, id: EntryId, held: bool) {

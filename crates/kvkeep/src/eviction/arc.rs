@@ -133,20 +133,18 @@ impl Policy for Arc {
         if why == Departure::Removed {
             return;
         }
-        let capacity = self.capacity;
-        if slot.often {
-            let residents = self.resident + self.ghosts_once.len();
-            self.ghosts_often.add(slot.tag, (2 * capacity).saturating_sub(residents));
-        } else {
-            let once = self.once.len() + self.held_once;
-            self.ghosts_once.add(slot.tag, capacity.saturating_sub(once));
-        }
+        let ghosts = if slot.often { &mut self.ghosts_often } else { &mut self.ghosts_once };
+        ghosts.add(slot.tag);
+        let once = self.once.len() + self.held_once;
+        self.ghosts_once.shrink(self.capacity.saturating_sub(once));
+        let others = self.resident + self.ghosts_once.len();
+        self.ghosts_often.shrink((2 * self.capacity).saturating_sub(others));
     }
 
     fn victim(&mut self) -> Option<EntryId> {
         let once = self.once.len() + self.held_once;
         let (first, second) =
-            if once > self.target_once.max(0) { (&self.once, &self.often) } else { (&self.often, &self.once) };
+            if once > self.target_once { (&self.once, &self.often) } else { (&self.often, &self.once) };
         first.oldest().or(second.oldest())
     }
 

@@ -27,14 +27,13 @@ impl Ghosts {
         self.table.len()
     }
 
-    /// Remembers an eviction; the oldest memories beyond `max` go.
-    pub(super) fn add(&mut self, tag: u32, max: usize) {
+    /// Remembers an eviction.
+    pub(super) fn add(&mut self, tag: u32) {
         self.take(tag);
         self.next = self.next.wrapping_add(1);
         let ghost = (tag, self.next);
         self.table.insert_unique(hash(tag), ghost, |ghost| hash(ghost.0));
         self.queue.push_back(ghost);
-        self.shrink(max);
     }
 
     /// Was it evicted not long ago? Forgets it.
@@ -44,7 +43,7 @@ impl Ghosts {
     }
 
     /// Forgets the oldest beyond `max`, and the places of what was taken back.
-    fn shrink(&mut self, max: usize) {
+    pub(super) fn shrink(&mut self, max: usize) {
         while self.table.len() > max {
             let Some(oldest) = self.queue.pop_front() else { return };
             if let Ok(ghost) = self.table.find_entry(hash(oldest.0), |ghost| *ghost == oldest) {

@@ -21,7 +21,9 @@ pub(crate) struct S3Fifo {
     small: List,
     main: List,
     ghosts: Ghosts,
-    held: usize,
+    /// Held entries of each queue.
+    held_small: usize,
+    held_main: usize,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -47,7 +49,8 @@ impl S3Fifo {
             small: List::new(),
             main: List::new(),
             ghosts: Ghosts::new(),
-            held: 0,
+            held_small: 0,
+            held_main: 0,
         }
     }
 
@@ -98,14 +101,22 @@ impl Policy for S3Fifo {
     }
 
     fn hold(&mut self, id: EntryId) {
-        if let Some(slot) = self.slots.get_mut(id) {
-            self.held += usize::from(!std::mem::replace(&mut slot.held, true));
+        let Some(slot) = self.slots.get_mut(id).filter(|slot| !slot.held) else { return };
+        slot.held = true;
+        match slot.queue {
+            Queue::Small => self.held_small += 1,
+            Queue::Main => self.held_main += 1,
+            Queue::None => {}
         }
     }
 
     fn release(&mut self, id: EntryId) {
-        if let Some(slot) = self.slots.get_mut(id) {
-            self.held -= usize::from(std::mem::take(&mut slot.held));
+        let Some(slot) = self.slots.get_mut(id).filter(|slot| slot.held) else { return };
+        slot.held = false;
+        match slot.queue {
+            Queue::Small => self.held_small -= 1,
+            Queue::Main => self.held_main -= 1,
+            Queue::None => {}
         }
     }
 
@@ -114,26 +125,25 @@ impl Policy for S3Fifo {
         self.release(id);
         self.unlink(id);
         if why == Departure::Evicted && slot.queue == Queue::Small {
-            self.ghosts.add(slot.tag, self.len() * (SMALL_PART - 1) / SMALL_PART);
+            self.ghosts.add(slot.tag);
+            self.ghosts.shrink(self.len() * (SMALL_PART - 1) / SMALL_PART);
         }
     }
 
     fn victim(&mut self) -> Option<EntryId> {
-        if self.held >= self.len() {
-            return None;
-        }
-        let (mut rotated, all) = (0, self.len());
         loop {
-            let from_small = self.small.len() * SMALL_PART >= self.len() || self.main.len() == 0;
-            // Where all of one queue is held, the other one has to give.
-            let from_small = from_small ^ (rotated > all);
+            let small_can = self.small.len() > self.held_small;
+            let main_can = self.main.len() > self.held_main;
+            let from_small = small_can && (!main_can || self.small.len() * SMALL_PART >= self.len());
+            if !small_can && !main_can {
+                return None;
+            }
             let queue = if from_small { &self.small } else { &self.main };
             let id = queue.oldest()?;
             let slot = self.slots.get_mut(id)?;
             if slot.held {
                 // It is in use, and its turn is over.
                 let queue = slot.queue;
-                rotated = (rotated + 1) % (2 * all + 2);
                 self.requeue(id, queue);
             } else if from_small && slot.uses >= PROMOTING_USES {
                 slot.uses = 0;

@@ -192,7 +192,8 @@ impl State {
         let mut extents = Vec::with_capacity(sizes_bytes.len());
         let result = self.admit(sizes_bytes.iter().copied()).and_then(|()| {
             sizes_bytes.iter().try_for_each(|bytes| {
-                extents.push(self.make_room(share, *bytes, now_ms)?);
+                let pending = extents.iter().map(Extent::pages).sum();
+                extents.push(self.make_room(share, *bytes, pending, now_ms)?);
                 Ok(())
             })
         });
@@ -217,7 +218,7 @@ impl State {
     ) -> Reservation {
         let Wanted { bytes_each, first_given, priority } = wanted;
         let share = self.share(namespace);
-        let (mut present, mut missing) = (Vec::new(), Vec::new());
+        let (mut present, mut missing, mut pending) = (Vec::new(), Vec::new(), 0);
         for (position, key) in keys.iter().enumerate() {
             if let Some(held) = self.find_live(key, now_ms).and_then(|id| self.hold(id)) {
                 self.raise(held.id, keys, position, priority);
@@ -227,10 +228,13 @@ impl State {
             let room = if position < first_given {
                 Err(Rejection::PrefixGone { token: position })
             } else {
-                self.make_room(share, bytes_each, now_ms)
+                self.make_room(share, bytes_each, pending, now_ms)
             };
             match room {
-                Ok(extent) => missing.push((position, extent)),
+                Ok(extent) => {
+                    pending += extent.pages();
+                    missing.push((position, extent));
+                }
                 Err(rejection) => {
                     self.counters.rejections += 1;
                     let whole = self.fits_empty(std::iter::repeat_n(bytes_each, keys.len())).err();
@@ -323,8 +327,9 @@ impl State {
         expired.len() as u64
     }
 
-    /// A free extent, after as many evictions as it takes.
-    fn make_room(&mut self, share: ShareId, bytes: usize, now_ms: u64) -> Result<Extent, Rejection> {
+    /// A free extent, after as many evictions as it takes; the share has `pending` pages already
+    /// that are not sealed yet.
+    fn make_room(&mut self, share: ShareId, bytes: usize, pending: u32, now_ms: u64) -> Result<Extent, Rejection> {
         self.admit(std::iter::once(bytes))?;
         let pages = pages_for(bytes).unwrap_or(u32::MAX);
         if now_ms.saturating_sub(self.last_sweep_ms) >= SWEEP_INTERVAL_MS {
@@ -335,7 +340,7 @@ impl State {
                 self.held_pages += pages;
                 return Ok(extent);
             }
-            let victim = self.policy.victim(share, pages, self.pages.capacity_pages());
+            let victim = self.policy.victim(share, pending + pages, self.pages.capacity_pages());
             let victim = victim.ok_or(self.all_pinned(u64::from(pages)))?;
             self.drop_entry(victim, Departure::Evicted);
             self.counters.evictions += 1;

@@ -21,6 +21,8 @@ mod index;
 mod key;
 mod layout;
 mod named;
+mod record;
+mod simulation;
 mod stats;
 mod store;
 mod sync;
@@ -31,12 +33,15 @@ pub use cache::{KvCache, Match, Missing, StoreReport};
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use config::{CacheConfig, StoreOptions};
 pub use error::{Error, Rejection, Result};
+pub use eviction::{Admission, PolicyKind, Priority};
 pub use key::{BlockHash, Namespace, NamespaceId, TokenId};
 pub use layout::{DEFAULT_BLOCK_TOKENS, KvLayout, LayerView, LayerViewMut, TokenOrder};
 pub use named::{
     CachedKv, CachedLayers, DEFAULT_MAX_SIZE_GB, DEFAULT_TTL, Evicted, HashedPrefix, LayerKv, MAX_LAYERS, Outcome,
     PrivateLayers, PrivateTensor, SimpleKvCache,
 };
+pub use record::TraceRecorder;
+pub use simulation::{Hits, Simulation};
 pub use stats::Stats;
 pub use store::{Removed, Store};
 pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};

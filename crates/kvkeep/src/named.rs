@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Error, Rejection, Result};
+use crate::eviction::Place;
 use crate::index::PairSpec;
 use crate::key::{NamespaceId, ObjectKey, PrefixHash, PrefixHasher};
 use crate::stats::Stats;
@@ -198,7 +199,7 @@ impl SimpleKvCache {
         let hash = self.hash(prefix)?;
         let plans = plan(prefix, hash, layers, options.tag)?;
         let sizes: Vec<usize> = plans.iter().map(|plan| plan.bytes).collect();
-        let pages = match self.store.reserve_all(&sizes) {
+        let pages = match self.store.reserve_all(self.namespace, &sizes) {
             Ok(pages) => pages,
             Err(rejection) => return Ok(Outcome::Rejected(rejection)),
         };
@@ -207,7 +208,8 @@ impl SimpleKvCache {
             let bytes = pending.bytes_mut();
             copy_to(bytes, 0, layer.k.bytes());
             copy_to(bytes, plan.v_start, layer.v.bytes());
-            objects.push(Sealing { key: plan.key, pending, spec: Some(plan.spec) });
+            let place = Place::of(0, layers.len(), 0);
+            objects.push(Sealing { key: plan.key, pending, spec: Some(plan.spec), parent: None, place });
         }
         self.store.seal(self.namespace, objects, options, OnPresent::Replace);
         Ok(Outcome::Stored)

@@ -11,7 +11,7 @@ use std::time::Duration;
 use common::{BLOCK_TOKENS, Kv, LAYERS, assert_right, layout, namespace, store};
 use kvkeep::{
     CacheConfig, DType, Error, KvCache, KvLayout, LayerKv, LayerView, LayerViewMut, ManualClock, Namespace, Outcome,
-    Rejection, SimpleKvCache, Store, StoreOptions, TensorView, TensorViewMut, TokenOrder,
+    PolicyKind, Rejection, SimpleKvCache, Store, StoreOptions, TensorView, TensorViewMut, TokenOrder,
 };
 
 const PAGE: u64 = 4096;
@@ -166,7 +166,8 @@ fn the_index_takes_less_than_128_bytes_a_block() {
 
 #[test]
 fn a_full_cache_evicts_the_least_recently_used_and_admits() {
-    let (cache, namespace) = (cache(4), namespace("m"));
+    let lru = CacheConfig::new(4 * PAGE).policy(PolicyKind::Lru);
+    let (cache, namespace) = (KvCache::new(lru).unwrap(), namespace("m"));
     let prompts: Vec<_> = (0..4).map(|i| prompt(100 * i, 4)).collect();
     for tokens in &prompts {
         store(&cache, &namespace, tokens);
@@ -178,13 +179,13 @@ fn a_full_cache_evicts_the_least_recently_used_and_admits() {
     assert_eq!(cache.stats().evictions, 1);
 }
 
-/// Recency alone must never leave a leaf without the blocks before it.
+/// No policy that knows parents, and recency alone, may leave a leaf without the blocks before it.
 #[test]
 fn eviction_takes_the_leaves_of_a_chain_before_the_blocks_they_need() {
     let (namespace, tokens) = (namespace("m"), prompt(0, 32));
-    for used_before in [false, true] {
+    for (used_before, policy) in [(false, PolicyKind::Lru), (true, PolicyKind::Lru)] {
         for others in 0..=8u32 {
-            let cache = cache(8);
+            let cache = KvCache::new(CacheConfig::new(8 * PAGE).policy(policy)).unwrap();
             store(&cache, &namespace, &tokens);
             if used_before {
                 drop(cache.lookup(&namespace, &tokens).unwrap());

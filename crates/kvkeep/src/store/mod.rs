@@ -9,7 +9,7 @@
 //! and a lookup of 512 blocks takes one lock 512 times over instead of once.
 
 mod guard;
-mod state;
+pub(crate) mod state;
 
 use std::fmt;
 use std::sync::Arc;
@@ -18,15 +18,17 @@ use std::time::Duration;
 use crate::clock::{Clock, duration_ms};
 use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Rejection, Result};
+use crate::eviction::Place;
 use crate::index::{NEVER, PairSpec};
 use crate::key::{NamespaceId, ObjectKey, PrefixHash};
+use crate::record::TraceRecorder;
 use crate::stats::Stats;
 use crate::sync::Mutex;
 use crate::tier::ram::{self, Arena};
 
 pub(crate) use guard::{Pending, Pin, PrivatePin};
-pub(crate) use state::Request;
-use state::State;
+pub(crate) use state::{Request, Wanted};
+use state::{State, Written};
 
 /// Keyed, sealed objects in RAM under one cap. Cheap to clone: clones share everything.
 ///
@@ -40,6 +42,7 @@ pub(crate) struct Shared {
     arena: Arena,
     clock: Arc<dyn Clock>,
     default_ttl: Option<Duration>,
+    recorder: Option<Arc<TraceRecorder>>,
 }
 
 /// What was taken out of the cache.
@@ -56,6 +59,9 @@ pub(crate) struct Sealing {
     pub(crate) key: ObjectKey,
     pub(crate) pending: Pending,
     pub(crate) spec: Option<Arc<PairSpec>>,
+    /// The key of the block before it in its chain.
+    pub(crate) parent: Option<ObjectKey>,
+    pub(crate) place: Place,
 }
 
 /// What [`Store::reserve`] found and made for a run of keys.
@@ -86,10 +92,11 @@ impl Store {
     pub fn new(config: CacheConfig) -> Result<Self> {
         let (arena, pages) = ram::reserve(config.capacity_bytes)?;
         Ok(Self(Arc::new(Shared {
-            state: Mutex::new(State::new(pages)),
+            state: Mutex::new(State::new(pages, config.policy, &config.quotas)),
             arena,
             clock: config.clock,
             default_ttl: config.ttl,
+            recorder: config.recorder,
         })))
     }
 
@@ -168,17 +175,17 @@ impl Store {
     }
 
     /// Pages for each of `sizes_bytes`, all or nothing.
-    pub(crate) fn reserve_all(&self, sizes_bytes: &[usize]) -> Result<Vec<Pending>, Rejection> {
+    pub(crate) fn reserve_all(&self, namespace: NamespaceId, sizes_bytes: &[usize]) -> Result<Vec<Pending>, Rejection> {
         let now_ms = self.now_ms();
-        let extents = self.0.state.lock().reserve_all(sizes_bytes, now_ms)?;
+        let extents = self.0.state.lock().reserve_all(namespace, sizes_bytes, now_ms)?;
         Ok(extents.into_iter().map(|extent| Pending::new(Arc::clone(&self.0), extent)).collect())
     }
 
     /// Pins what is there of a chain and makes room for the rest, head first. What is
-    /// missing before position `first_given` cannot be written and ends it.
-    pub(crate) fn reserve(&self, keys: &[ObjectKey], bytes_each: usize, first_given: usize) -> Reserved {
+    /// missing before the first position given cannot be written and ends it.
+    pub(crate) fn reserve(&self, namespace: NamespaceId, keys: &[ObjectKey], wanted: Wanted) -> Reserved {
         let now_ms = self.now_ms();
-        let (present, missing, rejection) = self.0.state.lock().reserve(keys, bytes_each, first_given, now_ms);
+        let (present, missing, rejection) = self.0.state.lock().reserve(namespace, keys, wanted, now_ms);
         let pending = |(position, extent)| (position, Pending::new(Arc::clone(&self.0), extent));
         Reserved {
             present: Pin::new(Arc::clone(&self.0), present),
@@ -203,14 +210,18 @@ impl Store {
             .compute_time
             .map_or(Duration::ZERO, |time| time / u32::try_from(objects.len()).unwrap_or(u32::MAX).max(1));
         let compute_us = u32::try_from(share.as_micros()).unwrap_or(u32::MAX);
-        let mut state = self.0.state.lock();
-        let mut sealed = 0;
-        for object in objects.into_iter().rev() {
-            let Some(extent) = object.pending.into_extent() else { continue };
-            let entry = state::new_entry(object.key, extent, expires_at_ms, object.spec, compute_us);
-            sealed += usize::from(state.seal(namespace, entry, on_present));
+        let written = objects.into_iter().filter_map(|Sealing { key, pending, spec, parent, place }| {
+            let entry = state::new_entry(key, pending.into_extent()?, expires_at_ms, spec, compute_us);
+            Some(Written { entry, parent, place })
+        });
+        self.0.state.lock().seal_all(namespace, written, on_present, options.priority)
+    }
+
+    /// Writes a request of the token door to the trace, if there is one.
+    pub(crate) fn record(&self, tokens: usize, keys: &[ObjectKey]) {
+        if let Some(recorder) = &self.0.recorder {
+            recorder.request(self.now_ms(), tokens, keys.iter().map(ObjectKey::table_hash));
         }
-        sealed
     }
 
     fn now_ms(&self) -> u64 {

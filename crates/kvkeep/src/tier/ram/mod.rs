@@ -33,6 +33,11 @@ pub(crate) fn reserve(capacity_bytes: u64) -> Result<(Arena, Pages)> {
     Ok((arena, Pages { free, capacity_pages, used_pages: 0 }))
 }
 
+/// Pages without an arena, for bookkeeping without payload.
+pub(crate) fn pages_without_arena(capacity_pages: u32) -> Pages {
+    Pages { free: FreePages::new(capacity_pages), capacity_pages, used_pages: 0 }
+}
+
 /// Whole pages that `bytes` take; `None` if that is more than any arena has.
 pub(crate) fn pages_for(bytes: usize) -> Option<u32> {
     u32::try_from(bytes.div_ceil(PAGE_BYTES)).ok()

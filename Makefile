@@ -2,8 +2,9 @@
 .DEFAULT_GOAL := help
 CARGO ?= cargo
 PYTHON ?= python3
+VENV = PYTHON="$(PYTHON)" bash tests/venv.sh
 
-.PHONY: help demo test crash-test test-integrations bench lint fmt clean
+.PHONY: help demo test test-rust test-python crash-test test-integrations wheel bench bench-python lint fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -11,7 +12,9 @@ help: ## List the targets
 demo: ## A real model answering repeated prompts, without and with the cache
 	$(CARGO) run --release --locked -p kvkeep-cli -- demo
 
-test: ## All tests that need no service (nextest where it is installed)
+test: test-rust test-python ## All tests that need no service
+
+test-rust: ## The Rust tests (nextest where it is installed)
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
 		$(CARGO) nextest run --locked --workspace $${CI:+--profile ci}; \
 	else \
@@ -23,12 +26,24 @@ test: ## All tests that need no service (nextest where it is installed)
 crash-test: ## Kill a writing process at random moments and check what it left (ROUNDS=200)
 	KVKEEP_CRASH_ROUNDS=$(or $(ROUNDS),200) $(CARGO) test --locked -p kvkeep --test crash -- --nocapture
 
-test-integrations: ## The slower end-to-end runs: the demos and the benchmark of the release build
+test-python: wheel ## The Python tests that need numpy alone, and the wheel in an empty environment
+	PYTHON="$(PYTHON)" bash tests/python.sh
+
+test-integrations: wheel ## The slower end-to-end runs: the demos, the benchmarks, torch, transformers, notebooks
 	CARGO="$(CARGO)" PYTHON="$(PYTHON)" bash tests/integrations.sh
+	PYTHON="$(PYTHON)" bash tests/integrations_python.sh
 
 bench: ## Benchmarks against memcpy and each other; figures go to docs/benchmarks.md
 	$(CARGO) bench --locked -p kvkeep --bench cache
 	$(CARGO) run --release --locked -p kvkeep-cli -- bench --engine
+
+bench-python: wheel ## The Python front door against a dict and memcpy (needs what test-integrations installs)
+	PYTHON="$(PYTHON)" bash tests/integrations_python.sh bench
+
+wheel: ## The Python wheel, into dist/: one for CPython 3.10 and later
+	$(VENV) .venv-build "maturin>=1.16,<2"
+	rm -f dist/kvkeep-*.whl
+	.venv-build/bin/maturin build --release --locked --manifest-path crates/kvkeep-python/Cargo.toml --out dist
 
 lint: ## Format, clippy, and dependency rules
 	$(CARGO) fmt --all --check
@@ -42,3 +57,4 @@ fmt: ## Format everything
 
 clean: ## Remove what was built
 	$(CARGO) clean
+	rm -rf dist .venv-build .venv-empty .venv-test .venv-torch

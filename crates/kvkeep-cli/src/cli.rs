@@ -29,6 +29,8 @@ pub(crate) enum Command {
     Demo(DemoCommand),
     /// Measure the cache against memcpy and other references, in seconds
     Bench(BenchOptions),
+    /// Replay recorded traffic: hit rates of policies and capacities, beside the optimum
+    Replay(crate::replay::ReplayOptions),
 }
 
 /// Runs a real model (135M parameters, on the CPU) on real texts: every request first without,
@@ -126,7 +128,7 @@ fn model_file(text: &str) -> Result<PathBuf, String> {
     if path.is_file() { Ok(path) } else { Err("no such file: give the path of a model in GGUF format".to_owned()) }
 }
 
-fn svg_file(text: &str) -> Result<PathBuf, String> {
+pub(crate) fn svg_file(text: &str) -> Result<PathBuf, String> {
     let path = PathBuf::from(text);
     if !path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("svg")) {
         return Err("plots are SVG: give a name that ends in .svg".to_owned());

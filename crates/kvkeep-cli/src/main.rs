@@ -8,6 +8,7 @@ mod cli;
 mod demo;
 mod model;
 mod plot;
+mod replay;
 mod stats;
 mod style;
 mod texts;
@@ -22,6 +23,7 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(command) => demo::run(&command),
         Command::Bench(options) => bench::run(&options),
+        Command::Replay(options) => replay::run(&options),
     };
     match outcome {
         Ok(code) => code,

@@ -83,7 +83,7 @@ fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, panel: &Panel) -> Drawn<'
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::MiddleRight)
+        .position(SeriesLabelPosition::LowerRight)
         .label_font((FONT, 14, &INK))
         .background_style(WHITE.mix(0.9))
         .border_style(INK.mix(0.3))

@@ -258,7 +258,7 @@ mod tests {
         let tokens = start + q.len();
         let tiles = vec![f16::NAN; tokens.next_multiple_of(TILE_KEYS) * config.kv_dim()];
         let mut kv = LayerKv { k: k.to_vec(), v: v.to_vec(), tiles };
-        kv.tile(0..tokens, config.kv_heads, config.head_dim);
+        kv.tile(kernels, 0..tokens, config.kv_heads, config.head_dim);
         let (key_tiles, values) = (&kv.tiles, &kv.v);
         let attention = Attention { kernels, config, queries: &queries, key_tiles, values, start };
         attention.run(&mut Scratch::new(2), &mut out);

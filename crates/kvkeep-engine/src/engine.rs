@@ -2,8 +2,9 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use kvkeep::{DType, KvLayout, Namespace};
+use kvkeep::{DType, KvLayout, Match, Namespace};
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::chat::{ChatMessage, ChatTemplate};
@@ -193,7 +194,18 @@ impl Engine {
     /// [`EngineError::EmptyTokens`], [`EngineError::UnknownToken`],
     /// [`EngineError::ContextOverflow`], [`EngineError::ForeignKv`]; then the buffer is as before.
     pub fn prefill(&self, tokens: &[u32], kv: &mut KvBuffer) -> Result<Logits> {
-        self.forward(tokens, kv, Want::Last).map(Logits)
+        self.forward(None, tokens, kv, Want::Last).map(|(logits, _)| Logits(logits))
+    }
+
+    /// Replaces what is in the buffer by the KV of `found`, then as [`Engine::prefill`]: one turn
+    /// on the compute threads for the copy and the first batch. Also says how long the copy took.
+    ///
+    /// # Errors
+    /// As [`Engine::prefill`], and [`EngineError::Cache`] for KV of another layout; then the
+    /// buffer is empty.
+    pub fn resume(&self, found: &Match, tokens: &[u32], kv: &mut KvBuffer) -> Result<(Logits, Duration)> {
+        let (logits, load) = self.forward(Some(found), tokens, kv, Want::Last)?;
+        Ok((Logits(logits), load))
     }
 
     /// As [`Engine::prefill`] of one token.
@@ -210,7 +222,7 @@ impl Engine {
     /// # Errors
     /// As [`Engine::prefill`].
     pub fn prefill_all_logits(&self, tokens: &[u32], kv: &mut KvBuffer) -> Result<Vec<Logits>> {
-        let all = self.forward(tokens, kv, Want::All)?;
+        let (all, _) = self.forward(None, tokens, kv, Want::All)?;
         Ok(all.chunks_exact(self.shared.model.config.vocabulary).map(|row| Logits(row.to_vec())).collect())
     }
 
@@ -229,23 +241,35 @@ impl Engine {
         self.shared.chat.as_ref().ok_or(EngineError::NoChatTemplate)
     }
 
-    fn forward(&self, tokens: &[u32], kv: &mut KvBuffer, want: Want) -> Result<Vec<f32>> {
-        let Shared { model, pool, .. } = &*self.shared;
+    fn forward(
+        &self,
+        found: Option<&Match>,
+        tokens: &[u32],
+        kv: &mut KvBuffer,
+        want: Want,
+    ) -> Result<(Vec<f32>, Duration)> {
+        let Shared { model, pool, turns, .. } = &*self.shared;
         self.check_tokens(tokens)?;
         if !kv.fits(&model.config) {
             return Err(EngineError::ForeignKv);
         }
-        kv.check_room(kv.len() + tokens.len())?;
+        kv.check_room(found.map_or(kv.len(), Match::cached_tokens) + tokens.len())?;
+        let mut turn = Some(turns.take());
+        let begin = Instant::now();
+        if let Some(found) = found {
+            pool.install(|| kv.load(found, model.kernels))?;
+        }
+        let load = begin.elapsed();
         let mut scratch = self.scratches().pop().unwrap_or_else(|| model.scratch());
         let mut logits = Vec::new();
         let mut batches = tokens.chunks(model.batch_tokens).peekable();
         while let Some(tokens) = batches.next() {
             let batch = Batch { tokens, want, last: batches.peek().is_none() };
-            let _turn = self.shared.turns.take();
+            let _turn = turn.take().unwrap_or_else(|| turns.take());
             pool.install(|| model.pass(&batch, kv, &mut scratch, &mut logits));
         }
         self.scratches().push(scratch);
-        Ok(logits)
+        Ok((logits, load))
     }
 
     fn scratches(&self) -> std::sync::MutexGuard<'_, Vec<Scratch>> {

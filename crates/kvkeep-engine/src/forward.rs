@@ -87,7 +87,7 @@ impl Model {
     /// Appends the KV of one batch and its wanted logits, row after row. The caller has checked
     /// the tokens and the room, and says whether more of the prompt follows.
     pub(crate) fn pass(&self, batch: &Batch<'_>, kv: &mut KvBuffer, scratch: &mut Scratch, logits: &mut Vec<f32>) {
-        kv.tile_imported();
+        kv.tile_imported(self.kernels);
         if self.layers(batch, kv, scratch) {
             self.logits(scratch, logits);
         }
@@ -196,7 +196,7 @@ impl Model {
         };
         write(q_panels, &mut kv.k);
         write(q_panels + kv_panels, &mut kv.v);
-        kv.tile(start..start + qkv.rows(), self.config.kv_heads, self.config.head_dim);
+        kv.tile(self.kernels, start..start + qkv.rows(), self.config.kv_heads, self.config.head_dim);
     }
 
     fn attend(&self, kv: &LayerKv, start: usize, s: &mut Scratch) {

@@ -73,12 +73,11 @@ pub struct Generation {
 }
 
 /// A prompt in the KV buffer.
-struct Prefilled {
+struct Computed {
     logits: Logits,
     cached_tokens: usize,
+    /// Computing what was not cached.
     prefill: Duration,
-    /// Pins the prompt's blocks, so that the answer's can be stored behind them.
-    pin: Option<Match>,
 }
 
 impl Default for GenerateOptions {
@@ -153,56 +152,52 @@ impl Generator {
         let begin = Instant::now();
         self.engine.check_tokens(prompt)?;
         self.kv.check_room(prompt.len())?;
-        let prefilled = self.prefill(prompt, cache)?;
+        let (computed, pin) = self.prefill(prompt, cache)?;
         let mut sampler = options.sampler.clone();
-        let first = sampler.pick(&prefilled.logits);
+        let first = sampler.pick(&computed.logits);
         let mut generation = Generation {
             prompt_tokens: prompt.len(),
-            cached_tokens: prefilled.cached_tokens,
+            cached_tokens: computed.cached_tokens,
             tokens: Vec::new(),
             text: String::new(),
             ttft: begin.elapsed(),
-            prefill: prefilled.prefill,
+            prefill: computed.prefill,
             total: Duration::ZERO,
             finish: FinishReason::Length,
         };
         let decode = Instant::now();
         generation.finish = self.answer(first, &mut sampler, options, on_token, &mut generation)?;
-        if let (Some(cache), Some(pin)) = (cache, &prefilled.pin) {
+        if let (Some(cache), Some(pin)) = (cache, &pin) {
             self.store_answer(prompt, &generation.tokens, cache, pin, decode.elapsed())?;
         }
         generation.total = begin.elapsed();
         Ok(generation)
     }
 
-    fn prefill(&mut self, prompt: &[u32], cache: Option<&KvCache>) -> Result<Prefilled> {
+    /// The match pins the prompt's blocks, so that the answer's can be stored behind them.
+    fn prefill(&mut self, prompt: &[u32], cache: Option<&KvCache>) -> Result<(Computed, Option<Match>)> {
         self.kv.truncate(0);
         // The last token is always computed: its logits are not in the cache.
         let reusable = prompt.get(..prompt.len() - 1).unwrap_or_default();
+        let (engine, kv) = (&self.engine, &mut self.kv);
         let (Some(cache), false) = (cache, reusable.is_empty()) else {
-            let (logits, prefill) = compute(&self.engine, prompt, &mut self.kv)?;
-            return Ok(Prefilled { logits, cached_tokens: 0, prefill, pin: None });
+            let begin = Instant::now();
+            let logits = engine.prefill(prompt, kv)?;
+            return Ok((Computed { logits, cached_tokens: 0, prefill: begin.elapsed() }, None));
         };
         let mut computed = None;
-        let (engine, kv) = (&self.engine, &mut self.kv);
         let pin = cache.get_or_prefill(&self.namespace, reusable, |missing: &Missing<'_>| {
-            let cached_tokens = import(missing.cached(), kv)?;
-            let rest = prompt.get(cached_tokens..).unwrap_or_default();
-            let (logits, prefill) = compute(engine, rest, kv)?;
-            let options = StoreOptions::default().compute_time(prefill);
-            missing.store(&kv.views_from(cached_tokens)?, &options)?;
-            computed = Some((logits, prefill, cached_tokens));
+            let now = compute(engine, prompt, missing.cached(), kv)?;
+            let options = StoreOptions::default().compute_time(now.prefill);
+            missing.store(&kv.views_from(now.cached_tokens)?, &options)?;
+            computed = Some(now);
             Ok::<(), EngineError>(())
         })?;
-        let (logits, prefill, cached_tokens) = match computed {
+        let computed = match computed {
             Some(computed) => computed,
-            None => {
-                let cached_tokens = import(&pin, kv)?;
-                let (logits, prefill) = compute(engine, prompt.get(cached_tokens..).unwrap_or_default(), kv)?;
-                (logits, prefill, cached_tokens)
-            }
+            None => compute(engine, prompt, &pin, kv)?,
         };
-        Ok(Prefilled { logits, cached_tokens, prefill, pin: Some(pin) })
+        Ok((computed, Some(pin)))
     }
 
     fn answer(
@@ -259,20 +254,10 @@ impl Generator {
     }
 }
 
-/// Copies matched KV into an empty buffer; returns its number of tokens.
-fn import(found: &Match, kv: &mut KvBuffer) -> Result<usize> {
-    let tokens = found.cached_tokens();
-    kv.truncate(0);
-    if tokens > 0 {
-        let mut into = kv.import(tokens)?;
-        let layers = into.len();
-        found.load(0..layers, &mut into)?;
-    }
-    Ok(tokens)
-}
-
-fn compute(engine: &Engine, tokens: &[u32], kv: &mut KvBuffer) -> Result<(Logits, Duration)> {
+/// Loads what is cached of a prompt and computes the rest.
+fn compute(engine: &Engine, prompt: &[u32], found: &Match, kv: &mut KvBuffer) -> Result<Computed> {
     let begin = Instant::now();
-    let logits = engine.prefill(tokens, kv)?;
-    Ok((logits, begin.elapsed()))
+    let cached_tokens = found.cached_tokens();
+    let (logits, load) = engine.resume(found, prompt.get(cached_tokens..).unwrap_or_default(), kv)?;
+    Ok(Computed { logits, cached_tokens, prefill: begin.elapsed().saturating_sub(load) })
 }

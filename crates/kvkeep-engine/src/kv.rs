@@ -12,12 +12,12 @@
 use std::ops::Range;
 
 use half::f16;
-use kvkeep::{LayerView, LayerViewMut, TensorView, TensorViewMut};
+use kvkeep::{LayerView, LayerViewMut, Match, TensorView, TensorViewMut};
 use rayon::prelude::*;
 
 use crate::config::Config;
 use crate::error::{EngineError, Result};
-use crate::simd::TILE_KEYS;
+use crate::simd::{Kernels, TILE_KEYS, Transpose};
 
 /// KV of up to `capacity` tokens.
 #[derive(Debug, Clone)]
@@ -114,14 +114,24 @@ impl KvBuffer {
         (self.len, self.tiled) = (tokens, 0);
         let dims = [tokens, self.kv_heads, self.head_dim];
         let elements = tokens * self.kv_heads * self.head_dim;
-        self.layers
-            .iter_mut()
-            .map(|layer| {
-                let k = layer.k.get_mut(..elements).unwrap_or_default();
-                let v = layer.v.get_mut(..elements).unwrap_or_default();
-                Ok(LayerViewMut { k: TensorViewMut::of(k, &dims)?, v: TensorViewMut::of(v, &dims)? })
-            })
-            .collect()
+        self.layers.iter_mut().map(|layer| layer.view_mut(elements, &dims)).collect()
+    }
+
+    /// Replaces what is in the buffer by the KV of a match, layers side by side on rayon's
+    /// threads, and each layer's tiles while its keys are in the caches.
+    pub(crate) fn load(&mut self, found: &Match, kernels: Kernels) -> Result<()> {
+        let tokens = found.cached_tokens();
+        self.check_room(tokens)?;
+        self.truncate(0);
+        let (heads, head_dim) = (self.kv_heads, self.head_dim);
+        let (dims, elements) = ([tokens, heads, head_dim], tokens * heads * head_dim);
+        self.layers.par_iter_mut().enumerate().try_for_each(|(index, layer)| {
+            found.load(index..index + 1, &mut [layer.view_mut(elements, &dims)?])?;
+            layer.tile(kernels, 0..tokens, heads, head_dim);
+            Ok::<(), EngineError>(())
+        })?;
+        (self.len, self.tiled) = (tokens, tokens);
+        Ok(())
     }
 
     pub(crate) fn fits(&self, config: &Config) -> bool {
@@ -151,18 +161,25 @@ impl KvBuffer {
     }
 
     /// Brings the tiles of imported KV up to date.
-    pub(crate) fn tile_imported(&mut self) {
+    pub(crate) fn tile_imported(&mut self, kernels: Kernels) {
         let (range, heads, head_dim) = (self.tiled..self.len, self.kv_heads, self.head_dim);
         if !range.is_empty() {
-            self.layers.par_iter_mut().for_each(|layer| layer.tile(range.clone(), heads, head_dim));
+            self.layers.par_iter_mut().for_each(|layer| layer.tile(kernels, range.clone(), heads, head_dim));
             self.tiled = self.len;
         }
     }
 }
 
 impl LayerKv {
+    /// The first `elements` of K and V, to be written.
+    fn view_mut(&mut self, elements: usize, dims: &[usize]) -> Result<LayerViewMut<'_>> {
+        let k = self.k.get_mut(..elements).unwrap_or_default();
+        let v = self.v.get_mut(..elements).unwrap_or_default();
+        Ok(LayerViewMut { k: TensorViewMut::of(k, dims)?, v: TensorViewMut::of(v, dims)? })
+    }
+
     /// Copies the keys of these tokens to their tiles.
-    pub(crate) fn tile(&mut self, tokens: Range<usize>, heads: usize, head_dim: usize) {
+    pub(crate) fn tile(&mut self, kernels: Kernels, tokens: Range<usize>, heads: usize, head_dim: usize) {
         let (kv_dim, head_len) = (heads * head_dim, head_dim * TILE_KEYS);
         let first = tokens.start / TILE_KEYS;
         let tiles = self.tiles.chunks_exact_mut(TILE_KEYS * kv_dim).enumerate().skip(first);
@@ -171,10 +188,10 @@ impl LayerKv {
             let (from, end) = (tokens.start.max(begin), tokens.end.min(begin + TILE_KEYS));
             let keys = self.k.get(from * kv_dim..end * kv_dim).unwrap_or_default();
             for (head, to) in to.chunks_exact_mut(head_len).enumerate() {
-                for (d, to) in to.chunks_exact_mut(TILE_KEYS).enumerate() {
-                    let keys = keys.iter().skip(head * head_dim + d).step_by(kv_dim);
-                    to.iter_mut().skip(from - begin).zip(keys).for_each(|(to, key)| *to = *key);
-                }
+                let shape =
+                    Transpose { rows: end - from, columns: head_dim, from_stride: kv_dim, to_stride: TILE_KEYS };
+                let keys = keys.get(head * head_dim..).unwrap_or_default();
+                kernels.transpose(keys, to.get_mut(from - begin..).unwrap_or_default(), &shape);
             }
         }
     }
@@ -191,7 +208,7 @@ mod tests {
         let k: Vec<f16> = (0..tokens * heads * head_dim).map(|i| key(i % 2039)).collect();
         let mut layer = LayerKv { v: Vec::new(), tiles: vec![f16::NAN; 192 * heads * head_dim], k };
         for range in [0..10, 10..11, 11..70, 70..128, 128..150] {
-            layer.tile(range, heads, head_dim);
+            layer.tile(Kernels::detect(), range, heads, head_dim);
         }
         for token in 0..tokens {
             for at in 0..heads * head_dim {

@@ -107,6 +107,25 @@ fn calls_that_cannot_be_carried_out_leave_the_kv_as_it_was() {
     assert!(matches!(Generator::new(engine, 16, foreign), Err(EngineError::ForeignKv)));
 }
 
+/// KV that another model left in a cache is refused, and nothing of it stays in the buffer.
+#[test]
+fn a_match_of_another_layout_is_refused_and_leaves_the_buffer_empty() {
+    let Some(engine) = engine() else { return };
+    let layout = kvkeep::KvLayout::new(1, 1, 64, kvkeep::DType::F16).unwrap().with_block_tokens(2).unwrap();
+    let foreign = kvkeep::Namespace::new("other", layout);
+    let cache = kvkeep::KvCache::new(kvkeep::CacheConfig::new(1 << 20)).unwrap();
+    let bytes = vec![0u8; 2 * 64 * 2];
+    let view = kvkeep::TensorView::new(kvkeep::DType::F16, &[2, 1, 64], &bytes).unwrap();
+    let _ = cache.store(&foreign, &[1, 2], &[kvkeep::LayerView { k: view, v: view }]).unwrap();
+    let found = cache.lookup(&foreign, &[1, 2]).unwrap();
+    assert_eq!(found.cached_tokens(), 2);
+    let mut kv = engine.kv(8).unwrap();
+    engine.prefill(&[1, 2, 3], &mut kv).unwrap();
+    assert!(matches!(engine.resume(&found, &[4], &mut kv), Err(EngineError::Cache(_))));
+    assert!(kv.is_empty());
+    assert!(engine.prefill(&[1, 2, 3], &mut kv).is_ok());
+}
+
 #[test]
 fn samplers_refuse_settings_out_of_range() {
     for (temperature, top_p) in

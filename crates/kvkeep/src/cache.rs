@@ -10,11 +10,12 @@ use std::time::Duration;
 
 use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Error, Rejection, Result};
+use crate::eviction::Place;
 use crate::flight::Flights;
 use crate::key::{BlockHash, Namespace, ObjectKey, TokenId};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
 use crate::stats::Stats;
-use crate::store::{OnPresent, Pin, Removed, Request, Reserved, Sealing, Store};
+use crate::store::{OnPresent, Pin, Removed, Request, Reserved, Sealing, Store, Wanted};
 use crate::tensor::TensorView;
 use crate::tier::Tier;
 
@@ -125,7 +126,9 @@ impl KvCache {
     pub fn lookup(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Match> {
         let layout = namespace.layout();
         let request = Request::Tokens { requested: tokens.len(), block_tokens: layout.block_tokens() };
-        Ok(self.pinned(namespace, &keys(namespace, tokens)?, request))
+        let keys = keys(namespace, tokens)?;
+        self.store.record(tokens.len(), &keys);
+        Ok(self.pinned(namespace, &keys, request))
     }
 
     /// What [`KvCache::lookup`] would find, tier by tier, and what of it is worth loading. Loads
@@ -228,19 +231,28 @@ impl KvCache {
         self.store.describe(namespace);
         let source = Source::checked(layout, layers, first_token, keys.len() * layout.block_tokens())?;
         let first_block = first_token.div_ceil(layout.block_tokens());
-        let Reserved { present, missing, below, rejection } =
-            self.store.reserve(&keys, layout.block_bytes(), first_block);
+        let wanted = Wanted { bytes_each: layout.block_bytes(), first_given: first_block, priority: options.priority };
+        let Reserved { present, missing, below, rejection } = self.store.reserve(namespace.id(), &keys, wanted);
         let mut report = StoreReport {
             present_blocks: present.len() + below,
             rejected_blocks: keys.len() - present.len() - below - missing.len(),
             rejection: rejection.map(|rejection| in_tokens(rejection, layout)),
             ..StoreReport::default()
         };
+        let found = missing.first().map_or(keys.len(), |(position, _)| *position);
         let mut objects = Vec::with_capacity(missing.len());
         for (position, mut pending) in missing {
             source.write_block(position * layout.block_tokens(), pending.bytes_mut());
             if let Some(key) = keys.get(position) {
-                objects.push(Sealing { key: *key, pending, bytes: layout.block_bytes(), spec: None });
+                let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
+                objects.push(Sealing {
+                    key: *key,
+                    pending,
+                    bytes: layout.block_bytes(),
+                    spec: None,
+                    parent,
+                    place: Place::of(position, keys.len(), found),
+                });
             }
         }
         let reserved = objects.len();
@@ -266,6 +278,7 @@ impl KvCache {
     ) -> Result<Match, E> {
         let hashes = namespace.block_hashes(tokens)?;
         let keys: Vec<ObjectKey> = hashes.iter().map(|hash| hash.key()).collect();
+        self.store.record(tokens.len(), &keys);
         let block_tokens = namespace.layout().block_tokens();
         let request = Request::Tokens { requested: tokens.len(), block_tokens };
         loop {

@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use crate::clock::{Clock, SystemClock};
 use crate::error::{Error, Result};
+use crate::eviction::{PolicyKind, Priority};
+use crate::key::NamespaceId;
+use crate::record::TraceRecorder;
 
 /// Bytes in a GiB. `max_size_gb` and `size_mb` count in powers of two, as memory is sold.
 const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
@@ -16,6 +19,9 @@ const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
 pub struct CacheConfig {
     pub(crate) capacity_bytes: u64,
     pub(crate) ttl: Option<Duration>,
+    pub(crate) policy: PolicyKind,
+    pub(crate) quotas: Vec<(NamespaceId, f64)>,
+    pub(crate) recorder: Option<Arc<TraceRecorder>>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) disk: Option<DiskConfig>,
 }
@@ -99,7 +105,15 @@ impl CacheConfig {
     /// A RAM tier of at most `capacity_bytes`, in whole pages of 4 KiB. Nothing expires.
     #[must_use]
     pub fn new(capacity_bytes: u64) -> Self {
-        Self { capacity_bytes, ttl: None, clock: Arc::new(SystemClock::new()), disk: None }
+        Self {
+            capacity_bytes,
+            ttl: None,
+            policy: PolicyKind::default(),
+            quotas: Vec::new(),
+            recorder: None,
+            clock: Arc::new(SystemClock::new()),
+            disk: None,
+        }
     }
 
     /// A RAM tier of `gib` GiB.
@@ -121,6 +135,39 @@ impl CacheConfig {
     #[must_use]
     pub fn disk(mut self, disk: DiskConfig) -> Self {
         self.disk = Some(disk);
+        self
+    }
+
+    /// What goes first when room is needed.
+    #[must_use]
+    pub fn policy(mut self, policy: PolicyKind) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// A share of the capacity for a namespace: its weight over the sum of all weights, in which
+    /// all namespaces without a quota together count as 1. When room is needed, the share that
+    /// is furthest over what it is due gives; so nobody loses what is within its share to
+    /// others, and what nobody else needs may be used by all. Works with every policy.
+    ///
+    /// # Errors
+    /// [`Error::Config`] if the weight is not a positive, finite number, or the namespace has a
+    /// quota already.
+    pub fn quota(mut self, namespace: NamespaceId, weight: f64) -> Result<Self> {
+        if !(weight > 0.0 && weight.is_finite()) {
+            return Err(Error::Config(format!("a quota of weight {weight} is none: give a positive, finite number")));
+        }
+        if self.quotas.iter().any(|(other, _)| *other == namespace) {
+            return Err(Error::Config(format!("the namespace {namespace} has a quota already: give it once")));
+        }
+        self.quotas.push((namespace, weight));
+        Ok(self)
+    }
+
+    /// Writes every request of the token door to a trace that `kvkeep replay` reads.
+    #[must_use]
+    pub fn record(mut self, recorder: Arc<TraceRecorder>) -> Self {
+        self.recorder = Some(recorder);
         self
     }
 
@@ -158,6 +205,12 @@ pub struct StoreOptions {
     /// later hit counts its share as time saved. `None` saves nothing: the cache
     /// never guesses.
     pub compute_time: Option<Duration>,
+    /// A mark of the caller's own, kept with what the named door stores now and handed
+    /// back with every hit; the cache does not look at it. A binding keeps here what
+    /// kind of tensor came in.
+    pub tag: u8,
+    /// How long what is stored now, and the blocks before it, are kept compared to others.
+    pub priority: Priority,
 }
 
 impl StoreOptions {
@@ -168,10 +221,24 @@ impl StoreOptions {
         self
     }
 
+    /// Options with a priority of their own.
+    #[must_use]
+    pub fn priority(mut self, priority: Priority) -> Self {
+        self.priority = priority;
+        self
+    }
+
     /// Options that report the time it took to compute the KV.
     #[must_use]
     pub fn compute_time(mut self, compute_time: Duration) -> Self {
         self.compute_time = Some(compute_time);
+        self
+    }
+
+    /// Options with a mark of the caller's own.
+    #[must_use]
+    pub fn tag(mut self, tag: u8) -> Self {
+        self.tag = tag;
         self
     }
 }

@@ -148,6 +148,14 @@ pub enum Error {
     /// There is no disk tier.
     #[error("the cache has no disk tier: configure one")]
     NoDisk,
+    /// No memory for a private view of what was found.
+    #[error("cannot map {bytes} bytes for a private view: {source}; drop views that are no longer needed")]
+    PrivateMemory {
+        /// Bytes asked for.
+        bytes: u64,
+        /// What the operating system said.
+        source: io::Error,
+    },
 }
 
 /// Shorthand for results of this crate.

@@ -210,6 +210,18 @@ impl ObjectKey {
         &self.hash
     }
 
+    /// The key of a block that only has a number, in a simulation.
+    pub(crate) fn numbered(number: u64) -> Self {
+        // Uniform first bytes, as a hash has: the finaliser of MurmurHash3, a bijection.
+        let mut mixed = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        mixed = (mixed ^ (mixed >> 33)).wrapping_mul(0xff51_afd7_ed55_8ccd);
+        mixed = (mixed ^ (mixed >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+        mixed ^= mixed >> 33;
+        let mut hash = [0; 32];
+        hash.iter_mut().zip(mixed.to_le_bytes()).for_each(|(to, from)| *to = from);
+        Self { hash, layer: 0 }
+    }
+
     pub(crate) fn layer(&self) -> u32 {
         self.layer
     }

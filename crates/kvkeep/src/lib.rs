@@ -26,6 +26,8 @@ mod key;
 mod layout;
 mod named;
 mod namespaces;
+mod record;
+mod simulation;
 mod stats;
 mod store;
 mod sync;
@@ -36,11 +38,15 @@ pub use cache::{KvCache, Look, Match, Missing, StoreReport};
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use config::{CacheConfig, DiskConfig, StoreOptions, WritePolicy};
 pub use error::{Error, Rejection, Result};
+pub use eviction::{Admission, PolicyKind, Priority};
 pub use key::{BlockHash, Namespace, NamespaceId, TokenId};
 pub use layout::{DEFAULT_BLOCK_TOKENS, KvLayout, LayerView, LayerViewMut, TokenOrder};
 pub use named::{
-    CachedKv, CachedLayers, DEFAULT_MAX_SIZE_GB, DEFAULT_TTL, Evicted, LayerKv, MAX_LAYERS, Outcome, SimpleKvCache,
+    CachedKv, CachedLayers, DEFAULT_MAX_SIZE_GB, DEFAULT_TTL, Evicted, HashedPrefix, LayerKv, MAX_LAYERS, Outcome,
+    PrivateLayers, PrivateTensor, SimpleKvCache,
 };
+pub use record::TraceRecorder;
+pub use simulation::{Hits, Simulation};
 pub use stats::{DiskStats, Stats};
 pub use store::{Removed, Store};
 pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};

@@ -5,15 +5,17 @@
 //! identity: it must be all that the KV depends on.
 
 use std::fmt;
+use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Error, Rejection, Result};
+use crate::eviction::Place;
 use crate::key::{NamespaceId, ObjectKey, PrefixHash, PrefixHasher};
 use crate::stats::Stats;
-use crate::store::{OnPresent, Pin, Removed, Request, Sealing, Store};
-use crate::tensor::{PairSpec, TensorView};
+use crate::store::{OnPresent, Pin, PrivatePin, Removed, Request, Sealing, Store};
+use crate::tensor::{DType, PairSpec, Shape, TensorView};
 
 /// Layers run from 0 to below this.
 pub const MAX_LAYERS: usize = 4096;
@@ -55,6 +57,10 @@ pub struct LayerKv<'a> {
     pub v: TensorView<'a>,
 }
 
+/// A prefix text, hashed once, for several requests of the cache that made it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HashedPrefix(PrefixHash);
+
 /// What became of a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
@@ -74,6 +80,27 @@ pub struct CachedKv(CachedLayers);
 #[derive(Debug)]
 pub struct CachedLayers {
     pin: Pin,
+}
+
+/// K and V of several layers in memory of the holder's own: what is written there changes
+/// neither the cache nor what another hit shows. No bytes are copied to make one (a page is
+/// when it is first written); while it lives its pages cannot be evicted. Stays valid after
+/// removal and after the cache is gone.
+#[derive(Debug)]
+pub struct PrivateLayers {
+    pin: PrivatePin,
+}
+
+/// One tensor of [`PrivateLayers`]: memory that is valid, and its holder's alone, while they
+/// live. An address rather than a slice, because it is for tensor libraries.
+#[derive(Debug, Clone, Copy)]
+pub struct PrivateTensor {
+    /// Element type.
+    pub dtype: DType,
+    /// Dimensions.
+    pub shape: Shape,
+    /// Its first byte, aligned to 64; row-major from here on.
+    pub address: NonNull<u8>,
 }
 
 /// What an eviction by prefix removed.
@@ -166,9 +193,9 @@ impl SimpleKvCache {
         options: &StoreOptions,
     ) -> Result<Outcome> {
         let hash = self.hash(prefix)?;
-        let plans = plan(prefix, hash, layers)?;
+        let plans = plan(prefix, hash, layers, options.tag)?;
         let sizes: Vec<usize> = plans.iter().map(|plan| plan.bytes).collect();
-        let pages = match self.store.reserve_all(&sizes) {
+        let pages = match self.store.reserve_all(self.namespace, &sizes) {
             Ok(pages) => pages,
             Err(rejection) => return Ok(Outcome::Rejected(rejection)),
         };
@@ -177,7 +204,15 @@ impl SimpleKvCache {
             let bytes = pending.bytes_mut();
             copy_to(bytes, 0, layer.k.bytes());
             copy_to(bytes, plan.v_start, layer.v.bytes());
-            objects.push(Sealing { key: plan.key, pending, bytes: plan.bytes, spec: Some(plan.spec) });
+            let place = Place::of(0, layers.len(), 0);
+            objects.push(Sealing {
+                key: plan.key,
+                pending,
+                bytes: plan.bytes,
+                spec: Some(plan.spec),
+                parent: None,
+                place,
+            });
         }
         self.store.seal(self.namespace, objects, options, OnPresent::Replace);
         Ok(Outcome::Stored)
@@ -188,7 +223,23 @@ impl SimpleKvCache {
     /// # Errors
     /// [`Error::EmptyPrefix`], [`Error::LayerOutOfRange`].
     pub fn get_cached_kv(&self, prefix: &str, layer: usize) -> Result<Option<CachedKv>> {
-        let key = self.hash(prefix)?.key(checked_layer(layer)?);
+        self.get_hashed(&self.hashed(prefix)?, layer)
+    }
+
+    /// Hashes a prefix text, to ask for several of its layers one by one.
+    ///
+    /// # Errors
+    /// [`Error::EmptyPrefix`].
+    pub fn hashed(&self, prefix: &str) -> Result<HashedPrefix> {
+        self.hash(prefix).map(HashedPrefix)
+    }
+
+    /// [`SimpleKvCache::get_cached_kv`] of a text that is hashed already.
+    ///
+    /// # Errors
+    /// [`Error::LayerOutOfRange`].
+    pub fn get_hashed(&self, prefix: &HashedPrefix, layer: usize) -> Result<Option<CachedKv>> {
+        let key = prefix.0.key(checked_layer(layer)?);
         let pin = self.store.pin_all(&[key], Request::Named);
         Ok(pin.map(|pin| CachedKv(CachedLayers { pin })))
     }
@@ -199,9 +250,16 @@ impl SimpleKvCache {
     /// # Errors
     /// [`Error::EmptyPrefix`], [`Error::ZeroLayers`], [`Error::LayerOutOfRange`].
     pub fn get_all_layers(&self, prefix: &str, num_layers: usize) -> Result<Option<CachedLayers>> {
-        let last = num_layers.checked_sub(1).ok_or(Error::ZeroLayers)?;
-        let (hash, last) = (self.hash(prefix)?, checked_layer(last)?);
-        let keys: Vec<ObjectKey> = (0..=last).map(|layer| hash.key(layer)).collect();
+        self.get_all_hashed(&self.hashed(prefix)?, num_layers)
+    }
+
+    /// [`SimpleKvCache::get_all_layers`] of a text that is hashed already.
+    ///
+    /// # Errors
+    /// [`Error::ZeroLayers`], [`Error::LayerOutOfRange`].
+    pub fn get_all_hashed(&self, prefix: &HashedPrefix, num_layers: usize) -> Result<Option<CachedLayers>> {
+        let last = checked_layer(num_layers.checked_sub(1).ok_or(Error::ZeroLayers)?)?;
+        let keys: Vec<ObjectKey> = (0..=last).map(|layer| prefix.0.key(layer)).collect();
         Ok(self.store.pin_all(&keys, Request::Named).map(|pin| CachedLayers { pin }))
     }
 
@@ -326,7 +384,7 @@ impl CachedLayers {
 
     fn views(&self, layer: usize) -> (TensorView<'_>, TensorView<'_>) {
         let bytes = self.pin.bytes(layer);
-        let view = |(dtype, shape): (crate::DType, crate::Shape), start: usize| {
+        let view = |(dtype, shape): (DType, Shape), start: usize| {
             let end = start + shape.size_bytes(dtype).unwrap_or(0);
             TensorView::trusted(dtype, shape, bytes.get(start..end).unwrap_or_default())
         };
@@ -334,6 +392,67 @@ impl CachedLayers {
             Some(spec) => (view(spec.k, 0), view(spec.v, spec.v_start().unwrap_or(0))),
             None => (TensorView::empty(), TensorView::empty()),
         }
+    }
+}
+
+impl CachedKv {
+    /// The same in memory of the holder's own, as layer 0 of one.
+    ///
+    /// # Errors
+    /// [`Error::PrivateMemory`].
+    pub fn into_private(self) -> Result<PrivateLayers> {
+        self.0.into_private()
+    }
+}
+
+impl CachedLayers {
+    /// The same in memory of the holder's own.
+    ///
+    /// # Errors
+    /// [`Error::PrivateMemory`].
+    pub fn into_private(self) -> Result<PrivateLayers> {
+        Ok(PrivateLayers { pin: self.pin.into_private()? })
+    }
+}
+
+impl PrivateLayers {
+    /// How many layers.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.pin.pin().len()
+    }
+
+    /// Never: a hit has at least one layer.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// K and V of one layer.
+    ///
+    /// # Errors
+    /// [`Error::LayerOutOfRange`].
+    pub fn layer(&self, layer: usize) -> Result<(PrivateTensor, PrivateTensor)> {
+        let pair = || {
+            let (spec, address) = (self.pin.pin().spec(layer)?, self.pin.address(layer)?);
+            let v_start = spec.v_start()?;
+            let tensor = |(dtype, shape), address| PrivateTensor { dtype, shape, address };
+            Some((tensor(spec.k, address), tensor(spec.v, offset(address, v_start)?)))
+        };
+        pair().ok_or(Error::LayerOutOfRange { layer, layers: self.len() })
+    }
+
+    /// Do the layers lie behind each other in one piece of memory, with nothing of others in
+    /// between? They do if they were stored together while the cache had a free run of pages.
+    #[must_use]
+    pub fn is_one_run(&self) -> bool {
+        self.pin.is_one_run()
+    }
+
+    /// What [`StoreOptions::tag`] said when this layer was stored.
+    #[must_use]
+    pub fn tag(&self, layer: usize) -> u8 {
+        self.pin.pin().spec(layer).map_or(0, |spec| spec.tag)
     }
 }
 
@@ -345,7 +464,7 @@ struct Plan {
     bytes: usize,
 }
 
-fn plan(prefix: &str, hash: PrefixHash, layers: &[LayerKv<'_>]) -> Result<Vec<Plan>> {
+fn plan(prefix: &str, hash: PrefixHash, layers: &[LayerKv<'_>], tag: u8) -> Result<Vec<Plan>> {
     if layers.is_empty() {
         return Err(Error::ZeroLayers);
     }
@@ -363,11 +482,16 @@ fn plan(prefix: &str, hash: PrefixHash, layers: &[LayerKv<'_>]) -> Result<Vec<Pl
             }
             let overflow = Error::SizeOverflow("the size of K and V");
             let (k, v) = ((k.dtype(), k.shape()), (v.dtype(), v.shape()));
-            let spec = PairSpec { k, v, prefix_bytes: prefix.len() };
+            let spec = PairSpec { k, v, prefix_bytes: prefix.len(), tag };
             let (Some(v_start), Some(bytes)) = (spec.v_start(), spec.payload_bytes()) else { return Err(overflow) };
             Ok(Plan { key: hash.key(checked_layer(*layer)?), spec: Arc::new(spec), v_start, bytes })
         })
         .collect()
+}
+
+/// So many bytes further on.
+fn offset(address: NonNull<u8>, bytes: usize) -> Option<NonNull<u8>> {
+    NonNull::new(address.as_ptr().wrapping_add(bytes))
 }
 
 fn copy_to(bytes: &mut [u8], start: usize, from: &[u8]) {

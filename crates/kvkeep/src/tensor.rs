@@ -31,6 +31,14 @@ pub enum DType {
     I8,
     /// Unsigned byte.
     U8,
+    /// IEEE 754 double precision: what numpy makes unless told otherwise.
+    F64,
+    /// Signed 16-bit integer.
+    I16,
+    /// Signed 32-bit integer; also how packed 4-bit KV travels.
+    I32,
+    /// Signed 64-bit integer.
+    I64,
 }
 
 /// The dimensions of a tensor, outermost first.
@@ -47,6 +55,8 @@ pub(crate) struct PairSpec {
     pub(crate) v: (DType, Shape),
     /// Length of the prefix text the pair is stored under.
     pub(crate) prefix_bytes: usize,
+    /// The caller's own mark.
+    pub(crate) tag: u8,
 }
 
 /// A contiguous, row-major tensor that is only borrowed.
@@ -74,7 +84,19 @@ pub trait Element: Pod {
 
 impl DType {
     /// Every dtype, in the order of their codes.
-    pub const ALL: [Self; 7] = [Self::F32, Self::F16, Self::BF16, Self::F8E4M3, Self::F8E5M2, Self::I8, Self::U8];
+    pub const ALL: [Self; 11] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::F8E4M3,
+        Self::F8E5M2,
+        Self::I8,
+        Self::U8,
+        Self::F64,
+        Self::I16,
+        Self::I32,
+        Self::I64,
+    ];
 
     /// Its number on disk: the position in [`DType::ALL`].
     pub(crate) fn code(self) -> u8 {
@@ -86,6 +108,10 @@ impl DType {
             Self::F8E5M2 => 4,
             Self::I8 => 5,
             Self::U8 => 6,
+            Self::F64 => 7,
+            Self::I16 => 8,
+            Self::I32 => 9,
+            Self::I64 => 10,
         }
     }
 
@@ -97,8 +123,9 @@ impl DType {
     #[must_use]
     pub fn size_bytes(self) -> usize {
         match self {
-            Self::F32 => 4,
-            Self::F16 | Self::BF16 => 2,
+            Self::F64 | Self::I64 => 8,
+            Self::F32 | Self::I32 => 4,
+            Self::F16 | Self::BF16 | Self::I16 => 2,
             Self::F8E4M3 | Self::F8E5M2 | Self::I8 | Self::U8 => 1,
         }
     }
@@ -114,6 +141,10 @@ impl DType {
             Self::F8E5M2 => "f8e5m2",
             Self::I8 => "i8",
             Self::U8 => "u8",
+            Self::F64 => "f64",
+            Self::I16 => "i16",
+            Self::I32 => "i32",
+            Self::I64 => "i64",
         }
     }
 }
@@ -283,7 +314,9 @@ macro_rules! elements {
     };
 }
 
-elements! { f32 => F32, half::f16 => F16, half::bf16 => BF16, i8 => I8, u8 => U8 }
+elements! {
+    f32 => F32, half::f16 => F16, half::bf16 => BF16, i8 => I8, u8 => U8, f64 => F64, i16 => I16, i32 => I32, i64 => I64,
+}
 
 #[cfg(test)]
 mod tests {

@@ -7,15 +7,15 @@ use std::path::{Path, PathBuf};
 
 /// Lower ranks first; modules of one rank do not use each other.
 const RANKS: &[&[&str]] = &[
-    &["sync", "clock", "tensor"],
+    &["sync", "clock", "tensor", "record"],
     &["error"],
-    &["config", "stats", "layout"],
+    &["stats", "layout", "eviction"],
     &["key"],
     &["namespaces"],
-    &["eviction", "tier", "flight"],
+    &["config", "tier", "flight"],
     &["index"],
     &["store"],
-    &["cache", "named"],
+    &["cache", "named", "simulation"],
 ];
 
 /// The two that know each other: an error names the dtype and shape it is about.

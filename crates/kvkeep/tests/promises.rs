@@ -11,7 +11,7 @@ use std::time::Duration;
 use common::{BLOCK_TOKENS, Kv, LAYERS, assert_right, layout, namespace, store};
 use kvkeep::{
     CacheConfig, DType, Error, KvCache, KvLayout, LayerKv, LayerView, LayerViewMut, ManualClock, Namespace, Outcome,
-    Rejection, SimpleKvCache, Store, StoreOptions, TensorView, TensorViewMut, TokenOrder,
+    PolicyKind, Rejection, SimpleKvCache, Store, StoreOptions, TensorView, TensorViewMut, TokenOrder,
 };
 
 const PAGE: u64 = 4096;
@@ -166,7 +166,8 @@ fn the_index_takes_less_than_128_bytes_a_block() {
 
 #[test]
 fn a_full_cache_evicts_the_least_recently_used_and_admits() {
-    let (cache, namespace) = (cache(4), namespace("m"));
+    let lru = CacheConfig::new(4 * PAGE).policy(PolicyKind::Lru);
+    let (cache, namespace) = (KvCache::new(lru).unwrap(), namespace("m"));
     let prompts: Vec<_> = (0..4).map(|i| prompt(100 * i, 4)).collect();
     for tokens in &prompts {
         store(&cache, &namespace, tokens);
@@ -178,13 +179,13 @@ fn a_full_cache_evicts_the_least_recently_used_and_admits() {
     assert_eq!(cache.stats().evictions, 1);
 }
 
-/// Recency alone must never leave a leaf without the blocks before it.
+/// No policy that knows parents, and recency alone, may leave a leaf without the blocks before it.
 #[test]
 fn eviction_takes_the_leaves_of_a_chain_before_the_blocks_they_need() {
     let (namespace, tokens) = (namespace("m"), prompt(0, 32));
-    for used_before in [false, true] {
+    for (used_before, policy) in [(false, PolicyKind::Lru), (true, PolicyKind::Lru)] {
         for others in 0..=8u32 {
-            let cache = cache(8);
+            let cache = KvCache::new(CacheConfig::new(8 * PAGE).policy(policy)).unwrap();
             store(&cache, &namespace, &tokens);
             if used_before {
                 drop(cache.lookup(&namespace, &tokens).unwrap());
@@ -473,4 +474,113 @@ fn storing_behind_a_gap_is_a_stated_rejection() {
     assert_eq!((report.stored_blocks, report.present_blocks), (2, 2));
     assert_right(&cache.lookup(&namespace, &tokens).unwrap(), &tokens);
     assert_eq!(layout().block_tokens(), BLOCK_TOKENS);
+}
+
+// Private views: what a hit's holder may write.
+
+/// The bytes that a private tensor shows; `Some(fill)` overwrites them first.
+#[expect(unsafe_code, reason = "private tensors are addresses, for tensor libraries")]
+fn private_bytes(tensor: &kvkeep::PrivateTensor, fill: Option<u8>) -> Vec<u8> {
+    let bytes = tensor.shape.size_bytes(tensor.dtype).unwrap();
+    // SAFETY: the test holds the layers that the tensor came from, and uses it on this thread alone.
+    let memory = unsafe { std::slice::from_raw_parts_mut(tensor.address.as_ptr(), bytes) };
+    if let Some(fill) = fill {
+        memory.fill(fill);
+    }
+    memory.to_vec()
+}
+
+#[test]
+fn what_a_holder_of_private_layers_writes_reaches_nobody_else() {
+    let cache = SimpleKvCache::open(CacheConfig::new(64 * PAGE)).unwrap();
+    let (k, v) = (pair(1, 5000), pair(2, 700));
+    let layers: Vec<_> = (0..3).map(|layer| LayerKv { layer, k: tensor(&k), v: tensor(&v) }).collect();
+    assert_eq!(cache.cache_all_layers_with("p", &layers, &StoreOptions::default().tag(7)).unwrap(), Outcome::Stored);
+    let private = || cache.get_all_layers("p", 3).unwrap().unwrap().into_private().unwrap();
+    let (one, other) = (private(), private());
+    assert!(one.is_one_run() && one.len() == 3 && one.tag(1) == 7);
+    for layer in 0..3 {
+        let (k, v) = one.layer(layer).unwrap();
+        assert_eq!((k.address.as_ptr() as usize % 64, v.address.as_ptr() as usize % 64), (0, 0));
+        private_bytes(&k, Some(9));
+        private_bytes(&v, Some(8));
+    }
+    for seen in [&other, &private()] {
+        for layer in 0..3 {
+            let (seen_k, seen_v) = seen.layer(layer).unwrap();
+            assert_eq!((private_bytes(&seen_k, None), private_bytes(&seen_v, None)), (k.clone(), v.clone()));
+        }
+    }
+    assert_eq!(private_bytes(&one.layer(2).unwrap().0, None), pair(9, 5000), "and the holder keeps it");
+    let hit = cache.get_cached_kv("p", 1).unwrap().unwrap();
+    assert_eq!((hit.k().bytes(), hit.v().bytes()), (&k[..], &v[..]));
+    assert!(matches!(one.layer(3), Err(Error::LayerOutOfRange { .. })));
+}
+
+#[test]
+fn private_layers_stay_valid_after_removal_and_after_the_cache_is_gone_and_hold_their_pages() {
+    let cache = SimpleKvCache::open(CacheConfig::new(4 * PAGE)).unwrap();
+    let k = pair(1, 4000);
+    let store = |prefix: &str| cache.cache_kv(prefix, 0, tensor(&k), tensor(&k)).unwrap();
+    assert_eq!(store("a"), Outcome::Stored);
+    let held = cache.get_cached_kv("a", 0).unwrap().unwrap().into_private().unwrap();
+    cache.evict("a", None).unwrap();
+    assert_eq!(cache.get_stats().held_bytes, 2 * PAGE);
+    for number in 0..20u8 {
+        let other = pair(number + 10, 4000);
+        assert_eq!(cache.cache_kv("b", 0, tensor(&other), tensor(&other)).unwrap(), Outcome::Stored, "{number}");
+        cache.evict("b", None).unwrap();
+    }
+    drop(cache);
+    assert_eq!(private_bytes(&held.layer(0).unwrap().1, None), k);
+}
+
+#[test]
+fn layers_stored_together_lie_in_one_run_also_in_a_full_cache() {
+    let cache = SimpleKvCache::open(CacheConfig::new(12 * PAGE)).unwrap();
+    let k = pair(1, 2000);
+    let layers: Vec<_> = (0..4).map(|layer| LayerKv { layer, k: tensor(&k), v: tensor(&k) }).collect();
+    for number in 0..10 {
+        let prefix = format!("prefix {number}");
+        assert_eq!(cache.cache_all_layers(&prefix, &layers).unwrap(), Outcome::Stored);
+        let private = cache.get_all_layers(&prefix, 4).unwrap().unwrap().into_private().unwrap();
+        assert!(private.is_one_run(), "{prefix}");
+    }
+    assert_eq!(cache.get_stats().evictions, 7 * 4, "no more than it takes");
+}
+
+/// Every other page is held, so no run of two is free: the layers must lie apart, and come back all the same.
+#[test]
+fn layers_that_find_no_run_are_stored_apart() {
+    let cache = SimpleKvCache::open(CacheConfig::new(8 * PAGE)).unwrap();
+    let page = pair(1, 1000);
+    let held: Vec<_> = (0..8)
+        .map(|layer| {
+            assert_eq!(cache.cache_kv("p", layer, tensor(&page), tensor(&page)).unwrap(), Outcome::Stored);
+            cache.get_cached_kv("p", layer).unwrap().unwrap()
+        })
+        .enumerate()
+        .filter_map(|(layer, hit)| (layer % 2 == 0).then_some(hit))
+        .collect();
+    cache.evict("p", None).unwrap();
+    let layers: Vec<_> = (0..3).map(|layer| LayerKv { layer, k: tensor(&page), v: tensor(&page) }).collect();
+    assert_eq!(cache.cache_all_layers("q", &layers).unwrap(), Outcome::Stored);
+    let private = cache.get_all_layers("q", 3).unwrap().unwrap().into_private().unwrap();
+    assert!(!private.is_one_run());
+    for layer in 0..3 {
+        assert_eq!(private_bytes(&private.layer(layer).unwrap().1, None), page);
+    }
+    drop(held);
+}
+
+#[test]
+fn a_hashed_prefix_finds_what_its_text_finds() {
+    let cache = SimpleKvCache::open(CacheConfig::new(8 * PAGE)).unwrap();
+    let k = pair(1, 100);
+    assert_eq!(cache.cache_kv("p", 0, tensor(&k), tensor(&k)).unwrap(), Outcome::Stored);
+    let (hashed, other) = (cache.hashed("p").unwrap(), cache.hashed("q").unwrap());
+    assert!(cache.get_hashed(&hashed, 0).unwrap().is_some() && cache.get_all_hashed(&hashed, 1).unwrap().is_some());
+    assert!(cache.get_hashed(&other, 0).unwrap().is_none() && cache.get_hashed(&hashed, 1).unwrap().is_none());
+    assert!(matches!(cache.hashed(""), Err(Error::EmptyPrefix)));
+    assert!(matches!(cache.get_all_hashed(&hashed, 0), Err(Error::ZeroLayers)));
 }

@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 
 use half::f16;
 
-use super::{Into, LANES, Product, SoftmaxTile, Weight, body};
+use super::{Into, LANES, Product, SoftmaxTile, Transpose, Weight, body, scalar};
 
 macro_rules! compiled_with_avx2 {
     ($($name:ident($($arg:ident: $type:ty),*);)+) => {
@@ -187,5 +187,50 @@ pub(super) fn narrow(from: &[f32], to: &mut [f16]) {
     }
     for (from, to) in from.chunks_exact(8).remainder().iter().zip(to_chunks.into_remainder()) {
         *to = f16::from_f32(*from);
+    }
+}
+
+/// Blocks of 8 by 8 in registers; what is left at the edges one by one. The caller has
+/// checked the bounds: `Transpose::assert_bounds`.
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) fn transpose(from: &[f16], to: &mut [f16], shape: &Transpose) {
+    let Transpose { rows, columns, from_stride, to_stride } = *shape;
+    let (whole_rows, whole_columns) = (rows / 8 * 8, columns / 8 * 8);
+    for row in (0..whole_rows).step_by(8) {
+        for column in (0..whole_columns).step_by(8) {
+            // SAFETY: 8 rows from `row` and 8 columns from `column` on are inside the shape, which
+            // `assert_bounds` has checked against both slices.
+            unsafe {
+                let from = from.as_ptr().add(row * from_stride + column);
+                let to = to.as_mut_ptr().add(column * to_stride + row);
+                transpose_8x8(from, from_stride, to, to_stride);
+            }
+        }
+    }
+    if whole_columns < columns && whole_rows > 0 {
+        let edge = Transpose { rows: whole_rows, columns: columns - whole_columns, ..*shape };
+        scalar::transpose(&from[whole_columns..], &mut to[whole_columns * to_stride..], &edge);
+    }
+    if whole_rows < rows {
+        let edge = Transpose { rows: rows - whole_rows, ..*shape };
+        scalar::transpose(&from[whole_rows * from_stride..], &mut to[whole_rows..], &edge);
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn transpose_8x8(from: *const f16, from_stride: usize, to: *mut f16, to_stride: usize) {
+    // SAFETY: the caller vouches for 8 rows of 8 values at both pointers; unaligned loads and stores.
+    unsafe {
+        let row = |i: usize| _mm_loadu_si128(from.add(i * from_stride).cast());
+        let pair = |i: usize| (_mm_unpacklo_epi16(row(i), row(i + 1)), _mm_unpackhi_epi16(row(i), row(i + 1)));
+        let ((a, b), (c, d), (e, f), (g, h)) = (pair(0), pair(2), pair(4), pair(6));
+        let fours = |x, y| (_mm_unpacklo_epi32(x, y), _mm_unpackhi_epi32(x, y));
+        let ((p, q), (r, s)) = (fours(a, c), fours(b, d));
+        let ((t, u), (v, w)) = (fours(e, g), fours(f, h));
+        for (i, (low, high)) in [(p, t), (q, u), (r, v), (s, w)].into_iter().enumerate() {
+            _mm_storeu_si128(to.add(2 * i * to_stride).cast(), _mm_unpacklo_epi64(low, high));
+            _mm_storeu_si128(to.add((2 * i + 1) * to_stride).cast(), _mm_unpackhi_epi64(low, high));
+        }
     }
 }

@@ -130,6 +130,27 @@ pub(crate) struct SoftmaxTile<'a> {
     pub(crate) acc_panels: usize,
 }
 
+/// Shape of a transposition of 16-bit values; strides in elements.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Transpose {
+    pub(crate) rows: usize,
+    pub(crate) columns: usize,
+    /// From one row of the source to the next.
+    pub(crate) from_stride: usize,
+    /// From one column of the source, a row of the result, to the next.
+    pub(crate) to_stride: usize,
+}
+
+impl Transpose {
+    /// The kernels run on raw pointers: this is what makes that sound.
+    fn assert_bounds(&self, from: &[f16], to: &[f16]) {
+        if self.rows > 0 && self.columns > 0 {
+            assert!((self.rows - 1) * self.from_stride + self.columns <= from.len());
+            assert!((self.columns - 1) * self.to_stride + self.rows <= to.len());
+        }
+    }
+}
+
 macro_rules! pick {
     ($self:ident, $name:ident ( $($arg:expr),* )) => {{
         #[cfg(target_arch = "x86_64")]
@@ -187,6 +208,12 @@ impl Kernels {
     pub(crate) fn narrow(self, from: &[f32], to: &mut [f16]) {
         assert_eq!(from.len(), to.len());
         pick!(self, narrow(from, to));
+    }
+
+    /// `to[column * to_stride + row] = from[row * from_stride + column]`.
+    pub(crate) fn transpose(self, from: &[f16], to: &mut [f16], shape: &Transpose) {
+        shape.assert_bounds(from, to);
+        pick!(self, transpose(from, to, shape));
     }
 
     /// Scores to probabilities; rescales what was summed before.

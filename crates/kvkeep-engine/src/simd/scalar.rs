@@ -3,7 +3,7 @@
 use half::f16;
 
 pub(super) use super::body::{divide, normalize, rms_inverse, rope, softmax, swiglu};
-use super::{Into, LANES, Product, Weight};
+use super::{Into, LANES, Product, Transpose, Weight};
 
 pub(super) fn product<W: Weight>(product: &Product<'_, W>, out: &mut [f32], into: Into) {
     for panel in 0..product.panels {
@@ -31,5 +31,13 @@ pub(super) fn product<W: Weight>(product: &Product<'_, W>, out: &mut [f32], into
 pub(super) fn narrow(from: &[f32], to: &mut [f16]) {
     for (from, to) in from.iter().zip(to) {
         *to = f16::from_f32(*from);
+    }
+}
+
+pub(super) fn transpose(from: &[f16], to: &mut [f16], shape: &Transpose) {
+    for column in 0..shape.columns {
+        for row in 0..shape.rows {
+            to[column * shape.to_stride + row] = from[row * shape.from_stride + column];
+        }
     }
 }

@@ -49,6 +49,27 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
+    fn a_transposition_moves_every_value_and_touches_nothing_else(
+        rows in 0usize..27, columns in 0usize..27, spare in 0usize..3
+    ) {
+        let (from_stride, to_stride) = (columns + spare, rows + spare);
+        let shape = Transpose { rows, columns, from_stride, to_stride };
+        let from = halves(5, rows * from_stride);
+        let run = |kernels: Kernels| {
+            let mut to = vec![f16::NAN; columns * to_stride];
+            kernels.transpose(&from, &mut to, &shape);
+            to.into_iter().map(f16::to_bits).collect::<Vec<_>>()
+        };
+        let fast = run(Kernels::detect());
+        for (i, bits) in fast.iter().enumerate() {
+            let (column, row) = (i / to_stride, i % to_stride);
+            let expected = if row < rows { from[row * from_stride + column] } else { f16::NAN };
+            prop_assert_eq!(*bits, expected.to_bits());
+        }
+        prop_assert_eq!(fast, run(Kernels::scalar()));
+    }
+
+    #[test]
     fn products_have_the_same_bits_on_every_machine(
         rows in 1usize..20, k in 1usize..70, panels in 1usize..9, into in into_strategy()
     ) {

@@ -1,15 +1,18 @@
-//! The two ways to hold pages outside the lock: [`Pending`] to write, [`Pin`] to read.
+//! The ways to hold pages outside the lock: [`Pending`] to write, [`Pin`] to read,
+//! [`PrivatePin`] to read and to scribble on.
 //!
 //! Sealed and pending are different types: what is being written cannot be found, what
 //! can be found cannot be written. Both give their pages back when dropped.
 
 use std::fmt;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::Shared;
 use super::state::Held;
+use crate::error::{Error, Result};
 use crate::tensor::PairSpec;
-use crate::tier::ram::Extent;
+use crate::tier::ram::{Extent, View, page_bytes};
 
 /// Pages that are being written; invisible until sealed, freed if dropped.
 pub(crate) struct Pending {
@@ -21,6 +24,13 @@ pub(crate) struct Pending {
 pub(crate) struct Pin {
     shared: Arc<Shared>,
     held: Vec<Held>,
+}
+
+/// A pin together with memory of its holder's own that shows the pinned objects. Writing
+/// there changes neither the objects nor what another holder sees.
+pub(crate) struct PrivatePin {
+    pin: Pin,
+    views: Vec<View>,
 }
 
 impl Pending {
@@ -93,6 +103,40 @@ impl Pin {
     }
 }
 
+impl Pin {
+    /// Private memory for what is pinned; the cost does not depend on its size.
+    pub(crate) fn into_private(self) -> Result<PrivatePin> {
+        let grants: Vec<_> = self.held.iter().map(|held| &held.grant).collect();
+        let pages = || grants.iter().map(|grant| grant.pages()).sum();
+        let views = self.shared.arena.private_views(&grants);
+        let views = views.map_err(|source| Error::PrivateMemory { bytes: page_bytes(pages()), source })?;
+        Ok(PrivatePin { pin: self, views })
+    }
+}
+
+impl PrivatePin {
+    pub(crate) fn pin(&self) -> &Pin {
+        &self.pin
+    }
+
+    /// Where the object at `position` begins.
+    pub(crate) fn address(&self, position: usize) -> Option<NonNull<u8>> {
+        self.pin.held.get(position)?.grant.address_in(&self.views)
+    }
+
+    /// Do all objects lie behind each other in one piece of memory?
+    pub(crate) fn is_one_run(&self) -> bool {
+        self.views.len() == 1
+    }
+}
+
+impl Drop for PrivatePin {
+    fn drop(&mut self) {
+        // Before the pin goes: from then on the pages may be written again.
+        self.views.drain(..).for_each(|view| self.pin.shared.arena.give_back(view));
+    }
+}
+
 impl Drop for Pin {
     fn drop(&mut self) {
         if !self.held.is_empty() {
@@ -104,6 +148,12 @@ impl Drop for Pin {
 impl fmt::Debug for Pin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pin").field("objects", &self.held.len()).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for PrivatePin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PrivatePin").field("views", &self.views).finish_non_exhaustive()
     }
 }
 

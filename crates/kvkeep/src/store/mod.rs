@@ -10,7 +10,7 @@
 
 mod guard;
 mod readers;
-mod state;
+pub(crate) mod state;
 #[cfg(test)]
 mod tests;
 mod tiering;
@@ -23,17 +23,19 @@ use std::time::Duration;
 use crate::clock::{Clock, duration_ms};
 use crate::config::{CacheConfig, StoreOptions, WritePolicy};
 use crate::error::{Error, Rejection, Result};
+use crate::eviction::Place;
 use crate::index::NEVER;
 use crate::key::{Namespace, NamespaceId, ObjectKey, PrefixHash};
+use crate::record::TraceRecorder;
 use crate::stats::Stats;
 use crate::sync::Mutex;
 use crate::tensor::PairSpec;
 use crate::tier::disk::Disk;
 use crate::tier::ram::{self, Arena};
 
-pub(crate) use guard::{Pending, Pin};
-pub(crate) use state::Request;
-use state::State;
+pub(crate) use guard::{Pending, Pin, PrivatePin};
+pub(crate) use state::{Request, Wanted};
+use state::{State, Written};
 use tiering::{Decision, Tiering};
 
 /// Keyed, sealed objects in RAM and, if configured, on a disk, each under a cap. Cheap to clone:
@@ -53,6 +55,7 @@ pub(crate) struct Shared {
     arena: Arena,
     clock: Arc<dyn Clock>,
     default_ttl: Option<Duration>,
+    recorder: Option<Arc<TraceRecorder>>,
 }
 
 /// What was taken out of the cache.
@@ -71,6 +74,9 @@ pub(crate) struct Sealing {
     /// Of these pages, what is the payload.
     pub(crate) bytes: usize,
     pub(crate) spec: Option<Arc<PairSpec>>,
+    /// The key of the block before it in its chain.
+    pub(crate) parent: Option<ObjectKey>,
+    pub(crate) place: Place,
 }
 
 /// What [`Store::reserve`] found and made for a run of keys.
@@ -118,10 +124,11 @@ impl Store {
     pub fn new(config: CacheConfig) -> Result<Self> {
         let (arena, pages) = ram::reserve(config.capacity_bytes)?;
         let shared = Arc::new(Shared {
-            state: Mutex::new(State::new(pages)),
+            state: Mutex::new(State::new(pages, config.policy, &config.quotas)),
             arena,
             clock: config.clock,
             default_ttl: config.ttl,
+            recorder: config.recorder,
         });
         let tiering = config.disk.map(|disk| Tiering::open(&disk, config.capacity_bytes, &shared).map(Arc::new));
         Ok(Self { tiering: tiering.transpose()?, shared })
@@ -330,23 +337,23 @@ impl Store {
     }
 
     /// Pages for each of `sizes_bytes`, all or nothing.
-    pub(crate) fn reserve_all(&self, sizes_bytes: &[usize]) -> Result<Vec<Pending>, Rejection> {
+    pub(crate) fn reserve_all(&self, namespace: NamespaceId, sizes_bytes: &[usize]) -> Result<Vec<Pending>, Rejection> {
         let now_ms = self.now_ms();
-        let mut reserved = self.shared.state.lock().reserve_all(sizes_bytes, now_ms);
+        let mut reserved = self.shared.state.lock().reserve_all(namespace, sizes_bytes, now_ms);
         if matches!(reserved, Err(Rejection::AllPinned { .. })) && self.make_way() {
-            reserved = self.shared.state.lock().reserve_all(sizes_bytes, now_ms);
+            reserved = self.shared.state.lock().reserve_all(namespace, sizes_bytes, now_ms);
         }
         let extents = reserved.inspect_err(|_| self.shared.state.lock().count_rejection())?;
         Ok(extents.into_iter().map(|extent| Pending::new(Arc::clone(&self.shared), extent)).collect())
     }
 
     /// Pins what is there of a chain and makes room for the rest, head first. What is
-    /// missing before position `first_given` cannot be written and ends it.
-    pub(crate) fn reserve(&self, keys: &[ObjectKey], bytes_each: usize, first_given: usize) -> Reserved {
-        let mut reserved = self.try_reserve(keys, bytes_each, first_given);
+    /// missing before the first position given cannot be written and ends it.
+    pub(crate) fn reserve(&self, namespace: NamespaceId, keys: &[ObjectKey], wanted: Wanted) -> Reserved {
+        let mut reserved = self.try_reserve(namespace, keys, wanted);
         if matches!(reserved.rejection, Some(Rejection::AllPinned { .. })) && self.make_way() {
             drop(reserved);
-            reserved = self.try_reserve(keys, bytes_each, first_given);
+            reserved = self.try_reserve(namespace, keys, wanted);
         }
         if reserved.rejection.is_some() {
             self.shared.state.lock().count_rejection();
@@ -354,9 +361,9 @@ impl Store {
         reserved
     }
 
-    fn try_reserve(&self, keys: &[ObjectKey], bytes_each: usize, first_given: usize) -> Reserved {
+    fn try_reserve(&self, namespace: NamespaceId, keys: &[ObjectKey], wanted: Wanted) -> Reserved {
         let now_ms = self.now_ms();
-        let (present, missing, rejection) = self.shared.state.lock().reserve(keys, bytes_each, first_given, now_ms);
+        let (present, missing, rejection) = self.shared.state.lock().reserve(namespace, keys, wanted, now_ms);
         let pending = |(position, extent)| (position, Pending::new(Arc::clone(&self.shared), extent));
         let below = match &rejection {
             None => keys.len() - present.len() - missing.len(),
@@ -394,14 +401,13 @@ impl Store {
             if let Some(disk) = disk.filter(|_| on_present == OnPresent::Replace) {
                 disk.hide(&keys);
             }
-            let mut sealed = 0;
-            for object in objects.into_iter().rev() {
-                let Some(extent) = object.pending.into_extent() else { continue };
-                let entry = state::new_entry(object.key, extent, object.bytes, expires_at_ms, object.spec, compute_us);
-                sealed += usize::from(state.seal(namespace, entry, on_present));
-                if through {
-                    state.demote(&object.key, false);
-                }
+            let written = objects.into_iter().filter_map(|Sealing { key, pending, bytes, spec, parent, place }| {
+                let entry = state::new_entry(key, pending.into_extent()?, bytes, expires_at_ms, spec, compute_us);
+                Some(Written { entry, parent, place })
+            });
+            let sealed = state.seal_all(namespace, written, on_present, options.priority);
+            if through {
+                keys.iter().for_each(|key| state.demote(key, false));
             }
             sealed
         })
@@ -426,6 +432,13 @@ impl Store {
             return Decision::default();
         }
         tiering.decide(keys, |key| self.shared.state.lock().compute_us(key))
+    }
+
+    /// Writes a request of the token door to the trace, if there is one.
+    pub(crate) fn record(&self, tokens: usize, keys: &[ObjectKey]) {
+        if let Some(recorder) = &self.shared.recorder {
+            recorder.request(self.now_ms(), tokens, keys.iter().map(ObjectKey::table_hash));
+        }
     }
 
     /// Queued writes pin pages that are needed now.

@@ -8,11 +8,12 @@
 //!   free when it is written.
 //! - An entry is in the policy's order exactly if it is linked and not pinned.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::{OnPresent, Removed};
 use crate::error::Rejection;
-use crate::eviction::{EntryId, Lru, Policy};
+use crate::eviction::{Arrival, Departure, EntryId, Place, PolicyKind, Priority, ShareId, Shares};
 use crate::index::{Entry, Index, NEVER};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::stats::Stats;
@@ -43,12 +44,32 @@ pub(crate) struct Held {
     pub(super) spec: Option<Arc<PairSpec>>,
 }
 
-pub(super) type Reservation = (Vec<Held>, Vec<(usize, Extent)>, Option<Rejection>);
+/// One object whose payload is written, to be made findable.
+#[derive(Debug)]
+pub(crate) struct Written {
+    pub(crate) entry: Entry,
+    /// The key of the block before it.
+    pub(crate) parent: Option<ObjectKey>,
+    pub(crate) place: Place,
+}
+
+/// What room is made for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted {
+    pub(crate) bytes_each: usize,
+    /// The first position that can be written.
+    pub(crate) first_given: usize,
+    pub(crate) priority: Priority,
+}
+
+pub(crate) type Reservation = (Vec<Held>, Vec<(usize, Extent)>, Option<Rejection>);
 
 #[derive(Debug)]
 pub(crate) struct State {
     index: Index,
-    policy: Box<dyn Policy>,
+    policy: Shares,
+    /// The shares of namespaces with a quota.
+    quotas: HashMap<NamespaceId, ShareId>,
     pages: Pages,
     held_pages: u32,
     /// Nothing expires before this.
@@ -78,7 +99,7 @@ pub(super) struct Object {
     pub(super) spec: Option<Arc<PairSpec>>,
 }
 
-pub(super) fn new_entry(
+pub(crate) fn new_entry(
     key: ObjectKey,
     extent: Extent,
     bytes: usize,
@@ -92,10 +113,13 @@ pub(super) fn new_entry(
 }
 
 impl State {
-    pub(super) fn new(pages: Pages) -> Self {
+    /// `quotas` are weights of namespaces; all others together have the weight 1.
+    pub(crate) fn new(pages: Pages, policy: PolicyKind, quotas: &[(NamespaceId, f64)]) -> Self {
+        let shares = Shares::new(policy, quotas.iter().map(|(_, weight)| *weight));
         Self {
             index: Index::default(),
-            policy: Box::new(Lru::new()),
+            policy: shares,
+            quotas: (1..).zip(quotas).map(|(share, (namespace, _))| (*namespace, share)).collect(),
             pages,
             held_pages: 0,
             earliest_expiry_ms: NEVER,
@@ -111,11 +135,15 @@ impl State {
         self.below = Some(below);
     }
 
-    pub(super) fn index(&self) -> &Index {
+    pub(crate) fn index(&self) -> &Index {
         &self.index
     }
 
-    pub(super) fn stats(&self) -> Stats {
+    pub(crate) fn policy_bytes(&self) -> usize {
+        self.policy.memory_bytes()
+    }
+
+    pub(crate) fn stats(&self) -> Stats {
         Stats {
             time_saved: std::time::Duration::from_micros(self.time_saved_us),
             entries: self.index.len() as u64,
@@ -133,13 +161,13 @@ impl State {
         if self.index.get(id)?.expires_at_ms > now_ms {
             return Some(id);
         }
-        self.drop_entry(id);
+        self.drop_entry(id, Departure::Removed);
         self.counters.expirations += 1;
         None
     }
 
     /// Holds the longest unbroken run of live entries from the first key on.
-    pub(super) fn hold_run(&mut self, keys: &[ObjectKey], now_ms: u64, request: Request) -> Vec<Held> {
+    pub(crate) fn hold_run(&mut self, keys: &[ObjectKey], now_ms: u64, request: Request) -> Vec<Held> {
         let mut run = Vec::with_capacity(keys.len());
         for key in keys {
             match self.find_live(key, now_ms).and_then(|id| self.hold(id)) {
@@ -169,7 +197,7 @@ impl State {
 
     /// Ends the reading of entries. Goes from the tail to the head, so that the head of a
     /// chain is the most recently used.
-    pub(super) fn release(&mut self, run: Vec<Held>) {
+    pub(crate) fn release(&mut self, run: Vec<Held>) {
         for Held { id, grant, queued, .. } in run.into_iter().rev() {
             let Some(entry) = self.index.get_mut(id) else { continue };
             entry.extent.revoke(grant);
@@ -188,18 +216,29 @@ impl State {
     }
 
     /// Pages that were reserved and will not be sealed.
-    pub(super) fn abandon(&mut self, extent: Extent) {
+    pub(crate) fn abandon(&mut self, extent: Extent) {
         self.held_pages -= extent.pages();
         // A pending extent has no readers, so this cannot be refused.
         let _ = self.pages.free(extent);
     }
 
     /// Room for each size, or for none.
-    pub(super) fn reserve_all(&mut self, sizes_bytes: &[usize], now_ms: u64) -> Result<Vec<Extent>, Rejection> {
+    pub(super) fn reserve_all(
+        &mut self,
+        namespace: NamespaceId,
+        sizes_bytes: &[usize],
+        now_ms: u64,
+    ) -> Result<Vec<Extent>, Rejection> {
+        let share = self.share(namespace);
         let mut extents = Vec::with_capacity(sizes_bytes.len());
         let result = self.admit(sizes_bytes.iter().copied()).and_then(|()| {
+            if let Some(run) = self.make_run(share, sizes_bytes, now_ms) {
+                extents = run;
+                return Ok(());
+            }
             sizes_bytes.iter().try_for_each(|bytes| {
-                extents.push(self.make_room(*bytes, now_ms)?);
+                let pending = extents.iter().map(Extent::pages).sum();
+                extents.push(self.make_room(share, *bytes, pending, now_ms)?);
                 Ok(())
             })
         });
@@ -213,8 +252,14 @@ impl State {
     }
 
     /// Room for one promoted entry.
-    pub(super) fn reserve_one(&mut self, bytes: usize, now_ms: u64) -> Result<Extent, Rejection> {
-        self.make_room(bytes, now_ms)
+    pub(super) fn reserve_one(
+        &mut self,
+        namespace: NamespaceId,
+        bytes: usize,
+        now_ms: u64,
+    ) -> Result<Extent, Rejection> {
+        let share = self.share(namespace);
+        self.make_room(share, bytes, 0, now_ms)
     }
 
     /// A store was refused.
@@ -224,16 +269,19 @@ impl State {
 
     /// Holds what is there of a chain and makes room for what is not, head first; what does
     /// not fit any more is the tail.
-    pub(super) fn reserve(
+    pub(crate) fn reserve(
         &mut self,
+        namespace: NamespaceId,
         keys: &[ObjectKey],
-        bytes_each: usize,
-        first_given: usize,
+        wanted: Wanted,
         now_ms: u64,
     ) -> Reservation {
-        let (mut present, mut missing) = (Vec::new(), Vec::new());
+        let Wanted { bytes_each, first_given, priority } = wanted;
+        let share = self.share(namespace);
+        let (mut present, mut missing, mut pending) = (Vec::new(), Vec::new(), 0);
         for (position, key) in keys.iter().enumerate() {
             if let Some(held) = self.find_live(key, now_ms).and_then(|id| self.hold(id)) {
+                self.raise(held.id, keys, position, priority);
                 present.push(held);
                 continue;
             }
@@ -242,10 +290,13 @@ impl State {
             } else if position < first_given {
                 Err(Rejection::PrefixGone { token: position })
             } else {
-                self.make_room(bytes_each, now_ms)
+                self.make_room(share, bytes_each, pending, now_ms)
             };
             match room {
-                Ok(extent) => missing.push((position, extent)),
+                Ok(extent) => {
+                    pending += extent.pages();
+                    missing.push((position, extent));
+                }
                 Err(rejection) => {
                     let whole = self.fits_empty(std::iter::repeat_n(bytes_each, keys.len())).err();
                     return (present, missing, whole.or(Some(rejection)));
@@ -255,29 +306,58 @@ impl State {
         (present, missing, None)
     }
 
-    /// Makes a written entry findable. `false` if one is there already and stays.
-    pub(super) fn seal(&mut self, namespace: NamespaceId, entry: Entry, on_present: OnPresent) -> bool {
-        let sealed = self.seal_promoted(namespace, entry, on_present);
-        self.counters.stored_total += u64::from(sealed);
+    /// Makes written entries findable, all at once; says how many are new. The policy hears of
+    /// the last one first, so that the head of a chain is the most recent.
+    pub(crate) fn seal_all(
+        &mut self,
+        namespace: NamespaceId,
+        written: impl Iterator<Item = Written>,
+        on_present: OnPresent,
+        priority: Priority,
+    ) -> usize {
+        let share = self.share(namespace);
+        let mut arrivals = Vec::with_capacity(written.size_hint().0);
+        let mut before = None;
+        for Written { entry, parent, place } in written {
+            let parent = parent.and_then(|key| match before {
+                Some((known, id)) if known == key => Some(id),
+                _ => self.index.find(&key),
+            });
+            let arrival = Arrival { fingerprint: entry.key.table_hash(), parent, place };
+            let key = entry.key;
+            let (id, new) = self.seal(namespace, entry, on_present);
+            before = Some((key, id));
+            arrivals.extend(new.then_some((id, arrival)));
+        }
+        let Self { index, policy, .. } = self;
+        let pages = |id| index.get(id).map_or(0, |entry| entry.extent.pages());
+        let sealed = arrivals.len();
+        policy.insert_run(&mut arrivals, pages, share, priority);
         sealed
     }
 
-    /// As [`State::seal`], of what a slower tier had already: it does not count as stored.
-    pub(super) fn seal_promoted(&mut self, namespace: NamespaceId, mut entry: Entry, on_present: OnPresent) -> bool {
+    /// As [`State::seal_all`], of one that a slower tier had already: it does not count as stored.
+    pub(super) fn seal_promoted(&mut self, namespace: NamespaceId, written: Written) {
+        let sealed = self.seal_all(namespace, std::iter::once(written), OnPresent::Keep, Priority::default());
+        self.counters.stored_total -= sealed as u64;
+    }
+
+    /// Makes a written entry findable; the policy has yet to hear of it. The id is another's if
+    /// one is there already and stays.
+    fn seal(&mut self, namespace: NamespaceId, mut entry: Entry, on_present: OnPresent) -> (EntryId, bool) {
         let present = self.index.find(&entry.key);
-        if present.is_some() && on_present == OnPresent::Keep {
+        if let (Some(id), OnPresent::Keep) = (present, on_present) {
             self.abandon(entry.extent);
-            return false;
+            return (id, false);
         }
         if let Some(id) = present {
-            self.drop_entry(id);
+            self.drop_entry(id, Departure::Removed);
         }
         self.held_pages -= entry.extent.pages();
         self.earliest_expiry_ms = self.earliest_expiry_ms.min(entry.expires_at_ms);
         entry.namespace = self.index.namespace(namespace);
-        let id = self.index.insert(entry);
-        self.policy.insert(id);
-        true
+        self.counters.stored_total += 1;
+        (self.index.insert(entry), true)
     }
 
     /// Offers the entry under a key to the tier below, if that does not have it.
@@ -354,30 +434,76 @@ impl State {
             return 0;
         }
         let expired = self.index.select(|entry| entry.expires_at_ms <= now_ms);
-        expired.iter().for_each(|id| self.drop_entry(*id));
+        expired.iter().for_each(|id| self.drop_entry(*id, Departure::Removed));
         self.counters.expirations += expired.len() as u64;
         self.last_sweep_ms = now_ms;
         self.earliest_expiry_ms = self.index.earliest_expiry_ms();
         expired.len() as u64
     }
 
-    /// A free extent, after as many evictions as it takes.
-    fn make_room(&mut self, bytes: usize, now_ms: u64) -> Result<Extent, Rejection> {
+    /// Free extents behind each other in one run of pages, so that a reader of all of them
+    /// needs one view. Evicts what these sizes take wherever they come to lie, and nothing
+    /// for the sake of the run: where the free pages are scattered there is none.
+    fn make_run(&mut self, share: ShareId, sizes_bytes: &[usize], now_ms: u64) -> Option<Vec<Extent>> {
+        let pages: Vec<u32> = sizes_bytes.iter().map(|bytes| pages_for(*bytes)).collect::<Option<_>>()?;
+        let all = pages.iter().try_fold(0u32, |all, pages| all.checked_add(*pages))?;
+        self.sweep_when_due(now_ms);
+        while self.pages.free_pages() < all {
+            self.evict_one(share, all, all).ok()?;
+        }
+        let extents = self.pages.allocate_run(&pages)?;
+        self.held_pages += all;
+        Some(extents)
+    }
+
+    /// A free extent, after as many evictions as it takes; the share has `pending` pages already
+    /// that are not sealed yet.
+    fn make_room(&mut self, share: ShareId, bytes: usize, pending: u32, now_ms: u64) -> Result<Extent, Rejection> {
         self.admit(std::iter::once(bytes))?;
         let pages = pages_for(bytes).unwrap_or(u32::MAX);
-        if now_ms.saturating_sub(self.last_sweep_ms) >= SWEEP_INTERVAL_MS {
-            self.sweep(now_ms);
-        }
+        self.sweep_when_due(now_ms);
         loop {
             if let Some(extent) = self.pages.allocate(pages) {
                 self.held_pages += pages;
                 return Ok(extent);
             }
-            let victim = self.policy.victim().ok_or(self.all_pinned(u64::from(pages)))?;
-            self.demote_entry(victim, false);
-            self.drop_entry(victim);
-            self.counters.evictions += 1;
+            self.evict_one(share, pending + pages, pages)?;
         }
+    }
+
+    /// Evicts what the policy says for a share that will have `pending` pages more, of which
+    /// `pages` are wanted now.
+    fn evict_one(&mut self, share: ShareId, pending: u32, pages: u32) -> Result<(), Rejection> {
+        let victim = self.policy.victim(share, pending, self.pages.capacity_pages());
+        let victim = victim.ok_or(self.all_pinned(u64::from(pages)))?;
+        self.demote_entry(victim, false);
+        self.drop_entry(victim, Departure::Evicted);
+        self.counters.evictions += 1;
+        Ok(())
+    }
+
+    fn sweep_when_due(&mut self, now_ms: u64) {
+        if now_ms.saturating_sub(self.last_sweep_ms) >= SWEEP_INTERVAL_MS {
+            self.sweep(now_ms);
+        }
+    }
+
+    fn share(&self, namespace: NamespaceId) -> ShareId {
+        self.quotas.get(&namespace).copied().unwrap_or(0)
+    }
+
+    /// What comes before must be kept as long as what is stored behind it.
+    fn raise(&mut self, id: EntryId, keys: &[ObjectKey], position: usize, priority: Priority) {
+        if self.policy.priority(id) >= priority {
+            return;
+        }
+        let (Some(key), Some(entry)) = (keys.get(position), self.index.get(id)) else { return };
+        let pages = entry.extent.pages();
+        let parent = position.checked_sub(1).and_then(|before| keys.get(before));
+        let parent = parent.and_then(|key| self.index.find(key));
+        let place = Place::of(position, keys.len(), keys.len());
+        let arrival = Arrival { fingerprint: key.table_hash(), parent, place };
+        self.policy.raise(id, &arrival, pages, priority);
     }
 
     /// Refuses, before anything is evicted, what would not fit if everything that can go went.
@@ -424,20 +550,26 @@ impl State {
     }
 
     /// Counts a request that found this run.
-    pub(super) fn count(&mut self, request: Request, run: &[Held]) {
+    pub(crate) fn count(&mut self, request: Request, run: &[Held]) {
         if request == Request::Uncounted {
             return;
         }
+        self.policy.tick();
+        let mut blocks = run.len();
         if let Request::Tokens { requested, block_tokens } = request {
             self.counters.requested_tokens_total += requested as u64;
             self.counters.cached_tokens_total += (run.len() * block_tokens) as u64;
+            blocks = requested / block_tokens.max(1);
         }
         if run.is_empty() {
             self.counters.misses += 1;
             return;
         }
         self.counters.hits += 1;
-        for held in run {
+        let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
+        let blocks_found = u32::try_from(run.len()).unwrap_or(u32::MAX);
+        for (depth, held) in (0..).zip(run) {
+            self.policy.touch(held.id, Place { depth, blocks, found: blocks_found });
             let compute_us = self.index.get(held.id).map_or(0, |entry| entry.compute_us);
             self.time_saved_us += u64::from(compute_us);
         }
@@ -448,12 +580,13 @@ impl State {
         removed.entries += 1;
         removed.bytes += page_bytes(pages);
         self.counters.removals += 1;
-        self.drop_entry(id);
+        self.drop_entry(id, Departure::Removed);
     }
 
     /// Makes an entry unfindable and frees it, now or with its last reader.
-    fn drop_entry(&mut self, id: EntryId) {
-        self.policy.remove(id);
+    fn drop_entry(&mut self, id: EntryId, why: Departure) {
+        let pages = self.index.get(id).map_or(0, |entry| entry.extent.pages());
+        self.policy.remove(id, pages, why);
         self.index.unlink(id);
         if self.index.get(id).is_some_and(|entry| !entry.extent.is_read()) {
             self.free(id);

@@ -46,8 +46,8 @@ impl Lab {
     fn open(&self, ram_pages: u64) -> KvCache {
         let (arena, pages) = ram::reserve(ram_pages * PAGE).unwrap();
         let clock: Arc<dyn Clock> = self.clock.clone();
-        let state = Mutex::new(State::new(pages));
-        let shared = Arc::new(Shared { state, arena, clock: Arc::clone(&clock), default_ttl: None });
+        let state = Mutex::new(State::new(pages, crate::PolicyKind::default(), &[]));
+        let shared = Arc::new(Shared { state, arena, clock: Arc::clone(&clock), default_ttl: None, recorder: None });
         let queue_bytes = self.config.queue_bytes.unwrap_or(ram_pages * PAGE / 8);
         let disk = sim::open(&self.sim, 4 * MIB, queue_bytes, None, clock).unwrap();
         let tiering = Some(Arc::new(Tiering::over(disk, &self.config, &shared)));

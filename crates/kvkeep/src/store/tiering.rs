@@ -18,12 +18,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
+use super::Shared;
 use super::guard::{Pending, Pin};
 use super::readers::{Answer, Readers};
-use super::state::{self, Below, Held, Object};
-use super::{OnPresent, Shared};
+use super::state::{self, Below, Held, Object, Written};
 use crate::config::{DiskConfig, WritePolicy};
 use crate::error::Result;
+use crate::eviction::Place;
 use crate::key::{Namespace, NamespaceId, ObjectKey};
 use crate::layout::KvLayout;
 use crate::stats::DiskStats;
@@ -65,6 +66,9 @@ pub(super) struct Loads {
 /// One record under way.
 pub(super) struct Load {
     namespace: NamespaceId,
+    /// The key before it in the run that is loaded.
+    parent: Option<ObjectKey>,
+    place: Place,
     state: Mutex<LoadState>,
     landed: Condvar,
 }
@@ -200,7 +204,7 @@ impl Tiering {
     pub(super) fn start_loads(&self, keys: &[ObjectKey]) -> Vec<Arc<Load>> {
         let shared = &self.shared;
         let mut loads = Vec::new();
-        for key in keys {
+        for (position, key) in keys.iter().enumerate() {
             let Some(found) = self.disk.find(key) else { continue };
             let load = {
                 let mut flying = self.loads.flying.lock();
@@ -211,13 +215,15 @@ impl Tiering {
                 if shared.state.lock().resident(std::slice::from_ref(key)) == [true] {
                     continue;
                 }
-                let load = Arc::new(Load::new(found.namespace));
+                let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
+                let place = Place::of(position, keys.len(), keys.len());
+                let load = Arc::new(Load::new(found.namespace, parent, place));
                 flying.insert(*key, Arc::clone(&load));
                 load
             };
             let bytes = found.slot.payload_pages as usize * PAGE_BYTES;
             let now_ms = shared.clock.now_ms();
-            let extent = shared.state.lock().reserve_one(bytes, now_ms);
+            let extent = shared.state.lock().reserve_one(found.namespace, bytes, now_ms);
             match extent {
                 Ok(extent) => self.submit(*key, found, Pending::new(Arc::clone(shared), extent), &load),
                 Err(_) => {
@@ -445,7 +451,7 @@ impl Loads {
         let mut flying = self.flying.lock();
         flying.remove(key);
         let (cancelled, overdue) = load.flags();
-        let landed = header.filter(|_| !cancelled).and_then(|header| seal(header, pending, shared, models));
+        let landed = header.filter(|_| !cancelled).and_then(|header| load.seal(header, pending, shared, models));
         drop(flying);
         load.land(landed.map_or(LoadState::Failed, LoadState::Landed));
         overdue
@@ -457,29 +463,6 @@ impl Loads {
     }
 }
 
-/// Makes a record that was read findable in RAM, and pins it.
-fn seal(header: RecordHeader, pending: Pending, shared: &Arc<Shared>, models: &Models) -> Option<Pin> {
-    let meta = header.meta;
-    let spec = match header.content {
-        Content::Named(spec) => Some(Arc::new(spec)),
-        Content::Block { layout, model } => {
-            models.lock().entry(meta.namespace).or_insert((layout, model));
-            None
-        }
-        Content::Nothing => return None,
-    };
-    let extent = pending.into_extent()?;
-    let bytes = usize::try_from(meta.payload_bytes).unwrap_or(usize::MAX);
-    let entry = state::new_entry(meta.key, extent, bytes, meta.expires_at_ms, spec, meta.compute_us);
-    let now_ms = shared.clock.now_ms();
-    let held = {
-        let mut state = shared.state.lock();
-        state.seal_promoted(meta.namespace, entry, OnPresent::Keep);
-        state.hold_run(&[meta.key], now_ms, super::Request::Uncounted)
-    };
-    (!held.is_empty()).then(|| Pin::new(Arc::clone(shared), held))
-}
-
 enum Waited {
     Landed(u64),
     Failed,
@@ -487,9 +470,32 @@ enum Waited {
 }
 
 impl Load {
-    fn new(namespace: NamespaceId) -> Self {
+    fn new(namespace: NamespaceId, parent: Option<ObjectKey>, place: Place) -> Self {
         let state = LoadState::Flying { cancelled: false, overdue: false };
-        Self { namespace, state: Mutex::new(state), landed: Condvar::default() }
+        Self { namespace, parent, place, state: Mutex::new(state), landed: Condvar::default() }
+    }
+
+    /// Makes a record that was read findable in RAM, and pins it.
+    fn seal(&self, header: RecordHeader, pending: Pending, shared: &Arc<Shared>, models: &Models) -> Option<Pin> {
+        let meta = header.meta;
+        let spec = match header.content {
+            Content::Named(spec) => Some(Arc::new(spec)),
+            Content::Block { layout, model } => {
+                models.lock().entry(meta.namespace).or_insert((layout, model));
+                None
+            }
+            Content::Nothing => return None,
+        };
+        let extent = pending.into_extent()?;
+        let bytes = usize::try_from(meta.payload_bytes).unwrap_or(usize::MAX);
+        let entry = state::new_entry(meta.key, extent, bytes, meta.expires_at_ms, spec, meta.compute_us);
+        let now_ms = shared.clock.now_ms();
+        let held = {
+            let mut state = shared.state.lock();
+            state.seal_promoted(meta.namespace, Written { entry, parent: self.parent, place: self.place });
+            state.hold_run(&[meta.key], now_ms, super::Request::Uncounted)
+        };
+        (!held.is_empty()).then(|| Pin::new(Arc::clone(shared), held))
     }
 
     fn wait(&self, at_most: Duration) -> Waited {

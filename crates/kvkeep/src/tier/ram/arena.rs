@@ -1,5 +1,5 @@
 //! One contiguous, lazily committed mapping, and the tokens that give access to
-//! parts of it. All `unsafe` of the RAM tier is in this file.
+//! parts of it. All `unsafe` of the RAM tier is in this file and in `lanes`.
 //!
 //! Soundness rests on two rules that the types enforce:
 //! 1. An [`Extent`] is unique: it cannot be cloned, only [`super::Pages`] makes one,
@@ -7,8 +7,8 @@
 //!    [`ReadGrant`] of it is left.
 //! 2. Writing needs `&mut Extent` without grants; reading needs a grant.
 //!
-//! On Linux the mapping is a memfd, so that later another process, or a private
-//! copy-on-write view for a tensor that must be writable, can map the same pages.
+//! On Linux the mapping is a memfd, so that private copy-on-write views (see `lanes`),
+//! and later another process, can map the same pages.
 
 #![expect(unsafe_code, reason = "the mapping is raw memory; see the rules above")]
 
@@ -16,8 +16,10 @@ use std::io;
 use std::ptr::NonNull;
 use std::slice;
 
+use rustix::fd::OwnedFd;
 use rustix::mm::{MapFlags, ProtFlags};
 
+use super::lanes::{Lanes, Source, View};
 use super::{PAGE_BYTES, page_bytes};
 use crate::error::{Error, Result};
 
@@ -31,6 +33,7 @@ pub(crate) struct Arena {
     mapping_bytes: usize,
     base: NonNull<u8>,
     bytes: usize,
+    lanes: Lanes,
 }
 
 /// Pages of the arena that belong to whoever holds this value. Dropping it leaks the
@@ -69,11 +72,13 @@ impl Arena {
         let pages = u32::try_from(pages).map_err(|_| too_large())?;
         let bytes = usize::try_from(page_bytes(pages)).map_err(|_| too_large())?;
         let mapping_bytes = bytes + ALIGN_BYTES;
-        let mapping = map(mapping_bytes).map_err(|source| Error::Memory { bytes: page_bytes(pages), source })?;
+        let (mapping, memfd) =
+            map(mapping_bytes).map_err(|source| Error::Memory { bytes: page_bytes(pages), source })?;
         let skip = mapping.align_offset(ALIGN_BYTES);
         // SAFETY: `skip` is below `ALIGN_BYTES`, so `skip + bytes` lies inside the mapping.
         let base = unsafe { mapping.add(skip) };
-        Ok((Self { mapping, mapping_bytes, base, bytes }, pages))
+        let lanes = Lanes::of(memfd.map(|memfd| Source { memfd, offset_bytes: skip as u64, bytes }));
+        Ok((Self { mapping, mapping_bytes, base, bytes, lanes }, pages))
     }
 
     /// The bytes of an extent that is being read.
@@ -92,6 +97,37 @@ impl Arena {
         // SAFETY: inside the mapping as above. The extent is unique and exclusively borrowed
         // and has no grants, so these bytes are reachable through this borrow alone.
         unsafe { slice::from_raw_parts_mut(self.base.as_ptr().add(start), len) }
+    }
+
+    /// Writable memory that shows these extents: one view for each run of neighbours among
+    /// them. To be given back before the grants are.
+    pub(crate) fn private_views(&self, grants: &[&ReadGrant]) -> io::Result<Vec<View>> {
+        let mut views = Vec::new();
+        for run in grants.chunk_by(|one, next| one.first_page + one.pages == next.first_page) {
+            let (Some(first), Some(last)) = (run.first(), run.last()) else { continue };
+            let pages = last.first_page + last.pages - first.first_page;
+            let view = self.lanes.take(first.first_page, pages).map_or_else(|| self.copy(run, pages), Ok);
+            match view {
+                Ok(view) => views.push(view),
+                Err(error) => {
+                    views.into_iter().for_each(|view| self.give_back(view));
+                    return Err(error);
+                }
+            }
+        }
+        Ok(views)
+    }
+
+    /// Takes a private view back; what was written into it is gone.
+    pub(crate) fn give_back(&self, view: View) {
+        self.lanes.give(view);
+    }
+
+    fn copy(&self, run: &[&ReadGrant], pages: u32) -> io::Result<View> {
+        let mut view = View::blank(run.first().map_or(0, |grant| grant.first_page), pages)?;
+        let bytes = run.iter().flat_map(|grant| self.bytes(grant).chunks(PAGE_BYTES));
+        view.bytes_mut().chunks_mut(PAGE_BYTES).zip(bytes).for_each(|(to, from)| to.copy_from_slice(from));
+        Ok(view)
     }
 
     fn bounds(&self, first_page: u32, pages: u32) -> (usize, usize) {
@@ -146,8 +182,19 @@ impl Extent {
     }
 }
 
+impl ReadGrant {
+    pub(crate) fn pages(&self) -> u32 {
+        self.pages
+    }
+
+    /// Where this extent begins in the view that shows it.
+    pub(crate) fn address_in(&self, views: &[View]) -> Option<NonNull<u8>> {
+        views.iter().find(|view| view.shows(self.first_page)).map(|view| view.address(self.first_page))
+    }
+}
+
 #[cfg(target_os = "linux")]
-fn map(bytes: usize) -> io::Result<NonNull<u8>> {
+fn map(bytes: usize) -> io::Result<(NonNull<u8>, Option<OwnedFd>)> {
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
     let memfd = memfd_create("kvkeep", MemfdFlags::CLOEXEC)?;
@@ -157,16 +204,18 @@ fn map(bytes: usize) -> io::Result<NonNull<u8>> {
     // The descriptor is not shared, so nobody else can shrink or write the file.
     let mapping =
         unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags, &memfd, 0)? };
-    NonNull::new(mapping.cast()).ok_or_else(|| io::Error::other("mmap gave a null address"))
+    let mapping = NonNull::new(mapping.cast()).ok_or_else(|| io::Error::other("mmap gave a null address"))?;
+    Ok((mapping, Some(memfd)))
 }
 
 #[cfg(not(target_os = "linux"))]
-fn map(bytes: usize) -> io::Result<NonNull<u8>> {
+fn map(bytes: usize) -> io::Result<(NonNull<u8>, Option<OwnedFd>)> {
     // SAFETY: a new private mapping at an address of the kernel's choice touches no existing memory.
     let mapping = unsafe {
         rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)?
     };
-    NonNull::new(mapping.cast()).ok_or_else(|| io::Error::other("mmap gave a null address"))
+    let mapping = NonNull::new(mapping.cast()).ok_or_else(|| io::Error::other("mmap gave a null address"))?;
+    Ok((mapping, None))
 }
 
 #[cfg(test)]

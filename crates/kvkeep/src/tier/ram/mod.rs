@@ -7,11 +7,13 @@
 
 mod arena;
 mod extents;
+mod lanes;
 
 use crate::error::Result;
 
 pub(crate) use arena::{Arena, Extent, ReadGrant};
 use extents::FreePages;
+pub(crate) use lanes::View;
 
 /// Bytes of one page: the unit of allocation and accounting.
 pub(crate) const PAGE_BYTES: usize = 4096;
@@ -29,6 +31,11 @@ pub(crate) fn reserve(capacity_bytes: u64) -> Result<(Arena, Pages)> {
     let (arena, capacity_pages) = Arena::reserve(capacity_bytes)?;
     let free = FreePages::new(capacity_pages);
     Ok((arena, Pages { free, capacity_pages, used_pages: 0 }))
+}
+
+/// Pages without an arena, for bookkeeping without payload.
+pub(crate) fn pages_without_arena(capacity_pages: u32) -> Pages {
+    Pages { free: FreePages::new(capacity_pages), capacity_pages, used_pages: 0 }
 }
 
 /// Whole pages that `bytes` take; `None` if that is more than any arena has.
@@ -49,6 +56,19 @@ impl Pages {
         Some(Extent::new(first_page, pages))
     }
 
+    /// Extents of so many pages each that lie behind each other in one run, if there is one.
+    pub(crate) fn allocate_run(&mut self, pages: &[u32]) -> Option<Vec<Extent>> {
+        let all = pages.iter().try_fold(0u32, |all, pages| all.checked_add(*pages))?;
+        let mut first_page = self.free.take(all)?;
+        self.used_pages += all;
+        let extent = |pages: &u32| {
+            let extent = Extent::new(first_page, *pages);
+            first_page += pages;
+            extent
+        };
+        Some(pages.iter().map(extent).collect())
+    }
+
     /// Takes an extent back. One that is still being read stays with the caller.
     pub(crate) fn free(&mut self, extent: Extent) -> Result<(), Extent> {
         if extent.is_read() {
@@ -61,6 +81,10 @@ impl Pages {
 
     pub(crate) fn capacity_pages(&self) -> u32 {
         self.capacity_pages
+    }
+
+    pub(crate) fn free_pages(&self) -> u32 {
+        self.capacity_pages - self.used_pages
     }
 
     pub(crate) fn used_pages(&self) -> u32 {

@@ -314,7 +314,8 @@ fn put_named(put: &mut super::Put<'_>, spec: &PairSpec) {
         put.u8(dtype.code());
         put.u8(u8::try_from(shape.dims().len()).unwrap_or(u8::MAX));
     }
-    put.skip(4);
+    put.u8(spec.tag);
+    put.skip(3);
     for (_, shape) in [&spec.k, &spec.v] {
         for position in 0..MAX_RANK {
             put.u64(shape.dims().get(position).map_or(0, |dim| *dim as u64));
@@ -325,7 +326,8 @@ fn put_named(put: &mut super::Put<'_>, spec: &PairSpec) {
 fn take_named(take: &mut Take<'_>) -> Option<PairSpec> {
     let prefix_bytes = usize::try_from(take.u64()?).ok()?;
     let codes = [(take.u8()?, take.u8()?), (take.u8()?, take.u8()?)];
-    take.skip(4)?;
+    let tag = take.u8()?;
+    take.skip(3)?;
     let mut tensors = Vec::with_capacity(2);
     for (code, rank) in codes {
         let mut dims = [0usize; MAX_RANK];
@@ -335,5 +337,5 @@ fn take_named(take: &mut Take<'_>) -> Option<PairSpec> {
         tensors.push((DType::from_code(code)?, Shape::new(dims.get(..usize::from(rank))?).ok()?));
     }
     let [k, v] = tensors.try_into().ok()?;
-    Some(PairSpec { k, v, prefix_bytes })
+    Some(PairSpec { k, v, prefix_bytes, tag })
 }

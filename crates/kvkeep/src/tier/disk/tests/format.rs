@@ -107,3 +107,11 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn a_dtype_is_its_position_in_the_list_of_all() {
+    for (code, dtype) in (0u8..).zip(DType::ALL) {
+        assert_eq!((dtype.code(), DType::from_code(code)), (code, Some(dtype)));
+    }
+    assert_eq!(DType::from_code(DType::ALL.len() as u8), None);
+}

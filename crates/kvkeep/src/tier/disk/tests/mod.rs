@@ -92,7 +92,8 @@ impl Thing {
         if self.named {
             let half = self.payload_bytes() / 2 / 64 * 64;
             let shape = |bytes| (DType::U8, Shape::new(&[1, bytes]).unwrap());
-            let spec = PairSpec { k: shape(half), v: shape(self.payload_bytes() - half), prefix_bytes: 5 };
+            let spec =
+                PairSpec { k: shape(half), v: shape(self.payload_bytes() - half), prefix_bytes: 5, tag: self.version };
             return Content::Named(spec);
         }
         let layout = KvLayout::new(1, 1, self.payload_bytes() as u32 / 2, DType::U8).unwrap();

@@ -1,0 +1,98 @@
+//! Hit rate against capacity: one panel a trace, one line a policy, the optimum on top.
+
+use std::path::Path;
+
+use anyhow::{Result, anyhow};
+use plotters::coord::Shift;
+use plotters::prelude::*;
+
+use super::Row;
+
+const WIDTH: u32 = 900;
+const PANEL_HEIGHT: u32 = 460;
+const FONT: &str = "sans-serif";
+const INK: RGBColor = RGBColor(40, 40, 40);
+/// Told apart by people who do not tell red from green (Okabe and Ito 2008).
+const COLORS: [(&str, RGBColor); 5] = [
+    ("lru", RGBColor(213, 94, 0)),
+    ("s3fifo", RGBColor(0, 158, 115)),
+    ("arc", RGBColor(204, 121, 167)),
+    ("lru2", RGBColor(230, 159, 0)),
+    ("adaptive", RGBColor(0, 114, 178)),
+];
+
+type Drawn<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
+
+pub(super) fn hit_rates(path: &Path, rows: &[Row]) -> Result<()> {
+    let mut traces: Vec<&str> = rows.iter().map(|row| row.trace.as_str()).collect();
+    traces.dedup();
+    let height = PANEL_HEIGHT * u32::try_from(traces.len())?;
+    let root = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
+    root.fill(&WHITE).map_err(|error| anyhow!("{error}"))?;
+    for (area, trace) in root.split_evenly((traces.len(), 1)).iter().zip(&traces) {
+        let of_trace: Vec<&Row> = rows.iter().filter(|row| row.trace == **trace).collect();
+        draw(area, trace, &of_trace).map_err(|error| anyhow!("{error}"))?;
+    }
+    root.present().map_err(|error| anyhow!("{error}"))
+}
+
+fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows: &[&Row]) -> Drawn<'a> {
+    let capacities = || rows.iter().map(|row| f64::from(row.capacity_blocks));
+    let (low, high) = (capacities().fold(f64::INFINITY, f64::min), capacities().fold(1.0, f64::max));
+    let top = rows.iter().map(|row| row.unbounded_block_hit_rate.max(row.block_hit_rate)).fold(0.0, f64::max);
+    let mut chart = ChartBuilder::on(area)
+        .margin(16)
+        .caption(trace, (FONT, 20, &INK))
+        .x_label_area_size(46)
+        .y_label_area_size(70)
+        .build_cartesian_2d((low * 0.95..high * 1.05 + 1.0).log_scale(), 0.0..(top * 108.0).clamp(1.0, 100.0))?;
+    chart
+        .configure_mesh()
+        .x_desc("capacity (blocks, log scale)")
+        .y_desc("block hit rate (%)")
+        .axis_desc_style((FONT, 15, &INK))
+        .label_style((FONT, 13, &INK))
+        .x_label_formatter(&|blocks| tick(*blocks))
+        .y_label_formatter(&|rate| format!("{rate:.0}"))
+        .y_labels(8)
+        .bold_line_style(INK.mix(0.18))
+        .light_line_style(INK.mix(0.05))
+        .draw()?;
+    let unbounded = rows.first().map_or(0.0, |row| row.unbounded_block_hit_rate * 100.0);
+    chart.draw_series(DashedLineSeries::new([(low, unbounded), (high, unbounded)], 6, 5, INK.mix(0.6).into()))?;
+    let best = line(rows.iter().filter(|row| Some(row.policy) == rows.first().map(|first| first.policy)), |row| {
+        row.optimum_block_hit_rate
+    });
+    let mut lines = vec![("optimum", INK, best)];
+    for (policy, color) in COLORS {
+        let of_policy = line(rows.iter().filter(|row| row.policy == policy), |row| row.block_hit_rate);
+        lines.push((policy, color, of_policy));
+    }
+    for (name, color, points) in lines.into_iter().filter(|(_, _, points)| !points.is_empty()) {
+        let width = if name == "adaptive" { 3 } else { 2 };
+        chart.draw_series(LineSeries::new(points.iter().copied(), color.stroke_width(width)))?;
+        chart
+            .draw_series(points.into_iter().map(|point| Circle::new(point, 3, color.filled())))?
+            .label(name)
+            .legend(move |(x, y)| Rectangle::new([(x, y - 2), (x + 14, y + 2)], color.filled()));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::LowerRight)
+        .label_font((FONT, 14, &INK))
+        .background_style(WHITE.mix(0.9))
+        .border_style(INK.mix(0.3))
+        .draw()
+}
+
+/// 1, 2 and 5 of each decade: the others run into each other.
+fn tick(blocks: f64) -> String {
+    let text = format!("{blocks:.0}");
+    if ["1", "2", "5"].contains(&text.trim_end_matches('0')) { text } else { String::new() }
+}
+
+fn line<'r>(rows: impl Iterator<Item = &'r &'r Row>, rate: impl Fn(&Row) -> f64) -> Vec<(f64, f64)> {
+    let mut points: Vec<(f64, f64)> = rows.map(|row| (f64::from(row.capacity_blocks), rate(row) * 100.0)).collect();
+    points.sort_by(|a, b| a.0.total_cmp(&b.0));
+    points
+}

@@ -1,0 +1,81 @@
+"""Prefill once: keep the attention keys and values (KV) of prompts and hand them back.
+
+`SimpleKVCache` keeps K and V by prefix text and layer; `KVCache` keeps the blocks of prompts by
+their tokens; `kvkeep.transformers` lets `generate` reuse what a model has read.
+"""
+
+import os as _os
+
+from kvkeep import _kvkeep
+from kvkeep._errors import (
+    BlockOutOfRangeError,
+    BufferLengthError,
+    CastError,
+    ClosedError,
+    ConfigError,
+    DeviceError,
+    DTypeMismatchError,
+    DuplicateLayerError,
+    EmptyPrefixError,
+    EmptyTensorError,
+    EmptyTokensError,
+    ForkError,
+    KvkeepError,
+    LayerCountError,
+    LayerOutOfRangeError,
+    LayoutError,
+    OutOfMemoryError,
+    OverlapError,
+    RankError,
+    ShapeMismatchError,
+    SizeOverflowError,
+    TokenIdError,
+    UnsupportedModelError,
+    UnsupportedTensorError,
+    ZeroLayersError,
+)
+from kvkeep._kvkeep import Outcome, Rejection, StoreReport, __version__
+from kvkeep._simple import SimpleKVCache
+from kvkeep._stats import Stats
+from kvkeep._tokens import KVCache, Match, Missing, Namespace
+
+# So that a child that is born by fork gets a clear error instead of a locked lock.
+_os.register_at_fork(before=_kvkeep.before_fork, after_in_child=_kvkeep.after_fork_in_child)
+
+__all__ = [
+    "BlockOutOfRangeError",
+    "BufferLengthError",
+    "CastError",
+    "ClosedError",
+    "ConfigError",
+    "DTypeMismatchError",
+    "DeviceError",
+    "DuplicateLayerError",
+    "EmptyPrefixError",
+    "EmptyTensorError",
+    "EmptyTokensError",
+    "ForkError",
+    "KVCache",
+    "KvkeepError",
+    "LayerCountError",
+    "LayerOutOfRangeError",
+    "LayoutError",
+    "Match",
+    "Missing",
+    "Namespace",
+    "OutOfMemoryError",
+    "Outcome",
+    "OverlapError",
+    "RankError",
+    "Rejection",
+    "ShapeMismatchError",
+    "SimpleKVCache",
+    "SizeOverflowError",
+    "Stats",
+    "StoreReport",
+    "TokenIdError",
+    "UnsupportedModelError",
+    "UnsupportedTensorError",
+    "ZeroLayersError",
+    "__version__",
+]

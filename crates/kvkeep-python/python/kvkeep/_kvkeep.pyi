@@ -1,0 +1,131 @@
+"""The extension module: raw calls, for the classes of the package. Use those."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+from typing_extensions import Self
+
+
+from kvkeep._stats import Stats
+
+__version__: str
+DTYPES: list[str]
+
+_RawTensor: TypeAlias = tuple[int, int, tuple[int, ...]]
+_RawTokens: TypeAlias = tuple[int, int]
+
+def before_fork() -> None: ...
+def after_fork_in_child() -> None: ...
+
+class Memory:
+    @property
+    def __array_interface__(self) -> dict[str, Any]: ...
+
+class Rejection:
+    """Why something was not admitted. A stated result, not an exception: the cache works on."""
+    @property
+    def reason(self) -> str:
+        """`larger_than_capacity`, `all_pinned` or `prefix_gone`."""
+
+class Outcome:
+    """What became of a store: true if it was admitted."""
+    @property
+    def stored(self) -> bool: ...
+    @property
+    def rejection(self) -> Rejection | None: ...
+    def __bool__(self) -> bool: ...
+
+class NamedCache:
+    def __new__(
+        cls, max_size_gb: float, default_ttl_seconds: float | None, to_device: Callable[[Any], Any] | None
+    ) -> Self: ...
+    def _store(
+        self,
+        prefix: str,
+        layers: Sequence[tuple[int, _RawTensor, _RawTensor]],
+        tag: int,
+        ttl_seconds: float | None,
+        compute_seconds: float | None,
+    ) -> Outcome: ...
+    def _stats_text(self) -> str: ...
+    def get_cached_kv(self, prefix: str, layer: int) -> tuple[Any, Any] | None:
+        """K and V of one layer as they were stored, or None if they are not there (any more).
+
+        Tensors of the kind that was stored (torch or numpy), writable: writing into them changes neither
+        the cache nor what the next reader gets. Costs the same for every size. Their pages cannot be
+        evicted while they live.
+
+        Raises `EmptyPrefixError`, `LayerOutOfRangeError`.
+        """
+    def get_all_layers(self, prefix: str, num_layers: int) -> dict[int, tuple[Any, Any]] | None:
+        """K and V of the layers 0 to `num_layers`, or None if any is missing. One request.
+
+        Raises `EmptyPrefixError`, `ZeroLayersError`, `LayerOutOfRangeError`.
+        """
+    def longest_prefix(self, text: str) -> str | None:
+        """The longest prefix of `text` under which at least one layer is stored, or None."""
+    def evict(self, prefix: str, layer: int | None = None) -> list[int]:
+        """Removes one layer of a prefix, or all of them; returns the layers that were there.
+
+        Raises `EmptyPrefixError`, `LayerOutOfRangeError`.
+        """
+    def clear(self) -> int:
+        """Removes everything; returns how many entries that were. Counters are kept."""
+    def get_stats(self) -> Stats:
+        """Counters and sizes as of now."""
+
+class Namespace:
+    def __new__(
+        cls,
+        model: str,
+        dims: tuple[int, int, int, int, int],
+        dtype_code: int,
+        head_first: bool,
+        parts: tuple[str, str, str, str],
+    ) -> Self: ...
+    @property
+    def id(self) -> str: ...
+    @property
+    def block_bytes(self) -> int: ...
+
+class StoreReport:
+    """What became of the blocks of one store."""
+    @property
+    def stored_blocks(self) -> int: ...
+    @property
+    def present_blocks(self) -> int: ...
+    @property
+    def rejected_blocks(self) -> int: ...
+    @property
+    def rejection(self) -> Rejection | None: ...
+
+class Match:
+    @property
+    def cached_tokens(self) -> int: ...
+    @property
+    def blocks(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+    def load(self, first_layer: int, into: Sequence[tuple[_RawTensor, _RawTensor]]) -> None: ...
+    def close(self) -> None: ...
+
+class TokenCache:
+    def __new__(cls, max_size_gb: float, default_ttl_seconds: float | None) -> Self: ...
+    def lookup(self, namespace: Namespace, tokens: _RawTokens) -> Match: ...
+    def pin(self, namespace: Namespace, tokens: _RawTokens) -> Match: ...
+    def store(
+        self,
+        namespace: Namespace,
+        tokens: _RawTokens,
+        first_token: int,
+        layers: Sequence[tuple[_RawTensor, _RawTensor]],
+        ttl_seconds: float | None,
+        compute_seconds: float | None,
+    ) -> StoreReport: ...
+    def get_or_prefill(
+        self, namespace: Namespace, tokens: _RawTokens, prefill: Callable[[int, Match | None], None]
+    ) -> Match: ...
+    def remove(self, namespace: Namespace, tokens: _RawTokens) -> int: ...
+    def clear(self, namespace: Namespace | None) -> int: ...
+    def stats(self) -> Stats: ...
+    def stats_text(self) -> str: ...

@@ -1,0 +1,126 @@
+"""The front door by prefix text and layer: `SimpleKVCache`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvkeep._errors import DeviceError, UnsupportedTensorError
+from kvkeep._kvkeep import NamedCache, Outcome
+from kvkeep._tensors import lend
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvkeep._tensors import RawTensor, Tensor
+
+
+class SimpleKVCache(NamedCache):
+    """K and V by prefix text and layer: any shape, torch or numpy, handed back as they came in.
+
+    The prefix text is the whole identity: it must be all that the KV depends on.
+
+    - `max_size_gb`: the cap in GiB. Memory is taken as it is used, never more than this.
+    - `device`: where torch tensors are handed back, `"cpu"` or a CUDA device. The cache itself
+      is in the CPU's memory either way.
+    - `default_ttl_seconds`: how long entries live; None keeps them until they are evicted.
+
+    Safe from many threads. Raises `ConfigError`, `DeviceError`, `OutOfMemoryError`.
+    """
+
+    def __new__(
+        cls, max_size_gb: float = 10.0, device: str = "cpu", default_ttl_seconds: float | None = 3600.0
+    ) -> SimpleKVCache:
+        return super().__new__(cls, max_size_gb, default_ttl_seconds, _mover(device))
+
+    def __init__(
+        self, max_size_gb: float = 10.0, device: str = "cpu", default_ttl_seconds: float | None = 3600.0
+    ) -> None:
+        self.device = str(device)
+
+    def cache_kv(
+        self,
+        prefix: str,
+        layer: int,
+        k_tensor: Tensor,
+        v_tensor: Tensor,
+        ttl_seconds: float | None = None,
+        *,
+        compute_seconds: float | None = None,
+    ) -> Outcome:
+        """Stores K and V of one layer, in place of what was there. They are copied once.
+
+        `ttl_seconds` is the cache's default if None. `compute_seconds`, how long the KV took to
+        compute, is what a later hit counts as time saved.
+
+        Returns an `Outcome`: true if it was stored, else it says why not (larger than the cache, or
+        all of it held). Raises `EmptyPrefixError`, `LayerOutOfRangeError`, `EmptyTensorError`,
+        `RankError`, `UnsupportedTensorError`.
+        """
+        return self.cache_all_layers(
+            prefix, {layer: (k_tensor, v_tensor)}, ttl_seconds, compute_seconds=compute_seconds
+        )
+
+    def cache_all_layers(
+        self,
+        prefix: str,
+        kv_dict: Mapping[int, tuple[Tensor, Tensor]],
+        ttl_seconds: float | None = None,
+        *,
+        compute_seconds: float | None = None,
+    ) -> Outcome:
+        """Stores K and V of several layers, all or nothing: `kv_dict` maps layer to (k, v).
+
+        Otherwise as `cache_kv`. Raises `ZeroLayersError` too.
+        """
+        layers: list[tuple[int, RawTensor, RawTensor]] = []
+        kinds: set[int] = set()
+        alive: list[object] = []
+        for layer, (k, v) in kv_dict.items():
+            k_kind, raw_k, k_alive = lend(k)
+            v_kind, raw_v, v_alive = lend(v)
+            layers.append((layer, raw_k, raw_v))
+            kinds |= {k_kind, v_kind}
+            alive += (k_alive, v_alive)
+        if len(kinds) > 1:
+            raise UnsupportedTensorError("torch tensors and numpy arrays in one call: give one kind")
+        return self._store(prefix, layers, max(kinds, default=0), ttl_seconds, compute_seconds)
+
+    def print_stats(self) -> None:
+        """Prints counters and sizes."""
+        print(self._stats_text(), end="")
+
+    def __repr__(self) -> str:
+        stats = self.get_stats()
+        return (
+            f"<SimpleKVCache {stats['entries']} entries, {stats['size_mb']:.1f} of {stats['max_size_mb']:.1f} MiB, "
+            f"{stats['hit_rate_percent']:.1f}% hits>"
+        )
+
+
+def _mover(device: object) -> Callable[[Any], Any] | None:
+    """What brings a tensor to the device; None for the CPU."""
+    if str(device) == "cpu":
+        return None
+    try:
+        import torch
+    except ImportError as error:
+        raise DeviceError(f"device {device} needs torch, which is not installed") from error
+    try:
+        target = torch.device(str(device))
+    except RuntimeError as error:
+        raise DeviceError(f"{device} is no device: give 'cpu' or 'cuda'") from error
+    if target.type != "cuda":
+        raise DeviceError(f"device {device} is not supported: give 'cpu' or 'cuda'")
+    if not torch.cuda.is_available():
+        raise DeviceError("device cuda: torch finds no CUDA device here; use device='cpu'")
+
+    def move(tensor: object) -> object:
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        # Pinned memory makes the copy asynchronous; torch's allocator keeps it until it is done.
+        staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        staged.copy_(tensor)
+        return staged.to(target, non_blocking=True)
+
+    return move

@@ -1,0 +1,38 @@
+"""What `get_stats` and `stats` return."""
+
+from typing import TypedDict
+
+
+class Stats(TypedDict):
+    """Counters and sizes of a cache. Counters only grow; `clear` does not reset them."""
+
+    total_requests: int
+    """Hits and misses."""
+    hits: int
+    """Requests that found all (`SimpleKVCache`) or at least one block (`KVCache`)."""
+    misses: int
+    evictions: int
+    """Entries that made room for others."""
+    expirations: int
+    rejections: int
+    """Stores that were refused: larger than the cache, or all of it held."""
+    removals: int
+    stored_total: int
+    requested_tokens_total: int
+    cached_tokens_total: int
+    entries: int
+    used_bytes: int
+    """Bytes in use, in whole pages of 4 KiB: stored, being written, or shown by a tensor."""
+    held_bytes: int
+    """Bytes of those that cannot be evicted now."""
+    capacity_bytes: int
+    index_bytes: int
+    """Memory of the index, besides the payload."""
+    hit_rate_percent: float
+    token_hit_rate_percent: float
+    size_mb: float
+    """`used_bytes` in MiB."""
+    max_size_mb: float
+    size_percent: float
+    time_saved_seconds: float
+    """Compute time, as callers reported it, that hits made unnecessary."""

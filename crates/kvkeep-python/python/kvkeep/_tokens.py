@@ -1,0 +1,333 @@
+"""The front door by tokens: `KVCache`, `Namespace`, `Match`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+
+from kvkeep import _kvkeep
+from kvkeep._errors import LayoutError, TokenIdError
+from kvkeep._kvkeep import DTYPES
+from kvkeep._stats import Stats
+from kvkeep._tensors import dtype_code, is_torch, lend, lend_to_write, numpy_dtype, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from kvkeep._tensors import RawTensor, Tensor
+
+    Tokens: TypeAlias = Sequence[int] | np.ndarray[Any, Any] | torch.Tensor
+    Layers: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+
+Order: TypeAlias = Literal["token_head", "head_token"]
+
+
+class Namespace:
+    """All that KV depends on besides its tokens. Different namespaces see nothing of each other.
+
+    - `model`, `revision`, `engine`, `lora`: what computed the KV, as far as its bits depend on it.
+    - `salt`: a tenant's secret: who does not know it finds none of the tenant's blocks.
+    - `layers`, `kv_heads`, `head_dim` (`v_head_dim` if V has another), `dtype`: one token's KV.
+    - `block_tokens`: tokens in a block, the unit that is stored and found.
+    - `order`: a layer's K and V are `[tokens, kv_heads, head_dim]` (`"token_head"`) or
+      `[kv_heads, tokens, head_dim]` (`"head_token"`, as transformers has them).
+
+    Raises `LayoutError`, `SizeOverflowError`, `UnsupportedTensorError`.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: object,
+        v_head_dim: int | None = None,
+        block_tokens: int = 64,
+        order: Order = "token_head",
+        revision: str = "",
+        engine: str = "",
+        lora: str = "",
+        salt: str = "",
+    ) -> None:
+        if order not in ("token_head", "head_token"):
+            raise LayoutError(f"order is {order!r}: give 'token_head' or 'head_token'")
+        dims = (layers, kv_heads, head_dim, head_dim if v_head_dim is None else v_head_dim, block_tokens)
+        if not all(0 <= dim < 2**32 for dim in dims):
+            raise LayoutError(f"the dimensions {dims} are out of range")
+        self.model, self.layers, self.kv_heads, self.block_tokens, self.order = (
+            model, layers, kv_heads, block_tokens, order,
+        )  # fmt: skip
+        self.k_head_dim, self.v_head_dim = dims[2], dims[3]
+        self.dtype_code = dtype_code(dtype)
+        self.raw = _kvkeep.Namespace(
+            model, dims, self.dtype_code, order == "head_token", (revision, engine, lora, salt)
+        )
+
+    @property
+    def id(self) -> str:
+        """SHA-256 of everything in it, in hex."""
+        return self.raw.id
+
+    @property
+    def dtype(self) -> str:
+        """kvkeep's name of the element type."""
+        return DTYPES[self.dtype_code]
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: all layers, K and V."""
+        return self.raw.block_bytes
+
+    def shape(self, tokens: int, head_dim: int) -> tuple[int, int, int]:
+        """The shape of one layer's K or V of so many tokens."""
+        if self.order == "head_token":
+            return (self.kv_heads, tokens, head_dim)
+        return (tokens, self.kv_heads, head_dim)
+
+    def __repr__(self) -> str:
+        return (
+            f"<Namespace {self.model}: {self.layers} layers, {self.kv_heads} kv_heads, head_dim {self.k_head_dim}, "
+            f"{self.dtype}, {self.block_tokens} tokens a block, {self.id[:12]}>"
+        )
+
+
+class Match:
+    """The longest resident prefix of a prompt. Its blocks stay readable, and are not evicted, until
+    it is closed: use it in a `with` statement, or call `close`.
+    """
+
+    def __init__(self, raw: _kvkeep.Match, namespace: Namespace) -> None:
+        self._raw = raw
+        self.namespace = namespace
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens matched: a multiple of the block's tokens, at most the prompt's."""
+        return self._raw.cached_tokens
+
+    @property
+    def blocks(self) -> int:
+        """Blocks matched."""
+        return self._raw.blocks
+
+    def load(self, into: Layers, first_layer: int = 0) -> None:
+        """Copies K and V into tensors of yours, one (k, v) for each layer from `first_layer` on.
+
+        Each has room for at least `cached_tokens` tokens in the namespace's order, is contiguous and
+        on the CPU; the matched tokens are written at its beginning, the rest is left alone.
+
+        Raises `ZeroLayersError`, `LayerOutOfRangeError`, `DTypeMismatchError`, `ShapeMismatchError`,
+        `UnsupportedTensorError`, `OverlapError`, `ClosedError`; then nothing was written.
+        """
+        self._raw.load(first_layer, [(lend_to_write(k), lend_to_write(v)) for k, v in into])
+
+    def to_numpy(self, room_tokens: int | None = None) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
+        """New arrays with the matched K and V of every layer, contiguous, with room for `room_tokens`
+        tokens (as many as matched if None; what is not matched is not set)."""
+        dtype = numpy_dtype(self.namespace.dtype_code)
+        layers = self._new(lambda shape: np.empty(shape, dtype), room_tokens)
+        self.load(layers)
+        return layers
+
+    def to_torch(self, room_tokens: int | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As `to_numpy`, but torch tensors on the CPU."""
+        import torch
+
+        dtype = torch_dtype(self.namespace.dtype)
+        layers = self._new(lambda shape: torch.empty(shape, dtype=dtype), room_tokens)
+        self.load(layers)
+        return layers
+
+    def close(self) -> None:
+        """Lets go of the blocks. May be called more than once."""
+        self._raw.close()
+
+    @property
+    def closed(self) -> bool:
+        """Was it closed?"""
+        return self._raw.closed
+
+    def __bool__(self) -> bool:
+        return self.blocks > 0
+
+    def __enter__(self) -> Match:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Match of {self.cached_tokens} tokens in {self.blocks} blocks{', closed' if self.closed else ''}>"
+
+    def _new(self, make: Callable[[tuple[int, int, int]], Any], room_tokens: int | None) -> list[tuple[Any, Any]]:
+        tokens = self.cached_tokens if room_tokens is None else room_tokens
+        shapes = [self.namespace.shape(tokens, dim) for dim in (self.namespace.k_head_dim, self.namespace.v_head_dim)]
+        return [(make(shapes[0]), make(shapes[1])) for _ in range(self.namespace.layers)]
+
+
+class Missing:
+    """The part of a prompt that `KVCache.get_or_prefill` asks its function to compute."""
+
+    def __init__(self, cache: KVCache, namespace: Namespace, tokens: Tokens, first: int, cached: Match | None) -> None:
+        self._cache, self._namespace, self._tokens = cache, namespace, tokens
+        self.first_token: int = first
+        """The first token to compute."""
+        self.cached: Match | None = cached
+        """What is in the cache of this prompt, or None: load it before computing the rest."""
+
+    @property
+    def tokens(self) -> Tokens:
+        """The tokens to compute, up to the end of the prompt."""
+        return self._tokens[self.first_token :]
+
+    def store(
+        self, layers: Layers, *, ttl_seconds: float | None = None, compute_seconds: float | None = None
+    ) -> _kvkeep.StoreReport:
+        """Stores what was computed: K and V of every layer, from `first_token` on."""
+        return self._cache.store(
+            self._namespace,
+            self._tokens,
+            layers,
+            first_token=self.first_token,
+            ttl_seconds=ttl_seconds,
+            compute_seconds=compute_seconds,
+        )
+
+
+class KVCache:
+    """KV of prompts, by tokens: blocks under a chain of hashes.
+
+    - `max_size_gb`: the cap in GiB. Memory is taken as it is used, never more than this.
+    - `default_ttl_seconds`: how long blocks live; None keeps them until they are evicted.
+
+    Token ids are a list of ints, or a numpy array or torch tensor of one dimension. Safe from many
+    threads; the GIL is released while it hashes, copies and waits. Raises `ConfigError`, `OutOfMemoryError`.
+    """
+
+    def __init__(self, max_size_gb: float = 10.0, *, default_ttl_seconds: float | None = None) -> None:
+        self._raw = _kvkeep.TokenCache(max_size_gb, default_ttl_seconds)
+
+    def lookup(self, namespace: Namespace, tokens: Tokens) -> Match:
+        """The longest run of resident blocks from the first token on, pinned. Counts as a request.
+
+        Raises `EmptyTokensError`, `TokenIdError`.
+        """
+        ids = token_ids(tokens)
+        return Match(self._raw.lookup(namespace.raw, _raw_tokens(ids)), namespace)
+
+    def pin(self, namespace: Namespace, tokens: Tokens) -> Match:
+        """As `lookup`, but not a request: keeps a prefix, such as a system prompt, until it is closed."""
+        ids = token_ids(tokens)
+        return Match(self._raw.pin(namespace.raw, _raw_tokens(ids)), namespace)
+
+    def store(
+        self,
+        namespace: Namespace,
+        tokens: Tokens,
+        layers: Layers,
+        *,
+        first_token: int = 0,
+        ttl_seconds: float | None = None,
+        compute_seconds: float | None = None,
+    ) -> _kvkeep.StoreReport:
+        """Stores the full blocks of `tokens`; those already there are skipped.
+
+        `layers` holds (k, v) of every layer, in the namespace's order, from `first_token` on: of at
+        least as many tokens as the full blocks behind it. What comes before must be in the cache,
+        or the report says `prefix_gone`.
+
+        Returns a `StoreReport`. Raises `EmptyTokensError`, `LayerCountError`, `DTypeMismatchError`,
+        `ShapeMismatchError`, `UnsupportedTensorError`; then nothing was stored.
+        """
+        ids = token_ids(tokens)
+        raw, _alive = _lend_layers(layers)
+        return self._raw.store(
+            namespace.raw, _raw_tokens(ids), first_token, raw, ttl_seconds, compute_seconds
+        )
+
+    def get_or_prefill(
+        self, namespace: Namespace, tokens: Tokens, prefill: Callable[[Missing], Layers | None]
+    ) -> Match:
+        """The prompt's blocks: those in the cache as they are, the rest computed by `prefill`.
+
+        `prefill` gets a `Missing` and returns the layers from `missing.first_token` on, or stores them
+        itself with `missing.store` and returns None. Of the threads that miss the same block one
+        computes; the others wait, without the GIL, and get its blocks. If it raises, another one computes.
+
+        Counts as one request. Raises `EmptyTokensError`, and what `prefill` raises.
+        """
+        ids = token_ids(tokens)
+
+        def run(first_token: int, cached: _kvkeep.Match | None) -> None:
+            missing = Missing(self, namespace, ids, first_token, Match(cached, namespace) if cached else None)
+            try:
+                layers = prefill(missing)
+                if layers is not None:
+                    missing.store(layers)
+            finally:
+                if missing.cached is not None:
+                    missing.cached.close()
+
+        return Match(self._raw.get_or_prefill(namespace.raw, _raw_tokens(ids), run), namespace)
+
+    def remove(self, namespace: Namespace, tokens: Tokens) -> int:
+        """Removes the blocks of this prompt; returns how many. Blocks of longer prompts that begin with
+        it can then no longer be found either, and age out."""
+        ids = token_ids(tokens)
+        return self._raw.remove(namespace.raw, _raw_tokens(ids))
+
+    def clear(self, namespace: Namespace | None = None) -> int:
+        """Removes everything in a namespace, or everything; returns how many blocks."""
+        return self._raw.clear(None if namespace is None else namespace.raw)
+
+    def stats(self) -> Stats:
+        """Counters and sizes as of now."""
+        return self._raw.stats()
+
+    def print_stats(self) -> None:
+        """Prints counters and sizes."""
+        print(self._raw.stats_text(), end="")
+
+
+def token_ids(tokens: Any) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """Token ids as one contiguous array of `uint32`.
+
+    Raises `TokenIdError` for anything else than integers from 0 to 2**32 - 1 in one dimension.
+    """
+    if is_torch(tokens):
+        tokens = tokens.detach().to("cpu").numpy()
+    try:
+        ids = np.asarray(tokens if isinstance(tokens, (np.ndarray, list, tuple)) else list(tokens))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TokenIdError(f"token ids must be integers in one dimension: {error}") from error
+    if ids.size == 0 and ids.ndim == 1:
+        return np.empty(0, np.uint32)
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        raise TokenIdError(
+            f"token ids must be integers in one dimension, not {ids.dtype} of shape {ids.shape}: pass one prompt"
+        )
+    if ids.dtype != np.uint32:
+        if int(ids.min()) < 0 or int(ids.max()) >= 2**32:
+            raise TokenIdError("token ids must be from 0 to 2**32 - 1")
+        ids = ids.astype(np.uint32)
+    return np.ascontiguousarray(ids)
+
+
+def _raw_tokens(ids: np.ndarray[Any, np.dtype[np.uint32]]) -> tuple[int, int]:
+    return ids.ctypes.data, ids.size
+
+
+def _lend_layers(layers: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[tuple[RawTensor, RawTensor]], list[object]]:
+    raw, alive = [], []
+    for k, v in layers:
+        (_, raw_k, k_alive), (_, raw_v, v_alive) = lend(k), lend(v)
+        raw.append((raw_k, raw_v))
+        alive += [k_alive, v_alive]
+    return raw, alive

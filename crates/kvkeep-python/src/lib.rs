@@ -1,0 +1,46 @@
+//! The extension module of the Python package `kvkeep`: both front doors of the cache, for
+//! numpy arrays and torch tensors.
+//!
+//! It is thin: it turns Python's arguments into the library's and back, and releases the
+//! GIL while payload is copied, long texts and token ids are hashed, and threads wait. What
+//! is nicer to say in Python (dtypes, devices, defaults) is said there. The alternative, one
+//! Python class over a few raw calls, cost more time in a hit than the hit itself.
+//!
+//! One wheel serves every CPython from 3.10 on (abi3), so there is no buffer protocol here:
+//! memory comes in as address, dtype and shape, and goes out through `__array_interface__`
+//! (numpy) or DLPack (torch).
+
+mod array;
+mod convert;
+mod error;
+mod fork;
+mod memory;
+mod named;
+mod stats;
+mod tokens;
+mod torch;
+
+use pyo3::prelude::*;
+
+/// The extension module behind the package `kvkeep`.
+#[pymodule]
+mod _kvkeep {
+    #[pymodule_export]
+    use crate::array::Memory;
+    #[pymodule_export]
+    use crate::error::{Outcome, Rejection};
+    #[pymodule_export]
+    use crate::fork::{after_fork_in_child, before_fork};
+    #[pymodule_export]
+    use crate::named::NamedCache;
+    #[pymodule_export]
+    use crate::tokens::{Match, Namespace, StoreReport, TokenCache};
+
+    use super::{Bound, PyModule, PyModuleMethods, PyResult};
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+        module.add("DTYPES", crate::convert::dtype_names())
+    }
+}

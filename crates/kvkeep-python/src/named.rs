@@ -1,0 +1,213 @@
+//! The front door by prefix text and layer, as far as it is done in Rust: see
+//! `kvkeep._simple` for the class that people use.
+
+#![expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use kvkeep::{
+    CacheConfig, CachedLayers, HashedPrefix, LayerKv, PrivateLayers, PrivateTensor, SimpleKvCache, StoreOptions,
+};
+use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyString, PyTuple};
+
+use crate::convert::seconds;
+use crate::error::{Outcome, to_python};
+use crate::fork::{Here, Holding};
+use crate::memory::{Lent, RawTensor};
+use crate::{array, stats, torch};
+
+/// What came in as torch tensors goes out as such; everything else goes out to numpy.
+const TORCH: u8 = 1;
+
+/// Below this a text is hashed, and bytes are copied, with the GIL held: giving it away and
+/// getting it back takes longer. Python's `hashlib` draws its line at 2 KiB.
+const DETACH_BYTES: usize = 8 << 10;
+
+/// The cache by prefix text and layer.
+#[pyclass(frozen, subclass, module = "kvkeep._kvkeep")]
+#[derive(Debug)]
+pub(crate) struct NamedCache {
+    cache: Here<SimpleKvCache>,
+    /// The last prefix asked for and its hash: who asks for layer after layer passes the same
+    /// string object, and hashing 8,192 tokens of text takes ten times as long as a hit.
+    last: Mutex<Option<(Py<PyString>, HashedPrefix)>>,
+    /// Called with a tensor to bring it where it is wanted; None if that is the CPU.
+    to_device: Option<Py<PyAny>>,
+}
+
+/// Tensors of one hit: the memory that they show.
+#[derive(Debug)]
+pub(crate) struct Hit(Holding<PrivateLayers>);
+
+#[pymethods]
+impl NamedCache {
+    #[new]
+    #[pyo3(signature = (max_size_gb, default_ttl_seconds, to_device))]
+    fn new(max_size_gb: f64, default_ttl_seconds: Option<f64>, to_device: Option<Py<PyAny>>) -> PyResult<Self> {
+        let ttl = seconds(default_ttl_seconds, "default_ttl_seconds")?;
+        let config = CacheConfig::from_gib(max_size_gb).map_err(|error| to_python(&error))?.ttl(ttl);
+        let cache = SimpleKvCache::open(config).map_err(|error| to_python(&error))?;
+        Ok(Self { cache: Here::new(cache), last: Mutex::new(None), to_device })
+    }
+
+    /// Stores (layer, K, V) of a prefix, all or nothing.
+    fn _store(
+        &self,
+        py: Python<'_>,
+        prefix: &str,
+        layers: Vec<(usize, RawTensor, RawTensor)>,
+        tag: u8,
+        ttl_seconds: Option<f64>,
+        compute_seconds: Option<f64>,
+    ) -> PyResult<Outcome> {
+        let cache = self.cache.get()?;
+        let mut options = StoreOptions::default().tag(tag);
+        options.ttl = seconds(ttl_seconds, "ttl_seconds")?;
+        options.compute_time = seconds(compute_seconds, "compute_seconds")?;
+        let lent = |(layer, k, v): &(usize, RawTensor, RawTensor)| Ok((*layer, Lent::new(k)?, Lent::new(v)?));
+        let layers = layers.iter().map(lent).collect::<PyResult<Vec<_>>>()?;
+        let bytes: usize = layers.iter().map(|(_, k, v)| k.bytes() + v.bytes()).sum();
+        let outcome = detached(py, bytes + prefix.len(), || {
+            let views = layers.iter().map(|(layer, k, v)| Ok(LayerKv { layer: *layer, k: k.view()?, v: v.view()? }));
+            let views = views.collect::<kvkeep::Result<Vec<_>>>()?;
+            cache.cache_all_layers_with(prefix, &views, &options)
+        });
+        outcome.map(Outcome::of).map_err(|error| to_python(&error))
+    }
+
+    /// K and V of one layer as they were stored, or None if they are not there (any more).
+    ///
+    /// Tensors of the kind that was stored, with the same dtype and shape, writable: writing into
+    /// them changes neither the cache nor what the next reader gets. Costs the same for
+    /// every size. Their pages cannot be evicted while they live.
+    ///
+    /// Raises `EmptyPrefixError`, `LayerOutOfRangeError`.
+    fn get_cached_kv<'py>(
+        &self,
+        py: Python<'py>,
+        prefix: &Bound<'py, PyString>,
+        layer: usize,
+    ) -> PyResult<Option<Bound<'py, PyTuple>>> {
+        let found = self.cache.get()?.get_hashed(&self.hashed(prefix)?, layer);
+        let Some(found) = found.map_err(|error| to_python(&error))? else { return Ok(None) };
+        let hit = Hit::of(found.into_private())?;
+        let tensors = self.tensors(py, &hit)?;
+        PyTuple::new(py, tensors).map(Some)
+    }
+
+    /// K and V of the layers 0 to `num_layers`, as a dict from layer to (k, v), or None if
+    /// any is missing. Counts as one request. Tensors as from `get_cached_kv`.
+    ///
+    /// Raises `EmptyPrefixError`, `ZeroLayersError`, `LayerOutOfRangeError`.
+    fn get_all_layers<'py>(
+        &self,
+        py: Python<'py>,
+        prefix: &Bound<'py, PyString>,
+        num_layers: usize,
+    ) -> PyResult<Option<Bound<'py, PyDict>>> {
+        let found = self.cache.get()?.get_all_hashed(&self.hashed(prefix)?, num_layers);
+        let Some(found) = found.map_err(|error| to_python(&error))? else { return Ok(None) };
+        let hit = Hit::of(CachedLayers::into_private(found))?;
+        let dict = PyDict::new(py);
+        let mut tensors = self.tensors(py, &hit)?.into_iter();
+        for layer in 0..num_layers {
+            dict.set_item(layer, (tensors.next(), tensors.next()))?;
+        }
+        Ok(Some(dict))
+    }
+
+    /// The longest prefix of `text` under which at least one layer is stored, or None.
+    /// Not a request: nothing is counted.
+    fn longest_prefix<'t>(&self, py: Python<'_>, text: &'t str) -> PyResult<Option<&'t str>> {
+        let cache = self.cache.get()?;
+        Ok(detached(py, text.len(), || cache.longest_prefix(text)))
+    }
+
+    /// Removes one layer of a prefix, or all of them; returns the layers that were there.
+    ///
+    /// Raises `EmptyPrefixError`, `LayerOutOfRangeError`.
+    #[pyo3(signature = (prefix, layer=None))]
+    fn evict(&self, py: Python<'_>, prefix: &str, layer: Option<usize>) -> PyResult<Vec<usize>> {
+        let cache = self.cache.get()?;
+        let evicted = py.detach(|| cache.evict(prefix, layer));
+        evicted.map(|evicted| evicted.layers).map_err(|error| to_python(&error))
+    }
+
+    /// Removes everything; returns how many entries that were. Counters are kept.
+    fn clear(&self, py: Python<'_>) -> PyResult<u64> {
+        let cache = self.cache.get()?;
+        self.last().take();
+        Ok(py.detach(|| cache.clear().entries))
+    }
+
+    /// Counters and sizes as of now: see `Stats`.
+    fn get_stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let cache = self.cache.get()?;
+        stats::to_dict(py, &py.detach(|| cache.get_stats()))
+    }
+
+    fn _stats_text(&self) -> PyResult<String> {
+        Ok(self.cache.get()?.get_stats().to_string())
+    }
+}
+
+impl NamedCache {
+    /// The hash of a prefix; nothing to do if it is the very string that was asked for last.
+    fn hashed(&self, prefix: &Bound<'_, PyString>) -> PyResult<HashedPrefix> {
+        let py = prefix.py();
+        if let Some((last, hashed)) = self.last().as_ref()
+            && last.is(prefix)
+        {
+            return Ok(*hashed);
+        }
+        let (cache, text) = (self.cache.get()?, prefix.to_str()?);
+        let hashed = detached(py, text.len(), || cache.hashed(text)).map_err(|error| to_python(&error))?;
+        // What it replaces is dropped behind the lock.
+        let _last = self.last().replace((prefix.clone().unbind(), hashed));
+        Ok(hashed)
+    }
+
+    /// Never held while Python code runs or the GIL is waited for.
+    fn last(&self) -> MutexGuard<'_, Option<(Py<PyString>, HashedPrefix)>> {
+        self.last.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// K and V of each layer of a hit, one after the other, as what they came in as.
+    fn tensors<'py>(&self, py: Python<'py>, hit: &Arc<Hit>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        let layers = hit.0.get();
+        let mut flat: Vec<PrivateTensor> = Vec::with_capacity(2 * layers.len());
+        for layer in 0..layers.len() {
+            let (k, v) = layers.layer(layer).map_err(|error| to_python(&error))?;
+            flat.extend([k, v]);
+        }
+        let of_torch = |layer: usize| layers.tag(layer) == TORCH;
+        let tensors = if (0..layers.len()).all(of_torch) {
+            torch::tensors(py, hit, &flat)?
+        } else {
+            let make = |(place, tensor): (usize, &PrivateTensor)| {
+                if of_torch(place / 2) {
+                    return Ok(torch::tensors(py, hit, &[*tensor])?.remove(0));
+                }
+                array::array(py, hit, tensor)
+            };
+            flat.iter().enumerate().map(make).collect::<PyResult<_>>()?
+        };
+        match &self.to_device {
+            None => Ok(tensors),
+            Some(to_device) => tensors.into_iter().map(|tensor| to_device.bind(py).call1((tensor,))).collect(),
+        }
+    }
+}
+
+impl Hit {
+    fn of(private: kvkeep::Result<PrivateLayers>) -> PyResult<Arc<Self>> {
+        let private = private.map_err(|error| to_python(&error))?;
+        Ok(Arc::new(Self(Holding::new(private))))
+    }
+}
+
+/// Runs `work` without the GIL if it has that many bytes to read that it is worth it.
+fn detached<T: Send>(py: Python<'_>, bytes: usize, work: impl Send + FnOnce() -> T) -> T {
+    if bytes < DETACH_BYTES { work() } else { py.detach(work) }
+}

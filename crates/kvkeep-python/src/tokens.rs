@@ -1,0 +1,252 @@
+//! The front door by tokens, as far as it is done in Rust: see `kvkeep._tokens` for the
+//! classes that people use. The GIL is released in every call that hashes, copies or waits.
+
+#![expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use kvkeep::{CacheConfig, KvCache, KvLayout, LayerView, LayerViewMut, StoreOptions, TokenOrder};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::convert::{dtype, seconds};
+use crate::error::{CallError, Rejection, raise, to_python};
+use crate::fork::{Here, Holding};
+use crate::memory::{Lent, RawTensor, lent_tokens, no_overlap};
+use crate::stats;
+
+/// Address and count of `uint32` token ids.
+type RawTokens = (usize, usize);
+
+/// What makes KV reusable: model, revision, engine, LoRA, tenant's salt, and the layout of a block.
+#[pyclass(frozen, module = "kvkeep._kvkeep")]
+#[derive(Debug)]
+pub(crate) struct Namespace(kvkeep::Namespace);
+
+/// The cache by tokens.
+#[pyclass(frozen, module = "kvkeep._kvkeep")]
+#[derive(Debug)]
+pub(crate) struct TokenCache(Here<KvCache>);
+
+/// The longest resident prefix of a prompt, pinned until it is closed.
+#[pyclass(frozen, module = "kvkeep._kvkeep")]
+#[derive(Debug)]
+pub(crate) struct Match {
+    held: Here<Mutex<Option<Arc<Holding<kvkeep::Match>>>>>,
+    cached_tokens: usize,
+    blocks: usize,
+}
+
+/// What became of the blocks of one store.
+#[pyclass(frozen, get_all, module = "kvkeep")]
+#[derive(Debug)]
+pub(crate) struct StoreReport {
+    /// Blocks stored now.
+    stored_blocks: usize,
+    /// Blocks that were there already.
+    present_blocks: usize,
+    /// Blocks that were not admitted: the tail of the prompt.
+    rejected_blocks: usize,
+    /// Why not, or None.
+    rejection: Option<Rejection>,
+}
+
+#[pymethods]
+impl Namespace {
+    /// `dims` are `[layers, kv_heads, k_head_dim, v_head_dim, block_tokens]`.
+    #[new]
+    fn new(model: &str, dims: [u32; 5], dtype_code: usize, head_first: bool, parts: [String; 4]) -> PyResult<Self> {
+        let [layers, kv_heads, k_head_dim, v_head_dim, block_tokens] = dims;
+        let layout = KvLayout::new(layers, kv_heads, k_head_dim, dtype(dtype_code)?)
+            .and_then(|layout| layout.with_v_head_dim(v_head_dim))
+            .and_then(|layout| layout.with_block_tokens(block_tokens))
+            .map_err(|error| to_python(&error))?;
+        let order = if head_first { TokenOrder::HeadTokenDim } else { TokenOrder::TokenHeadDim };
+        let [revision, engine, lora, salt] = parts;
+        let namespace = kvkeep::Namespace::new(model, layout.with_order(order));
+        Ok(Self(namespace.with_revision(revision).with_engine(engine).with_lora(lora).with_salt(salt)))
+    }
+
+    /// The identity, in hex.
+    #[getter]
+    fn id(&self) -> String {
+        self.0.id().to_string()
+    }
+
+    /// Bytes of one block: all layers, K and V.
+    #[getter]
+    fn block_bytes(&self) -> usize {
+        self.0.layout().block_bytes()
+    }
+}
+
+#[pymethods]
+impl TokenCache {
+    #[new]
+    fn new(max_size_gb: f64, default_ttl_seconds: Option<f64>) -> PyResult<Self> {
+        let ttl = seconds(default_ttl_seconds, "default_ttl_seconds")?;
+        let config = CacheConfig::from_gib(max_size_gb).map_err(|error| to_python(&error))?.ttl(ttl);
+        KvCache::new(config).map(|cache| Self(Here::new(cache))).map_err(|error| to_python(&error))
+    }
+
+    fn lookup(&self, py: Python<'_>, namespace: &Namespace, tokens: RawTokens) -> PyResult<Match> {
+        let cache = self.0.get()?;
+        let found = py.detach(|| cache.lookup(&namespace.0, lent_tokens(tokens.0, tokens.1)));
+        found.map(Match::of).map_err(|error| to_python(&error))
+    }
+
+    fn pin(&self, py: Python<'_>, namespace: &Namespace, tokens: RawTokens) -> PyResult<Match> {
+        let cache = self.0.get()?;
+        let found = py.detach(|| cache.pin(&namespace.0, lent_tokens(tokens.0, tokens.1)));
+        found.map(Match::of).map_err(|error| to_python(&error))
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "one call from Python with all it needs")]
+    fn store(
+        &self,
+        py: Python<'_>,
+        namespace: &Namespace,
+        tokens: RawTokens,
+        first_token: usize,
+        layers: Vec<(RawTensor, RawTensor)>,
+        ttl_seconds: Option<f64>,
+        compute_seconds: Option<f64>,
+    ) -> PyResult<StoreReport> {
+        let cache = self.0.get()?;
+        let mut options = StoreOptions::default();
+        options.ttl = seconds(ttl_seconds, "ttl_seconds")?;
+        options.compute_time = seconds(compute_seconds, "compute_seconds")?;
+        let layers = lent_layers(&layers)?;
+        let report = py.detach(|| {
+            let views = layers.iter().map(|(k, v)| Ok(LayerView { k: k.view()?, v: v.view()? }));
+            let views = views.collect::<kvkeep::Result<Vec<_>>>()?;
+            let tokens = lent_tokens(tokens.0, tokens.1);
+            cache.store_from(&namespace.0, tokens, first_token, &views, &options)
+        });
+        report.map(StoreReport::of).map_err(|error| to_python(&error))
+    }
+
+    /// Calls `prefill(first_token, cached)` if blocks are missing and nobody else computes them.
+    fn get_or_prefill(
+        &self,
+        py: Python<'_>,
+        namespace: &Namespace,
+        tokens: RawTokens,
+        prefill: Py<PyAny>,
+    ) -> PyResult<Match> {
+        let cache = self.0.get()?;
+        // A copy: Python code runs in between.
+        let tokens = lent_tokens(tokens.0, tokens.1).to_vec();
+        let found = py.detach(|| {
+            cache.get_or_prefill(&namespace.0, &tokens, |missing| {
+                let first_token = missing.first_token();
+                let head = tokens.get(..first_token).filter(|head| !head.is_empty());
+                let cached = head.map(|head| cache.pin(&namespace.0, head)).transpose()?;
+                Python::attach(|py| prefill.call1(py, (first_token, cached.map(Match::of))))?;
+                Ok::<(), CallError>(())
+            })
+        });
+        Ok(Match::of(found?))
+    }
+
+    fn remove(&self, py: Python<'_>, namespace: &Namespace, tokens: RawTokens) -> PyResult<u64> {
+        let cache = self.0.get()?;
+        let removed = py.detach(|| cache.remove(&namespace.0, lent_tokens(tokens.0, tokens.1)));
+        removed.map(|removed| removed.entries).map_err(|error| to_python(&error))
+    }
+
+    fn clear(&self, py: Python<'_>, namespace: Option<&Namespace>) -> PyResult<u64> {
+        let cache = self.0.get()?;
+        let removed = py.detach(|| match namespace {
+            Some(namespace) => cache.clear_namespace(&namespace.0),
+            None => cache.clear(),
+        });
+        Ok(removed.entries)
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let cache = self.0.get()?;
+        stats::to_dict(py, &py.detach(|| cache.stats()))
+    }
+
+    fn stats_text(&self) -> PyResult<String> {
+        Ok(self.0.get()?.stats().to_string())
+    }
+}
+
+impl Match {
+    fn of(found: kvkeep::Match) -> Self {
+        let (cached_tokens, blocks) = (found.cached_tokens(), found.blocks());
+        Self { held: Here::new(Mutex::new(Some(Arc::new(Holding::new(found))))), cached_tokens, blocks }
+    }
+
+    fn held(&self) -> PyResult<Arc<Holding<kvkeep::Match>>> {
+        let held = self.held.get()?.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        held.ok_or_else(|| raise("ClosedError", "this match is closed: look up again"))
+    }
+}
+
+#[pymethods]
+impl Match {
+    #[getter]
+    fn cached_tokens(&self) -> usize {
+        self.cached_tokens
+    }
+
+    #[getter]
+    fn blocks(&self) -> usize {
+        self.blocks
+    }
+
+    #[getter]
+    fn closed(&self) -> bool {
+        self.held().is_err()
+    }
+
+    /// Copies these layers into tensors, one (k, v) for each layer from `first_layer` on.
+    fn load(&self, py: Python<'_>, first_layer: usize, into: Vec<(RawTensor, RawTensor)>) -> PyResult<()> {
+        let held = self.held()?;
+        let mut into = lent_layers(&into)?;
+        no_overlap(into.iter().flat_map(|(k, v)| [k, v]))?;
+        let loaded = py.detach(|| {
+            let layers = first_layer..first_layer + into.len();
+            let views = into.iter_mut().map(|(k, v)| Ok(LayerViewMut { k: k.view_mut()?, v: v.view_mut()? }));
+            let mut views = views.collect::<kvkeep::Result<Vec<_>>>()?;
+            held.get().load(layers, &mut views)
+        });
+        loaded.map_err(|error| to_python(&error))
+    }
+
+    /// Lets go of the blocks; they can be evicted again.
+    fn close(&self, py: Python<'_>) {
+        // In a child of the process that made it there is nothing to let go of.
+        if let Ok(held) = self.held.get() {
+            let held = held.lock().unwrap_or_else(PoisonError::into_inner).take();
+            py.detach(|| drop(held));
+        }
+    }
+}
+
+impl StoreReport {
+    fn of(report: kvkeep::StoreReport) -> Self {
+        Self {
+            stored_blocks: report.stored_blocks,
+            present_blocks: report.present_blocks,
+            rejected_blocks: report.rejected_blocks,
+            rejection: report.rejection.map(Rejection::new),
+        }
+    }
+}
+
+#[pymethods]
+impl StoreReport {
+    fn __repr__(&self) -> String {
+        let Self { stored_blocks, present_blocks, rejected_blocks, rejection } = self;
+        let why = rejection.as_ref().map(|why| format!(": {why:?}")).unwrap_or_default();
+        format!("<StoreReport {stored_blocks} stored, {present_blocks} present, {rejected_blocks} rejected{why}>")
+    }
+}
+
+fn lent_layers(layers: &[(RawTensor, RawTensor)]) -> PyResult<Vec<(Lent, Lent)>> {
+    layers.iter().map(|(k, v)| Ok((Lent::new(k)?, Lent::new(v)?))).collect()
+}

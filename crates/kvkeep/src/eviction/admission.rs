@@ -1,0 +1,119 @@
+//! What is written to disk at all: pure, as the policies are. It knows what it is told of uses,
+//! and answers before each write.
+//!
+//! Writing everything is simplest and wears the disk out for blocks that are never read again.
+//! The alternatives: write what is used a second time, or what blocks of its kind have proved
+//! to be worth.
+
+use super::rates::Kind;
+use super::{EntryId, Place};
+
+/// Which blocks are written to disk.
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
+#[non_exhaustive]
+pub enum Admission {
+    /// Every block that is stored.
+    #[default]
+    All,
+    /// A block that is used a second time.
+    SecondUse,
+    /// A block of a kind that is read from disk at least so many times for each write: what a
+    /// write costs, as a part of what computing a block again does. One write in 16 of the other
+    /// kinds is made all the same, to keep knowing.
+    Worth(f32),
+}
+
+/// Decides, and remembers what its decisions were worth.
+#[derive(Debug)]
+pub(crate) struct Admitter {
+    admission: Admission,
+    /// Reads and writes of each kind.
+    kinds: Vec<(f32, f32)>,
+    /// The kind of each entry on disk.
+    written: super::list::Slots<Kind>,
+    denied: u32,
+}
+
+/// Writes of a kind before it is judged.
+const TRIAL_WRITES: f32 = 64.0;
+const EXPLORE_EVERY: u32 = 16;
+/// Sums of a kind fade by half when it has been written so often.
+const FADE_WRITES: f32 = 65_536.0;
+
+impl Admitter {
+    pub(crate) fn new(admission: Admission) -> Self {
+        let kinds = vec![(0.0, 0.0); Kind::ALL];
+        Self { admission, kinds, written: super::list::Slots::new(), denied: 0 }
+    }
+
+    /// Is a block to be written that has been used again `touches` times?
+    pub(crate) fn admits(&mut self, touches: u8, place: Place) -> bool {
+        match self.admission {
+            Admission::All => true,
+            Admission::SecondUse => touches > 0,
+            Admission::Worth(least) => {
+                let kind = usize::from(Kind::of(touches, place).number());
+                let (reads, writes) = self.kinds.get(kind).copied().unwrap_or_default();
+                if writes < TRIAL_WRITES || reads >= least * writes {
+                    return true;
+                }
+                self.denied = self.denied.wrapping_add(1);
+                self.denied.is_multiple_of(EXPLORE_EVERY)
+            }
+        }
+    }
+
+    /// A block was written and is entry `id` of the disk.
+    pub(crate) fn wrote(&mut self, id: EntryId, touches: u8, place: Place) {
+        let kind = Kind::of(touches, place);
+        if let Some(slot) = self.written.grow(id, Kind::FIRST) {
+            *slot = kind;
+        }
+        if let Some((reads, writes)) = self.kinds.get_mut(usize::from(kind.number())) {
+            *writes += 1.0;
+            if *writes > FADE_WRITES {
+                (*reads, *writes) = (*reads / 2.0, *writes / 2.0);
+            }
+        }
+    }
+
+    /// Entry `id` of the disk was read because it was not in RAM.
+    pub(crate) fn read(&mut self, id: EntryId) {
+        let kind = self.written.get(id).map_or(0, |kind| usize::from(kind.number()));
+        if let Some((reads, _)) = self.kinds.get_mut(kind) {
+            *reads += 1.0;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kind_that_is_never_read_is_written_rarely_and_one_that_is_read_always() {
+        let mut admitter = Admitter::new(Admission::Worth(0.5));
+        let (dead, live) = (Place { depth: 0, blocks: 1, found: 0 }, Place { depth: 0, blocks: 100, found: 0 });
+        let (mut dead_writes, mut live_writes) = (0, 0);
+        for id in 0..2_000 {
+            if admitter.admits(0, dead) {
+                admitter.wrote(2 * id, 0, dead);
+                dead_writes += 1;
+            }
+            if admitter.admits(0, live) {
+                admitter.wrote(2 * id + 1, 0, live);
+                admitter.read(2 * id + 1);
+                live_writes += 1;
+            }
+        }
+        assert_eq!(live_writes, 2_000);
+        assert!((64..64 + 2_000 / 16 + 1).contains(&dead_writes), "{dead_writes}");
+    }
+
+    #[test]
+    fn second_use_writes_nothing_that_was_used_once() {
+        let mut admitter = Admitter::new(Admission::SecondUse);
+        assert!(!admitter.admits(0, Place::default()) && admitter.admits(1, Place::default()));
+        assert!(Admitter::new(Admission::All).admits(0, Place::default()));
+    }
+}

@@ -1,0 +1,141 @@
+//! What was evicted not long ago, bounded: exactly and in order ([`Ghosts`]), or small and
+//! about in order ([`Buckets`]).
+//!
+//! In the exact one a tag that was taken back leaves a stale place in the queue, recognised by
+//! its number; the queue is swept when a third of it is stale. Tags have 32 bits: one eviction in
+//! some ten thousand is taken for another one, which costs a policy nothing but a good guess.
+
+use std::collections::VecDeque;
+
+use hashbrown::HashTable;
+
+/// Exact, and 20 to 40 bytes each.
+#[derive(Debug)]
+pub(super) struct Ghosts {
+    /// Tags and the numbers of their eviction.
+    table: HashTable<(u32, u32)>,
+    queue: VecDeque<(u32, u32)>,
+    next: u32,
+}
+
+impl Ghosts {
+    pub(super) fn new() -> Self {
+        Self { table: HashTable::new(), queue: VecDeque::new(), next: 0 }
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.table.len()
+    }
+
+    /// Remembers an eviction.
+    pub(super) fn add(&mut self, tag: u32) {
+        self.take(tag);
+        self.next = self.next.wrapping_add(1);
+        let ghost = (tag, self.next);
+        self.table.insert_unique(hash(tag), ghost, |ghost| hash(ghost.0));
+        self.queue.push_back(ghost);
+    }
+
+    /// Was it evicted not long ago? Forgets it.
+    pub(super) fn take(&mut self, tag: u32) -> bool {
+        let found = self.table.find_entry(hash(tag), |ghost| ghost.0 == tag);
+        found.map(hashbrown::hash_table::OccupiedEntry::remove).is_ok()
+    }
+
+    /// Forgets the oldest beyond `max`, and the places of what was taken back.
+    pub(super) fn shrink(&mut self, max: usize) {
+        while self.table.len() > max {
+            let Some(oldest) = self.queue.pop_front() else { return };
+            if let Ok(ghost) = self.table.find_entry(hash(oldest.0), |ghost| *ghost == oldest) {
+                ghost.remove();
+            }
+        }
+        if self.queue.len() > self.table.len() + self.table.len() / 2 + 16 {
+            let Self { table, queue, .. } = self;
+            queue.retain(|old| table.find(hash(old.0), |ghost| ghost == old).is_some());
+            queue.shrink_to(queue.len() + queue.len() / 2);
+            if table.capacity() > 4 * table.len() {
+                table.shrink_to(2 * table.len(), |ghost| hash(ghost.0));
+            }
+        }
+    }
+
+    pub(super) fn memory_bytes(&self) -> usize {
+        self.table.allocation_size() + self.queue.capacity() * size_of::<(u32, u32)>()
+    }
+}
+
+/// 32 bits that stand for a key of which 64 are known.
+pub(super) fn tag(fingerprint: u64) -> u32 {
+    let [a, b, c, d, e, f, g, h] = fingerprint.to_le_bytes();
+    u32::from_le_bytes([a, b, c, d]) ^ u32::from_le_bytes([e, f, g, h]).rotate_left(7)
+}
+
+/// Tags are uniform; a table wants its bits in the upper half too.
+fn hash(tag: u32) -> u64 {
+    u64::from(tag).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
+/// Some of what was evicted: 8 bytes each, in buckets of eight from the newest to the oldest.
+#[derive(Debug, Default)]
+pub(super) struct Buckets {
+    ghosts: Vec<Ghost>,
+    cursor: usize,
+}
+
+/// A key's tag (0: nobody), and when it was used last; a policy may keep a note in the lowest bits.
+#[derive(Debug, Clone, Copy, Default)]
+struct Ghost {
+    tag: u32,
+    last: u32,
+}
+
+const BUCKET: usize = 8;
+
+impl Buckets {
+    /// Remembers an eviction among `wanted` others.
+    pub(super) fn add(&mut self, tag: u32, last: u32, wanted: usize) {
+        // When the cache has grown, what is known starts anew: it grows while nothing is evicted.
+        let wanted = wanted.div_ceil(BUCKET).max(1) * BUCKET;
+        if wanted > self.ghosts.len() + self.ghosts.len() / 4 {
+            self.ghosts = vec![Ghost::default(); wanted];
+            self.cursor = 0;
+        }
+        let bucket = self.bucket(tag);
+        let end = bucket.iter().position(|ghost| ghost.tag == 0).unwrap_or(BUCKET - 1);
+        if let Some(newer) = bucket.get_mut(..=end) {
+            newer.rotate_right(1);
+            newer.iter_mut().take(1).for_each(|first| *first = Ghost { tag, last });
+        }
+    }
+
+    /// When it was used last, if that is remembered. Forgets it.
+    pub(super) fn take(&mut self, tag: u32) -> Option<u32> {
+        if tag == 0 {
+            return None;
+        }
+        self.bucket(tag).iter_mut().find(|ghost| ghost.tag == tag).map(|ghost| std::mem::take(ghost).last)
+    }
+
+    /// The next place, if somebody is there.
+    pub(super) fn look(&mut self) -> Option<u32> {
+        self.cursor = if self.cursor + 1 < self.ghosts.len() { self.cursor + 1 } else { 0 };
+        self.ghosts.get(self.cursor).filter(|ghost| ghost.tag != 0).map(|ghost| ghost.last)
+    }
+
+    /// Places, taken or not.
+    pub(super) fn places(&self) -> usize {
+        self.ghosts.len()
+    }
+
+    pub(super) fn memory_bytes(&self) -> usize {
+        self.ghosts.capacity() * size_of::<Ghost>()
+    }
+
+    fn bucket(&mut self, tag: u32) -> &mut [Ghost] {
+        let buckets = (self.ghosts.len() / BUCKET) as u64;
+        let bucket = (u64::from(tag.wrapping_mul(0x9e37_79b1)) * buckets) >> 32;
+        let first = usize::try_from(bucket).unwrap_or(0) * BUCKET;
+        self.ghosts.get_mut(first..first + BUCKET).unwrap_or_default()
+    }
+}

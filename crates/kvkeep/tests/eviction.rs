@@ -1,0 +1,188 @@
+//! What policies, quotas, priorities and traces promise, seen from outside.
+
+#![expect(clippy::unwrap_used, reason = "a test that panics fails")]
+
+mod common;
+
+use std::sync::Arc;
+
+use common::{Kv, namespace, store};
+use kvkeep::{Admission, CacheConfig, Error, KvCache, PolicyKind, Priority, Simulation, StoreOptions, TraceRecorder};
+use proptest::prelude::*;
+
+const PAGE: u64 = 4096;
+
+fn prompt(start: u32, tokens: u32) -> Vec<u32> {
+    (start..start + tokens).collect()
+}
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % end
+    }
+}
+
+/// Requests of a modest tenant: a few sessions that come back.
+fn modest(tenant: u64, random: &mut Random) -> Vec<u64> {
+    let session = tenant << 32 | random.below(12) << 16;
+    (0..4 + random.below(6)).map(|block| session | block).collect()
+}
+
+/// One greedy and nine modest tenants with equal weights: each modest tenant hits, within two
+/// points, what it hits alone with its share.
+#[test]
+fn a_greedy_tenant_cannot_push_others_below_their_shares() {
+    const SHARE: u32 = 80;
+    for policy in PolicyKind::ALL {
+        let mut alone: Vec<_> = (1..10).map(|_| Simulation::new(SHARE, policy).unwrap()).collect();
+        // Tenant 0, who has no quota, is the greedy one.
+        let mut shared = Simulation::with_quotas(10 * SHARE, policy, &[1.0; 9]).unwrap();
+        let (mut random, mut flood) = (Random(7), 1u64 << 60);
+        let mut hits = vec![(0, 0, 0); 9];
+        for round in 0..3_000 {
+            for (tenant, (alone, (shared_hits, alone_hits, blocks))) in (1..).zip(alone.iter_mut().zip(&mut hits)) {
+                let request = modest(u64::from(tenant), &mut random);
+                let (in_shared, in_alone) =
+                    (shared.request_of(tenant, &request, Priority::Normal).ram, alone.request(&request).ram);
+                if round > 200 {
+                    *shared_hits += in_shared;
+                    *alone_hits += in_alone;
+                    *blocks += request.len();
+                }
+                flood += 100;
+                shared.request(&(flood..flood + 30).collect::<Vec<u64>>());
+            }
+        }
+        for (shared, alone, blocks) in hits {
+            #[expect(clippy::cast_precision_loss, reason = "small counts")]
+            let points = (alone as f64 - shared as f64) * 100.0 / blocks as f64;
+            assert!(alone > 0 && points < 2.0, "{}: {points:.1} points lost", policy.name());
+        }
+    }
+}
+
+#[test]
+fn what_is_to_be_kept_longer_outlives_and_what_is_to_be_dropped_first_goes() {
+    for policy in PolicyKind::ALL {
+        let cache = KvCache::new(CacheConfig::new(12 * PAGE).policy(policy)).unwrap();
+        let namespace = namespace("m");
+        let put = |start: u32, priority: Priority| {
+            let tokens = prompt(start, 16);
+            let options = StoreOptions::default().priority(priority);
+            cache.store_from(&namespace, &tokens, 0, &Kv::of(&tokens, 0).views(), &options).unwrap();
+        };
+        put(0, Priority::KeepLonger);
+        put(100, Priority::DropFirst);
+        put(200, Priority::Normal);
+        let blocks = |start: u32| cache.pin(&namespace, &prompt(start, 16)).unwrap().blocks();
+        put(300, Priority::Normal);
+        let left = (blocks(0), blocks(100), blocks(200), blocks(300));
+        assert_eq!(left, (4, 0, 4, 4), "{}", policy.name());
+        (400..500).step_by(16).for_each(|start| put(start * 10, Priority::Normal));
+        assert_eq!(blocks(0), 4, "{}", policy.name());
+        // It is kept longer, not for ever.
+        (0..4).for_each(|n| put(9_000 + 100 * n, Priority::KeepLonger));
+        assert_eq!(cache.stats().rejections, 0, "{}", policy.name());
+        assert_eq!(blocks(9_300), 4, "{}", policy.name());
+    }
+}
+
+/// A block that is kept longer is worth nothing without the blocks before it.
+#[test]
+fn storing_with_a_priority_raises_the_blocks_before() {
+    let cache = KvCache::new(CacheConfig::new(8 * PAGE).policy(PolicyKind::Lru)).unwrap();
+    let namespace = namespace("m");
+    let tokens = prompt(0, 16);
+    store(&cache, &namespace, &tokens[..8]);
+    let options = StoreOptions::default().priority(Priority::KeepLonger);
+    cache.store_from(&namespace, &tokens, 0, &Kv::of(&tokens, 0).views(), &options).unwrap();
+    (1..10).for_each(|n| _ = store(&cache, &namespace, &prompt(1_000 * n, 16)));
+    assert_eq!(cache.pin(&namespace, &tokens).unwrap().blocks(), 4);
+}
+
+#[test]
+fn a_quota_that_makes_no_share_is_refused() {
+    let id = namespace("m").id();
+    for weight in [0.0, -1.0, f64::NAN, f64::INFINITY] {
+        assert!(matches!(CacheConfig::new(PAGE).quota(id, weight), Err(Error::Config(_))), "{weight}");
+    }
+    let twice = CacheConfig::new(PAGE).quota(id, 1.0).and_then(|config| config.quota(id, 2.0));
+    assert!(twice.unwrap_err().to_string().contains("already"));
+    assert!(matches!(Simulation::new(0, PolicyKind::Lru), Err(Error::Config(_))));
+}
+
+#[test]
+fn a_recorded_trace_replays_to_the_same_hits() {
+    let path = std::env::temp_dir().join(format!("kvkeep-recorded-{}.jsonl", std::process::id()));
+    let recorder = Arc::new(TraceRecorder::create(&path).unwrap());
+    assert!(TraceRecorder::create(&path).is_err(), "a trace is never written over");
+    let cache = KvCache::new(CacheConfig::new(20 * PAGE).policy(PolicyKind::Lru).record(recorder.clone())).unwrap();
+    let namespace = namespace("m");
+    let (mut random, mut hits) = (Random(3), Vec::new());
+    for _ in 0..400 {
+        let (session, blocks) = (random.below(8), 1 + random.below(7));
+        let tokens = prompt(u32::try_from(session * 1_000).unwrap(), u32::try_from(blocks * 4 + session % 4).unwrap());
+        hits.push(cache.lookup(&namespace, &tokens).unwrap().blocks());
+        store(&cache, &namespace, &tokens);
+    }
+    recorder.finish();
+    assert_eq!((recorder.written_total(), recorder.lost_total()), (400, 0));
+    let text = std::fs::read_to_string(&path).unwrap();
+    std::fs::remove_file(&path).unwrap();
+    let mut replayed = Simulation::new(20, PolicyKind::Lru).unwrap();
+    let again: Vec<usize> = text.lines().map(|line| replayed.request(&ids(line)).ram).collect();
+    assert_eq!(again, hits);
+    assert!(hits.iter().any(|hits| *hits > 0) && hits.contains(&0));
+}
+
+fn ids(line: &str) -> Vec<u64> {
+    let (_, list) = line.split_once("\"hash_ids\": [").unwrap();
+    list.trim_end_matches("]}").split(", ").map(|id| id.parse().unwrap()).collect()
+}
+
+#[test]
+fn a_disk_catches_what_ram_drops_and_admission_saves_writes() {
+    let mut random = Random(5);
+    let requests: Vec<Vec<u64>> =
+        (0..3_000).map(|n| if n % 3 == 0 { vec![n << 40] } else { modest(1, &mut random) }).collect();
+    let run = |admission| {
+        let mut cache = Simulation::new(20, PolicyKind::Adaptive).unwrap();
+        cache = cache.with_disk(200, PolicyKind::Adaptive, admission).unwrap();
+        let hits: usize = requests.iter().map(|request| cache.request(request).total()).sum();
+        (hits, cache.disk_written_blocks())
+    };
+    let mut ram_only = Simulation::new(20, PolicyKind::Adaptive).unwrap();
+    let ram_hits: usize = requests.iter().map(|request| ram_only.request(request).total()).sum();
+    let (all, second, worth) = (run(Admission::All), run(Admission::SecondUse), run(Admission::Worth(0.5)));
+    assert!(all.0 > ram_hits && second.0 > ram_hits && worth.0 > ram_hits);
+    assert!(second.1 < all.1 && worth.1 < all.1, "{all:?} {second:?} {worth:?}");
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(100))]
+
+    /// Leaves go first: what is resident of a tree is always whole prefixes, so no block takes
+    /// room that cannot be found.
+    #[test]
+    fn no_block_is_resident_without_the_blocks_before_it(leaves in prop::collection::vec(8u64..64, 1..150), capacity in 7u32..30) {
+        for policy in [PolicyKind::Lru, PolicyKind::Adaptive] {
+            let mut cache = Simulation::new(capacity, policy).unwrap();
+            for leaf in &leaves {
+                let mut path: Vec<u64> = std::iter::successors(Some(*leaf), |n| (n / 2 > 0).then_some(n / 2)).collect();
+                path.reverse();
+                cache.request(&path);
+                prop_assert_eq!(cache.reachable_blocks(&path), path.len());
+                prop_assert!(cache.resident_blocks() <= capacity as usize);
+                let found: std::collections::HashSet<u64> = (1u64..64).filter(|n| {
+                    let mut path: Vec<u64> = std::iter::successors(Some(*n), |n| (n / 2 > 0).then_some(n / 2)).collect();
+                    path.reverse();
+                    cache.reachable_blocks(&path) == path.len()
+                }).collect();
+                prop_assert_eq!(found.len(), cache.resident_blocks());
+            }
+        }
+    }
+}

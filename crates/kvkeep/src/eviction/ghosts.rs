@@ -39,7 +39,7 @@ impl Ghosts {
     /// Was it evicted not long ago? Forgets it.
     pub(super) fn take(&mut self, tag: u32) -> bool {
         let found = self.table.find_entry(hash(tag), |ghost| ghost.0 == tag);
-        found.map(|ghost| ghost.remove()).is_ok()
+        found.map(hashbrown::hash_table::OccupiedEntry::remove).is_ok()
     }
 
     /// Forgets the oldest beyond `max`, and the places of what was taken back.

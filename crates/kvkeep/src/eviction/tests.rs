@@ -257,7 +257,7 @@ proptest! {
                         driven.remove(id, Departure::Removed);
                     }
                     (3.., _) if !held.contains(key) => {
-                        driven.access(*key, (*key > 0).then(|| *key / 2));
+                        driven.access(*key, (*key > 0).then_some(*key / 2));
                     }
                     _ => {}
                 }

@@ -86,6 +86,10 @@ fn class_name(error: &Error) -> &'static str {
         Error::SizeOverflow(_) => "SizeOverflowError",
         Error::Cast { .. } => "CastError",
         Error::Memory { .. } | Error::PrivateMemory { .. } => "OutOfMemoryError",
+        Error::Disk { .. } => "DiskError",
+        Error::DiskLocked { .. } => "DiskLockedError",
+        Error::DiskRefused { .. } => "DiskRefusedError",
+        Error::NoDisk => "NoDiskError",
         _ => "KvkeepError",
     }
 }

@@ -21,7 +21,7 @@ static GENERATION: AtomicU64 = AtomicU64::new(0);
 /// A value of the process that made it.
 #[derive(Debug)]
 pub(crate) struct Here<T> {
-    value: T,
+    value: ManuallyDrop<T>,
     generation: u64,
 }
 
@@ -47,7 +47,7 @@ pub(crate) fn after_fork_in_child() {
 
 impl<T> Here<T> {
     pub(crate) fn new(value: T) -> Self {
-        Self { value, generation: GENERATION.load(Ordering::SeqCst) }
+        Self { value: ManuallyDrop::new(value), generation: GENERATION.load(Ordering::SeqCst) }
     }
 
     /// The value, or `ForkError` in a child of the process that made it.
@@ -60,6 +60,18 @@ impl<T> Here<T> {
             "this cache belongs to the process that made it and cannot be used after a fork: \
              make one in the child, or start processes with the method 'spawn'",
         ))
+    }
+}
+
+impl<T> Drop for Here<T> {
+    /// In a child nothing is let go of: a disk tier that is closed there would write into the
+    /// parent's directory, and wait for threads that the child does not have.
+    #[expect(unsafe_code, reason = "a value that may have to stay")]
+    fn drop(&mut self) {
+        if self.generation == GENERATION.load(Ordering::SeqCst) {
+            // SAFETY: dropped here and nowhere else.
+            unsafe { ManuallyDrop::drop(&mut self.value) };
+        }
     }
 }
 

@@ -16,6 +16,7 @@ mod error;
 mod fork;
 mod memory;
 mod named;
+mod open;
 mod stats;
 mod tokens;
 mod torch;

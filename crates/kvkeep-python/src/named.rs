@@ -5,16 +5,15 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use kvkeep::{
-    CacheConfig, CachedLayers, HashedPrefix, LayerKv, PrivateLayers, PrivateTensor, SimpleKvCache, StoreOptions,
-};
+use kvkeep::{CachedLayers, HashedPrefix, LayerKv, PrivateLayers, PrivateTensor, SimpleKvCache, StoreOptions};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
 
 use crate::convert::seconds;
 use crate::error::{Outcome, to_python};
-use crate::fork::{Here, Holding};
+use crate::fork::Holding;
 use crate::memory::{Lent, RawTensor};
+use crate::open::{Open, RawDisk};
 use crate::{array, stats, torch};
 
 /// What came in as torch tensors goes out as such; everything else goes out to numpy.
@@ -28,7 +27,7 @@ const DETACH_BYTES: usize = 8 << 10;
 #[pyclass(frozen, subclass, module = "kvkeep._kvkeep")]
 #[derive(Debug)]
 pub(crate) struct NamedCache {
-    cache: Here<SimpleKvCache>,
+    cache: Open<SimpleKvCache>,
     /// The last prefix asked for and its hash: who asks for layer after layer passes the same
     /// string object, and hashing 8,192 tokens of text takes ten times as long as a hit.
     last: Mutex<Option<(Py<PyString>, HashedPrefix)>>,
@@ -43,12 +42,16 @@ pub(crate) struct Hit(Holding<PrivateLayers>);
 #[pymethods]
 impl NamedCache {
     #[new]
-    #[pyo3(signature = (max_size_gb, default_ttl_seconds, to_device))]
-    fn new(max_size_gb: f64, default_ttl_seconds: Option<f64>, to_device: Option<Py<PyAny>>) -> PyResult<Self> {
-        let ttl = seconds(default_ttl_seconds, "default_ttl_seconds")?;
-        let config = CacheConfig::from_gib(max_size_gb).map_err(|error| to_python(&error))?.ttl(ttl);
-        let cache = SimpleKvCache::open(config).map_err(|error| to_python(&error))?;
-        Ok(Self { cache: Here::new(cache), last: Mutex::new(None), to_device })
+    #[pyo3(signature = (max_size_gb, default_ttl_seconds, to_device, disk))]
+    fn new(
+        py: Python<'_>,
+        max_size_gb: f64,
+        default_ttl_seconds: Option<f64>,
+        to_device: Option<Py<PyAny>>,
+        disk: Option<RawDisk>,
+    ) -> PyResult<Self> {
+        let cache = Open::new(py, max_size_gb, default_ttl_seconds, disk, SimpleKvCache::open)?;
+        Ok(Self { cache, last: Mutex::new(None), to_device })
     }
 
     /// Stores (layer, K, V) of a prefix, all or nothing.
@@ -89,7 +92,8 @@ impl NamedCache {
         prefix: &Bound<'py, PyString>,
         layer: usize,
     ) -> PyResult<Option<Bound<'py, PyTuple>>> {
-        let found = self.cache.get()?.get_hashed(&self.hashed(prefix)?, layer);
+        let (cache, hashed) = (self.cache.get()?, self.hashed(prefix)?);
+        let found = self.waiting(py, || cache.get_hashed(&hashed, layer));
         let Some(found) = found.map_err(|error| to_python(&error))? else { return Ok(None) };
         let hit = Hit::of(found.into_private())?;
         let tensors = self.tensors(py, &hit)?;
@@ -106,7 +110,8 @@ impl NamedCache {
         prefix: &Bound<'py, PyString>,
         num_layers: usize,
     ) -> PyResult<Option<Bound<'py, PyDict>>> {
-        let found = self.cache.get()?.get_all_hashed(&self.hashed(prefix)?, num_layers);
+        let (cache, hashed) = (self.cache.get()?, self.hashed(prefix)?);
+        let found = self.waiting(py, || cache.get_all_hashed(&hashed, num_layers));
         let Some(found) = found.map_err(|error| to_python(&error))? else { return Ok(None) };
         let hit = Hit::of(CachedLayers::into_private(found))?;
         let dict = PyDict::new(py);
@@ -147,12 +152,33 @@ impl NamedCache {
         stats::to_dict(py, &py.detach(|| cache.get_stats()))
     }
 
+    /// Makes everything stored so far durable: after a crash it is there, unless it was evicted,
+    /// removed, or expired meanwhile.
+    ///
+    /// Raises `NoDiskError` without a disk tier, `DiskError` if it fails.
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        let cache = self.cache.get()?;
+        py.detach(|| cache.flush()).map_err(|error| to_python(&error))
+    }
+
+    /// Ends the cache. A disk tier gets what is in RAM and is let go of, for this or another
+    /// process to open again. Calls that follow raise `ClosedError`; tensors stay valid.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        self.last().take();
+        self.cache.close(py)
+    }
+
     fn _stats_text(&self) -> PyResult<String> {
         Ok(self.cache.get()?.get_stats().to_string())
     }
 }
 
 impl NamedCache {
+    /// A hit in RAM takes less time than giving the GIL away; a disk does not.
+    fn waiting<T: Send>(&self, py: Python<'_>, find: impl FnOnce() -> T + Send) -> T {
+        if self.cache.has_disk { py.detach(find) } else { find() }
+    }
+
     /// The hash of a prefix; nothing to do if it is the very string that was asked for last.
     fn hashed(&self, prefix: &Bound<'_, PyString>) -> PyResult<HashedPrefix> {
         let py = prefix.py();

@@ -1,6 +1,6 @@
 //! The store's counters as a Python dict.
 
-use kvkeep::Stats;
+use kvkeep::{DiskStats, Stats};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -36,5 +36,35 @@ pub(crate) fn to_dict<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py
     ] {
         dict.set_item(name, value)?;
     }
+    dict.set_item("disk", stats.disk.as_ref().map(|disk| disk_to_dict(py, disk)).transpose()?)?;
+    Ok(dict)
+}
+
+fn disk_to_dict<'py>(py: Python<'py>, stats: &DiskStats) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    for (name, value) in [
+        ("entries", stats.entries),
+        ("used_bytes", stats.used_bytes),
+        ("capacity_bytes", stats.capacity_bytes),
+        ("index_bytes", stats.index_bytes),
+        ("queued_bytes", stats.queued_bytes),
+        ("hits", stats.hits),
+        ("stored_total", stats.stored_total),
+        ("written_bytes_total", stats.written_bytes_total),
+        ("read_bytes_total", stats.read_bytes_total),
+        ("dropped_total", stats.dropped_total),
+        ("evictions", stats.evictions),
+        ("reinserted_total", stats.reinserted_total),
+        ("damaged_total", stats.damaged_total),
+        ("read_errors_total", stats.read_errors_total),
+        ("write_errors_total", stats.write_errors_total),
+        ("timeouts_total", stats.timeouts_total),
+        ("not_worth_tokens_total", stats.not_worth_tokens_total),
+        ("foreign_files", stats.foreign_files),
+        ("load_bytes_per_s", stats.load_bytes_per_s),
+    ] {
+        dict.set_item(name, value)?;
+    }
+    dict.set_item("failing", stats.failing)?;
     Ok(dict)
 }

@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvkeep::{CacheConfig, KvCache, KvLayout, LayerView, LayerViewMut, StoreOptions, TokenOrder};
+use kvkeep::{KvCache, KvLayout, LayerView, LayerViewMut, StoreOptions, TokenOrder};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -13,6 +13,7 @@ use crate::convert::{dtype, seconds};
 use crate::error::{CallError, Rejection, raise, to_python};
 use crate::fork::{Here, Holding};
 use crate::memory::{Lent, RawTensor, lent_tokens, no_overlap};
+use crate::open::{Open, RawDisk};
 use crate::stats;
 
 /// Address and count of `uint32` token ids.
@@ -26,7 +27,7 @@ pub(crate) struct Namespace(kvkeep::Namespace);
 /// The cache by tokens.
 #[pyclass(frozen, module = "kvkeep._kvkeep")]
 #[derive(Debug)]
-pub(crate) struct TokenCache(Here<KvCache>);
+pub(crate) struct TokenCache(Open<KvCache>);
 
 /// The longest resident prefix of a prompt, pinned until it is closed.
 #[pyclass(frozen, module = "kvkeep._kvkeep")]
@@ -83,10 +84,28 @@ impl Namespace {
 #[pymethods]
 impl TokenCache {
     #[new]
-    fn new(max_size_gb: f64, default_ttl_seconds: Option<f64>) -> PyResult<Self> {
-        let ttl = seconds(default_ttl_seconds, "default_ttl_seconds")?;
-        let config = CacheConfig::from_gib(max_size_gb).map_err(|error| to_python(&error))?.ttl(ttl);
-        KvCache::new(config).map(|cache| Self(Here::new(cache))).map_err(|error| to_python(&error))
+    fn new(
+        py: Python<'_>,
+        max_size_gb: f64,
+        default_ttl_seconds: Option<f64>,
+        disk: Option<RawDisk>,
+    ) -> PyResult<Self> {
+        Open::new(py, max_size_gb, default_ttl_seconds, disk, KvCache::new).map(Self)
+    }
+
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        let cache = self.0.get()?;
+        py.detach(|| cache.flush()).map_err(|error| to_python(&error))
+    }
+
+    fn prefetch(&self, py: Python<'_>, namespace: &Namespace, tokens: RawTokens) -> PyResult<usize> {
+        let cache = self.0.get()?;
+        let under_way = py.detach(|| cache.prefetch(&namespace.0, lent_tokens(tokens.0, tokens.1)));
+        under_way.map_err(|error| to_python(&error))
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        self.0.close(py)
     }
 
     fn lookup(&self, py: Python<'_>, namespace: &Namespace, tokens: RawTokens) -> PyResult<Match> {

@@ -212,3 +212,12 @@ def test_of_8_threads_none_reads_another_ones_bytes() -> None:
         thread.join(60)
     assert not any(thread.is_alive() for thread in threads) and not errors, errors
     assert cache.get_stats()["held_bytes"] == 0
+
+
+def test_torch_tensors_are_torch_tensors_after_a_restart(tmp_path) -> None:  # type: ignore[no-untyped-def]
+    k = torch.randn(1, 2, 16, 8).to(torch.bfloat16)
+    with SimpleKVCache(0.01, disk_path=tmp_path / "kv", disk_size_gb=0.1) as cache:
+        cache.cache_kv("p", 0, k, k)
+    with SimpleKVCache(0.01, disk_path=tmp_path / "kv", disk_size_gb=0.1) as cache:
+        hit = cache.get_cached_kv("p", 0)
+        assert hit is not None and hit[0].dtype == torch.bfloat16 and torch.equal(hit[0], k)

@@ -14,6 +14,9 @@ from kvkeep._errors import (
     ClosedError,
     ConfigError,
     DeviceError,
+    DiskError,
+    DiskLockedError,
+    DiskRefusedError,
     DTypeMismatchError,
     DuplicateLayerError,
     EmptyPrefixError,
@@ -24,6 +27,7 @@ from kvkeep._errors import (
     LayerCountError,
     LayerOutOfRangeError,
     LayoutError,
+    NoDiskError,
     OutOfMemoryError,
     OverlapError,
     RankError,
@@ -36,7 +40,7 @@ from kvkeep._errors import (
 )
 from kvkeep._kvkeep import Outcome, Rejection, StoreReport, __version__
 from kvkeep._simple import SimpleKVCache
-from kvkeep._stats import Stats
+from kvkeep._stats import DiskStats, Stats
 from kvkeep._tokens import KVCache, Match, Missing, Namespace
 
 # So that a child that is born by fork gets a clear error instead of a locked lock.
@@ -50,6 +54,10 @@ __all__ = [
     "ConfigError",
     "DTypeMismatchError",
     "DeviceError",
+    "DiskError",
+    "DiskLockedError",
+    "DiskRefusedError",
+    "DiskStats",
     "DuplicateLayerError",
     "EmptyPrefixError",
     "EmptyTensorError",
@@ -63,6 +71,7 @@ __all__ = [
     "Match",
     "Missing",
     "Namespace",
+    "NoDiskError",
     "OutOfMemoryError",
     "Outcome",
     "OverlapError",

@@ -102,5 +102,21 @@ class ForkError(KvkeepError, RuntimeError):
     """A cache used in a child of the process that made it."""
 
 
+class DiskError(KvkeepError, OSError):
+    """A disk tier's directory that cannot be opened, flushed or closed."""
+
+
+class DiskLockedError(DiskError):
+    """A disk tier's directory that another process has open."""
+
+
+class DiskRefusedError(DiskError):
+    """A disk tier that was written with another key, or none, or by another release."""
+
+
+class NoDiskError(KvkeepError, RuntimeError):
+    """A call that needs a disk tier, to a cache that has none."""
+
+
 class UnsupportedModelError(KvkeepError, TypeError):
     """A model whose state cannot be cut by token, so that no prefix of it can be reused."""

@@ -13,6 +13,7 @@ DTYPES: list[str]
 
 _RawTensor: TypeAlias = tuple[int, int, tuple[int, ...]]
 _RawTokens: TypeAlias = tuple[int, int]
+_RawDisk: TypeAlias = tuple[str, float, str, str | None]
 
 def before_fork() -> None: ...
 def after_fork_in_child() -> None: ...
@@ -37,7 +38,11 @@ class Outcome:
 
 class NamedCache:
     def __new__(
-        cls, max_size_gb: float, default_ttl_seconds: float | None, to_device: Callable[[Any], Any] | None
+        cls,
+        max_size_gb: float,
+        default_ttl_seconds: float | None,
+        to_device: Callable[[Any], Any] | None,
+        disk: _RawDisk | None,
     ) -> Self: ...
     def _store(
         self,
@@ -48,6 +53,16 @@ class NamedCache:
         compute_seconds: float | None,
     ) -> Outcome: ...
     def _stats_text(self) -> str: ...
+    def flush(self) -> None:
+        """Makes everything stored so far durable: after a crash it is there, unless it was evicted,
+        removed, or expired meanwhile.
+
+        Raises `NoDiskError` without a disk tier, `DiskError` if it fails.
+        """
+    def close(self) -> None:
+        """Ends the cache. A disk tier gets what is in RAM and is let go of, for this or another process
+        to open again. Calls that follow raise `ClosedError`; tensors stay valid.
+        """
     def get_cached_kv(self, prefix: str, layer: int) -> tuple[Any, Any] | None:
         """K and V of one layer as they were stored, or None if they are not there (any more).
 
@@ -110,7 +125,10 @@ class Match:
     def close(self) -> None: ...
 
 class TokenCache:
-    def __new__(cls, max_size_gb: float, default_ttl_seconds: float | None) -> Self: ...
+    def __new__(cls, max_size_gb: float, default_ttl_seconds: float | None, disk: _RawDisk | None) -> Self: ...
+    def flush(self) -> None: ...
+    def prefetch(self, namespace: Namespace, tokens: _RawTokens) -> int: ...
+    def close(self) -> None: ...
     def lookup(self, namespace: Namespace, tokens: _RawTokens) -> Match: ...
     def pin(self, namespace: Namespace, tokens: _RawTokens) -> Match: ...
     def store(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from kvkeep._disk import DiskWrite, raw_disk
 from kvkeep._errors import DeviceError, UnsupportedTensorError
 from kvkeep._kvkeep import NamedCache, Outcome
 from kvkeep._tensors import lend
@@ -24,19 +26,47 @@ class SimpleKVCache(NamedCache):
     - `device`: where torch tensors are handed back, `"cpu"` or a CUDA device. The cache itself
       is in the CPU's memory either way.
     - `default_ttl_seconds`: how long entries live; None keeps them until they are evicted.
+    - `disk_path`, `disk_size_gb`: a directory of its own and a cap in GiB for a disk tier: what RAM has no
+      room for goes there, and what is there is found again after a restart.
+    - `disk_write`: `"through"` writes what is stored at once, in the background; `"back"` when RAM evicts it.
+    - `disk_key_file`: encrypts the disk tier under the key in this file (32 bytes, or 64 hexadecimal digits).
 
-    Safe from many threads. Raises `ConfigError`, `DeviceError`, `OutOfMemoryError`.
+    Use it in a `with` statement, or call `close`, so that the disk tier is complete. Safe from many threads.
+    Raises `ConfigError`, `DeviceError`, `OutOfMemoryError`, `DiskError`, `DiskLockedError`, `DiskRefusedError`.
     """
 
     def __new__(
-        cls, max_size_gb: float = 10.0, device: str = "cpu", default_ttl_seconds: float | None = 3600.0
+        cls,
+        max_size_gb: float = 10.0,
+        device: str = "cpu",
+        default_ttl_seconds: float | None = 3600.0,
+        *,
+        disk_path: str | os.PathLike[str] | None = None,
+        disk_size_gb: float = 10.0,
+        disk_write: DiskWrite = "through",
+        disk_key_file: str | os.PathLike[str] | None = None,
     ) -> SimpleKVCache:
-        return super().__new__(cls, max_size_gb, default_ttl_seconds, _mover(device))
+        disk = raw_disk(disk_path, disk_size_gb, disk_write, disk_key_file)
+        return super().__new__(cls, max_size_gb, default_ttl_seconds, _mover(device), disk)
 
     def __init__(
-        self, max_size_gb: float = 10.0, device: str = "cpu", default_ttl_seconds: float | None = 3600.0
+        self,
+        max_size_gb: float = 10.0,
+        device: str = "cpu",
+        default_ttl_seconds: float | None = 3600.0,
+        *,
+        disk_path: str | os.PathLike[str] | None = None,
+        disk_size_gb: float = 10.0,
+        disk_write: DiskWrite = "through",
+        disk_key_file: str | os.PathLike[str] | None = None,
     ) -> None:
         self.device = str(device)
+
+    def __enter__(self) -> SimpleKVCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def cache_kv(
         self,

@@ -3,6 +3,38 @@
 from typing import TypedDict
 
 
+class DiskStats(TypedDict):
+    """Counters and sizes of a disk tier."""
+
+    entries: int
+    used_bytes: int
+    """Bytes on the disk now, as `du` counts them, and a margin for the directory itself."""
+    capacity_bytes: int
+    index_bytes: int
+    queued_bytes: int
+    """Bytes that wait to be written; they are held in RAM."""
+    hits: int
+    """Records read back into RAM."""
+    stored_total: int
+    written_bytes_total: int
+    read_bytes_total: int
+    dropped_total: int
+    """Records that were not written: the queue was full, or the disk failed."""
+    evictions: int
+    reinserted_total: int
+    damaged_total: int
+    """Records or files that were not what they should be: each a miss."""
+    read_errors_total: int
+    write_errors_total: int
+    timeouts_total: int
+    not_worth_tokens_total: int
+    """Tokens that were not loaded because computing them again is faster."""
+    foreign_files: int
+    load_bytes_per_s: int
+    failing: bool
+    """Is the disk failing right now? Then it is tried again, ever more seldom."""
+
+
 class Stats(TypedDict):
     """Counters and sizes of a cache. Counters only grow; `clear` does not reset them."""
 
@@ -36,3 +68,5 @@ class Stats(TypedDict):
     size_percent: float
     time_saved_seconds: float
     """Compute time, as callers reported it, that hits made unnecessary."""
+    disk: DiskStats | None
+    """None without a disk tier."""

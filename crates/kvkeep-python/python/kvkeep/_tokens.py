@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from kvkeep import _kvkeep
+from kvkeep._disk import DiskWrite, raw_disk
 from kvkeep._errors import LayoutError, TokenIdError
 from kvkeep._kvkeep import DTYPES
 from kvkeep._stats import Stats
@@ -206,13 +208,32 @@ class KVCache:
 
     - `max_size_gb`: the cap in GiB. Memory is taken as it is used, never more than this.
     - `default_ttl_seconds`: how long blocks live; None keeps them until they are evicted.
+    - `disk_path`, `disk_size_gb`, `disk_write`, `disk_key_file`: a disk tier, as in `SimpleKVCache`.
 
     Token ids are a list of ints, or a numpy array or torch tensor of one dimension. Safe from many
-    threads; the GIL is released while it hashes, copies and waits. Raises `ConfigError`, `OutOfMemoryError`.
+    threads; the GIL is released while it hashes, copies and waits. Use it in a `with` statement, or call `close`,
+    so that a disk tier is complete. Raises `ConfigError`, `OutOfMemoryError`, `DiskError`, `DiskLockedError`,
+    `DiskRefusedError`.
     """
 
-    def __init__(self, max_size_gb: float = 10.0, *, default_ttl_seconds: float | None = None) -> None:
-        self._raw = _kvkeep.TokenCache(max_size_gb, default_ttl_seconds)
+    def __init__(
+        self,
+        max_size_gb: float = 10.0,
+        *,
+        default_ttl_seconds: float | None = None,
+        disk_path: str | os.PathLike[str] | None = None,
+        disk_size_gb: float = 10.0,
+        disk_write: DiskWrite = "through",
+        disk_key_file: str | os.PathLike[str] | None = None,
+    ) -> None:
+        disk = raw_disk(disk_path, disk_size_gb, disk_write, disk_key_file)
+        self._raw = _kvkeep.TokenCache(max_size_gb, default_ttl_seconds, disk)
+
+    def __enter__(self) -> KVCache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def lookup(self, namespace: Namespace, tokens: Tokens) -> Match:
         """The longest run of resident blocks from the first token on, pinned. Counts as a request.
@@ -286,6 +307,26 @@ class KVCache:
     def clear(self, namespace: Namespace | None = None) -> int:
         """Removes everything in a namespace, or everything; returns how many blocks."""
         return self._raw.clear(None if namespace is None else namespace.raw)
+
+    def prefetch(self, namespace: Namespace, tokens: Tokens) -> int:
+        """Begins to bring a prompt's blocks from the disk into RAM, as far as that is worth it, and does
+        not wait: for a request that is known to come. Returns of how many tokens; 0 without a disk tier."""
+        ids = token_ids(tokens)
+        return self._raw.prefetch(namespace.raw, _raw_tokens(ids))
+
+    def flush(self) -> None:
+        """Makes everything stored so far durable: after a crash it is there, unless it was evicted,
+        removed, or expired meanwhile.
+
+        Raises `NoDiskError` without a disk tier, `DiskError` if it fails.
+        """
+        self._raw.flush()
+
+    def close(self) -> None:
+        """Ends the cache. A disk tier gets what is in RAM and is let go of, for this or another process to
+        open again. Calls that follow raise `ClosedError`; what was loaded stays valid.
+        """
+        self._raw.close()
 
     def stats(self) -> Stats:
         """Counters and sizes as of now."""

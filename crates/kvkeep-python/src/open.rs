@@ -1,0 +1,71 @@
+//! A cache that can be closed, and the settings that both doors open one with.
+//!
+//! With a disk tier, closing writes what is in RAM, leaves a clean directory and lets go of it.
+//! Calls under way keep the cache open until they return: each has a clone.
+
+use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
+
+use kvkeep::{CacheConfig, DiskConfig, WritePolicy};
+use pyo3::prelude::*;
+
+use crate::convert::seconds;
+use crate::error::{raise, to_python};
+use crate::fork::Here;
+
+/// Directory, GiB, when it is written (`through` or `back`), key file.
+pub(crate) type RawDisk = (PathBuf, f64, String, Option<PathBuf>);
+
+/// A cache of the process that made it, until it is closed.
+#[derive(Debug)]
+pub(crate) struct Open<T> {
+    /// Held to clone or take it only.
+    cache: Here<Mutex<Option<T>>>,
+    /// A hit may then have to wait for a disk.
+    pub(crate) has_disk: bool,
+}
+
+impl<T: Clone + Send> Open<T> {
+    /// Opens a cache; a disk tier is read with the GIL released.
+    pub(crate) fn new(
+        py: Python<'_>,
+        max_size_gb: f64,
+        default_ttl_seconds: Option<f64>,
+        disk: Option<RawDisk>,
+        open: impl FnOnce(CacheConfig) -> kvkeep::Result<T> + Send,
+    ) -> PyResult<Self> {
+        let ttl = seconds(default_ttl_seconds, "default_ttl_seconds")?;
+        let mut config = CacheConfig::from_gib(max_size_gb).map_err(|error| to_python(&error))?.ttl(ttl);
+        let has_disk = disk.is_some();
+        if let Some(disk) = disk {
+            config = config.disk(disk_config(disk)?);
+        }
+        let cache = py.detach(|| open(config)).map_err(|error| to_python(&error))?;
+        Ok(Self { cache: Here::new(Mutex::new(Some(cache))), has_disk })
+    }
+
+    pub(crate) fn get(&self) -> PyResult<T> {
+        let cache = self.cache.get()?.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        cache.ok_or_else(|| raise("ClosedError", "this cache is closed: make a new one"))
+    }
+
+    /// Closes it; a second time does nothing.
+    pub(crate) fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let cache = self.cache.get()?.lock().unwrap_or_else(PoisonError::into_inner).take();
+        py.detach(|| drop(cache));
+        Ok(())
+    }
+}
+
+fn disk_config((dir, size_gb, write, key_file): RawDisk) -> PyResult<DiskConfig> {
+    let write_policy = match write.as_str() {
+        "through" => WritePolicy::Through,
+        "back" => WritePolicy::Back,
+        other => return Err(raise("ConfigError", &format!("disk_write is {other:?}: give 'through' or 'back'"))),
+    };
+    let config = DiskConfig::from_gib(dir, size_gb).map_err(|error| to_python(&error))?.write_policy(write_policy);
+    Ok(match key_file {
+        Some(key_file) => config.key_file(key_file),
+        None => config,
+    })
+}

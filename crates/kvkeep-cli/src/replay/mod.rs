@@ -25,7 +25,7 @@ use trace::Trace;
 /// Replays recorded traffic and says what each policy would have hit at each capacity, beside
 /// the unbounded cache and the exact optimum.
 ///
-/// A trace is JSON lines with input_length (tokens) and hash_ids (one number for each block,
+/// A trace is JSON lines with `input_length` (tokens) and `hash_ids` (one number for each block,
 /// equal where the block and everything before it are equal); plain, gzip or zstd.
 /// `synthetic:NAME` makes one: chat, agents, documents, flood, loop or shift.
 #[derive(Debug, Args)]
@@ -50,10 +50,10 @@ pub(crate) struct ReplayOptions {
     /// Say how much RAM, and how much disk behind each --capacity, reaches this block hit rate
     #[arg(long, value_name = "RATE", value_parser = rate)]
     pub(crate) target_hit_rate: Option<f64>,
-    /// Tokens of a block [default: what input_length and the number of blocks say]
+    /// Tokens of a block [default: what `input_length` and the number of blocks say]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_000_000))]
     pub(crate) block_tokens: Option<u64>,
-    /// KV bytes of a token, to show sizes in bytes: 2 x layers x kv_heads x head_dim x bytes of an
+    /// KV bytes of a token, to show sizes in bytes: 2 x layers x `kv_heads` x `head_dim` x bytes of an
     /// element, such as 131072 for Llama-3-8B in f16
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1 << 30))]
     pub(crate) bytes_per_token: Option<u64>,

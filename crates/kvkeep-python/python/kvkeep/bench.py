@@ -249,7 +249,7 @@ def threads(report: Report, seconds: float) -> None:
 
     big = torch.randn(8, 256, 256)
     numbers = SimpleKVCache(max_size_gb=0.1)
-    numbers.cache_kv(prefix, 0, *(tensor.numpy() for tensor in pair))
+    numbers.cache_kv(prefix, 0, pair[0].numpy(), pair[1].numpy())
     into = [torch.empty_like(pair[0]) for _ in range(8)]
 
     def hit_and_copy(me: int) -> None:

@@ -38,6 +38,8 @@ pub(crate) struct Adaptive {
     /// The parent of the last victim: often the next one.
     favourite: EntryId,
     chosen: Option<EntryId>,
+    /// Has a request begun since something was stored?
+    ticked: bool,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -124,6 +126,7 @@ impl Adaptive {
             random: 0x9e37_79b9_7f4a_7c15,
             favourite: NONE,
             chosen: None,
+            ticked: false,
         }
     }
 
@@ -273,11 +276,16 @@ fn opened(ghost: u32) -> (Kind, u32) {
 impl Policy for Adaptive {
     fn tick(&mut self) {
         self.chosen = None;
+        self.ticked = true;
         self.now = self.clock;
     }
 
     fn insert_run(&mut self, run: &[(EntryId, Arrival)]) {
         self.chosen = None;
+        // Whoever stores without looking up makes time pass as well.
+        if !std::mem::take(&mut self.ticked) {
+            self.now = self.clock;
+        }
         let known = self.recall(run);
         run.iter().rev().for_each(|(id, arrival)| self.add(*id, arrival, known));
     }

@@ -34,7 +34,7 @@ struct Lab {
 
 impl Lab {
     fn new() -> Self {
-        let config = DiskConfig::new("sim", 4 * MIB).read_timeout(Duration::from_millis(50));
+        let config = DiskConfig::new("sim", 4 * MIB).read_timeout(Duration::from_secs(2));
         Self { sim: Sim::default(), clock: Arc::new(ManualClock::at(1_000_000)), config }
     }
 

@@ -202,7 +202,8 @@ pub(crate) fn survey(backend: &dyn Backend, cipher: Option<&Cipher>, write: bool
     for id in expected {
         let surveyed = ours.remove(&id);
         // The newest one may have been named and not made when the process ended.
-        let unmade = surveyed.is_none() && manifest.as_ref().is_some_and(|manifest| manifest.is_newest_open(id));
+        let newest_open = manifest.as_ref().is_some_and(|manifest| manifest.is_newest_open(id));
+        let unmade = surveyed.is_none() && newest_open && survey.damaged == 0;
         if !unmade {
             survey.segments.push((id, surveyed));
         }
@@ -233,7 +234,8 @@ impl Survey {
                     }
                 }
                 None if line.is_some() => {
-                    self.damaged += 1;
+                    let unfinished = is_blank(&segment) && manifest.is_some_and(|manifest| manifest.is_newest_open(id));
+                    self.damaged += usize::from(!unfinished);
                     self.leftovers.push(segment_name(id));
                 }
                 _ => self.foreign.push(segment_name(id)),
@@ -255,6 +257,12 @@ fn open_segment(backend: &dyn Backend, name: &str, write: bool) -> io::Result<(O
     let header = file.read(&mut [head.bytes_mut()], 0).ok().and_then(|()| SegmentHeader::decode(head.bytes()));
     let (id, store_id) = header.map_or((0, [0; 16]), |header| (header.segment, header.identity.store_id));
     Ok((header, Arc::new(Segment { id, store_id, file })))
+}
+
+/// Was the process killed after it had made the file, and before it wrote the header?
+fn is_blank(segment: &Segment) -> bool {
+    let mut head = Pages::new(1);
+    segment.file.read(&mut [head.bytes_mut()], 0).is_err() || head.bytes().iter().all(|byte| *byte == 0)
 }
 
 /// What most segments say that they belong to.

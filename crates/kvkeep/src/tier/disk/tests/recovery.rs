@@ -78,6 +78,33 @@ fn a_torn_tail_is_cut_off_and_what_was_flushed_before_it_is_there() {
     assert!(things[..4].iter().all(|thing| thing.is_there(&disk)));
 }
 
+/// A process was killed after it had made a segment's file, and before it wrote the header: that
+/// counted as damage once, and named records were dropped for it.
+#[test]
+fn a_segment_that_was_only_just_begun_is_no_damage() {
+    for length in [0, 4096 * 32] {
+        let sim = Sim::default();
+        let disk = open(&sim, 4 * MIB);
+        let things: Vec<Thing> = (0..5).map(|number| named(number, 1, 4)).collect();
+        things.iter().for_each(|thing| assert!(thing.store(&disk)));
+        disk.flush().unwrap();
+        // As the next process leaves it that is killed there.
+        drop(disk);
+        let next = segment_name(2);
+        let manifest = sim.get(manifest::NAME).unwrap();
+        let mut read = super::super::format::Manifest::decode(&manifest).unwrap();
+        read.next_segment = 3;
+        read.segments.push(super::super::format::SegmentLine { segment: 2, sealed: false, entries: 0, pages: 0 });
+        let mut bytes = vec![0; read.encoded_bytes()];
+        read.encode(&mut bytes);
+        sim.put(manifest::NAME, bytes);
+        sim.put(&next, vec![0; length]);
+        let disk = open(&sim, 4 * MIB);
+        assert_eq!(disk.stats().damaged_total, 0);
+        assert!(things.iter().all(|thing| thing.is_there(&disk)) && !sim.names().contains(&next));
+    }
+}
+
 /// The segment that is lost held the newer version: the older one must not come back.
 #[test]
 fn a_lost_segment_brings_back_nothing_that_it_replaced() {

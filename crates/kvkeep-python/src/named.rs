@@ -165,7 +165,7 @@ impl NamedCache {
     /// process to open again. Calls that follow raise `ClosedError`; tensors stay valid.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         self.last().take();
-        self.cache.close(py)
+        self.cache.close(py, SimpleKvCache::close)
     }
 
     fn _stats_text(&self) -> PyResult<String> {

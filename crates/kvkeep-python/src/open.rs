@@ -50,10 +50,9 @@ impl<T: Clone + Send> Open<T> {
     }
 
     /// Closes it; a second time does nothing.
-    pub(crate) fn close(&self, py: Python<'_>) -> PyResult<()> {
+    pub(crate) fn close(&self, py: Python<'_>, close: impl FnOnce(T) -> kvkeep::Result<()> + Send) -> PyResult<()> {
         let cache = self.cache.get()?.lock().unwrap_or_else(PoisonError::into_inner).take();
-        py.detach(|| drop(cache));
-        Ok(())
+        py.detach(|| cache.map_or(Ok(()), close)).map_err(|error| to_python(&error))
     }
 }
 

@@ -105,7 +105,7 @@ impl TokenCache {
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {
-        self.0.close(py)
+        self.0.close(py, KvCache::close)
     }
 
     fn lookup(&self, py: Python<'_>, namespace: &Namespace, tokens: RawTokens) -> PyResult<Match> {

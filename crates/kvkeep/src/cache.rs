@@ -194,6 +194,14 @@ impl KvCache {
         self.store.flush()
     }
 
+    /// Flushes a disk tier and ends the use of this clone: see [`Store::close`].
+    ///
+    /// # Errors
+    /// As [`Store::close`].
+    pub fn close(self) -> Result<()> {
+        self.store.close()
+    }
+
     /// As [`KvCache::lookup`], but not a request: for keeping a prefix, such as a system
     /// prompt, while the returned value lives.
     ///

@@ -313,6 +313,14 @@ impl SimpleKvCache {
         self.store.flush()
     }
 
+    /// Flushes a disk tier and ends the use of this clone: see [`Store::close`].
+    ///
+    /// # Errors
+    /// As [`Store::close`].
+    pub fn close(self) -> Result<()> {
+        self.store.close()
+    }
+
     /// The store's counters and sizes.
     #[must_use]
     pub fn get_stats(&self) -> Stats {

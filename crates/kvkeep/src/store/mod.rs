@@ -157,6 +157,19 @@ impl Store {
         self.tiering.as_ref().ok_or(Error::NoDisk)?.flush()
     }
 
+    /// Flushes a disk tier and ends the use of this clone; the last one to go leaves a clean
+    /// directory, for this or another process to open. Dropping does the same, and can only log
+    /// what goes wrong.
+    ///
+    /// # Errors
+    /// [`Error::Disk`] if it fails: then some of what was stored may not be on the disk.
+    pub fn close(self) -> Result<()> {
+        match &self.tiering {
+            Some(tiering) => tiering.flush(),
+            None => Ok(()),
+        }
+    }
+
     /// Removes everything. What is pinned can no longer be found and is freed with its last pin.
     pub fn clear(&self) -> Removed {
         self.change(
@@ -229,8 +242,8 @@ impl Store {
         let rest = keys.get(pin.len()..).unwrap_or_default();
         let Decision { load, not_worth } = self.decide(tiering, rest);
         if load > 0 {
-            let wanted = rest.get(..load).unwrap_or_default();
-            let loaded = tiering.load(wanted);
+            let (first, wanted) = (pin.len(), rest.get(..load).unwrap_or_default());
+            let loaded = tiering.load(keys, first..first + load);
             let more = self.shared.state.lock().hold_run(wanted, now_ms, Request::Uncounted);
             drop(loaded);
             pin.extend(more);
@@ -249,7 +262,7 @@ impl Store {
         let first = self.shared.state.lock().resident(keys).iter().take_while(|resident| **resident).count();
         let rest = keys.get(first..).unwrap_or_default();
         let load = self.decide(tiering, rest).load;
-        tiering.start_loads(rest.get(..load).unwrap_or_default()).len()
+        tiering.start_loads(keys, first..first + load).len()
     }
 
     /// Hands these bytes of the objects under these keys to `each`, in order: from RAM, behind
@@ -295,7 +308,7 @@ impl Store {
             if self.decide(tiering, keys).load < keys.len() {
                 return None;
             }
-            let _loaded = tiering.load(keys);
+            let _loaded = tiering.load(keys, 0..keys.len());
             self.shared.state.lock().hold_all(keys, now_ms, Request::Uncounted)
         });
         let pin = Pin::new(Arc::clone(&self.shared), held.unwrap_or_default());

@@ -66,8 +66,8 @@ pub(super) struct Loads {
 /// One record under way.
 pub(super) struct Load {
     namespace: NamespaceId,
-    /// The key before it in the run that is loaded.
-    parent: Option<ObjectKey>,
+    /// The key before it in the request; for a block that is its parent.
+    before: Option<ObjectKey>,
     place: Place,
     state: Mutex<LoadState>,
     landed: Condvar,
@@ -199,12 +199,12 @@ impl Tiering {
         decision
     }
 
-    /// Begins to load those of these keys that are on the disk and not in RAM, as far as there
-    /// is room.
-    pub(super) fn start_loads(&self, keys: &[ObjectKey]) -> Vec<Arc<Load>> {
+    /// Begins to load those of a request's keys that are wanted, on the disk and not in RAM, as
+    /// far as there is room.
+    pub(super) fn start_loads(&self, keys: &[ObjectKey], wanted: Range<usize>) -> Vec<Arc<Load>> {
         let shared = &self.shared;
         let mut loads = Vec::new();
-        for (position, key) in keys.iter().enumerate() {
+        for (position, key) in keys.iter().enumerate().take(wanted.end).skip(wanted.start) {
             let Some(found) = self.disk.find(key) else { continue };
             let load = {
                 let mut flying = self.loads.flying.lock();
@@ -292,14 +292,14 @@ impl Tiering {
         &self.loads
     }
 
-    /// Loads those of these keys that are on the disk, and waits for them. What is in RAM stays
-    /// there meanwhile; what comes stays while the answer is kept.
-    pub(super) fn load(&self, keys: &[ObjectKey]) -> (Pin, Vec<Arc<Load>>) {
+    /// Loads those of a request's keys that are wanted and on the disk, and waits for them. What is
+    /// in RAM stays there meanwhile; what comes stays while the answer is kept.
+    pub(super) fn load(&self, keys: &[ObjectKey], wanted: Range<usize>) -> (Pin, Vec<Arc<Load>>) {
         let now_ms = self.shared.clock.now_ms();
-        let held = self.shared.state.lock().hold_each(keys, now_ms);
+        let held = self.shared.state.lock().hold_each(keys.get(wanted.clone()).unwrap_or_default(), now_ms);
         let kept = Pin::new(Arc::clone(&self.shared), held);
         let begin_us = self.shared.clock.now_us();
-        let loads = self.start_loads(keys);
+        let loads = self.start_loads(keys, wanted);
         self.wait(&loads, begin_us);
         (kept, loads)
     }
@@ -470,19 +470,19 @@ enum Waited {
 }
 
 impl Load {
-    fn new(namespace: NamespaceId, parent: Option<ObjectKey>, place: Place) -> Self {
+    fn new(namespace: NamespaceId, before: Option<ObjectKey>, place: Place) -> Self {
         let state = LoadState::Flying { cancelled: false, overdue: false };
-        Self { namespace, parent, place, state: Mutex::new(state), landed: Condvar::default() }
+        Self { namespace, before, place, state: Mutex::new(state), landed: Condvar::default() }
     }
 
     /// Makes a record that was read findable in RAM, and pins it.
     fn seal(&self, header: RecordHeader, pending: Pending, shared: &Arc<Shared>, models: &Models) -> Option<Pin> {
         let meta = header.meta;
-        let spec = match header.content {
-            Content::Named(spec) => Some(Arc::new(spec)),
+        let (spec, parent) = match header.content {
+            Content::Named(spec) => (Some(Arc::new(spec)), None),
             Content::Block { layout, model } => {
                 models.lock().entry(meta.namespace).or_insert((layout, model));
-                None
+                (None, self.before)
             }
             Content::Nothing => return None,
         };
@@ -492,7 +492,7 @@ impl Load {
         let now_ms = shared.clock.now_ms();
         let held = {
             let mut state = shared.state.lock();
-            state.seal_promoted(meta.namespace, Written { entry, parent: self.parent, place: self.place });
+            state.seal_promoted(meta.namespace, Written { entry, parent, place: self.place });
             state.hold_run(&[meta.key], now_ms, super::Request::Uncounted)
         };
         (!held.is_empty()).then(|| Pin::new(Arc::clone(shared), held))

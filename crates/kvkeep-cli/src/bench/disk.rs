@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use kvkeep::{CacheConfig, DiskConfig, KvCache, Namespace, TokenId};
+use kvkeep::{CacheConfig, DiskConfig, KvCache, Namespace, PolicyKind, TokenId};
 
 use super::fio::{Direction, Reference};
 use super::{Bar, Effort, Figure, Tensors, alternate, namespace, prompt, time};
@@ -59,7 +59,8 @@ impl Bench {
         // RAM for one round: the next one evicts it.
         let ram_bytes = u64::from(prompts) * tensors.bytes() as u64;
         let disk = DiskConfig::new(dir, 64 << 30).queue_bytes(QUEUE_BYTES);
-        let cache = KvCache::new(CacheConfig::new(ram_bytes).disk(disk))?;
+        // The policy that keeps nothing of the last round: all of a load comes from the disk.
+        let cache = KvCache::new(CacheConfig::new(ram_bytes).policy(PolicyKind::Lru).disk(disk))?;
         Ok(Self { cache, namespace, tensors, prompts, next: 0 })
     }
 
@@ -83,13 +84,21 @@ impl Bench {
 
     /// One round of blocks that are on the disk and not in RAM.
     fn load(&mut self, first: u32) -> Result<Duration> {
-        time(|| {
+        let before = self.read_bytes()?;
+        let took = time(|| {
             for number in first..first + self.prompts {
                 let found = self.cache.lookup(&self.namespace, &Self::tokens(number))?;
                 ensure!(found.cached_tokens() == PROMPT_BLOCKS * BLOCK_TOKENS as usize, "what was stored is gone");
             }
             Ok(())
-        })
+        })?;
+        let (read, wanted) = (self.read_bytes()? - before, u64::from(self.prompts) * self.tensors.bytes() as u64);
+        ensure!(read == wanted, "{read} of {wanted} bytes came from the disk: the rest was in RAM still");
+        Ok(took)
+    }
+
+    fn read_bytes(&self) -> Result<u64> {
+        Ok(self.cache.stats().disk.context("there is a disk tier")?.read_bytes_total)
     }
 }
 
@@ -98,7 +107,7 @@ fn blocks(dir: &Path, effort: Effort) -> Result<Vec<Figure>> {
     let bytes = prompts as usize * PROMPT_BLOCKS * BLOCK_BYTES;
     let reference = Reference::new(dir, bytes)?;
     let mut bench = Bench::open(&dir.join("blocks"), prompts)?;
-    let rounds = effort.pick(5, 3);
+    let rounds = effort.pick(9, 3);
     let [one, four, store] = alternate(
         rounds,
         [&mut || reference.run(Direction::Write, 1), &mut || reference.run(Direction::Write, 4), &mut || bench.store()],

@@ -3,8 +3,10 @@
 CARGO ?= cargo
 PYTHON ?= python3
 VENV = PYTHON="$(PYTHON)" bash tests/venv.sh
+# How long `make soak` goes on.
+MINUTES ?= 30
 
-.PHONY: help demo test test-rust test-python crash-test test-integrations wheel bench bench-python lint fmt clean
+.PHONY: help demo test test-rust test-python crash-test test-integrations soak wheel bench bench-disk bench-foyer bench-python lint fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -33,6 +35,10 @@ test-integrations: wheel ## The slower end-to-end runs: the demos, the benchmark
 	CARGO="$(CARGO)" PYTHON="$(PYTHON)" bash tests/integrations.sh
 	PYTHON="$(PYTHON)" bash tests/integrations_python.sh
 
+soak: ## MINUTES (30) of mixed load at twice the disk cap, watched from outside
+	$(CARGO) build --release --locked -p kvkeep --example soak
+	$(PYTHON) tests/soak.py $${CARGO_TARGET_DIR:-target}/release/examples/soak $$(( $(MINUTES) * 60 ))
+
 bench: ## Benchmarks against memcpy and each other; figures go to docs/benchmarks.md
 	$(CARGO) bench --locked -p kvkeep --bench cache
 	$(CARGO) run --release --locked -p kvkeep-cli -- bench --engine
@@ -44,6 +50,13 @@ wheel: ## The Python wheel, into dist/: one for CPython 3.10 and later
 	$(VENV) .venv-build "maturin>=1.16,<2"
 	rm -f dist/kvkeep-*.whl
 	.venv-build/bin/maturin build --release --locked --manifest-path crates/kvkeep-python/Cargo.toml --out dist
+
+bench-disk: ## The disk tier against fio in DIR (target)
+	$(CARGO) run --release --locked -p kvkeep-cli -- bench --disk $${DIR:-target}
+
+bench-foyer: ## foyer's disk cache in DIR (target), for comparison; builds it first
+	cd benches/foyer && $(CARGO) build --release --locked
+	benches/foyer/target/release/kvkeep-bench-foyer $${DIR:-target}
 
 lint: ## Format, clippy, and dependency rules
 	$(CARGO) fmt --all --check

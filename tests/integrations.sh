@@ -15,8 +15,13 @@ echo "-- demo comparison"
 "$kvkeep" demo comparison --json --plot "$out/comparison.svg" >"$out/comparison.json"
 echo "-- demo agent (short)"
 "$kvkeep" demo agent --requests 16 --json --plot "$out/agent.svg" >"$out/agent.json"
+echo "-- demo restart"
+"$kvkeep" demo restart --disk "$out/restart" --json --plot "$out/restart.svg" >"$out/restart.json"
+"$kvkeep" verify "$out/restart" --json >"$out/verify.json"
+"$kvkeep" export "$out/restart" --limit 2 --out "$out/restart.safetensors"
+rm -rf "$out/restart"
 echo "-- bench"
-"$kvkeep" bench --quick --json >"$out/bench.json"
+"$kvkeep" bench --quick --disk "$out" --json >"$out/bench.json"
 
 "$PYTHON" - "$out" <<'PY'
 import json, pathlib, sys
@@ -36,9 +41,21 @@ for demo, factor in (("comparison", 3.0), ("agent", 3.0)):
     check(f"{demo}: time to first token falls at least {factor}x", run["speedup"] >= factor, f"{run['speedup']:.1f}x")
     check(f"{demo}: most prompt tokens come from the cache", run["hit_rate_percent"] > 70, f"{run['hit_rate_percent']:.1f}%")
     check(f"{demo}: the plot is an SVG", "<svg" in (out / f"{demo}.svg").read_text()[:400], "svg")
+restart = json.loads((out / "restart.json").read_text())
+cold, warm = restart["cold"], restart["warm"]
+check("restart: answers of the two processes are identical", restart["answers_identical"] is True and cold["pid"] != warm["pid"], f"processes {cold['pid']} and {warm['pid']}")
+check("restart: nearly the whole prompt comes from the disk", warm["cached_tokens"] > 0.95 * warm["prompt_tokens"] and warm["loaded_bytes"] > 0, f"{warm['cached_tokens']} of {warm['prompt_tokens']} tokens")
+check("restart: time to first token falls at least 5x", restart["speedup"] >= 5, f"{restart['speedup']:.1f}x")
+check("restart: the plot is an SVG", "<svg" in (out / "restart.svg").read_text()[:400], "svg")
+verified = json.loads((out / "verify.json").read_text())
+check("verify: what the demo left is whole", verified["whole"] is True and verified["records"]["good"] > 0, f"{verified['records']['good']} records")
 results = json.loads((out / "bench.json").read_text())["results"]
 check("bench: every result has name, value, unit, reference and ratio",
       bool(results) and all({"name", "value", "unit", "reference", "ratio"} <= set(r) for r in results), f"{len(results)} results")
+check("bench: the disk tier was measured", sum(r["name"].startswith(("disk ", "open ")) for r in results) >= 6, "disk")
 print(f"{passed} passed, {failed} failed")
 sys.exit(failed > 0)
 PY
+
+echo "-- soak (5 minutes)"
+make --no-print-directory soak MINUTES=5 CARGO="$CARGO" PYTHON="$PYTHON"

@@ -8,12 +8,15 @@ use clap::{Args, Parser, Subcommand};
 pub(crate) const FAILED: u8 = 1;
 /// An answer with the cache was not the answer without.
 pub(crate) const ANSWERS_DIFFER: u8 = 3;
+/// Something on the disk is not what was stored.
+pub(crate) const DAMAGED: u8 = 4;
 
 pub(crate) const EXIT_CODES: &str = "Exit codes:
   0  done
   1  something failed: standard error says what, and what to do
   2  the command line is not valid
-  3  demo: an answer with the cache differs from the answer without";
+  3  demo: an answer with the cache differs from the answer without
+  4  verify, export: something stored is damaged or missing";
 
 /// Prefill once: a KV cache for LLM prefixes.
 #[derive(Debug, Parser)]
@@ -31,12 +34,81 @@ pub(crate) enum Command {
     Bench(BenchOptions),
     /// Replay recorded traffic: hit rates of policies and capacities, beside the optimum
     Replay(crate::replay::ReplayOptions),
+    /// Check every byte of a cache's directory
+    ///
+    /// Reads all segments, records and payloads and compares checksums, decrypting what is
+    /// encrypted. Nothing is changed. A directory that a process has open is refused.
+    #[command(after_help = EXIT_CODES)]
+    Verify(DirOptions),
+    /// Show what lies in a cache's directory: namespaces, entries, sizes, ages
+    ///
+    /// Only headers are read, so it is fast, and a damaged payload is not noticed: see verify.
+    #[command(after_help = EXIT_CODES)]
+    Inspect(InspectOptions),
+    /// Write entries of a cache's directory as safetensors
+    ///
+    /// K and V of every layer become tensors of their own: NAMESPACE.KEY.layer.N.k and .v, where
+    /// NAMESPACE is the first 16 hexadecimal digits of the namespace and KEY all 64 of the key.
+    /// Shapes are those that were stored; a block's are `[tokens, kv_heads, head_dim]` or
+    /// `[kv_heads, tokens, head_dim]`, as its model orders them. What is damaged is left out.
+    #[command(after_help = EXIT_CODES)]
+    Export(ExportOptions),
+}
+
+/// Which directory, and how it is shown.
+#[derive(Debug, Args)]
+pub(crate) struct DirOptions {
+    /// The directory of a cache's disk tier
+    #[arg(value_name = "DIR")]
+    pub(crate) dir: PathBuf,
+    /// The key of an encrypted directory: 32 bytes or 64 hexadecimal digits, readable by its owner alone
+    #[arg(long, value_name = "FILE")]
+    pub(crate) key_file: Option<PathBuf>,
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Which entries.
+#[derive(Debug, Args)]
+pub(crate) struct SelectOptions {
+    /// Only namespaces whose id begins with these hexadecimal digits
+    #[arg(long, value_name = "HEX", value_parser = hex_digits)]
+    pub(crate) namespace: Option<String>,
+    /// Only entries whose key begins with these hexadecimal digits
+    #[arg(long, value_name = "HEX", value_parser = hex_digits)]
+    pub(crate) key: Option<String>,
+    /// At most so many entries, the oldest first
+    #[arg(long, value_name = "N")]
+    pub(crate) limit: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InspectOptions {
+    #[command(flatten)]
+    pub(crate) dir: DirOptions,
+    #[command(flatten)]
+    pub(crate) select: SelectOptions,
+    /// Also list the entries one by one [20 of them unless --limit or --json is given]
+    #[arg(long)]
+    pub(crate) records: bool,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExportOptions {
+    #[command(flatten)]
+    pub(crate) dir: DirOptions,
+    #[command(flatten)]
+    pub(crate) select: SelectOptions,
+    /// The file to write; one that is there is replaced
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub(crate) out: PathBuf,
 }
 
 /// Runs a real model (135M parameters, on the CPU) on real texts: every request first without,
 /// then with the cache, and compares times and answers.
 ///
-/// Without a subcommand, both demos run, shortened to about two minutes on two cores.
+/// Without a subcommand, comparison and agent run, shortened to about two minutes on two cores.
 /// The model is downloaded on first use (93 MB).
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
@@ -47,7 +119,7 @@ pub(crate) struct DemoCommand {
     pub(crate) options: DemoOptions,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Subcommand)]
+#[derive(Debug, Clone, PartialEq, Eq, Subcommand)]
 pub(crate) enum Which {
     /// Many questions about a few long documents
     #[command(after_help = EXIT_CODES)]
@@ -58,6 +130,24 @@ pub(crate) enum Which {
     /// and the assistant's turns are the model's own answers.
     #[command(after_help = EXIT_CODES)]
     Agent,
+    /// One long prompt, answered cold, and again from disk by a process started after the first ended
+    ///
+    /// The two processes share nothing but the directory.
+    #[command(after_help = EXIT_CODES)]
+    Restart(RestartOptions),
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Args)]
+pub(crate) struct RestartOptions {
+    /// The directory of the disk tier; up to 4 GiB are used [default: a temporary one, removed at the end]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) disk: Option<PathBuf>,
+    /// Documents in the prompt: about 2,000 tokens each
+    #[arg(long, value_name = "N", default_value = "2", value_parser = clap::value_parser!(u8).range(1..=3))]
+    pub(crate) documents: u8,
+    /// For the demo's own processes: answer once, in this namespace, and print what it took
+    #[arg(long, value_name = "SALT", hide = true, requires = "disk")]
+    pub(crate) answer_in: Option<String>,
 }
 
 #[derive(Debug, Args)]
@@ -102,6 +192,10 @@ pub(crate) struct BenchOptions {
     /// Also measure the model: warm time to first token, prefill and decode
     #[arg(long)]
     pub(crate) engine: bool,
+    /// Also measure a disk tier in this directory, against fio with direct I/O where that is
+    /// installed; takes up to 9 GB there while it runs, 1 GB with --quick
+    #[arg(long, value_name = "DIR", value_parser = existing_dir)]
+    pub(crate) disk: Option<PathBuf>,
     /// A model of your own for --engine, in GGUF format
     #[arg(long, value_name = "PATH.gguf", value_parser = model_file, requires = "engine")]
     pub(crate) model: Option<PathBuf>,
@@ -123,9 +217,19 @@ fn gib(text: &str) -> Result<f64, String> {
     }
 }
 
+fn hex_digits(text: &str) -> Result<String, String> {
+    let right = !text.is_empty() && text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    if right { Ok(text.to_ascii_lowercase()) } else { Err("give 1 to 64 hexadecimal digits".to_owned()) }
+}
+
 fn model_file(text: &str) -> Result<PathBuf, String> {
     let path = PathBuf::from(text);
     if path.is_file() { Ok(path) } else { Err("no such file: give the path of a model in GGUF format".to_owned()) }
+}
+
+fn existing_dir(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if path.is_dir() { Ok(path) } else { Err("there is no such directory: create it first".to_owned()) }
 }
 
 pub(crate) fn svg_file(text: &str) -> Result<PathBuf, String> {

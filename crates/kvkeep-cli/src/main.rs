@@ -3,6 +3,7 @@
 //! Standard output carries results and nothing else; progress goes to standard error.
 //! Exit codes are part of the interface, see [`cli::EXIT_CODES`].
 
+mod archive;
 mod bench;
 mod cli;
 mod demo;
@@ -24,6 +25,9 @@ fn main() -> ExitCode {
         Command::Demo(command) => demo::run(&command),
         Command::Bench(options) => bench::run(&options),
         Command::Replay(options) => replay::run(&options),
+        Command::Verify(options) => archive::verify(&options),
+        Command::Inspect(options) => archive::inspect(&options),
+        Command::Export(options) => archive::export(&options),
     };
     match outcome {
         Ok(code) => code,

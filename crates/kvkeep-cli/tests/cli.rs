@@ -1,10 +1,21 @@
 //! The binary from outside: what it prints, and how it exits.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests, where a panic is the report")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "helpers of tests, where a panic is the report")]
+#![expect(clippy::cast_possible_truncation, reason = "numbers here are small")]
 
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
+use std::time::{Duration, SystemTime};
 
+use kvkeep::{
+    CacheConfig, DType, DiskConfig, KvCache, KvLayout, LayerView, Namespace, SimpleKvCache, Store, StoreOptions,
+    TensorView,
+};
+use safetensors::SafeTensors;
 use serde_json::Value;
+use tempfile::TempDir;
 
 fn kvkeep(args: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_kvkeep")).args(args).output().unwrap()
@@ -59,11 +70,13 @@ fn the_bench_prints_one_json_object_of_figures_with_references() {
 fn help_names_the_commands_and_the_exit_codes() {
     let output = kvkeep(&["--help"]);
     assert!(output.status.success());
-    for word in ["demo", "bench", "Exit codes"] {
+    for word in ["demo", "bench", "verify", "inspect", "export", "Exit codes"] {
         assert!(stdout(&output).contains(word), "{word}");
     }
     let output = kvkeep(&["demo", "--help"]);
-    for word in ["comparison", "agent", "--model", "--threads", "--requests", "--capacity-gb", "--block-tokens"] {
+    for word in
+        ["comparison", "agent", "restart", "--model", "--threads", "--requests", "--capacity-gb", "--block-tokens"]
+    {
         assert!(stdout(&output).contains(word), "{word}");
     }
 }
@@ -76,6 +89,10 @@ fn bad_arguments_exit_with_2_and_say_what_to_do() {
         (&["demo", "--model", "/no/such/file.gguf"], "GGUF"),
         (&["demo", "--plot", "plot.png"], ".svg"),
         (&["bench", "--threads", "2"], "--engine"),
+        (&["bench", "--disk", "/no/such/dir"], "create it first"),
+        (&["demo", "restart", "--documents", "4"], "1..=3"),
+        (&["export", "/tmp"], "--out"),
+        (&["verify"], "DIR"),
         (&["nonsense"], "nonsense"),
         (&[], "Usage"),
     ] {
@@ -197,4 +214,314 @@ fn published_figures_are_reached_on_the_conversation_trace() {
     }
     let [best, lru] = ["adaptive", "lru"].map(|policy| rate(policy, 5000, "block_hit_rate"));
     assert!(best - lru >= 0.25 * (34.1 - lru), "a quarter of the way to the optimum: {best:.2}");
+}
+
+// A disk tier's directory, from outside.
+
+const LAYERS: usize = 2;
+const BLOCK_TOKENS: usize = 4;
+const TOKENS: usize = 3 * BLOCK_TOKENS;
+/// KV heads, and elements of one.
+const DIMS: [usize; 2] = [2, 8];
+const PREFIX: &str = "You are a helpful assistant.";
+
+fn namespace() -> Namespace {
+    let layout = KvLayout::new(2, 2, 8, DType::F32).unwrap().with_block_tokens(4).unwrap();
+    Namespace::new("a model", layout)
+}
+
+fn prompt() -> Vec<u32> {
+    (0..TOKENS as u32).collect()
+}
+
+/// K or V of one layer of the prompt.
+fn elements(layer: usize, side: usize) -> Vec<f32> {
+    (0..TOKENS * DIMS[0] * DIMS[1]).map(|at| (layer * 10_000 + side * 1_000 + at) as f32).collect()
+}
+
+fn named(side: usize) -> Vec<u8> {
+    (0..100).map(|at| (at * 3 + side) as u8).collect()
+}
+
+fn store(dir: &Path, key_file: Option<&Path>) -> KvCache {
+    let disk = DiskConfig::new(dir, 4 << 20);
+    let disk = key_file.map_or(disk.clone(), |key_file| disk.key_file(key_file));
+    let store = Store::new(CacheConfig::new(4 << 20).disk(disk)).unwrap();
+    let kv: Vec<[Vec<f32>; 2]> = (0..LAYERS).map(|layer| [elements(layer, 0), elements(layer, 1)]).collect();
+    let dims = [TOKENS, DIMS[0], DIMS[1]];
+    let view = |of| TensorView::of::<f32>(of, &dims).unwrap();
+    let layers: Vec<LayerView<'_>> = kv.iter().map(|[k, v]| LayerView { k: view(k), v: view(v) }).collect();
+    let options = StoreOptions::default().compute_time(Duration::from_secs(3));
+    let cache = KvCache::over(store.clone());
+    assert_eq!(cache.store_from(&namespace(), &prompt(), 0, &layers, &options).unwrap().stored_blocks, 3);
+    let (k, v) = (named(0), named(1));
+    let (k, v) = (TensorView::of(&k, &[1, 100]).unwrap(), TensorView::of(&v, &[100]).unwrap());
+    let options = StoreOptions::default().ttl(Duration::from_secs(3600));
+    let _ = SimpleKvCache::over(store, "default").cache_kv_with(PREFIX, 7, k, v, &options).unwrap();
+    cache.flush().unwrap();
+    cache
+}
+
+/// A directory with three blocks and one named layer, closed.
+fn stored() -> TempDir {
+    let home = tempfile::tempdir().unwrap();
+    drop(store(home.path(), None));
+    home
+}
+
+fn segments(dir: &Path) -> Vec<PathBuf> {
+    let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    files.filter(|file| file.file_name().unwrap().to_str().unwrap().starts_with("segment-")).collect()
+}
+
+/// Damages the payload in which these bytes stand.
+fn flip(dir: &Path, of: &[u8]) {
+    for file in segments(dir) {
+        let mut bytes = std::fs::read(&file).unwrap();
+        if let Some(at) = bytes.windows(of.len()).position(|window| window == of) {
+            bytes[at + 5] ^= 1;
+            std::fs::write(&file, bytes).unwrap();
+            return;
+        }
+    }
+    panic!("these bytes are in no segment");
+}
+
+/// Every file, its bytes, and when it was changed.
+fn everything(dir: &Path) -> BTreeMap<PathBuf, (Vec<u8>, SystemTime)> {
+    let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
+    files
+        .map(|file| {
+            let changed = std::fs::metadata(&file).unwrap().modified().unwrap();
+            (file.clone(), (std::fs::read(&file).unwrap(), changed))
+        })
+        .collect()
+}
+
+fn json(output: &Output) -> Value {
+    serde_json::from_str(stdout(output)).unwrap_or_else(|error| panic!("{error}: {output:?}"))
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap()
+}
+
+#[test]
+fn verify_of_a_closed_cache_finds_every_byte_whole() {
+    let home = stored();
+    let output = kvkeep(&["verify", text(home.path()), "--json"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report = json(&output);
+    assert_eq!(report["whole"], true);
+    assert_eq!(report["records"]["good"], 4, "{report}");
+    assert_eq!(report["records"]["live"], 4, "{report}");
+    for nothing in ["/records/damaged", "/records/torn", "/segments/damaged", "/segments/missing"] {
+        assert_eq!(report.pointer(nothing).unwrap(), 0, "{nothing}: {report}");
+    }
+    let block = LAYERS * 2 * BLOCK_TOKENS * DIMS[0] * DIMS[1] * 4;
+    // V of a named layer begins at a multiple of 64 behind K.
+    assert_eq!(report["payload_bytes"], 3 * block + 128 + 100);
+    let output = kvkeep(&["verify", text(home.path())]);
+    assert!(output.status.success() && stdout(&output).contains("Whole"), "{}", stdout(&output));
+}
+
+#[test]
+fn verify_names_what_is_damaged_and_exits_with_4() {
+    let home = stored();
+    flip(home.path(), &named(0));
+    std::fs::write(home.path().join("letter.txt"), "not ours").unwrap();
+    let output = kvkeep(&["verify", text(home.path()), "--json"]);
+    assert_eq!(output.status.code(), Some(4), "{}", stderr(&output));
+    let report = json(&output);
+    assert_eq!(report["whole"], false);
+    assert_eq!((&report["records"]["good"], &report["records"]["damaged"]), (&3.into(), &1.into()), "{report}");
+    assert_eq!(report["damaged"][0]["layer"], 7);
+    assert_eq!(report["foreign"], serde_json::json!(["letter.txt"]));
+    let output = kvkeep(&["verify", text(home.path())]);
+    assert_eq!(output.status.code(), Some(4));
+    for words in ["DAMAGED", "layer 7", "letter.txt"] {
+        assert!(stdout(&output).contains(words), "{words}: {}", stdout(&output));
+    }
+}
+
+#[test]
+fn inspect_shows_namespaces_entries_sizes_ages_and_expiry() {
+    let home = stored();
+    let output = kvkeep(&["inspect", text(home.path()), "--json", "--records"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report = json(&output);
+    let [blocks, named] = report["namespaces"].as_array().unwrap().as_slice() else { panic!("{report}") };
+    let id: String = namespace().id().as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    assert_eq!(blocks["namespace"], id);
+    assert_eq!((&blocks["model"], &blocks["kind"]), (&"a model".into(), &"block".into()));
+    assert_eq!((&blocks["entries"], &blocks["tokens"]), (&3.into(), &TOKENS.into()));
+    assert!((blocks["compute_s"].as_f64().unwrap() - 3.0).abs() < 1e-3, "{blocks}");
+    assert!(blocks["next_expiry_ms"].is_null() && blocks["oldest_age_ms"].as_u64().unwrap() < 600_000, "{blocks}");
+    assert_eq!((&named["entries"], &named["prefixes"], &named["expiring"]), (&1.into(), &1.into(), &1.into()));
+    let left_ms = named["next_expiry_ms"].as_u64().unwrap();
+    assert!(left_ms > 3_000_000 && left_ms <= 3_600_000, "{left_ms}");
+    assert_eq!(report["listed"].as_array().unwrap().len(), 4);
+    let key = report["listed"][0]["key"].as_str().unwrap();
+    let one = json(&kvkeep(&["inspect", text(home.path()), "--json", "--key", &key[..20]]));
+    assert_eq!(one["records"], 1, "{one}");
+    let output = kvkeep(&["inspect", text(home.path()), "--records", "--limit", "2"]);
+    for words in ["a model", "2 layers, 2 kv_heads, head_dim 8, f32", "1 prefix texts", "never", "2 of 4 records"] {
+        assert!(stdout(&output).contains(words), "{words}: {}", stdout(&output));
+    }
+}
+
+#[test]
+fn export_writes_exactly_the_bytes_stored() {
+    let (home, elsewhere) = (stored(), tempfile::tempdir().unwrap());
+    let out = elsewhere.path().join("kv.safetensors");
+    let output = kvkeep(&["export", text(home.path()), "--out", text(&out), "--json"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report = json(&output);
+    assert_eq!((&report["entries"], &report["tensors"]), (&4.into(), &(3 * LAYERS * 2 + 2).into()), "{report}");
+    let bytes = std::fs::read(&out).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let hashes = namespace().block_hashes(&prompt()).unwrap();
+    let hex = |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+    let block_bytes = BLOCK_TOKENS * DIMS[0] * DIMS[1] * 4;
+    for (block, hash) in hashes.iter().enumerate() {
+        for layer in 0..LAYERS {
+            for (side, letter) in ["k", "v"].iter().enumerate() {
+                let namespace = hex(&namespace().id().as_bytes()[..8]);
+                let name = format!("{namespace}.{}.layer.{layer}.{letter}", hex(hash.as_bytes()));
+                let tensor = tensors.tensor(&name).unwrap();
+                assert_eq!(tensor.shape(), [BLOCK_TOKENS, DIMS[0], DIMS[1]]);
+                let all: Vec<u8> = elements(layer, side).iter().flat_map(|element| element.to_le_bytes()).collect();
+                assert_eq!(tensor.data(), &all[block * block_bytes..(block + 1) * block_bytes], "{name}");
+            }
+        }
+    }
+    let named_tensor = |end: &str| {
+        let name = tensors.names().into_iter().find(|name| name.ends_with(end)).unwrap();
+        let tensor = tensors.tensor(name).unwrap();
+        (tensor.shape().to_vec(), tensor.data().to_vec())
+    };
+    assert_eq!(named_tensor(".layer.7.k"), (vec![1, 100], named(0)));
+    assert_eq!(named_tensor(".layer.7.v"), (vec![100], named(1)));
+    let (_, metadata) = SafeTensors::read_metadata(&bytes).unwrap();
+    let described = metadata.metadata().as_ref().unwrap().values().any(|value| value.contains("a model"));
+    assert!(described, "{:?}", metadata.metadata());
+}
+
+#[test]
+fn export_chooses_by_namespace_key_and_limit_and_leaves_out_what_is_damaged() {
+    let (home, elsewhere) = (stored(), tempfile::tempdir().unwrap());
+    let out = elsewhere.path().join("kv.safetensors");
+    let (dir, file) = (text(home.path()), text(&out));
+    let id: String = namespace().id().as_bytes().iter().map(|byte| format!("{byte:02x}")).collect();
+    let hash = *namespace().block_hashes(&prompt()).unwrap()[1].as_bytes();
+    let key: String = hash.iter().map(|byte| format!("{byte:02X}")).collect();
+    for (choice, entries) in [(["--namespace", &id[..10]], 3), (["--key", &key], 1), (["--limit", "2"], 2)] {
+        let output = kvkeep(&["export", dir, "--out", file, "--json", choice[0], choice[1]]);
+        assert!(output.status.success(), "{}", stderr(&output));
+        assert_eq!(json(&output)["entries"], entries, "{choice:?}");
+    }
+    flip(home.path(), &named(0));
+    let output = kvkeep(&["export", dir, "--out", file, "--json"]);
+    assert_eq!(output.status.code(), Some(4), "{}", stderr(&output));
+    assert_eq!((&json(&output)["entries"], json(&output)["damaged"].as_array().unwrap().len()), (&3.into(), 1));
+    for (choice, says) in [(["--key", "0000000000"], "inspect"), (["--key", "xyz"], "hexadecimal")] {
+        let output = kvkeep(&["export", dir, "--out", file, choice[0], choice[1]]);
+        assert!(!output.status.success() && stderr(&output).contains(says), "{}", stderr(&output));
+    }
+}
+
+#[test]
+fn looking_at_a_directory_changes_nothing_in_it() {
+    let (home, elsewhere) = (stored(), tempfile::tempdir().unwrap());
+    flip(home.path(), &named(1));
+    // As a killed process leaves it: no manifest, no index.
+    std::fs::remove_file(home.path().join("MANIFEST")).unwrap();
+    for file in segments(home.path()) {
+        let bytes = std::fs::read(&file).unwrap();
+        std::fs::write(&file, &bytes[..bytes.len() - 4096]).unwrap();
+    }
+    let before = everything(home.path());
+    let (dir, out) = (text(home.path()), elsewhere.path().join("kv.safetensors"));
+    for args in [&["verify", dir][..], &["inspect", dir, "--records"], &["export", dir, "--out", text(&out)]] {
+        let output = kvkeep(args);
+        assert!(matches!(output.status.code(), Some(0 | 4)), "{args:?}: {}", stderr(&output));
+    }
+    let inside = home.path().join("kv.safetensors");
+    let output = kvkeep(&["export", dir, "--out", text(&inside)]);
+    assert!(stderr(&output).contains("elsewhere"), "{}", stderr(&output));
+    assert!(everything(home.path()) == before, "the directory was changed");
+}
+
+#[test]
+fn an_encrypted_directory_wants_its_key_and_no_other() {
+    let (home, elsewhere) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let keys = [7u8, 8].map(|byte| {
+        let file = elsewhere.path().join(format!("key{byte}"));
+        std::fs::write(&file, [byte; 32]).unwrap();
+        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o600)).unwrap();
+        file
+    });
+    drop(store(home.path(), Some(&keys[0])));
+    let (dir, out) = (text(home.path()), elsewhere.path().join("kv.safetensors"));
+    let whole = kvkeep(&["verify", dir, "--json", "--key-file", text(&keys[0])]);
+    assert!(whole.status.success() && json(&whole)["encrypted"] == true, "{}", stderr(&whole));
+    for command in [&["verify", dir][..], &["inspect", dir], &["export", dir, "--out", text(&out)]] {
+        for (key, says) in [(None, "key file"), (Some(&keys[1]), "another key")] {
+            let key = key.map_or_else(Vec::new, |key| vec!["--key-file", text(key)]);
+            let output = kvkeep(&[command, &key].concat());
+            assert_eq!(output.status.code(), Some(1), "{command:?}");
+            assert!(stderr(&output).contains(says) && output.stdout.is_empty(), "{}", stderr(&output));
+        }
+    }
+    let output = kvkeep(&["export", dir, "--out", text(&out), "--key-file", text(&keys[0])]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let bytes = std::fs::read(&out).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let name = tensors.names().into_iter().find(|name| name.ends_with(".layer.7.v")).unwrap();
+    assert_eq!(tensors.tensor(name).unwrap().data(), named(1));
+}
+
+#[test]
+fn a_directory_that_is_locked_foreign_or_not_there_is_a_clear_error() {
+    let (home, empty) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let cache = store(home.path(), None);
+    let file = empty.path().join("file");
+    std::fs::write(&file, "x").unwrap();
+    let process = format!("process {}", std::process::id());
+    for (dir, says) in [
+        (home.path(), process.as_str()),
+        (empty.path(), "nothing of a disk tier"),
+        (Path::new("/no/such/dir"), "No such file"),
+        (&file, "Not a directory"),
+    ] {
+        for command in ["verify", "inspect"] {
+            let output = kvkeep(&[command, text(dir)]);
+            assert_eq!(output.status.code(), Some(1), "{command} {dir:?}");
+            assert!(stderr(&output).contains(says), "{says}: {}", stderr(&output));
+            assert!(output.stdout.is_empty());
+        }
+    }
+    drop(cache);
+    assert!(kvkeep(&["verify", text(home.path())]).status.success());
+}
+
+/// Two processes and the real model.
+#[test]
+fn after_a_restart_the_answer_is_the_same_and_comes_from_the_disk() {
+    let home = tempfile::tempdir().unwrap();
+    let dir = text(home.path());
+    let args = ["demo", "restart", "--documents", "1", "--max-tokens", "8", "--json", "--disk", dir];
+    let output = kvkeep(&args);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let report = json(&output);
+    let (cold, warm) = (&report["cold"], &report["warm"]);
+    assert_eq!(report["answers_identical"], true);
+    assert_ne!(cold["pid"], warm["pid"]);
+    assert_eq!((&cold["cached_tokens"], &cold["loaded_bytes"]), (&0.into(), &0.into()));
+    let prompt_tokens = cold["prompt_tokens"].as_u64().unwrap();
+    assert!(warm["cached_tokens"].as_u64().unwrap() > prompt_tokens - 64, "{report}");
+    assert_eq!(warm["loaded_bytes"], warm["cached_tokens"].as_u64().unwrap() * 23_040);
+    assert!(report["speedup"].as_f64().unwrap() > 1.0, "{report}");
+    // The demo leaves a directory that others can look at, and may use it again.
+    assert!(kvkeep(&["verify", dir]).status.success());
 }

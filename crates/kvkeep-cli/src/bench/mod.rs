@@ -5,7 +5,9 @@
 //! numbers of one machine were the alternative: they say nothing on another one.
 
 mod blocks;
+mod disk;
 mod engine;
+mod fio;
 mod hits;
 mod named;
 mod report;
@@ -73,11 +75,16 @@ pub(crate) fn run(options: &BenchOptions) -> Result<ExitCode> {
     let effort = Effort { quick: options.quick };
     let threads = options.threads.map(usize::from);
     let engine = options.engine.then(|| model::load(options.model.as_deref(), threads)).transpose()?;
-    let bar = measure_bar(MEASURES.len() + usize::from(options.engine));
+    let bar = measure_bar(MEASURES.len() + usize::from(options.engine) + usize::from(options.disk.is_some()));
     let mut figures = Vec::new();
     for (name, measure) in MEASURES {
         bar.set_message(name);
         figures.extend(measure(effort)?);
+        bar.inc(1);
+    }
+    if let Some(dir) = &options.disk {
+        bar.set_message("disk");
+        figures.extend(disk::figures(dir, effort)?);
         bar.inc(1);
     }
     if let Some(engine) = &engine {
@@ -175,8 +182,13 @@ impl Aligned {
     const ALIGN: usize = 64;
 
     fn new(len: usize, fill: u8) -> Self {
-        let bytes = vec![fill; len + Self::ALIGN];
-        let start = bytes.as_ptr().align_offset(Self::ALIGN);
+        Self::at(Self::ALIGN, len, fill)
+    }
+
+    /// From a multiple of `align` on.
+    fn at(align: usize, len: usize, fill: u8) -> Self {
+        let bytes = vec![fill; len + align];
+        let start = bytes.as_ptr().align_offset(align);
         Self { bytes, start, len }
     }
 
@@ -206,6 +218,17 @@ impl Tensors {
             (Aligned::new(bytes, fill), Aligned::new(bytes, fill))
         };
         Self { dims, layers: (0..layout.layers()).map(layer).collect() }
+    }
+
+    /// Other bytes everywhere, so that no disk on the way can save itself work.
+    fn scramble(&mut self) {
+        let mut word = 1u64;
+        for bytes in self.layers.iter_mut().flat_map(|(k, v)| [k, v]) {
+            for eight in bytes.get_mut().chunks_mut(8) {
+                word = word.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                eight.copy_from_slice(word.to_le_bytes().get(..eight.len()).unwrap_or_default());
+            }
+        }
     }
 
     fn bytes(&self) -> usize {

@@ -6,6 +6,7 @@
 mod agent;
 mod comparison;
 mod report;
+mod restart;
 
 use std::ops::ControlFlow;
 use std::process::ExitCode;
@@ -72,13 +73,16 @@ struct Lab<'a> {
 /// Runs what was asked for and prints it.
 pub(crate) fn run(command: &DemoCommand) -> Result<ExitCode> {
     let options = &command.options;
+    if let Some(Which::Restart(restart)) = &command.which {
+        return restart::run(restart, options);
+    }
     let engine = model::load(options.model.as_deref(), options.threads.map(usize::from))?;
     let lab = Lab { engine: &engine, options };
     let requests = |otherwise| options.requests.map_or(otherwise, usize::from);
-    let outcomes = match command.which {
+    let outcomes = match &command.which {
         Some(Which::Comparison) => vec![comparison::run(&lab, requests(COMPARISON_REQUESTS))?],
         Some(Which::Agent) => vec![agent::run(&lab, requests(AGENT_REQUESTS))?],
-        None => vec![
+        Some(Which::Restart(_)) | None => vec![
             comparison::run(&lab, requests(SHORT_COMPARISON_REQUESTS))?,
             agent::run(&lab, requests(SHORT_AGENT_REQUESTS))?,
         ],
@@ -127,8 +131,7 @@ impl Lab<'_> {
         let cache = KvCache::new(CacheConfig::from_gib(self.options.capacity_gb)?)?;
         let namespace = self.engine.namespace(self.options.block_tokens)?;
         let mut generator = Generator::new(self.engine, capacity_tokens, namespace)?;
-        let warm_up: Vec<u32> = (0..WARM_UP_TOKENS).collect();
-        generator.generate(&warm_up, None, &GenerateOptions::greedy(4), &mut |_, _| ControlFlow::Continue(()))?;
+        warm_up(&mut generator)?;
 
         let mut run = |cache: Option<&KvCache>| -> Result<Run> {
             let bar = request_bar(requests, if cache.is_some() { "with kvkeep" } else { "without" });
@@ -143,6 +146,12 @@ impl Lab<'_> {
         let (without, with) = (run(None)?, run(Some(&cache))?);
         Ok((without, with, cache.stats()))
     }
+}
+
+fn warm_up(generator: &mut Generator) -> Result<()> {
+    let tokens: Vec<u32> = (0..WARM_UP_TOKENS).collect();
+    generator.generate(&tokens, None, &GenerateOptions::greedy(4), &mut |_, _| ControlFlow::Continue(()))?;
+    Ok(())
 }
 
 /// Sends requests one after the other, without or with a cache.

@@ -29,6 +29,7 @@ pub struct Archive {
     foreign: Vec<String>,
     lost_segments: u64,
     damaged_segments: u64,
+    torn_records: u64,
     used_bytes: u64,
     /// Keeps writers out.
     _directory: Directory,
@@ -113,6 +114,11 @@ pub struct Verified {
     pub payload_bytes: u64,
     /// Records whose bytes are not what they were.
     pub damaged: Vec<RecordInfo>,
+    /// Records that were not durable yet and not wholly written when the process ended. They are
+    /// not listed, and opening the cache drops them.
+    pub torn_records: u64,
+    /// Segments read.
+    pub segments: u64,
     /// Segments without an index: the cache was not closed, which harms nothing.
     pub unsealed_segments: u64,
     /// Segments of which something durable is missing, or whose header is damaged.
@@ -137,19 +143,25 @@ impl Archive {
     ///
     /// # Errors
     /// [`Error::DiskLocked`] if a process writes to it, [`Error::DiskRefused`] for a wrong or
-    /// missing key or another version, [`Error::Disk`] if it cannot be read.
+    /// missing key, another version, or a directory in which no disk tier lies, [`Error::Disk`]
+    /// if it cannot be read.
     pub fn open(dir: impl AsRef<Path>, key_file: Option<&Path>, now_ms: u64) -> Result<Self> {
         let dir = dir.as_ref().to_owned();
         let cipher = key_file.map(Cipher::from_file).transpose()?;
         let directory = Directory::open(&dir, Access::ReadOnly).map_err(|error| open_error(&dir, error))?;
         let survey = recover::survey(&directory, cipher.as_ref(), false);
         let survey = survey.map_err(|refusal| refused(&dir, "read", refusal))?;
+        if !survey.has_manifest && survey.segments.is_empty() {
+            let reason = "nothing of a disk tier lies there: give the directory of a cache".into();
+            return Err(Error::DiskRefused { dir, reason });
+        }
         Ok(Self::of(dir, directory, cipher, survey, now_ms))
     }
 
     fn of(dir: PathBuf, directory: Directory, cipher: Option<Cipher>, survey: Survey, now_ms: u64) -> Self {
         let Survey { segments, foreign, damaged, .. } = survey;
         let (mut parts, mut lost_segments) = (Vec::with_capacity(segments.len()), 0);
+        let mut torn_records = 0;
         let mut replay = Replay::default();
         let mut used_bytes = super::log::OVERHEAD_BYTES;
         for (_, surveyed) in segments {
@@ -158,7 +170,8 @@ impl Archive {
                 replay.lose_named();
                 continue;
             };
-            let records = surveyed.read();
+            let (records, torn) = surveyed.read_whole(cipher.as_ref());
+            torn_records += torn as u64;
             used_bytes += surveyed.segment.file.size().map_or(0, |size| size.allocated_bytes);
             replay.add(parts.len(), surveyed.segment.id, &records, now_ms);
             parts.push(Part { segment: surveyed.segment, records });
@@ -171,6 +184,7 @@ impl Archive {
             foreign,
             lost_segments,
             damaged_segments: damaged as u64,
+            torn_records,
             used_bytes,
             _directory: directory,
         }
@@ -186,6 +200,12 @@ impl Archive {
     #[must_use]
     pub fn used_bytes(&self) -> u64 {
         self.used_bytes
+    }
+
+    /// Are payloads encrypted?
+    #[must_use]
+    pub fn is_encrypted(&self) -> bool {
+        self.cipher.is_some()
     }
 
     /// What a record's payload is, from its header. `None` if the header is damaged.
@@ -221,6 +241,8 @@ impl Archive {
             foreign: self.foreign.clone(),
             lost_segments: self.lost_segments,
             damaged_segments: self.damaged_segments,
+            torn_records: self.torn_records,
+            segments: self.segments.len() as u64,
             ..Verified::default()
         };
         for part in &self.segments {

@@ -72,6 +72,8 @@ pub(crate) struct Survey {
     pub(crate) leftovers: Vec<String>,
     /// Of those, damaged.
     pub(crate) damaged: usize,
+    /// Is there a whole manifest?
+    pub(crate) has_manifest: bool,
 }
 
 /// A segment whose header is ours.
@@ -92,6 +94,17 @@ impl Surveyed {
         records.lost |= self.must_be_sealed && records.index_end.is_none();
         records
     }
+
+    /// Its records without those that were torn when the process ended, and how many those are.
+    ///
+    /// Only of a segment that was being written. What is damaged in another is a miss when it is
+    /// read; left out here, it would bring back what it replaced.
+    pub(crate) fn read_whole(&self, cipher: Option<&Cipher>) -> (Records, usize) {
+        let mut records = self.read();
+        let was_open = self.listed_entries.is_none() && !self.must_be_sealed;
+        let torn = if was_open { verify_tail(&self.segment, &mut records, cipher) } else { 0 };
+        (records, torn)
+    }
 }
 
 /// Opens a directory for writing: afterwards the index is filled, every segment sealed, and
@@ -102,7 +115,7 @@ pub(crate) fn open(
     capacity_bytes: u64,
     shared: &Arc<Shared>,
 ) -> Result<Log, Refusal> {
-    let Survey { identity, next_segment, segments, foreign, leftovers, damaged } =
+    let Survey { identity, next_segment, segments, foreign, leftovers, damaged, .. } =
         survey(backend.as_ref(), cipher.as_deref(), true)?;
     for name in &leftovers {
         backend.remove(name)?;
@@ -124,12 +137,7 @@ pub(crate) fn open(
 /// Puts a segment's records into the index, and an index at its end if it has none.
 fn replay(surveyed: &Surveyed, cipher: Option<&Cipher>, shared: &Arc<Shared>) -> Result<Option<Line>, Refusal> {
     let segment = &surveyed.segment;
-    let mut records = surveyed.read();
-    // One that was being written. What is damaged in another is a miss when it is read; left
-    // out here, it would bring back what it replaced.
-    if surveyed.listed_entries.is_none() && !surveyed.must_be_sealed {
-        verify_tail(segment, &mut records, cipher);
-    }
+    let (records, _) = surveyed.read_whole(cipher);
     let now_ms = shared.now_ms();
     let mut state = shared.state.lock();
     let number = state.index.add_segment(Arc::clone(segment)).ok_or(io::Error::from(io::ErrorKind::StorageFull))?;
@@ -193,7 +201,15 @@ pub(crate) fn survey(backend: &dyn Backend, cipher: Option<&Cipher>, write: bool
     check_key(&identity, cipher)?;
     let last = found.keys().next_back().map_or(0, |last| last + 1);
     let next_segment = manifest.as_ref().map_or(1, |manifest| manifest.next_segment).max(last);
-    let mut survey = Survey { identity, next_segment, segments: Vec::new(), foreign, leftovers, damaged: 0 };
+    let mut survey = Survey {
+        identity,
+        next_segment,
+        segments: Vec::new(),
+        foreign,
+        leftovers,
+        damaged: 0,
+        has_manifest: manifest.is_some(),
+    };
     let mut ours = survey.sort(found, manifest.as_ref());
     let expected: Vec<u64> = match &manifest {
         Some(manifest) => manifest.segments.iter().map(|line| line.segment).collect(),
@@ -387,8 +403,8 @@ fn search(segment: &Segment, from: u32, pages: u32) -> Option<u32> {
 }
 
 /// Of a segment that was being written: what may not have been durable is read and checked,
-/// and left out if a byte of it is missing.
-fn verify_tail(segment: &Segment, records: &mut Records, cipher: Option<&Cipher>) {
+/// and left out if a byte of it is missing. Says how many were.
+fn verify_tail(segment: &Segment, records: &mut Records, cipher: Option<&Cipher>) -> usize {
     let durable = durable_pages(segment, records);
     let whole = |page: u32, meta: &RecordMeta| {
         let Some(pages) = meta.payload_pages() else { return false };
@@ -398,10 +414,12 @@ fn verify_tail(segment: &Segment, records: &mut Records, cipher: Option<&Cipher>
     };
     let before = records.entries.len();
     records.entries.retain(|(page, meta)| *page < durable || !meta.kind.is_stored() || whole(*page, meta));
-    if records.entries.len() < before {
+    let torn = before - records.entries.len();
+    if torn > 0 {
         // The index got there and what it names did not.
         records.index_end = None;
     }
+    torn
 }
 
 /// What the last header says was durable when it was written.

@@ -343,6 +343,50 @@ fn an_archive_lists_every_record_and_what_became_of_it_and_checks_it() {
 }
 
 #[test]
+fn an_archive_of_a_directory_in_which_no_disk_tier_lies_is_a_clear_error() {
+    let home = tempfile::tempdir().unwrap();
+    std::fs::write(home.path().join("letter.txt"), b"not ours").unwrap();
+    let error = Archive::open(home.path(), None, NOW_MS).unwrap_err();
+    assert!(matches!(error, Error::DiskRefused { .. }) && error.to_string().contains("nothing of a disk tier"));
+    // One that was opened and closed is a disk tier, if an empty one.
+    drop(real(home.path()).unwrap());
+    let archive = Archive::open(home.path(), None, NOW_MS).unwrap();
+    assert_eq!((archive.records().len(), archive.is_encrypted()), (0, false));
+    assert_eq!(archive.verify(|_| {}).unwrap().foreign, ["letter.txt"]);
+}
+
+/// The process is killed while a record is being written: the cache that opens the directory
+/// drops the record and finds what it would have replaced, and an archive must say the same.
+#[test]
+fn an_archive_leaves_out_a_torn_record_as_the_cache_does() {
+    let (home, copy) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let disk = real(home.path()).unwrap();
+    named(1, 1, 2).store(&disk);
+    disk.flush().unwrap();
+    named(1, 2, 2).store(&disk);
+    while disk.stats().queued_bytes > 0 {
+        std::thread::yield_now();
+    }
+    for entry in std::fs::read_dir(home.path()).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
+    }
+    let segment = copy.path().join(segment_name(1));
+    let mut bytes = std::fs::read(&segment).unwrap();
+    // Behind the segment's header and the first record; the last page of the second.
+    bytes[(1 + 3 + 2) * 4096 + 100] ^= 1;
+    std::fs::write(&segment, bytes).unwrap();
+    let archive = Archive::open(copy.path(), None, NOW_MS).unwrap();
+    let verified = archive.verify(|_| {}).unwrap();
+    assert_eq!((verified.torn_records, verified.records, verified.segments), (1, 1, 1));
+    assert!(verified.is_whole(), "{verified:?}");
+    assert_eq!(archive.records()[0].state, RecordState::Live);
+    drop(archive);
+    let disk = real(copy.path()).unwrap();
+    assert_eq!(named(1, 1, 2).load(&disk).unwrap(), *named(1, 1, 2).bytes());
+}
+
+#[test]
 fn a_key_file_is_read_as_bytes_or_digits_and_must_be_private() {
     use std::os::unix::fs::PermissionsExt;
     let home = tempfile::tempdir().unwrap();

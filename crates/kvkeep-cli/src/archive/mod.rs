@@ -1,0 +1,116 @@
+//! A disk tier's directory, looked at from outside: `verify`, `inspect`, `export`.
+//!
+//! Invariant: nothing in the directory is changed, also not what is damaged, and what is
+//! handed out was checked. Opening a cache on it was the alternative: that seals, evicts, and
+//! drops what it finds torn, which is just what somebody who looks wants to see.
+
+mod export;
+mod inspect;
+mod verify;
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow};
+use indicatif::{ProgressBar, ProgressStyle};
+use kvkeep::{Archive, Contents, KvLayout, RecordInfo, RecordState};
+
+use crate::cli::{DirOptions, SelectOptions};
+
+pub(crate) use export::run as export;
+pub(crate) use inspect::run as inspect;
+pub(crate) use verify::run as verify;
+
+/// Opens the directory as of now.
+fn open(options: &DirOptions) -> Result<Archive> {
+    // The messages of the library name their sources; the chain would say them twice.
+    Archive::open(&options.dir, options.key_file.as_deref(), now_ms()?).map_err(|error| anyhow!("{error}"))
+}
+
+/// Milliseconds since the Unix epoch.
+fn now_ms() -> Result<u64> {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).context("the clock is before 1970: set it")?;
+    Ok(u64::try_from(now.as_millis())?)
+}
+
+/// Is it one of those asked for, and can it still be found?
+fn chosen(record: &RecordInfo, select: &SelectOptions) -> bool {
+    let begins = |bytes: &[u8], wanted: &Option<String>| wanted.as_ref().is_none_or(|w| hex(bytes).starts_with(w));
+    record.state == RecordState::Live
+        && begins(record.namespace.as_bytes(), &select.namespace)
+        && begins(&record.key, &select.key)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+/// The first digits of a namespace or key: enough for people, and for `--namespace` and `--key`.
+fn short(bytes: &[u8]) -> String {
+    hex(bytes.get(..6).unwrap_or(bytes))
+}
+
+/// 1,234,567.
+fn count(number: u64) -> String {
+    let digits = number.to_string();
+    let grouped = |(position, digit): (usize, char)| {
+        let comma = position > 0 && (digits.len() - position).is_multiple_of(3);
+        [comma.then_some(','), Some(digit)].into_iter().flatten()
+    };
+    digits.chars().enumerate().flat_map(grouped).collect()
+}
+
+/// 1.5 GiB.
+#[expect(clippy::cast_precision_loss, reason = "for people to read")]
+fn size(bytes: u64) -> String {
+    let units = [("GiB", 1u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
+    match units.iter().find(|(_, unit)| bytes >= *unit) {
+        Some((name, unit)) => format!("{:.1} {name}", bytes as f64 / *unit as f64),
+        None => format!("{bytes} bytes"),
+    }
+}
+
+/// 3 min: one unit, rounded down.
+fn span(ms: u64) -> String {
+    let units = [("d", 86_400_000u64), ("h", 3_600_000), ("min", 60_000), ("s", 1_000)];
+    match units.iter().find(|(_, unit)| ms >= *unit) {
+        Some((name, unit)) => format!("{} {name}", ms / unit),
+        None => format!("{ms} ms"),
+    }
+}
+
+/// What a block is made of, in one line.
+fn layout_words(layout: &KvLayout) -> String {
+    let dims = match (layout.k_head_dim(), layout.v_head_dim()) {
+        (k, v) if k == v => k.to_string(),
+        (k, v) => format!("{k}/{v}"),
+    };
+    let (layers, heads, dtype) = (layout.layers(), layout.kv_heads(), layout.dtype());
+    format!("{layers} layers, {heads} kv_heads, head_dim {dims}, {dtype}, {} tokens a block", layout.block_tokens())
+}
+
+/// The layout and the model of a block.
+fn block_of(contents: Option<Contents>) -> Option<(KvLayout, String)> {
+    match contents {
+        Some(Contents::Block { layout, model }) => Some((layout, model)),
+        _ => None,
+    }
+}
+
+fn record_bar(records: u64, message: &'static str) -> ProgressBar {
+    let template = "{msg} [{bar:32}] {pos} of {len} records ({elapsed} so far, {eta} left)";
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    ProgressBar::new(records).with_style(style.progress_chars("=> ")).with_message(message)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_readable() {
+        assert_eq!([0, 999, 1_000, 12_345_678].map(count), ["0", "999", "1,000", "12,345,678"]);
+        assert_eq!([0, 1023, 1536, 5 << 30].map(size), ["0 bytes", "1023 bytes", "1.5 KiB", "5.0 GiB"]);
+        assert_eq!([0, 1_999, 61_000, 3_600_000, 200_000_000].map(span), ["0 ms", "1 s", "1 min", "1 h", "2 d"]);
+        assert_eq!(short(&[0xab; 32]), "abababababab");
+    }
+}

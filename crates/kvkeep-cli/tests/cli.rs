@@ -112,7 +112,7 @@ fn what_fails_later_exits_with_1_and_a_message() {
     assert!(output.stdout.is_empty());
 }
 
-/// The issue's own keys, on traffic that is made here; 0 to 1, and never above the optimum.
+/// The keys that scripts rely on, on traffic that is made here; rates from 0 to 1, and never above the optimum.
 #[test]
 fn the_replay_prints_one_json_object_with_rates_under_the_optimum() {
     let args = ["replay", "synthetic:loop", "--capacity", "1500,3000", "--policy", "lru,adaptive", "--json"];

@@ -33,7 +33,7 @@ cache.close()
 
 def in_another_process(code: str, *args: object) -> int:
     folder = str(Path(__file__).parent)
-    env = {**os.environ, "PYTHONPATH": folder}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, *sys.path])}
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], env=env, timeout=120).returncode
 
 

@@ -136,12 +136,14 @@ class Match:
         self.load(layers)
         return layers
 
-    def to_torch(self, room_tokens: int | None = None) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """As `to_numpy`, but torch tensors on the CPU."""
+    def to_torch(
+        self, room_tokens: int | None = None, *, pin_memory: bool = False
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """As `to_numpy`, but torch tensors on the CPU; `pin_memory` as in torch, for copies to a GPU."""
         import torch
 
         dtype = torch_dtype(self.namespace.dtype)
-        layers = self._new(lambda shape: torch.empty(shape, dtype=dtype), room_tokens)
+        layers = self._new(lambda shape: torch.empty(shape, dtype=dtype, pin_memory=pin_memory), room_tokens)
         self.load(layers)
         return layers
 

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from kvkeep._errors import KvkeepError, UnsupportedModelError, UnsupportedTensorError
@@ -51,6 +52,9 @@ _REFUSED_ARGUMENTS = {
     "prompt_lookup_num_tokens": "assisted decoding rolls the state back",
     "position_ids": "positions count from the first token",
 }
+_RECORDS_WINDOWS = Version("5.23")
+"""With 5.17 a cache that was built with more than a window fails in attention; tested from this one on."""
+
 _REFUSED_ROPE = ("dynamic", "longrope")
 
 
@@ -76,6 +80,7 @@ class FirstToken:
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         if self.seconds is None:
+            input_ids[0, -1].item()  # a GPU is only told what to do: wait until it has done it
             self.seconds = time.perf_counter() - self._begin
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
@@ -140,8 +145,11 @@ class CachedGenerator:
             with self.cache.lookup(self.namespace, tokens) as found:
                 cached_tokens = found.cached_tokens
                 if found:
-                    for layer, (k, v) in zip(past.layers, found.to_torch(), strict=True):
-                        layer.update(k[None].to(self.model.device), v[None].to(self.model.device))
+                    device = self.model.device
+                    # Pinned memory goes to a GPU at the bus's speed, and torch keeps it for the next time.
+                    loaded = found.to_torch(pin_memory=device.type == "cuda")
+                    for layer, (k, v) in zip(past.layers, loaded, strict=True):
+                        layer.update(k[None].to(device, non_blocking=True), v[None].to(device, non_blocking=True))
         for layer in past.layers:
             if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.activate_past_recording()
@@ -220,8 +228,11 @@ def _probe(model: Any) -> list[DynamicLayer]:
         raise UnsupportedModelError(f"{no_kv} (it has {', '.join(sorted(foreign))})")
     if getattr(model, "_is_stateful", False) or not model._supports_default_dynamic_cache():
         raise UnsupportedModelError(f"{no_kv} (it keeps no DynamicCache)")
-    if not all(hasattr(layer, "activate_past_recording") for layer in cache.layers if layer.is_sliding):
-        raise UnsupportedModelError(f"{name}: this transformers cannot record what sliding windows forget: upgrade it")
+    if any(layer.is_sliding for layer in cache.layers) and Version(transformers.__version__) < _RECORDS_WINDOWS:
+        raise UnsupportedModelError(
+            f"{name}: transformers {transformers.__version__} does not keep what sliding windows forget: "
+            f"upgrade it to {_RECORDS_WINDOWS} or later"
+        )
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     with torch.no_grad():
         model(input_ids=token, past_key_values=cache, use_cache=True)

@@ -195,6 +195,9 @@ pub(super) fn narrow(from: &[f32], to: &mut [f16]) {
 #[target_feature(enable = "avx2,fma,f16c")]
 pub(super) fn transpose(from: &[f16], to: &mut [f16], shape: &Transpose) {
     let Transpose { rows, columns, from_stride, to_stride } = *shape;
+    if rows == 0 || columns == 0 {
+        return;
+    }
     let (whole_rows, whole_columns) = (rows / 8 * 8, columns / 8 * 8);
     for row in (0..whole_rows).step_by(8) {
         for column in (0..whole_columns).step_by(8) {

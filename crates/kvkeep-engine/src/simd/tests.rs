@@ -45,13 +45,11 @@ fn into_strategy() -> impl Strategy<Value = Into> {
     prop_oneof![Just(Into::Set), Just(Into::Add), Just(Into::Chain)]
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(64))]
-
-    #[test]
-    fn a_transposition_moves_every_value_and_touches_nothing_else(
-        rows in 0usize..27, columns in 0usize..27, spare in 0usize..3
-    ) {
+/// Every shape up to some blocks of 8 and an edge. A shape without columns, but with rows beside a
+/// whole block, once made the fast kernel look behind the end of its result.
+#[test]
+fn a_transposition_moves_every_value_and_touches_nothing_else() {
+    for (rows, columns, spare) in (0..20).flat_map(|r| (0..20).flat_map(move |c| (0..2).map(move |s| (r, c, s)))) {
         let (from_stride, to_stride) = (columns + spare, rows + spare);
         let shape = Transpose { rows, columns, from_stride, to_stride };
         let from = halves(5, rows * from_stride);
@@ -64,10 +62,14 @@ proptest! {
         for (i, bits) in fast.iter().enumerate() {
             let (column, row) = (i / to_stride, i % to_stride);
             let expected = if row < rows { from[row * from_stride + column] } else { f16::NAN };
-            prop_assert_eq!(*bits, expected.to_bits());
+            assert_eq!(*bits, expected.to_bits(), "{shape:?}");
         }
-        prop_assert_eq!(fast, run(Kernels::scalar()));
+        assert_eq!(fast, run(Kernels::scalar()), "{shape:?}");
     }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(64))]
 
     #[test]
     fn products_have_the_same_bits_on_every_machine(

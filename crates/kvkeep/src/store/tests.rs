@@ -407,6 +407,24 @@ fn blocks_in_ram_behind_a_gap_on_the_disk_count_for_the_decision() {
     assert_eq!(look(&cache, &tokens), 64);
 }
 
+/// Of eight threads that looked up one prompt on the disk, some found only its first half: the
+/// rest had just come into RAM for another one, nobody had said what it took to compute, and so the
+/// decision ended before it.
+#[test]
+fn blocks_in_ram_behind_a_gap_are_found_also_if_nobody_said_what_they_took() {
+    let lab = Lab::new();
+    let cache = lab.open(256);
+    let tokens = prompt(0, 16);
+    store(&cache, &tokens, &plain());
+    cache.flush().unwrap();
+    let head: Vec<ObjectKey> =
+        namespace().block_hashes(&tokens[..8]).unwrap().into_iter().map(crate::BlockHash::key).collect();
+    cache.store_handle().shared.state.lock().remove(&head, 0);
+    let found = cache.look(&namespace(), &tokens).unwrap();
+    assert_eq!((found.ram_tokens, found.load_tokens, found.not_worth_tokens), (0, 64, 0));
+    assert_eq!(look(&cache, &tokens), 64);
+}
+
 #[test]
 fn a_range_of_layers_is_read_from_ram_and_disk_without_bringing_blocks_up() {
     let lab = Lab::new();

@@ -175,7 +175,8 @@ impl Tiering {
         let (mut saved_us, mut best_us, mut decision) = (0i128, 0i128, Decision::default());
         let mut on_disk = 0usize;
         for (position, key) in keys.iter().enumerate() {
-            if let Some(compute_us) = known(key) {
+            let in_ram = known(key);
+            if let Some(compute_us) = in_ram {
                 saved_us += i128::from(compute_us);
             } else if let Some(found) = self.disk.find(key) {
                 on_disk += 1;
@@ -187,7 +188,8 @@ impl Tiering {
                 break;
             }
             decision.not_worth = position + 1;
-            if saved_us > best_us {
+            // What is in RAM costs nothing: it goes with what is before it, or has just come there.
+            if saved_us > best_us || (in_ram.is_some() && decision.load == position) {
                 (best_us, decision.load) = (saved_us, position + 1);
             }
         }

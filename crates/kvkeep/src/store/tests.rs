@@ -382,6 +382,16 @@ fn a_load_that_takes_longer_than_computing_again_is_not_made() {
     assert_eq!(loaded, slow.len());
 }
 
+/// Takes the first two blocks out of RAM, not off the disk; then all 16 are worth it, and found.
+fn assert_found_behind_a_gap(cache: &KvCache, tokens: &[TokenId]) {
+    let head = namespace().block_hashes(&tokens[..8]).unwrap();
+    let head: Vec<ObjectKey> = head.into_iter().map(crate::BlockHash::key).collect();
+    cache.store_handle().shared.state.lock().remove(&head, 0);
+    let found = cache.look(&namespace(), tokens).unwrap();
+    assert_eq!((found.ram_tokens, found.load_tokens, found.not_worth_tokens), (0, 64, 0));
+    assert_eq!(look(cache, tokens), 64);
+}
+
 /// Behind a few blocks on the disk lie many in RAM: loading the few makes the many useful.
 #[test]
 fn blocks_in_ram_behind_a_gap_on_the_disk_count_for_the_decision() {
@@ -399,12 +409,7 @@ fn blocks_in_ram_behind_a_gap_on_the_disk_count_for_the_decision() {
     assert_eq!((found.ram_tokens, found.load_tokens, found.not_worth_tokens), (0, 0, 64));
     // All but the first two come into RAM by being stored again.
     store(&cache, &tokens, &plain().compute_time(Duration::from_millis(80)));
-    let head: Vec<ObjectKey> =
-        namespace().block_hashes(&tokens[..8]).unwrap().into_iter().map(crate::BlockHash::key).collect();
-    cache.store_handle().shared.state.lock().remove(&head, 0);
-    let found = cache.look(&namespace(), &tokens).unwrap();
-    assert_eq!((found.ram_tokens, found.load_tokens, found.not_worth_tokens), (0, 64, 0));
-    assert_eq!(look(&cache, &tokens), 64);
+    assert_found_behind_a_gap(&cache, &tokens);
 }
 
 /// Of eight threads that looked up one prompt on the disk, some found only its first half: the
@@ -417,12 +422,7 @@ fn blocks_in_ram_behind_a_gap_are_found_also_if_nobody_said_what_they_took() {
     let tokens = prompt(0, 16);
     store(&cache, &tokens, &plain());
     cache.flush().unwrap();
-    let head: Vec<ObjectKey> =
-        namespace().block_hashes(&tokens[..8]).unwrap().into_iter().map(crate::BlockHash::key).collect();
-    cache.store_handle().shared.state.lock().remove(&head, 0);
-    let found = cache.look(&namespace(), &tokens).unwrap();
-    assert_eq!((found.ram_tokens, found.load_tokens, found.not_worth_tokens), (0, 64, 0));
-    assert_eq!(look(&cache, &tokens), 64);
+    assert_found_behind_a_gap(&cache, &tokens);
 }
 
 #[test]

@@ -35,6 +35,7 @@ pub struct DiskConfig {
     pub(crate) key_file: Option<PathBuf>,
     pub(crate) queue_bytes: Option<u64>,
     pub(crate) read_timeout: Duration,
+    pub(crate) flush_timeout: Duration,
 }
 
 /// When what is stored goes to the disk.
@@ -59,6 +60,7 @@ impl DiskConfig {
             key_file: None,
             queue_bytes: None,
             read_timeout: Duration::from_secs(5),
+            flush_timeout: Duration::from_secs(30),
         }
     }
 
@@ -97,6 +99,15 @@ impl DiskConfig {
     #[must_use]
     pub fn read_timeout(mut self, read_timeout: Duration) -> Self {
         self.read_timeout = read_timeout;
+        self
+    }
+
+    /// How long flushing and closing wait for a disk that gets nothing done, not one record and not
+    /// one sync, before they end with an error; 30 s unless said otherwise. A disk that is slow
+    /// and gets on is waited for as long as it takes.
+    #[must_use]
+    pub fn flush_timeout(mut self, flush_timeout: Duration) -> Self {
+        self.flush_timeout = flush_timeout;
         self
     }
 }

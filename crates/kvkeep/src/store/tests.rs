@@ -13,6 +13,7 @@ use crate::key::TokenId;
 use crate::layout::{KvLayout, LayerView, LayerViewMut};
 use crate::named::{Outcome, SimpleKvCache};
 use crate::tensor::{DType, TensorView, TensorViewMut};
+use crate::tier::disk::Options;
 use crate::tier::disk::sim::{self, Sim};
 
 const PAGE: u64 = 4096;
@@ -49,7 +50,14 @@ impl Lab {
         let state = Mutex::new(State::new(pages, crate::PolicyKind::default(), &[]));
         let shared = Arc::new(Shared { state, arena, clock: Arc::clone(&clock), default_ttl: None, recorder: None });
         let queue_bytes = self.config.queue_bytes.unwrap_or(ram_pages * PAGE / 8);
-        let disk = sim::open(&self.sim, 4 * MIB, queue_bytes, None, clock).unwrap();
+        let options = Options {
+            dir: &self.config.dir,
+            capacity_bytes: 4 * MIB,
+            key_file: None,
+            queue_bytes,
+            flush_timeout: self.config.flush_timeout,
+        };
+        let disk = sim::open(&self.sim, &options, None, clock).unwrap();
         let tiering = Some(Arc::new(Tiering::over(disk, &self.config, &shared)));
         KvCache::over(Store { shared, tiering })
     }
@@ -327,6 +335,31 @@ fn a_disk_that_hangs_is_given_up_and_asked_again_when_it_is_back() {
     }
     assert_eq!(look(&cache, &other), other.len());
     assert_eq!(look(&cache, &tokens), tokens.len());
+}
+
+/// Dropping the last handle waited for ever for a disk that began to hang.
+#[test]
+fn a_cache_can_be_flushed_closed_and_dropped_while_its_disk_hangs() {
+    for close in [false, true] {
+        let mut lab = Lab::new();
+        lab.config = lab.config.flush_timeout(Duration::from_millis(40));
+        let cache = lab.open(64);
+        store(&cache, &prompt(0, 8), &plain());
+        cache.flush().unwrap();
+        lab.sim.hang(true);
+        store(&cache, &prompt(1000, 8), &plain());
+        let error = cache.flush().unwrap_err();
+        assert!(error.to_string().contains("flush") && disk(&cache).failing, "{error}");
+        assert_eq!(look(&cache, &prompt(1000, 8)), 32, "RAM serves on");
+        let store = cache.store_handle().clone();
+        drop(cache);
+        if close {
+            assert!(matches!(store.close(), Err(Error::Disk { .. })));
+        } else {
+            drop(store);
+        }
+        lab.sim.hang(false);
+    }
 }
 
 #[test]

@@ -122,6 +122,7 @@ impl Tiering {
             capacity_bytes: config.capacity_bytes,
             key_file: config.key_file.as_deref(),
             queue_bytes: config.queue_bytes.unwrap_or(capacity_bytes / QUEUE_DIVISOR),
+            flush_timeout: config.flush_timeout,
         };
         let disk = Disk::open(&options, Arc::clone(&shared.clock))?;
         Ok(Self::over(disk, config, shared))
@@ -345,7 +346,7 @@ impl Tiering {
     pub(super) fn flush(&self) -> Result<()> {
         let keys = self.shared.state.lock().all_keys();
         for key in &keys {
-            self.disk.wait_for_queue();
+            self.disk.wait_for_queue()?;
             self.shared.state.lock().demote(key, true);
         }
         self.disk.flush()
@@ -363,17 +364,11 @@ impl Drop for Tiering {
     /// What is in RAM is written first: after a restart the cache is as warm as it was. A disk
     /// that hangs is left to itself.
     fn drop(&mut self) {
-        self.disk.wait_for_writer(self.read_timeout);
-        if self.disk.hangs() {
-            self.disk.give_up();
-            self.readers.close(false);
-            return;
-        }
         let (flushed, closed) = (self.flush(), self.disk.close());
         if let Err(error) = flushed.and(closed) {
             tracing::warn!(%error, "the disk tier was not closed cleanly");
         }
-        self.readers.close(true);
+        self.readers.close(!self.disk.hangs());
     }
 }
 

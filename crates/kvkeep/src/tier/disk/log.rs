@@ -190,6 +190,7 @@ impl Log {
             list: RecordHeader::key_list(keys),
         };
         self.write_record(&segment, header, payload, sums)?;
+        self.shared.progress();
         let mut unsynced = 0;
         if let Some(active) = &mut self.active {
             active.end_page += meta.pages().unwrap_or(1);
@@ -257,6 +258,7 @@ impl Log {
             && active.durable_pages < active.end_page
         {
             active.segment.file.sync()?;
+            self.shared.progress();
             if !active.durable_name {
                 self.backend.sync_dir()?;
                 active.durable_name = true;
@@ -393,6 +395,7 @@ impl Log {
     fn seal(&mut self) -> io::Result<()> {
         let Some(active) = self.active.take() else { return Ok(()) };
         let (size, pages, entries) = seal_segment(&active.segment, active.end_page, &active.entries)?;
+        self.shared.progress();
         if !active.durable_name {
             self.backend.sync_dir()?;
         }
@@ -429,6 +432,7 @@ impl Log {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => self.doomed.pop(),
             };
+            self.shared.progress();
         }
         Ok(())
     }

@@ -47,7 +47,7 @@ pub(crate) use io::Pages;
 use io::{Access, Backend, Directory, OpenError};
 use recover::Refusal;
 use segment::{Expected, ReadError};
-use shared::{Op, Reply, Shared};
+use shared::{DiskState, Op, Reply, Shared};
 pub(crate) use shared::{Payload, Resident};
 
 /// Failed reads in a row that make the disk a failing one.
@@ -60,6 +60,7 @@ pub(crate) struct Disk {
     shared: Arc<Shared>,
     cipher: Option<Arc<Cipher>>,
     queue_bytes: u64,
+    flush_timeout: Duration,
     writer: Mutex<Option<thread::JoinHandle<()>>>,
     bad_reads: std::sync::atomic::AtomicU32,
 }
@@ -71,6 +72,8 @@ pub(crate) struct Options<'a> {
     pub(crate) capacity_bytes: u64,
     pub(crate) key_file: Option<&'a Path>,
     pub(crate) queue_bytes: u64,
+    /// How long a flush waits for a disk that gets nothing done.
+    pub(crate) flush_timeout: Duration,
 }
 
 /// Finds the directory again after it was gone.
@@ -99,7 +102,7 @@ impl Disk {
         cipher: Option<Arc<Cipher>>,
         clock: Arc<dyn Clock>,
     ) -> Result<Self> {
-        let Options { dir, capacity_bytes, queue_bytes, .. } = *options;
+        let Options { dir, capacity_bytes, queue_bytes, flush_timeout, .. } = *options;
         if capacity_bytes < log::MIN_CAPACITY_BYTES {
             return Err(Error::Config(format!(
                 "a disk tier of {capacity_bytes} bytes is too small: give at least {}",
@@ -116,6 +119,7 @@ impl Disk {
             shared,
             cipher,
             queue_bytes,
+            flush_timeout,
             writer: Mutex::new(Some(writer)),
             bad_reads: 0.into(),
         })
@@ -157,35 +161,24 @@ impl Disk {
     }
 
     /// Waits until the queue has room.
-    pub(crate) fn wait_for_queue(&self) {
-        let mut state = self.shared.state.lock();
-        while state.queue.bytes > self.queue_bytes {
-            state = self.shared.room.wait(state);
+    pub(crate) fn wait_for_queue(&self) -> Result<()> {
+        let full = |state: &DiskState| state.queue.bytes > self.queue_bytes;
+        if self.shared.wait_while(self.flush_timeout, full) {
+            return Ok(());
         }
+        Err(self.error("flush", shared::hang(self.flush_timeout)))
     }
 
-    /// Waits until nothing is queued or being written; says whether it had to, and it is so. A writer
-    /// that has once taken too long is not waited for again until it has come back.
+    /// Waits until nothing is queued or being written, as long as the writer gets on; says whether
+    /// it had to, and it is so.
     pub(crate) fn wait_for_writer(&self, at_most: Duration) -> bool {
-        let mut state = self.shared.state.lock();
-        if state.queue.bytes == 0 || state.writer_hangs {
-            return false;
-        }
-        while state.queue.bytes > 0 {
-            let (again, timed_out) = self.shared.room.wait_timeout(state, at_most);
-            state = again;
-            if timed_out && state.queue.bytes > 0 {
-                state.writer_hangs = true;
-                return false;
-            }
-        }
-        true
+        let busy = |state: &DiskState| state.queue.bytes > 0;
+        busy(&self.shared.state.lock()) && self.shared.wait_while(at_most, busy)
     }
 
     /// Does a read or a write take longer than anybody waits?
     pub(crate) fn hangs(&self) -> bool {
-        let state = self.shared.state.lock();
-        state.hung_reads > 0 || state.writer_hangs
+        self.shared.state.lock().hangs()
     }
 
     /// Is this on the disk, or on its way there?
@@ -201,6 +194,7 @@ impl Disk {
         let writes = state.queue.cancel_writes();
         state.counters.dropped_total += writes.len() as u64;
         drop(state);
+        self.shared.made_room();
         writes.len()
     }
 
@@ -332,33 +326,22 @@ impl Disk {
         removed as u64
     }
 
-    /// Makes everything durable that was written or removed before.
+    /// Makes everything durable that was written or removed before. Ends also where the disk hangs.
     pub(crate) fn flush(&self) -> Result<()> {
         self.ask("flush", Op::Flush)
     }
 
     /// Writes what is queued and leaves the directory ready to be opened fast. Afterwards
-    /// nothing is written any more.
+    /// nothing is taken any more. A writer that hangs is left to itself: it does the same when the
+    /// disk is back, if the process is still there.
     pub(crate) fn close(&self) -> Result<()> {
         let Some(writer) = self.writer.lock().take() else { return Ok(()) };
         let closed = self.ask("close", Op::Close);
-        // A writer that panicked has answered nothing worse than its own error.
-        let _ = writer.join();
-        closed
-    }
-
-    /// Closes without waiting: the disk hangs, and the writer ends when it is back.
-    pub(crate) fn give_up(&self) {
-        if self.writer.lock().take().is_some() {
-            let mut state = self.shared.state.lock();
-            let dropped = state.queue.cancel_writes();
-            state.closed = true;
-            state.queue.ops.push_back(Op::Close(Arc::default()));
-            drop(state);
-            drop(dropped);
-            self.shared.work.notify_all();
-            tracing::warn!(dir = %self.dir.display(), "the disk tier does not answer and was not closed");
+        if !self.hangs() {
+            // A writer that panicked has answered nothing worse than its own error.
+            let _ = writer.join();
         }
+        closed
     }
 
     fn ask(&self, doing: &'static str, op: impl FnOnce(Arc<Reply>) -> Op) -> Result<()> {
@@ -366,14 +349,17 @@ impl Disk {
         let op = op(Arc::clone(&reply));
         let mut state = self.shared.state.lock();
         if state.closed {
-            let source = std::io::Error::other("it is closed");
-            return Err(Error::Disk { dir: self.dir.clone(), doing, source });
+            return Err(self.error(doing, std::io::Error::other("it is closed")));
         }
         state.closed = matches!(op, Op::Close(_));
         state.queue.ops.push_back(op);
         drop(state);
         self.shared.work.notify_all();
-        reply.wait().map_err(|source| Error::Disk { dir: self.dir.clone(), doing, source })
+        self.shared.wait_for(&reply, self.flush_timeout).map_err(|source| self.error(doing, source))
+    }
+
+    fn error(&self, doing: &'static str, source: std::io::Error) -> Error {
+        Error::Disk { dir: self.dir.clone(), doing, source }
     }
 
     /// Drops what has expired from the index; says how many.
@@ -398,10 +384,7 @@ impl Disk {
             entries: state.index.len() as u64,
             index_bytes: state.index.memory_bytes() as u64,
             queued_bytes: state.queue.bytes,
-            failing: state.writes.is_failing()
-                || state.reads.is_failing()
-                || state.hung_reads > 0
-                || state.writer_hangs,
+            failing: state.writes.is_failing() || state.reads.is_failing() || state.hangs(),
             ..state.counters
         }
     }

@@ -7,6 +7,7 @@
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::sync::{Arc, OnceLock, Weak};
+use std::time::Duration;
 
 use super::format::{Content, Kind, RecordMeta};
 use super::index::{DiskIndex, Fingerprint};
@@ -41,8 +42,10 @@ pub(crate) struct DiskState {
     /// replace them on the disk too; where none gets there, the next flush writes a removal. Not
     /// before: a crash in between would leave neither.
     hidden: HashSet<ObjectKey>,
-    /// Somebody ran out of time over the writer.
-    pub(crate) writer_hangs: bool,
+    /// Counts what the writer gets done on the disk.
+    progress: u64,
+    /// How long somebody has waited for the writer in vain since it last got something done.
+    pub(crate) stalled_for: Duration,
     /// Nothing is taken any more.
     pub(crate) closed: bool,
 }
@@ -52,8 +55,8 @@ pub(crate) struct Shared {
     pub(crate) state: Mutex<DiskState>,
     /// Something is queued.
     pub(crate) work: Condvar,
-    /// Something left the queue.
-    pub(crate) room: Condvar,
+    /// Something left the queue, or was answered.
+    room: Condvar,
     pub(crate) clock: Arc<dyn Clock>,
     resident: OnceLock<Resident>,
 }
@@ -100,12 +103,9 @@ pub(crate) struct Queue {
     last_ticket: u64,
 }
 
-/// Where the writer answers.
+/// Where the writer answers. Comes after the state's lock.
 #[derive(Debug, Default)]
-pub(crate) struct Reply {
-    answer: Mutex<Option<io::Result<()>>>,
-    answered: Condvar,
-}
+pub(crate) struct Reply(Mutex<Option<io::Result<()>>>);
 
 /// Is something failing, and when is it worth another try?
 #[derive(Debug, Default, Clone, Copy)]
@@ -139,6 +139,59 @@ impl Shared {
     pub(crate) fn now_ms(&self) -> u64 {
         self.clock.now_ms()
     }
+
+    /// The writer has got something done on the disk.
+    pub(crate) fn progress(&self) {
+        let mut state = self.state.lock();
+        state.progress += 1;
+        state.stalled_for = Duration::ZERO;
+    }
+
+    /// Something left the queue.
+    pub(crate) fn made_room(&self) {
+        self.room.notify_all();
+    }
+
+    pub(crate) fn answer(&self, reply: &Reply, result: io::Result<()>) {
+        {
+            let _state = self.state.lock();
+            *reply.0.lock() = Some(result);
+        }
+        self.room.notify_all();
+    }
+
+    /// Waits for an answer, as long as the writer gets on.
+    pub(crate) fn wait_for(&self, reply: &Reply, at_most: Duration) -> io::Result<()> {
+        self.wait_while(at_most, |_| reply.0.lock().is_none());
+        reply.0.lock().take().unwrap_or_else(|| Err(hang(at_most)))
+    }
+
+    /// Waits while this is so, and the writer gets something done at least once in `at_most`; says
+    /// whether it ended. A writer that has once taken too long is not waited for again until
+    /// it has got on.
+    pub(crate) fn wait_while(&self, at_most: Duration, so: impl Fn(&DiskState) -> bool) -> bool {
+        let mut state = self.state.lock();
+        while so(&state) {
+            if state.stalled_for >= at_most {
+                return false;
+            }
+            let before = state.progress;
+            let (again, timed_out) = self.room.wait_timeout(state, at_most);
+            state = again;
+            if timed_out && state.progress == before && so(&state) {
+                state.stalled_for = at_most;
+            }
+        }
+        true
+    }
+}
+
+/// What whoever waited so long for the writer is told.
+pub(crate) fn hang(waited: Duration) -> io::Error {
+    let text = format!(
+        "the disk has got nothing done for {waited:?}: it may hang, or be slower than the configured flush_timeout"
+    );
+    io::Error::new(io::ErrorKind::TimedOut, text)
 }
 
 impl std::fmt::Debug for Shared {
@@ -148,6 +201,11 @@ impl std::fmt::Debug for Shared {
 }
 
 impl DiskState {
+    /// Does a read or a write take longer than anybody waits?
+    pub(crate) fn hangs(&self) -> bool {
+        self.hung_reads > 0 || !self.stalled_for.is_zero()
+    }
+
     /// Is a record to be written? Not a block that is there already. An older named one can no
     /// longer be found.
     pub(crate) fn admits(&mut self, meta: &RecordMeta, now_ms: u64) -> bool {
@@ -252,23 +310,6 @@ impl ToSum {
             && let Some(payload) = self.payload.upgrade()
         {
             self.sums.get_or_init(|| self.meta.sums(payload.bytes()));
-        }
-    }
-}
-
-impl Reply {
-    pub(crate) fn answer(&self, result: io::Result<()>) {
-        *self.answer.lock() = Some(result);
-        self.answered.notify_all();
-    }
-
-    pub(crate) fn wait(&self) -> io::Result<()> {
-        let mut answer = self.answer.lock();
-        loop {
-            match answer.take() {
-                Some(result) => return result,
-                None => answer = self.answered.wait(answer),
-            }
         }
     }
 }

@@ -8,8 +8,8 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io;
-use std::path::Path;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::time::Duration;
 
 use super::crypt::Cipher;
 use super::io::{Backend, DiskFile, FileSize};
@@ -196,20 +196,13 @@ impl Sim {
 }
 
 /// A tier over a simulated disk, which is found again after it vanished.
-pub(crate) fn open(
-    sim: &Sim,
-    capacity_bytes: u64,
-    queue_bytes: u64,
-    cipher: Option<Cipher>,
-    clock: Arc<dyn Clock>,
-) -> Result<Disk> {
-    let options = Options { dir: Path::new("sim"), capacity_bytes, key_file: None, queue_bytes };
+pub(crate) fn open(sim: &Sim, options: &Options<'_>, cipher: Option<Cipher>, clock: Arc<dyn Clock>) -> Result<Disk> {
     let again = sim.clone();
     let opener = Box::new(move || {
         again.vanish(false);
         Ok(Arc::new(again.clone()) as Arc<dyn Backend>)
     });
-    Disk::over(Arc::new(sim.clone()), opener, &options, cipher.map(Arc::new), clock)
+    Disk::over(Arc::new(sim.clone()), opener, options, cipher.map(Arc::new), clock)
 }
 
 impl Image {
@@ -299,7 +292,7 @@ impl DiskFile for SimFile {
             pages += buffer.len() as u64 / PAGE as u64;
         }
         if let Some((clock, ms_a_page)) = &image.slow {
-            clock.advance(std::time::Duration::from_millis(pages * ms_a_page));
+            clock.advance(Duration::from_millis(pages * ms_a_page));
         }
         Ok(())
     }

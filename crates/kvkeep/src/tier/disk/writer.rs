@@ -85,7 +85,7 @@ impl Writer {
                         writer.log.backend.check()
                     });
                     let lost = self.lost.take().map_or(Ok(()), |(kind, error)| Err(io::Error::new(kind, error)));
-                    reply.answer(flushed.and(lost));
+                    self.shared.answer(&reply, flushed.and(lost));
                 }
                 Op::Close(reply) => {
                     self.owe_hidden();
@@ -94,7 +94,7 @@ impl Writer {
                         writer.log.close()
                     });
                     self.publish_sizes();
-                    reply.answer(closed);
+                    self.shared.answer(&reply, closed);
                     return;
                 }
             }
@@ -160,10 +160,9 @@ impl Writer {
                 _ => {}
             }
             state.queue.finish(&meta.key, ticket, bytes);
-            state.writer_hangs = false;
         }
         drop(payload);
-        self.shared.room.notify_all();
+        self.shared.made_room();
     }
 
     /// Tries something on the disk; a failure is latched.

@@ -1,8 +1,8 @@
 //! A disk that fails: dropped and counted, latched, tried again; reads are misses.
 
-use std::time::Duration;
-
+use super::super::shared::Shared;
 use super::*;
+use crate::error::Error;
 
 #[test]
 fn a_full_or_failing_disk_drops_writes_and_is_tried_again_later() {
@@ -150,4 +150,68 @@ fn a_closed_disk_takes_nothing_and_says_so() {
     assert!(disk.flush().is_err());
     assert!(block(1, 4).is_there(&disk), "it can still be read");
     disk.close().unwrap();
+}
+
+// A disk that hangs.
+
+/// A tier that waits this long for a disk that gets nothing done.
+fn open_impatient(sim: &Sim, flush_timeout: Duration) -> Disk {
+    let options = Options { flush_timeout, ..options(Path::new("sim"), 4 * MIB) };
+    super::super::sim::open(sim, &options, None, clock()).unwrap()
+}
+
+fn assert_timed_out(result: Result<()>, doing: &str) {
+    let error = result.unwrap_err();
+    let Error::Disk { doing: what, source, .. } = &error else { panic!("{error}") };
+    assert_eq!((*what, source.kind()), (doing, std::io::ErrorKind::TimedOut));
+    assert!(source.to_string().contains("flush_timeout"), "{error}");
+}
+
+/// Both waited for ever for a disk that began to hang.
+#[test]
+fn flushing_and_closing_end_with_a_clear_error_on_a_disk_that_hangs() {
+    for stored in 1..=3 {
+        let sim = Sim::default();
+        let disk = open_impatient(&sim, Duration::from_millis(40));
+        let kept = block(0, 4);
+        kept.store(&disk);
+        disk.flush().unwrap();
+        sim.hang(true);
+        // Of the last case, the queue is full, too.
+        (0..stored).for_each(|number| assert!(block(1 + number, 400 * stored).offer(&disk, true)));
+        assert_timed_out(if stored == 3 { disk.wait_for_queue() } else { disk.flush() }, "flush");
+        assert!(disk.stats().failing);
+        assert_timed_out(disk.flush(), "flush");
+        if stored == 1 {
+            // It is back: so is the promise.
+            sim.hang(false);
+            disk.wait_for_writer(Duration::from_secs(60));
+            disk.flush().unwrap();
+            assert!(block(1, 400).is_there(&disk) && !disk.stats().failing);
+            continue;
+        }
+        assert_timed_out(disk.close(), "close");
+        drop(disk);
+        sim.hang(false);
+    }
+}
+
+#[test]
+fn a_flush_waits_for_a_slow_disk_for_as_long_as_it_gets_on() {
+    use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+    let (shared, looks, ended) = (Shared::new(clock()), AtomicUsize::new(0), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !ended.load(Ordering::SeqCst) {
+                shared.progress();
+                std::thread::yield_now();
+            }
+        });
+        // Looks twice each time that it has waited: it waits four times as long as it may in vain.
+        let so = |_: &_| looks.fetch_add(1, Ordering::SeqCst) < 8;
+        let waited = shared.wait_while(Duration::from_millis(200), so);
+        ended.store(true, Ordering::SeqCst);
+        assert!(waited);
+    });
+    assert!(!shared.wait_while(Duration::from_millis(1), |_| true), "nothing gets on any more");
 }

@@ -12,6 +12,7 @@ mod writing;
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use super::crypt::Cipher;
 use super::format::{Content, Kind, RecordMeta};
@@ -114,7 +115,7 @@ impl Thing {
     }
 
     fn store(&self, disk: &Disk) -> bool {
-        disk.wait_for_queue();
+        disk.wait_for_queue().unwrap();
         self.offer(disk, true)
     }
 
@@ -146,7 +147,11 @@ fn clock() -> Arc<dyn Clock> {
 }
 
 fn open_with(sim: &Sim, capacity_bytes: u64, cipher: Option<Cipher>, clock: Arc<dyn Clock>) -> Result<Disk> {
-    super::sim::open(sim, capacity_bytes, 4 * MIB, cipher, clock)
+    super::sim::open(sim, &options(Path::new("sim"), capacity_bytes), cipher, clock)
+}
+
+fn options(dir: &Path, capacity_bytes: u64) -> Options<'_> {
+    Options { dir, capacity_bytes, key_file: None, queue_bytes: 4 * MIB, flush_timeout: Duration::from_secs(60) }
 }
 
 fn open(sim: &Sim, capacity_bytes: u64) -> Disk {

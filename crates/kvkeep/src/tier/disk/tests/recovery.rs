@@ -253,7 +253,7 @@ fn encrypted_payloads_cannot_be_read_or_swapped_on_the_disk() {
 // On a real file system.
 
 fn real(dir: &Path) -> Result<Disk> {
-    Disk::open(&Options { dir, capacity_bytes: 4 * MIB, key_file: None, queue_bytes: MIB }, clock())
+    Disk::open(&options(dir, 4 * MIB), clock())
 }
 
 #[test]

@@ -30,6 +30,8 @@ pub(crate) struct Cli {
 pub(crate) enum Command {
     /// Run a real model without and with the cache, and compare
     Demo(DemoCommand),
+    /// Answer OpenAI's API with a model whose prompts stay warm
+    Serve(crate::serve::ServeOptions),
     /// Measure the cache against memcpy and other references, in seconds
     Bench(BenchOptions),
     /// Replay recorded traffic: hit rates of policies and capacities, beside the optimum
@@ -210,7 +212,7 @@ pub(crate) struct BenchOptions {
     pub(crate) json: bool,
 }
 
-fn gib(text: &str) -> Result<f64, String> {
+pub(crate) fn gib(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(gib) if gib > 0.0 && gib <= 16_384.0 => Ok(gib),
         _ => Err("give a size in GiB above 0 and up to 16384, such as 0.5".to_owned()),

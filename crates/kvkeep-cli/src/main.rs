@@ -10,6 +10,7 @@ mod demo;
 mod model;
 mod plot;
 mod replay;
+mod serve;
 mod stats;
 mod style;
 mod texts;
@@ -23,6 +24,7 @@ use crate::cli::{Cli, Command};
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(command) => demo::run(&command),
+        Command::Serve(options) => serve::run(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Replay(options) => replay::run(&options),
         Command::Verify(options) => archive::verify(&options),

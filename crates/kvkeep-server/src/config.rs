@@ -1,0 +1,42 @@
+//! What a server is told once, at its start. Flags, environment and files are the command's.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use crate::auth::ApiKeys;
+
+/// How to serve.
+#[derive(Debug, Clone)]
+#[non_exhaustive]
+pub struct ServerConfig {
+    /// Where to listen. Any address but a loopback one needs `api_keys`.
+    pub address: SocketAddr,
+    /// Who may ask; `None` lets everybody on this machine, as the operator.
+    pub api_keys: Option<ApiKeys>,
+    /// Requests that are answered at once; each has a KV buffer of its own.
+    pub parallel: usize,
+    /// Requests that may wait; one more is told to come back later.
+    pub queue: usize,
+    /// The most tokens of a prompt and its answer together.
+    pub context_tokens: usize,
+    /// Tokens of a cache block.
+    pub block_tokens: u32,
+    /// From its arrival to its last token a request may take this long.
+    pub request_timeout: Duration,
+}
+
+impl ServerConfig {
+    /// Listens at `address` with what is usual.
+    #[must_use]
+    pub fn new(address: SocketAddr) -> Self {
+        Self {
+            address,
+            api_keys: None,
+            parallel: 4,
+            queue: 64,
+            context_tokens: 4096,
+            block_tokens: 16,
+            request_timeout: Duration::from_secs(600),
+        }
+    }
+}

@@ -1,0 +1,22 @@
+//! An OpenAI-compatible server whose prompts stay warm, and a page that shows what its
+//! cache does.
+//!
+//! Async stops at the scheduler: requests are checked here, wait in a bounded queue, and are
+//! answered on threads of the scheduler's own, which call the synchronous engine and cache.
+//! Every answer, however it ended, becomes one [`served::Served`], and metrics, the list of
+//! recent requests and the tree of prefixes are made from nothing else.
+
+mod auth;
+mod config;
+mod dashboard;
+mod error;
+mod http;
+mod openai;
+mod operator;
+mod served;
+mod state;
+
+pub use auth::{ApiKeys, Tenant};
+pub use config::ServerConfig;
+pub use error::ServerError;
+pub use http::Server;

@@ -16,7 +16,7 @@ pub(crate) const EXIT_CODES: &str = "Exit codes:
   1  something failed: standard error says what, and what to do
   2  the command line is not valid
   3  demo: an answer with the cache differs from the answer without
-  4  verify, export: something stored is damaged or missing";
+  4  verify, export: something stored is damaged, cannot be read, or is missing";
 
 /// Prefill once: a KV cache for LLM prefixes.
 #[derive(Debug, Parser)]

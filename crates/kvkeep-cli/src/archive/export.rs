@@ -7,7 +7,7 @@
 //!
 //! Invariant: a file appears under its name only when every byte in it was checked.
 //! Payloads are read while the file is written, so that memory holds one at a time; a first
-//! pass leaves out what is damaged.
+//! pass leaves out what is damaged or cannot be read.
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -39,7 +39,7 @@ struct Report {
     entries: usize,
     tensors: usize,
     tensor_bytes: u64,
-    /// Keys of entries that were chosen, and left out because a byte of them is damaged.
+    /// Keys of entries that were chosen, and left out because a byte of them is damaged or cannot be read.
     damaged: Vec<String>,
 }
 
@@ -72,13 +72,13 @@ pub(crate) fn run(options: &ExportOptions) -> Result<ExitCode> {
     let bar = record_bar(2 * wanted.len() as u64, "exporting");
     let (mut whole, mut damaged) = (Vec::new(), Vec::new());
     for record in wanted {
-        match archive.load(record)? {
-            Some((contents, _)) => whole.push((record, contents)),
-            None => damaged.push(hex(&record.key)),
+        match archive.load(record) {
+            Ok(Some((contents, _))) => whole.push((record, contents)),
+            Ok(None) | Err(_) => damaged.push(hex(&record.key)),
         }
         bar.inc(1);
     }
-    ensure!(!whole.is_empty(), "all of what was chosen is damaged: see kvkeep verify");
+    ensure!(!whole.is_empty(), "all of what was chosen is damaged or cannot be read: see kvkeep verify");
     let source = Source { archive: &archive, bar: &bar, last: RefCell::default(), failed: RefCell::default() };
     let tensors = tensors(&source, &whole)?;
     let report = Report {
@@ -248,7 +248,10 @@ impl Report {
         let (entries, tensors) = (count(*entries as u64), count(*tensors as u64));
         let mut text = format!("{entries} entries, {tensors} tensors, {} written to {out}", size(*tensor_bytes));
         if !damaged.is_empty() {
-            text += &format!("\nLeft out, because damaged: {} entries. See kvkeep verify.", damaged.len());
+            text += &format!(
+                "\nLeft out, because damaged or not to be read: {} entries. See kvkeep verify.",
+                damaged.len()
+            );
         }
         text
     }

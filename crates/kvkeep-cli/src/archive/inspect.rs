@@ -92,7 +92,7 @@ pub(crate) fn run(options: &InspectOptions) -> Result<ExitCode> {
         encrypted: archive.is_encrypted(),
         used_bytes: archive.used_bytes(),
         records: records.len(),
-        namespaces: groups(&archive, &records, now_ms)?,
+        namespaces: groups(&archive, &records, now_ms),
         listed: options.records.then(|| records.iter().take(limit).map(|record| Line::of(record, now_ms)).collect()),
     };
     style::say(&if options.dir.json { serde_json::to_string_pretty(&report)? } else { report.text() })?;
@@ -100,30 +100,30 @@ pub(crate) fn run(options: &InspectOptions) -> Result<ExitCode> {
 }
 
 /// The largest first.
-fn groups(archive: &Archive, records: &[&RecordInfo], now_ms: u64) -> Result<Vec<Group>> {
+fn groups(archive: &Archive, records: &[&RecordInfo], now_ms: u64) -> Vec<Group> {
     let mut by_namespace = BTreeMap::<(NamespaceBytes, bool), Vec<&RecordInfo>>::new();
     for record in records {
         by_namespace.entry((*record.namespace.as_bytes(), record.is_block)).or_default().push(record);
     }
     let groups = by_namespace.values().map(|records| Group::of(archive, records, now_ms));
-    let mut groups = groups.collect::<Result<Vec<_>>>()?;
+    let mut groups: Vec<_> = groups.collect();
     groups.sort_by_key(|group| std::cmp::Reverse(group.payload_bytes));
-    Ok(groups)
+    groups
 }
 
 type NamespaceBytes = [u8; 32];
 
 impl Group {
-    fn of(archive: &Archive, records: &[&RecordInfo], now_ms: u64) -> Result<Self> {
+    fn of(archive: &Archive, records: &[&RecordInfo], now_ms: u64) -> Self {
         let mut group = Self { newest_age_ms: u64::MAX, ..Self::default() };
         for record in records {
             group.add(record, now_ms);
         }
         let prefixes: BTreeSet<[u8; 32]> = records.iter().filter(|r| !r.is_block).map(|r| r.key).collect();
         group.prefixes = prefixes.len();
-        // A damaged header does not say what the others do.
+        // A header that is damaged or cannot be read does not say what the others do.
         for record in records.iter().filter(|record| record.is_block) {
-            if let Some((layout, model)) = block_of(archive.contents(record)?) {
+            if let Some((layout, model)) = block_of(archive.contents(record).ok().flatten()) {
                 group.tokens = group.entries * layout.block_tokens() as u64;
                 group.words = layout_words(&layout);
                 group.layout = Some(Layout::of(&layout));
@@ -131,7 +131,7 @@ impl Group {
                 break;
             }
         }
-        Ok(group)
+        group
     }
 
     fn add(&mut self, record: &RecordInfo, now_ms: u64) {

@@ -35,6 +35,8 @@ struct Report {
     /// Names of files that are not the disk tier's.
     foreign: Vec<String>,
     damaged: Vec<Damaged>,
+    /// Records that the disk fails to read.
+    unreadable: Vec<Damaged>,
     seconds: f64,
     bytes_per_s: f64,
 }
@@ -45,6 +47,8 @@ struct Segments {
     /// Of these, without an index: the cache was not closed.
     unsealed: u64,
     damaged: u64,
+    /// The disk fails to read what says which records lie there. The manifest counts as one, too.
+    unreadable: u64,
     missing: u64,
 }
 
@@ -52,6 +56,7 @@ struct Segments {
 struct Records {
     good: u64,
     damaged: u64,
+    unreadable: u64,
     /// Being written when the process ended, and not durable.
     torn: u64,
     /// Good or damaged: a cache that opens the directory finds it.
@@ -77,7 +82,7 @@ pub(crate) fn run(options: &DirOptions) -> Result<ExitCode> {
     let begin = Instant::now();
     let verified = archive.verify(|done| bar.set_position(done));
     bar.finish_and_clear();
-    let report = Report::of(&options.dir.display().to_string(), &archive, &verified?, begin.elapsed());
+    let report = Report::of(&options.dir.display().to_string(), &archive, &verified, begin.elapsed());
     style::say(&if options.json { serde_json::to_string_pretty(&report)? } else { report.text() })?;
     Ok(if report.whole { ExitCode::SUCCESS } else { ExitCode::from(DAMAGED) })
 }
@@ -85,7 +90,7 @@ pub(crate) fn run(options: &DirOptions) -> Result<ExitCode> {
 impl Report {
     fn of(dir: &str, archive: &Archive, verified: &Verified, took: Duration) -> Self {
         let in_state = |state| archive.records().iter().filter(|record| record.state == state).count();
-        let damaged = verified.damaged.len() as u64;
+        let (damaged, unreadable) = (verified.damaged.len() as u64, verified.unreadable.len() as u64);
         #[expect(clippy::cast_precision_loss, reason = "a rate for people")]
         let bytes = verified.payload_bytes as f64;
         Self {
@@ -96,11 +101,13 @@ impl Report {
                 read: verified.segments,
                 unsealed: verified.unsealed_segments,
                 damaged: verified.damaged_segments,
+                unreadable: verified.unreadable_segments,
                 missing: verified.lost_segments,
             },
             records: Records {
-                good: verified.records - damaged,
+                good: verified.records - damaged - unreadable,
                 damaged,
+                unreadable,
                 torn: verified.torn_records,
                 live: in_state(RecordState::Live),
                 expired: in_state(RecordState::Expired),
@@ -110,6 +117,7 @@ impl Report {
             used_bytes: archive.used_bytes(),
             foreign: verified.foreign.clone(),
             damaged: verified.damaged.iter().map(Damaged::of).collect(),
+            unreadable: verified.unreadable.iter().map(Damaged::of).collect(),
             seconds: took.as_secs_f64(),
             bytes_per_s: ratio(bytes, took.as_secs_f64()),
         }
@@ -117,7 +125,7 @@ impl Report {
 
     /// For people.
     fn text(&self) -> String {
-        let Segments { read, unsealed, damaged, missing } = self.segments;
+        let Segments { read, unsealed, damaged, unreadable, missing } = self.segments;
         let records = &self.records;
         let mut table = style::table();
         let mut row = |what: &str, number: u64, bad: bool, meaning: String| {
@@ -128,6 +136,7 @@ impl Report {
         row("segments", read, false, "read".to_owned());
         row("", unsealed, false, "of these without an index: the cache was not closed, which harms nothing".to_owned());
         row("", damaged, true, "damaged: something durable of them is lost".to_owned());
+        row("", unreadable, true, "not to be read: the disk fails where it says what lies there".to_owned());
         row("", missing, true, "missing".to_owned());
         let states = format!(
             "good, {}: of all records {} live, {} expired, {} replaced or removed",
@@ -138,6 +147,7 @@ impl Report {
         );
         row("records", records.good, false, states);
         row("", records.damaged, true, "damaged: each is a miss".to_owned());
+        row("", records.unreadable, true, "not to be read: the disk fails".to_owned());
         row("", records.torn, false, "torn: not durable when the process ended, left out".to_owned());
         row("files", self.foreign.len() as u64, false, format!("foreign, left alone {}", self.foreign_names()));
         let encrypted = if self.encrypted { "encrypted" } else { "not encrypted" };
@@ -166,10 +176,13 @@ impl Report {
                 name(&record.namespace)
             )
         };
-        let mut text = "DAMAGED: a cache that opens this directory treats what is damaged as a miss.".to_owned();
-        self.damaged.iter().take(LISTED).for_each(|record| text += &line(record));
-        if self.damaged.len() > LISTED {
-            text += &format!("\n  and {} more: --json lists all", self.damaged.len() - LISTED);
+        let head = "DAMAGED: to a cache that opens this directory, what is damaged or cannot be read is a miss.";
+        let mut text = head.to_owned();
+        let lost = self.damaged.iter().chain(&self.unreadable);
+        lost.take(LISTED).for_each(|record| text += &line(record));
+        let more = (self.damaged.len() + self.unreadable.len()).saturating_sub(LISTED);
+        if more > 0 {
+            text += &format!("\n  and {more} more: --json lists all");
         }
         text
     }

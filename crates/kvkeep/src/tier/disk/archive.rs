@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::crypt::Cipher;
 use super::format::{Content, Kind, PAGE_BYTES, RecordMeta};
-use super::io::{Access, Directory, Pages};
+use super::io::{Access, Backend, Directory, Pages};
 use super::recover::{self, Records, Survey};
 use super::segment::{Expected, ReadError, Segment};
 use super::{open_error, refused};
@@ -29,10 +29,11 @@ pub struct Archive {
     foreign: Vec<String>,
     lost_segments: u64,
     damaged_segments: u64,
+    unreadable_segments: u64,
     torn_records: u64,
     used_bytes: u64,
     /// Keeps writers out.
-    _directory: Directory,
+    _directory: Arc<dyn Backend>,
 }
 
 #[derive(Debug)]
@@ -114,6 +115,8 @@ pub struct Verified {
     pub payload_bytes: u64,
     /// Records whose bytes are not what they were.
     pub damaged: Vec<RecordInfo>,
+    /// Records that the disk fails to read.
+    pub unreadable: Vec<RecordInfo>,
     /// Records that were not durable yet and not wholly written when the process ended. They are
     /// not listed, and opening the cache drops them.
     pub torn_records: u64,
@@ -123,6 +126,9 @@ pub struct Verified {
     pub unsealed_segments: u64,
     /// Segments of which something durable is missing, or whose header is damaged.
     pub damaged_segments: u64,
+    /// Segments of which the disk fails to read what says which records lie there. The manifest counts
+    /// as one, too.
+    pub unreadable_segments: u64,
     /// Segments that should be there and are not.
     pub lost_segments: u64,
     /// Files that are not the disk tier's.
@@ -133,7 +139,8 @@ impl Verified {
     /// Is every byte what it was?
     #[must_use]
     pub fn is_whole(&self) -> bool {
-        self.damaged.is_empty() && self.damaged_segments == 0 && self.lost_segments == 0
+        let segments = self.damaged_segments + self.unreadable_segments + self.lost_segments;
+        self.damaged.is_empty() && self.unreadable.is_empty() && segments == 0
     }
 }
 
@@ -149,24 +156,35 @@ impl Archive {
         let dir = dir.as_ref().to_owned();
         let cipher = key_file.map(Cipher::from_file).transpose()?;
         let directory = Directory::open(&dir, Access::ReadOnly).map_err(|error| open_error(&dir, error))?;
-        let survey = recover::survey(&directory, cipher.as_ref(), false);
+        Self::over(Arc::new(directory), dir, cipher, now_ms)
+    }
+
+    /// Looks at whatever lies in a backend.
+    pub(super) fn over(directory: Arc<dyn Backend>, dir: PathBuf, cipher: Option<Cipher>, now_ms: u64) -> Result<Self> {
+        let survey = recover::survey(directory.as_ref(), cipher.as_ref(), false);
         let survey = survey.map_err(|refusal| refused(&dir, "read", refusal))?;
-        if !survey.has_manifest && survey.segments.is_empty() {
+        let nothing = !survey.has_manifest && survey.segments.is_empty();
+        if nothing && survey.unreadable > 0 {
+            let source = std::io::Error::other("neither its manifest nor the beginning of a segment can be read");
+            return Err(Error::Disk { dir, doing: "read", source });
+        }
+        if nothing {
             let reason = "nothing of a disk tier lies there: give the directory of a cache".into();
             return Err(Error::DiskRefused { dir, reason });
         }
         Ok(Self::of(dir, directory, cipher, survey, now_ms))
     }
 
-    fn of(dir: PathBuf, directory: Directory, cipher: Option<Cipher>, survey: Survey, now_ms: u64) -> Self {
-        let Survey { segments, foreign, damaged, .. } = survey;
+    fn of(dir: PathBuf, directory: Arc<dyn Backend>, cipher: Option<Cipher>, survey: Survey, now_ms: u64) -> Self {
+        let Survey { segments, foreign, leftovers, damaged, unreadable, .. } = survey;
         let (mut parts, mut lost_segments) = (Vec::with_capacity(segments.len()), 0);
         let mut torn_records = 0;
         let mut replay = Replay::default();
         let mut used_bytes = super::log::OVERHEAD_BYTES;
-        for (_, surveyed) in segments {
+        for (id, surveyed) in segments {
             let Some(surveyed) = surveyed else {
-                lost_segments += 1;
+                // One whose header is damaged or cannot be read is counted as that.
+                lost_segments += u64::from(!leftovers.contains(&super::log::segment_name(id)));
                 replay.lose_named();
                 continue;
             };
@@ -184,6 +202,7 @@ impl Archive {
             foreign,
             lost_segments,
             damaged_segments: damaged as u64,
+            unreadable_segments: unreadable as u64,
             torn_records,
             used_bytes,
             _directory: directory,
@@ -232,32 +251,34 @@ impl Archive {
         Ok(contents(header.content).map(|contents| (contents, payload)))
     }
 
-    /// Reads everything and checks it. `progress` gets the number of records done.
-    ///
-    /// # Errors
-    /// [`Error::Disk`] if something cannot be read.
-    pub fn verify(&self, mut progress: impl FnMut(u64)) -> Result<Verified> {
+    /// Reads everything and checks it. `progress` gets the number of records done. What cannot be read
+    /// is noted, and the next record is looked at.
+    #[must_use]
+    pub fn verify(&self, mut progress: impl FnMut(u64)) -> Verified {
         let mut verified = Verified {
             foreign: self.foreign.clone(),
             lost_segments: self.lost_segments,
             damaged_segments: self.damaged_segments,
+            unreadable_segments: self.unreadable_segments,
             torn_records: self.torn_records,
             segments: self.segments.len() as u64,
             ..Verified::default()
         };
         for part in &self.segments {
             verified.damaged_segments += u64::from(part.records.lost);
+            verified.unreadable_segments += u64::from(part.records.unreadable);
             verified.unsealed_segments += u64::from(part.records.index_end.is_none() && !part.records.lost);
         }
         for record in &self.records {
-            match self.load(record)? {
-                Some((_, payload)) => verified.payload_bytes += payload.len() as u64,
-                None => verified.damaged.push(record.clone()),
+            match self.load(record) {
+                Ok(Some((_, payload))) => verified.payload_bytes += payload.len() as u64,
+                Ok(None) => verified.damaged.push(record.clone()),
+                Err(_) => verified.unreadable.push(record.clone()),
             }
             verified.records += 1;
             progress(verified.records);
         }
-        Ok(verified)
+        verified
     }
 
     fn unless_damaged<T>(&self, read: Result<T, ReadError>) -> Result<Option<T>> {

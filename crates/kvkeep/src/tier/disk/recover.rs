@@ -17,10 +17,10 @@ use super::format::{
     CipherKind, Identity, Kind, Manifest, PAGE_BYTES, RecordHeader, RecordMeta, SegmentHeader, StoreId, Trailer,
     decode_index,
 };
-use super::io::{Backend, Pages};
+use super::io::{Backend, DiskFile, Pages};
 use super::log::{Line, Log, seal_segment, segment_id, segment_name};
 use super::manifest;
-use super::segment::{Expected, Segment, offset};
+use super::segment::{Expected, ReadError, Segment, offset};
 use super::shared::Shared;
 
 /// Pages read at once where a header is searched for.
@@ -57,6 +57,8 @@ pub(crate) struct Records {
     pub(crate) index_end: Option<u32>,
     /// Is something missing that was durable?
     pub(crate) lost: bool,
+    /// Could a part of it not be read that says what lies there?
+    pub(crate) unreadable: bool,
 }
 
 /// What lies in a directory.
@@ -72,9 +74,14 @@ pub(crate) struct Survey {
     pub(crate) leftovers: Vec<String>,
     /// Of those, damaged.
     pub(crate) damaged: usize,
+    /// Of those, with a first page that cannot be read. The manifest counts too.
+    pub(crate) unreadable: usize,
     /// Is there a whole manifest?
     pub(crate) has_manifest: bool,
 }
+
+/// What stands in the first page of a segment's file; an error if it cannot be read.
+type Header = io::Result<Option<SegmentHeader>>;
 
 /// A segment whose header is ours.
 #[derive(Debug)]
@@ -115,14 +122,14 @@ pub(crate) fn open(
     capacity_bytes: u64,
     shared: &Arc<Shared>,
 ) -> Result<Log, Refusal> {
-    let Survey { identity, next_segment, segments, foreign, leftovers, damaged, .. } =
+    let Survey { identity, next_segment, segments, foreign, leftovers, damaged, unreadable, .. } =
         survey(backend.as_ref(), cipher.as_deref(), true)?;
     for name in &leftovers {
         backend.remove(name)?;
     }
     let mut lines = Vec::with_capacity(segments.len());
     shared.state.lock().counters.foreign_files = foreign.len() as u64;
-    shared.state.lock().counters.damaged_total += damaged as u64;
+    shared.state.lock().counters.damaged_total += (damaged + unreadable) as u64;
     for (_, surveyed) in segments {
         match surveyed {
             Some(surveyed) => lines.extend(replay(&surveyed, cipher.as_deref(), shared)?),
@@ -174,18 +181,27 @@ fn drop_unsure(shared: &Shared) {
     state.counters.damaged_total += 1 + dropped as u64;
 }
 
-/// Looks at every file. Nothing is changed.
+/// Looks at every file. Nothing is changed. Whoever only reads goes on without a manifest that cannot
+/// be read; to write without it would be to forget what it says.
 pub(crate) fn survey(backend: &dyn Backend, cipher: Option<&Cipher>, write: bool) -> Result<Survey, Refusal> {
-    let manifest = match manifest::read(backend)? {
-        manifest::Read::Whole(manifest) => Some(manifest),
-        manifest::Read::None => None,
-        manifest::Read::OtherVersion(version) => return Err(Refusal::OtherVersion(version)),
+    let mut unreadable = 0;
+    let manifest = match manifest::read(backend) {
+        Ok(manifest::Read::Whole(manifest)) => Some(manifest),
+        Ok(manifest::Read::None) => None,
+        Ok(manifest::Read::OtherVersion(version)) => return Err(Refusal::OtherVersion(version)),
+        Err(error) if write => return Err(error.into()),
+        Err(_) => {
+            unreadable += 1;
+            None
+        }
     };
     let (mut foreign, mut leftovers) = (Vec::new(), Vec::new());
     let mut found = BTreeMap::new();
     for name in backend.list()? {
         match segment_id(&name) {
             Some(id) => match open_segment(backend, &name, write) {
+                // A directory by that name.
+                Ok((Err(error), _)) if error.kind() == io::ErrorKind::IsADirectory => foreign.push(name),
                 Ok(opened) => drop(found.insert(id, opened)),
                 Err(_) => foreign.push(name),
             },
@@ -208,6 +224,7 @@ pub(crate) fn survey(backend: &dyn Backend, cipher: Option<&Cipher>, write: bool
         foreign,
         leftovers,
         damaged: 0,
+        unreadable,
         has_manifest: manifest.is_some(),
     };
     let mut ours = survey.sort(found, manifest.as_ref());
@@ -219,7 +236,7 @@ pub(crate) fn survey(backend: &dyn Backend, cipher: Option<&Cipher>, write: bool
         let surveyed = ours.remove(&id);
         // The newest one may have been named and not made when the process ended.
         let newest_open = manifest.as_ref().is_some_and(|manifest| manifest.is_newest_open(id));
-        let unmade = surveyed.is_none() && newest_open && survey.damaged == 0;
+        let unmade = surveyed.is_none() && newest_open && survey.damaged + survey.unreadable == 0;
         if !unmade {
             survey.segments.push((id, surveyed));
         }
@@ -231,7 +248,7 @@ impl Survey {
     /// Keeps the segments that are ours and tells the others apart.
     fn sort(
         &mut self,
-        found: BTreeMap<u64, (Option<SegmentHeader>, Arc<Segment>)>,
+        found: BTreeMap<u64, (Header, Arc<Segment>)>,
         manifest: Option<&Manifest>,
     ) -> BTreeMap<u64, Surveyed> {
         let mut ours = BTreeMap::new();
@@ -239,7 +256,7 @@ impl Survey {
             let line = manifest.and_then(|manifest| manifest.segments.iter().find(|line| line.segment == id));
             let known = manifest.is_none() || line.is_some();
             match header {
-                Some(header) if header.identity == self.identity && header.segment == id => {
+                Ok(Some(header)) if header.identity == self.identity && header.segment == id => {
                     if known {
                         let listed_entries = line.filter(|line| line.sealed).map(|line| line.entries);
                         let segment = Segment { id, store_id: self.identity.store_id, file: Arc::clone(&segment.file) };
@@ -249,7 +266,12 @@ impl Survey {
                         self.leftovers.push(segment_name(id));
                     }
                 }
-                None if line.is_some() => {
+                Err(_) if known => {
+                    self.unreadable += 1;
+                    let listed = line.is_some();
+                    if listed { &mut self.leftovers } else { &mut self.foreign }.push(segment_name(id));
+                }
+                Ok(None) if line.is_some() => {
                     let unfinished = is_blank(&segment) && manifest.is_some_and(|manifest| manifest.is_newest_open(id));
                     self.damaged += usize::from(!unfinished);
                     self.leftovers.push(segment_name(id));
@@ -267,12 +289,25 @@ impl Manifest {
     }
 }
 
-fn open_segment(backend: &dyn Backend, name: &str, write: bool) -> io::Result<(Option<SegmentHeader>, Arc<Segment>)> {
+fn open_segment(backend: &dyn Backend, name: &str, write: bool) -> io::Result<(Header, Arc<Segment>)> {
     let file = backend.open(name, write)?;
     let mut head = Pages::new(1);
-    let header = file.read(&mut [head.bytes_mut()], 0).ok().and_then(|()| SegmentHeader::decode(head.bytes()));
-    let (id, store_id) = header.map_or((0, [0; 16]), |header| (header.segment, header.identity.store_id));
+    let header = read_if_there(file.as_ref(), head.bytes_mut(), 0);
+    let header = header.map(|there| if there { SegmentHeader::decode(head.bytes()) } else { None });
+    let (id, store_id) = match &header {
+        Ok(Some(header)) => (header.segment, header.identity.store_id),
+        _ => (0, [0; 16]),
+    };
     Ok((header, Arc::new(Segment { id, store_id, file })))
+}
+
+/// Says whether the file is as long as that; an error is one of the disk.
+fn read_if_there(file: &dyn DiskFile, into: &mut [u8], at: u64) -> io::Result<bool> {
+    match file.read(&mut [into], at) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Was the process killed after it had made the file, and before it wrote the header?
@@ -282,10 +317,12 @@ fn is_blank(segment: &Segment) -> bool {
 }
 
 /// What most segments say that they belong to.
-fn identity_of(found: &BTreeMap<u64, (Option<SegmentHeader>, Arc<Segment>)>) -> Option<Identity> {
+fn identity_of(found: &BTreeMap<u64, (Header, Arc<Segment>)>) -> Option<Identity> {
     let mut votes: BTreeMap<StoreId, (usize, Identity)> = BTreeMap::new();
     for (id, (header, _)) in found {
-        if let Some(header) = header.filter(|header| header.segment == *id) {
+        if let Ok(Some(header)) = header
+            && header.segment == *id
+        {
             votes.entry(header.identity.store_id).or_insert((0, header.identity)).0 += 1;
         }
     }
@@ -320,32 +357,42 @@ fn check_key(identity: &Identity, cipher: Option<&Cipher>) -> Result<(), Refusal
 pub(crate) fn read_segment(segment: &Segment, listed: Option<u32>) -> Records {
     let bytes = segment.file.size().map_or(0, |size| size.bytes);
     let pages = u32::try_from(bytes / PAGE_BYTES as u64).unwrap_or(u32::MAX);
-    if let Some(entries) = read_index(segment, pages)
+    let index = read_index(segment, pages);
+    let unreadable = index.is_err();
+    if let Ok(Some(entries)) = index
         && listed.is_none_or(|listed| listed as usize == entries.len())
     {
         let end_page = pages - Trailer::tail_pages(entries.len());
-        return Records { entries, end_page, index_end: Some(pages), lost: false };
+        return Records { entries, end_page, index_end: Some(pages), ..Records::default() };
     }
     let mut records = scan(segment, pages);
     records.lost |= listed.is_some_and(|listed| listed as usize != records.entries.len());
+    records.unreadable |= unreadable;
     records
 }
 
-fn read_index(segment: &Segment, pages: u32) -> Option<Vec<(u32, RecordMeta)>> {
+/// `None` if there is no whole one; an error is one of the disk.
+fn read_index(segment: &Segment, pages: u32) -> io::Result<Option<Vec<(u32, RecordMeta)>>> {
+    let Some(last_page) = pages.checked_sub(1) else { return Ok(None) };
     let mut last = Pages::new(1);
-    segment.file.read(&mut [last.bytes_mut()], offset(pages.checked_sub(1)?)).ok()?;
-    let trailer = Trailer::decode(last.bytes())?;
-    let end = trailer.index_page.checked_add(trailer.index_pages())?.checked_add(1)?;
-    if trailer.store_id != segment.store_id || trailer.segment != segment.id || end != pages {
-        return None;
-    }
+    read_if_there(segment.file.as_ref(), last.bytes_mut(), offset(last_page))?;
+    let Some(trailer) = Trailer::decode(last.bytes()).filter(|trailer| trailer.belongs_to(segment, pages)) else {
+        return Ok(None);
+    };
     let mut index = Pages::new(trailer.index_pages() as usize);
-    segment.file.read(&mut [index.bytes_mut()], offset(trailer.index_page)).ok()?;
-    let entries = decode_index(&trailer, index.bytes())?;
+    read_if_there(segment.file.as_ref(), index.bytes_mut(), offset(trailer.index_page))?;
     let inside = |(page, meta): &(u32, RecordMeta)| {
         meta.pages().and_then(|pages| page.checked_add(pages)).is_some_and(|end| end <= trailer.index_page)
     };
-    entries.iter().all(inside).then_some(entries)
+    Ok(decode_index(&trailer, index.bytes()).filter(|entries| entries.iter().all(inside)))
+}
+
+impl Trailer {
+    /// Does it stand at the end of a segment of so many pages?
+    fn belongs_to(&self, segment: &Segment, pages: u32) -> bool {
+        let end = self.index_page.checked_add(self.index_pages()).and_then(|end| end.checked_add(1));
+        self.store_id == segment.store_id && self.segment == segment.id && end == Some(pages)
+    }
 }
 
 /// Reads headers from record to record. Where none stands, the next one is searched for.
@@ -355,11 +402,12 @@ fn scan(segment: &Segment, pages: u32) -> Records {
     let mut head = Pages::new(1);
     while page < pages {
         let read = segment.file.read(&mut [head.bytes_mut()], offset(page));
+        records.unreadable |= read.is_err();
         let header = read.ok().and_then(|()| segment.header_at(head.bytes(), page));
         let Some((header, end)) = header.and_then(|header| header.meta.pages().map(|pages| (header, page + pages)))
         else {
             gap = gap.or(Some(page));
-            match search(segment, page + 1, pages) {
+            match search(segment, page + 1, pages, &mut records.unreadable) {
                 Some(next) => page = next,
                 None => break,
             }
@@ -384,14 +432,21 @@ fn push(entries: &mut Vec<(u32, RecordMeta)>, page: u32, header: &RecordHeader) 
     }
 }
 
-/// The next page on which a record of this segment begins.
-fn search(segment: &Segment, from: u32, pages: u32) -> Option<u32> {
+/// The next page on which a record of this segment begins. What cannot be read is passed over, page
+/// by page.
+fn search(segment: &Segment, from: u32, pages: u32, unreadable: &mut bool) -> Option<u32> {
     let mut window = Pages::new(SEARCH_PAGES);
-    let mut page = from;
+    let most = u32::try_from(SEARCH_PAGES).unwrap_or(1);
+    let (mut page, mut at_once) = (from, most);
     while page < pages {
-        let count = (pages - page).min(u32::try_from(SEARCH_PAGES).unwrap_or(1));
+        let count = (pages - page).min(at_once);
         let bytes = window.bytes_mut().get_mut(..count as usize * PAGE_BYTES)?;
-        segment.file.read(&mut [&mut *bytes], offset(page)).ok()?;
+        if segment.file.read(&mut [&mut *bytes], offset(page)).is_err() {
+            *unreadable = true;
+            (page, at_once) = if count > 1 { (page, 1) } else { (page + 1, 1) };
+            continue;
+        }
+        at_once = most;
         for (number, bytes) in (page..).zip(bytes.chunks_exact(PAGE_BYTES)) {
             if segment.header_at(bytes, number).is_some() {
                 return Some(number);
@@ -410,7 +465,12 @@ fn verify_tail(segment: &Segment, records: &mut Records, cipher: Option<&Cipher>
         let Some(pages) = meta.payload_pages() else { return false };
         let mut payload = Pages::new(pages as usize);
         let expected = Expected { key: meta.key, namespace: meta.namespace };
-        segment.read(page, &expected, cipher, payload.bytes_mut()).is_ok()
+        match segment.read(page, &expected, cipher, payload.bytes_mut()) {
+            Ok(_) => true,
+            // What the disk fails to read may be whole: it is checked again before it is used.
+            Err(ReadError::Io(error)) => error.kind() != io::ErrorKind::UnexpectedEof,
+            Err(ReadError::Damaged) => false,
+        }
     };
     let before = records.entries.len();
     records.entries.retain(|(page, meta)| *page < durable || !meta.kind.is_stored() || whole(*page, meta));

@@ -33,6 +33,8 @@ struct Image {
     cut_at: Option<u64>,
     space_bytes: Option<u64>,
     fail_reads: bool,
+    /// Pages of a file that cannot be read.
+    bad_pages: BTreeSet<(String, u64)>,
     fail_writes: bool,
     gone: bool,
     hang: bool,
@@ -68,6 +70,11 @@ impl Sim {
 
     pub(crate) fn fail_reads(&self, fail: bool) {
         self.image().fail_reads = fail;
+    }
+
+    /// This page of a file cannot be read from now on.
+    pub(crate) fn lose_page(&self, name: &str, page: u64) {
+        self.image().bad_pages.insert((name.to_owned(), page));
     }
 
     pub(crate) fn fail_writes(&self, fail: bool) {
@@ -280,7 +287,9 @@ impl DiskFile for SimFile {
     fn read(&self, into: &mut [&mut [u8]], at: u64) -> io::Result<()> {
         let mut image = self.0.image();
         image = self.0.wait(image);
-        if image.fail_reads {
+        let wanted = at / PAGE as u64..(at + into.iter().map(|buffer| buffer.len() as u64).sum::<u64>()) / PAGE as u64;
+        let bad = |(name, page): &(String, u64)| image.live.get(name) == Some(&self.1) && wanted.contains(page);
+        if image.fail_reads || image.bad_pages.iter().any(bad) {
             return Err(io::Error::other("the disk fails"));
         }
         let mut at = at as usize;

@@ -330,16 +330,78 @@ fn an_archive_lists_every_record_and_what_became_of_it_and_checks_it() {
     let (contents, payload) = archive.load(&archive.records()[0]).unwrap().unwrap();
     assert_eq!(payload, things[0].bytes()[..things[0].payload_bytes()]);
     assert!(matches!(contents, super::super::Contents::Block { model, .. } if model == "model"));
-    let verified = archive.verify(|_| {}).unwrap();
+    let verified = archive.verify(|_| {});
     assert!(verified.is_whole() && verified.records == 6, "{verified:?}");
     // A flipped bit in a payload is found.
     let name = segment_name(1);
     let mut bytes = std::fs::read(dir.join(&name)).unwrap();
     bytes[2 * 4096 + 17] ^= 1;
     std::fs::write(dir.join(&name), bytes).unwrap();
-    let verified = Archive::open(dir, None, NOW_MS).unwrap().verify(|_| {}).unwrap();
+    let verified = Archive::open(dir, None, NOW_MS).unwrap().verify(|_| {});
     assert_eq!(verified.damaged.len(), 1);
     assert_eq!(verified.damaged[0].key, *things[0].key().hash());
+}
+
+/// Verifying ended with the first error of the disk, and said nothing of what lies behind it.
+#[test]
+fn verifying_goes_on_behind_what_cannot_be_read_and_counts_it() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    // 32 records of three pages a segment.
+    let things: Vec<Thing> = (0..100).map(|number| block(number, 2)).collect();
+    things.iter().for_each(|thing| assert!(thing.store(&disk)));
+    drop(disk);
+    let verify = |sim: &Sim| {
+        let archive = Archive::over(Arc::new(sim.clone()), "sim".into(), None, NOW_MS).unwrap();
+        let verified = archive.verify(|_| {});
+        let good = verified.records - (verified.damaged.len() + verified.unreadable.len()) as u64;
+        (good, verified.unreadable.len(), verified.unreadable_segments, verified.is_whole())
+    };
+    assert_eq!(verify(&sim), (100, 0, 0, true));
+    // A payload's page: one record.
+    sim.lose_page(&segment_name(1), 2);
+    assert_eq!(verify(&sim), (99, 1, 0, false));
+    // The whole index: every header is found one by one, and the payload that is lost again.
+    let indexed = sim.get(&segment_name(2)).unwrap().len() as u64 / 4096;
+    sim.lose_page(&segment_name(2), indexed - 1);
+    assert_eq!(verify(&sim), (99, 1, 1, false));
+    // And one of the headers: what lies behind it is found.
+    sim.lose_page(&segment_name(2), 4);
+    assert_eq!(verify(&sim), (98, 1, 1, false));
+    // The first page of a segment: nothing says whose it is.
+    let of_third = things.iter().filter(|thing| is_in(&sim, 3, thing)).count() as u64;
+    sim.lose_page(&segment_name(3), 0);
+    assert_eq!(verify(&sim), (98 - of_third, 1, 2, false));
+    // The manifest.
+    sim.lose_page("MANIFEST", 0);
+    let (good, unreadable, segments, whole) = verify(&sim);
+    assert_eq!((good, unreadable, segments, whole), (98 - of_third, 1, 3, false));
+    // A cache makes misses of the rest, and does not forget what a manifest says that it cannot read.
+    assert!(matches!(open_with(&sim, 4 * MIB, None, clock()), Err(Error::Disk { .. })));
+}
+
+/// Does this segment hold the record?
+fn is_in(sim: &Sim, segment: u64, thing: &Thing) -> bool {
+    let bytes = sim.get(&segment_name(segment)).unwrap();
+    bytes.chunks(4096).any(|page| page.starts_with(b"KVKRECRD") && page[48..80] == *thing.key().hash())
+}
+
+/// The newest segment was being written and is not in order any more: what the disk fails to read is
+/// not taken for torn.
+#[test]
+fn a_record_that_cannot_be_read_is_not_taken_for_a_torn_one() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    (0..3).for_each(|number| assert!(block(number, 2).store(&disk)));
+    disk.flush().unwrap();
+    let copy = sim.copy();
+    copy.lose_page(&segment_name(1), 5);
+    let archive = Archive::over(Arc::new(copy.clone()), "sim".into(), None, NOW_MS).unwrap();
+    let verified = archive.verify(|_| {});
+    assert_eq!((verified.records, verified.torn_records, verified.unreadable.len()), (3, 0, 1));
+    let disk = open(&copy, 4 * MIB);
+    let there = [0, 1, 2].map(|number| block(number, 2).is_there(&disk));
+    assert_eq!((there, disk.stats().read_errors_total), ([true, false, true], 1));
 }
 
 #[test]
@@ -352,7 +414,7 @@ fn an_archive_of_a_directory_in_which_no_disk_tier_lies_is_a_clear_error() {
     drop(real(home.path()).unwrap());
     let archive = Archive::open(home.path(), None, NOW_MS).unwrap();
     assert_eq!((archive.records().len(), archive.is_encrypted()), (0, false));
-    assert_eq!(archive.verify(|_| {}).unwrap().foreign, ["letter.txt"]);
+    assert_eq!(archive.verify(|_| {}).foreign, ["letter.txt"]);
 }
 
 /// The process is killed while a record is being written: the cache that opens the directory
@@ -377,7 +439,7 @@ fn an_archive_leaves_out_a_torn_record_as_the_cache_does() {
     bytes[(1 + 3 + 2) * 4096 + 100] ^= 1;
     std::fs::write(&segment, bytes).unwrap();
     let archive = Archive::open(copy.path(), None, NOW_MS).unwrap();
-    let verified = archive.verify(|_| {}).unwrap();
+    let verified = archive.verify(|_| {});
     assert_eq!((verified.torn_records, verified.records, verified.segments), (1, 1, 1));
     assert!(verified.is_whole(), "{verified:?}");
     assert_eq!(archive.records()[0].state, RecordState::Live);

@@ -12,12 +12,11 @@ use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Error, Rejection, Result};
 use crate::eviction::Place;
 use crate::flight::Flights;
-use crate::key::{BlockHash, Namespace, ObjectKey, TokenId};
+use crate::key::{BlockHash, Namespace, NamespaceId, ObjectKey, TokenId};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
 use crate::stats::Stats;
 use crate::store::{OnPresent, Pin, Removed, Request, Reserved, Sealing, Store, Wanted};
 use crate::tensor::TensorView;
-use crate::tier::Tier;
 
 /// KV of prompts, by tokens. Cheap to clone: clones share everything.
 ///
@@ -49,6 +48,8 @@ pub struct KvCache {
 #[derive(Debug)]
 pub struct Match {
     pin: Pin,
+    /// Blocks that were not in RAM, or in RAM behind such.
+    loaded: Range<usize>,
     layout: KvLayout,
 }
 
@@ -315,12 +316,24 @@ impl KvCache {
     /// # Errors
     /// [`Error::EmptyTokens`].
     pub fn remove(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Removed> {
-        Ok(self.store.remove(&keys(namespace, tokens)?).0)
+        self.remove_from(namespace, tokens, 0)
     }
 
-    /// Removes everything in a namespace.
-    pub fn clear_namespace(&self, namespace: &Namespace) -> Removed {
-        self.store.clear_namespace(namespace.id())
+    /// As [`KvCache::remove`], of the blocks that begin at `first_token` or behind it: those before
+    /// may be shared with other prompts, and stay.
+    ///
+    /// # Errors
+    /// [`Error::EmptyTokens`].
+    pub fn remove_from(&self, namespace: &Namespace, tokens: &[TokenId], first_token: usize) -> Result<Removed> {
+        let keys = keys(namespace, tokens)?;
+        let first = first_token.div_ceil(namespace.layout().block_tokens());
+        Ok(self.store.remove(keys.get(first..).unwrap_or_default()).0)
+    }
+
+    /// Removes everything in a namespace; its id is enough, as for one that an earlier process left
+    /// on the disk.
+    pub fn clear_namespace(&self, namespace: impl Into<NamespaceId>) -> Removed {
+        self.store.clear_namespace(namespace.into())
     }
 
     /// Removes everything in the store, also what other doors put there.
@@ -335,13 +348,19 @@ impl KvCache {
     }
 
     fn pinned(&self, namespace: &Namespace, keys: &[ObjectKey], request: Request) -> Match {
-        Match { pin: self.store.pin_run(keys, request), layout: *namespace.layout() }
+        let (pin, loaded) = self.store.pin_run(keys, request);
+        Match { pin, loaded, layout: *namespace.layout() }
     }
 
     /// Looks again while the earlier match still keeps what it has.
     fn extended(&self, cached: Match, namespace: &Namespace, keys: &[ObjectKey]) -> Match {
         let again = self.pinned(namespace, keys, Request::Uncounted);
-        if again.blocks() >= cached.blocks() { again } else { cached }
+        if again.blocks() < cached.blocks() {
+            return cached;
+        }
+        // What the first look had loaded is in RAM for the second.
+        let loaded = if again.loaded.is_empty() { cached.loaded.clone() } else { again.loaded.clone() };
+        Match { loaded, ..again }
     }
 }
 
@@ -370,14 +389,19 @@ impl Match {
         self.blocks() == 0
     }
 
-    /// Where each matched block lives.
-    pub fn residency(&self) -> impl ExactSizeIterator<Item = Tier> {
-        (0..self.blocks()).map(|_| Tier::Ram)
+    /// Of [`Match::cached_tokens`], those whose blocks were in RAM when they were looked for. The
+    /// others were loaded from the disk, or lay in RAM behind such. Blocks that
+    /// [`KvCache::get_or_prefill`] had computed count as in RAM.
+    #[must_use]
+    pub fn ram_tokens(&self) -> usize {
+        (self.blocks() - self.loaded.len()) * self.layout.block_tokens()
     }
 
     /// Lets go of the blocks behind the first `tokens` tokens, rounded down to whole blocks.
     pub fn truncate(&mut self, tokens: usize) {
         self.pin.truncate(tokens / self.layout.block_tokens());
+        let blocks = self.blocks();
+        self.loaded = self.loaded.start.min(blocks)..self.loaded.end.min(blocks);
     }
 
     /// K and V of one layer of one block, without copying: `[block_tokens, kv_heads,

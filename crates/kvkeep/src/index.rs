@@ -51,7 +51,12 @@ pub(crate) struct Index {
 impl Entry {
     /// Bytes of the payload.
     pub(crate) fn payload_bytes(&self) -> u64 {
-        page_bytes(self.extent.pages()) - u64::from(self.slack_bytes)
+        self.page_bytes() - u64::from(self.slack_bytes)
+    }
+
+    /// Bytes of its pages.
+    pub(crate) fn page_bytes(&self) -> u64 {
+        page_bytes(self.extent.pages())
     }
 
     /// Is it in use, so that it must not be evicted?
@@ -80,7 +85,7 @@ impl Index {
 
     /// Adds an entry under a key that is not in the index.
     pub(crate) fn insert(&mut self, entry: Entry) -> EntryId {
-        self.namespaces.add(entry.namespace, entry.key.layer(), entry.prefix_bytes());
+        self.namespaces.add(entry.namespace, entry.page_bytes(), entry.key.layer(), entry.prefix_bytes());
         let key = entry.key;
         let id = self.free_slots.pop().unwrap_or_else(|| self.new_slot());
         if let Some(slot) = self.slots.get_mut(id as usize) {
@@ -99,7 +104,7 @@ impl Index {
         let Self { table, slots, namespaces, .. } = self;
         let Some(Some(entry)) = slots.get_mut(id as usize) else { return };
         if std::mem::take(&mut entry.linked) {
-            namespaces.remove(entry.namespace, entry.prefix_bytes());
+            namespaces.remove(entry.namespace, entry.page_bytes(), entry.prefix_bytes());
             if let Ok(found) = table.find_entry(entry.key.table_hash(), |other| *other == id) {
                 found.remove();
             }

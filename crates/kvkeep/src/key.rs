@@ -7,6 +7,7 @@
 //! a 32k-token prompt in about 0.1 ms.
 
 use std::fmt;
+use std::str::FromStr;
 
 use sha2::{Digest, Sha256};
 
@@ -178,6 +179,31 @@ impl NamespaceId {
     }
 }
 
+impl From<&Namespace> for NamespaceId {
+    fn from(namespace: &Namespace) -> Self {
+        namespace.id
+    }
+}
+
+/// Reads what `Display` writes: 64 hexadecimal digits.
+impl FromStr for NamespaceId {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        let bad = || Error::NamespaceId(text.chars().take(80).collect());
+        let mut bytes = [0; 32];
+        if text.len() != 64 {
+            return Err(bad());
+        }
+        for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+            let digit = |at: usize| digits.get(at).and_then(|digit| char::from(*digit).to_digit(16));
+            let (high, low) = digit(0).zip(digit(1)).ok_or_else(bad)?;
+            *byte = u8::try_from(high * 16 + low).map_err(|_| bad())?;
+        }
+        Ok(Self(bytes))
+    }
+}
+
 impl BlockHash {
     /// The 32 bytes of the hash.
     #[must_use]
@@ -308,6 +334,17 @@ mod tests {
         ids.sort_unstable();
         ids.dedup();
         assert_eq!(ids.len(), others.len() + 1);
+    }
+
+    #[test]
+    fn a_namespaces_id_is_read_back_from_its_hexadecimal_digits_and_nothing_else_is() {
+        let id = namespace().id();
+        assert_eq!(id.to_string().parse::<NamespaceId>().unwrap(), id);
+        assert_eq!(id.to_string().to_uppercase().parse::<NamespaceId>().unwrap(), id);
+        for wrong in ["", "ab", &"g".repeat(64), &"ä".repeat(32), &format!("+{}", "0".repeat(63))] {
+            let error = wrong.parse::<NamespaceId>().unwrap_err();
+            assert!(error.to_string().contains("64 hexadecimal digits"), "{wrong}: {error}");
+        }
     }
 
     /// "ab" + "c" and "a" + "bc" must not meet: fields are length-prefixed.

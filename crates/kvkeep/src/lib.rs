@@ -47,10 +47,9 @@ pub use named::{
 };
 pub use record::TraceRecorder;
 pub use simulation::{Hits, Simulation};
-pub use stats::{DiskStats, Stats};
+pub use stats::{DiskStats, NamespaceUsage, Stats};
 pub use store::{Removed, Store};
 pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};
-pub use tier::Tier;
 pub use tier::disk::{Archive, Contents, RecordInfo, RecordState, Verified};
 
 /// Feeds bytes to every decoder of the disk format. For `fuzz/` alone.

@@ -1,5 +1,6 @@
 //! Small numbers for namespaces, kept only while they have entries, and what a tier
-//! knows of each: how many layers, and how long the stored prefix texts are.
+//! knows of each: how many entries and bytes, how many layers, and how long the stored
+//! prefix texts are. All of it is counted as entries come and go, never by looking at them.
 //!
 //! Both tiers number their namespaces for themselves: an entry then carries 4 bytes
 //! instead of 32.
@@ -19,7 +20,8 @@ pub(crate) struct Namespaces {
 #[derive(Debug)]
 struct Record {
     id: NamespaceId,
-    entries: usize,
+    entries: u64,
+    bytes: u64,
     layers: u32,
     /// Length of a stored prefix text → entries under prefixes of that length.
     prefix_lengths: BTreeMap<usize, usize>,
@@ -31,7 +33,7 @@ impl Namespaces {
         if let Some(number) = self.numbers.get(&id) {
             return *number;
         }
-        let record = Record { id, entries: 0, layers: 0, prefix_lengths: BTreeMap::new() };
+        let record = Record { id, entries: 0, bytes: 0, layers: 0, prefix_lengths: BTreeMap::new() };
         let number = match self.free_numbers.pop() {
             Some(number) => {
                 if let Some(slot) = self.records.get_mut(number as usize) {
@@ -58,10 +60,11 @@ impl Namespaces {
         self.records.get(number as usize).map(|record| record.id)
     }
 
-    /// Counts an entry in.
-    pub(crate) fn add(&mut self, number: u32, layer: u32, prefix_bytes: Option<usize>) {
+    /// Counts an entry of so many bytes in.
+    pub(crate) fn add(&mut self, number: u32, bytes: u64, layer: u32, prefix_bytes: Option<usize>) {
         let Some(record) = self.records.get_mut(number as usize) else { return };
         record.entries += 1;
+        record.bytes += bytes;
         record.layers = record.layers.max(layer + 1);
         if let Some(bytes) = prefix_bytes {
             *record.prefix_lengths.entry(bytes).or_insert(0) += 1;
@@ -69,7 +72,7 @@ impl Namespaces {
     }
 
     /// Counts an entry out, and forgets a namespace with its last entry.
-    pub(crate) fn remove(&mut self, number: u32, prefix_bytes: Option<usize>) {
+    pub(crate) fn remove(&mut self, number: u32, bytes: u64, prefix_bytes: Option<usize>) {
         let Some(record) = self.records.get_mut(number as usize) else { return };
         if let Some(bytes) = prefix_bytes
             && let Some(entries) = record.prefix_lengths.get_mut(&bytes)
@@ -80,6 +83,7 @@ impl Namespaces {
             }
         }
         record.entries -= 1;
+        record.bytes -= bytes;
         if record.entries == 0 {
             self.numbers.remove(&record.id);
             self.free_numbers.push(number);
@@ -96,6 +100,12 @@ impl Namespaces {
         self.record(id).map_or_else(Vec::new, |record| {
             record.prefix_lengths.range(..=max_bytes).map(|(length, _)| *length).collect()
         })
+    }
+
+    /// Entries and bytes of each namespace, in no order.
+    pub(crate) fn usage(&self) -> impl Iterator<Item = (NamespaceId, u64, u64)> {
+        let records = self.numbers.values().filter_map(|number| self.records.get(*number as usize));
+        records.map(|record| (record.id, record.entries, record.bytes))
     }
 
     fn record(&self, id: NamespaceId) -> Option<&Record> {

@@ -15,6 +15,7 @@ pub(crate) mod state;
 mod tests;
 mod tiering;
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
@@ -27,7 +28,7 @@ use crate::eviction::Place;
 use crate::index::NEVER;
 use crate::key::{Namespace, NamespaceId, ObjectKey, PrefixHash};
 use crate::record::TraceRecorder;
-use crate::stats::Stats;
+use crate::stats::{NamespaceUsage, Stats};
 use crate::sync::Mutex;
 use crate::tensor::PairSpec;
 use crate::tier::disk::Disk;
@@ -147,6 +148,22 @@ impl Store {
         Stats { disk, ..stats }
     }
 
+    /// What each namespace takes of RAM and disk now, ordered by id. Counted as entries come and
+    /// go, so it costs no more than there are namespaces.
+    #[must_use]
+    pub fn usage(&self) -> Vec<NamespaceUsage> {
+        let mut usage = BTreeMap::new();
+        for (id, entries, bytes) in self.shared.state.lock().index().namespaces().usage() {
+            let of = usage.entry(id).or_insert_with(|| NamespaceUsage::none(id));
+            (of.ram_entries, of.ram_bytes) = (entries, bytes);
+        }
+        for (id, entries, bytes) in self.tiering.iter().flat_map(|tiering| tiering.disk().usage()) {
+            let of = usage.entry(id).or_insert_with(|| NamespaceUsage::none(id));
+            (of.disk_entries, of.disk_bytes) = (entries, bytes);
+        }
+        usage.into_values().collect()
+    }
+
     /// Makes everything stored so far durable: after a crash it is there, unless it was
     /// evicted, removed, or expired meanwhile.
     ///
@@ -230,19 +247,20 @@ impl Store {
     }
 
     /// Pins the longest run of objects from the first key on; what is on the disk and worth
-    /// it is loaded first.
-    pub(crate) fn pin_run(&self, keys: &[ObjectKey], request: Request) -> Pin {
+    /// it is loaded first. Says which positions were not in RAM, or in RAM behind such.
+    pub(crate) fn pin_run(&self, keys: &[ObjectKey], request: Request) -> (Pin, Range<usize>) {
         let now_ms = self.now_ms();
         let Some(tiering) = &self.tiering else {
             let held = self.shared.state.lock().hold_run(keys, now_ms, request);
-            return Pin::new(Arc::clone(&self.shared), held);
+            return (Pin::new(Arc::clone(&self.shared), held), 0..0);
         };
         let held = self.shared.state.lock().hold_run(keys, now_ms, Request::Uncounted);
         let mut pin = Pin::new(Arc::clone(&self.shared), held);
-        let rest = keys.get(pin.len()..).unwrap_or_default();
+        let first = pin.len();
+        let rest = keys.get(first..).unwrap_or_default();
         let Decision { load, not_worth } = self.decide(tiering, rest);
         if load > 0 {
-            let (first, wanted) = (pin.len(), rest.get(..load).unwrap_or_default());
+            let wanted = rest.get(..load).unwrap_or_default();
             let loaded = tiering.load(keys, first..first + load);
             let more = self.shared.state.lock().hold_run(wanted, now_ms, Request::Uncounted);
             drop(loaded);
@@ -252,7 +270,8 @@ impl Store {
             tiering.count_not_worth(not_worth * block_tokens);
         }
         self.count(&pin, request);
-        pin
+        let loaded = first..pin.len();
+        (pin, loaded)
     }
 
     /// Begins to load what of these keys is on the disk, and does not wait for it; says how

@@ -489,3 +489,94 @@ fn without_a_disk_there_is_nothing_to_flush() {
     assert!(matches!(cache.store_handle().flush(), Err(Error::NoDisk)));
     assert_eq!(cache.stats().disk, None);
 }
+
+#[test]
+fn a_match_says_what_was_in_ram_and_what_was_loaded() {
+    let lab = Lab::new();
+    let cache = lab.open(8);
+    let tokens = prompt(0, 6);
+    assert_eq!(store(&cache, &tokens, &plain()).stored_blocks, 6);
+    cache.flush().unwrap();
+    assert_eq!(cache.lookup(&namespace(), &tokens).unwrap().ram_tokens(), tokens.len());
+    // Another prompt takes the pages of this one's tail.
+    assert_eq!(store(&cache, &prompt(1000, 5), &plain()).stored_blocks, 5);
+    let in_ram = cache.look(&namespace(), &tokens).unwrap().ram_tokens;
+    assert!(in_ram < tokens.len());
+    let mut found = cache.lookup(&namespace(), &tokens).unwrap();
+    assert_eq!((found.cached_tokens(), found.ram_tokens()), (tokens.len(), in_ram));
+    found.truncate(in_ram + BLOCK_TOKENS);
+    assert_eq!((found.cached_tokens(), found.ram_tokens()), (in_ram + BLOCK_TOKENS, in_ram));
+    found.truncate(0);
+    assert_eq!(found.ram_tokens(), 0);
+    assert_eq!(cache.lookup(&namespace(), &tokens).unwrap().ram_tokens(), tokens.len());
+}
+
+#[test]
+fn what_a_miss_computes_behind_what_was_loaded_counts_as_in_ram() {
+    let lab = Lab::new();
+    let cache = lab.open(16);
+    let tokens = prompt(0, 6);
+    store(&cache, tokens.get(..4 * BLOCK_TOKENS).unwrap(), &plain());
+    cache.close().unwrap();
+    let cache = lab.open(16);
+    let layers = [kv(&tokens, 0), kv(&tokens, 1)];
+    let first = 4 * BLOCK_TOKENS;
+    let found = cache.get_or_prefill(&namespace(), &tokens, |missing| {
+        assert_eq!((missing.first_token(), missing.cached().ram_tokens()), (first, 0));
+        let shape = [tokens.len() - first, 1, TOKEN_BYTES / 4];
+        let views = layers.each_ref().map(|bytes| {
+            let view = TensorView::new(DType::U8, &shape, &bytes[first * TOKEN_BYTES / 4..]).unwrap();
+            LayerView { k: view, v: view }
+        });
+        missing.store(&views, &plain())?;
+        Ok::<(), Error>(())
+    });
+    let found = found.unwrap();
+    assert_eq!((found.cached_tokens(), found.ram_tokens()), (tokens.len(), 2 * BLOCK_TOKENS));
+}
+
+/// Entries and bytes of the only namespace.
+fn usage(cache: &KvCache) -> [u64; 4] {
+    let all = cache.store_handle().usage();
+    assert!(all.len() <= 1 && all.iter().all(|usage| usage.id == namespace().id()));
+    all.first().map_or([0; 4], |usage| [usage.ram_entries, usage.ram_bytes, usage.disk_entries, usage.disk_bytes])
+}
+
+#[test]
+fn usage_counts_what_comes_and_goes_on_both_tiers() {
+    let lab = Lab::new();
+    let cache = lab.open(8);
+    assert_eq!(usage(&cache), [0; 4]);
+    store(&cache, &prompt(0, 6), &plain());
+    cache.flush().unwrap();
+    assert_eq!(usage(&cache), [6, 6 * PAGE, 6, 6 * 2 * PAGE]);
+    store(&cache, &prompt(1000, 6), &plain());
+    cache.flush().unwrap();
+    let stats = cache.stats();
+    assert_eq!(usage(&cache), [stats.entries, stats.used_bytes, 12, 12 * 2 * PAGE]);
+    assert!(stats.disk.unwrap().used_bytes > 12 * 2 * PAGE);
+    cache.remove_from(&namespace(), &prompt(0, 6), 2 * BLOCK_TOKENS).unwrap();
+    assert_eq!(usage(&cache)[2..], [8, 8 * 2 * PAGE]);
+    drop(cache);
+    let cache = lab.open(8);
+    assert_eq!(usage(&cache), [0, 0, 8, 8 * 2 * PAGE]);
+    // Its id is all that is known of it now.
+    assert_eq!(cache.clear_namespace(namespace().id().to_string().parse::<NamespaceId>().unwrap()).entries, 8);
+    assert_eq!(usage(&cache), [0; 4]);
+}
+
+#[test]
+fn removing_from_a_token_on_leaves_what_is_before_it() {
+    let lab = Lab::new();
+    let cache = lab.open(16);
+    let (tokens, other) = (prompt(0, 6), [prompt(0, 2), prompt(500, 2)].concat());
+    store(&cache, &tokens, &plain());
+    store(&cache, &other, &plain());
+    // Inside a block: that block begins before it, and stays.
+    assert_eq!(cache.remove_from(&namespace(), &tokens, 2 * BLOCK_TOKENS - 1).unwrap().entries, 4);
+    assert_eq!(look(&cache, &tokens), 2 * BLOCK_TOKENS);
+    assert_eq!(look(&cache, &other), other.len());
+    assert_eq!(cache.remove_from(&namespace(), &tokens, 1 << 40).unwrap().entries, 0);
+    cache.close().unwrap();
+    assert_eq!(look(&lab.open(16), &tokens), 2 * BLOCK_TOKENS);
+}

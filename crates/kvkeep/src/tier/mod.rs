@@ -4,13 +4,3 @@
 
 pub(crate) mod disk;
 pub(crate) mod ram;
-
-/// Where a block lives.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Tier {
-    /// In this process's arena.
-    Ram,
-    /// In the disk tier's directory.
-    Disk,
-}

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use hashbrown::HashTable;
 
-use super::format::{Kind, RecordMeta};
+use super::format::{Kind, PAGE_BYTES, RecordMeta};
 use super::segment::Segment;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::namespaces::Namespaces;
@@ -60,6 +60,11 @@ impl Fingerprint {
 }
 
 impl Slot {
+    /// Bytes of its pages on the disk: the payload's and the header's.
+    fn record_bytes(&self) -> u64 {
+        (u64::from(self.payload_pages) + 1) * PAGE_BYTES as u64
+    }
+
     fn prefix_bytes(&self) -> Option<usize> {
         self.named.then_some(self.prefix_bytes as usize)
     }
@@ -126,7 +131,7 @@ impl DiskIndex {
             named: meta.kind == Kind::Named,
             hot: false,
         };
-        self.namespaces.add(namespace, meta.key.layer(), slot.prefix_bytes());
+        self.namespaces.add(namespace, slot.record_bytes(), meta.key.layer(), slot.prefix_bytes());
         self.table.insert_unique(slot.fingerprint.0, slot, |slot| slot.fingerprint.0);
     }
 
@@ -137,7 +142,7 @@ impl DiskIndex {
             return false;
         };
         let (slot, _) = found.remove();
-        self.namespaces.remove(slot.namespace, slot.prefix_bytes());
+        self.namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
         true
     }
 
@@ -210,7 +215,7 @@ impl DiskIndex {
         table.retain(|slot| {
             let kept = keep(slot);
             if !kept {
-                namespaces.remove(slot.namespace, slot.prefix_bytes());
+                namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
             }
             kept
         });

@@ -378,6 +378,11 @@ impl Disk {
         self.shared.state.lock().index.namespaces().prefix_lengths(id, max_bytes)
     }
 
+    /// Records and bytes of each namespace, in no order.
+    pub(crate) fn usage(&self) -> Vec<(NamespaceId, u64, u64)> {
+        self.shared.state.lock().index.namespaces().usage().collect()
+    }
+
     pub(crate) fn stats(&self) -> DiskStats {
         let state = self.shared.state.lock();
         DiskStats {

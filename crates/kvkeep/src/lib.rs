@@ -45,9 +45,10 @@ pub use named::{
     CachedKv, CachedLayers, DEFAULT_MAX_SIZE_GB, DEFAULT_TTL, Evicted, HashedPrefix, LayerKv, MAX_LAYERS, Outcome,
     PrivateLayers, PrivateTensor, SimpleKvCache,
 };
+pub use namespaces::NamespaceUsage;
 pub use record::TraceRecorder;
 pub use simulation::{Hits, Simulation};
-pub use stats::{DiskStats, NamespaceUsage, Stats};
+pub use stats::{DiskStats, Stats};
 pub use store::{Removed, Store};
 pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};
 pub use tier::disk::{Archive, Contents, RecordInfo, RecordState, Verified};

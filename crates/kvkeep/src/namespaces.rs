@@ -17,6 +17,26 @@ pub(crate) struct Namespaces {
     free_numbers: Vec<u32>,
 }
 
+/// What one namespace takes of each tier now.
+///
+/// The bytes of all namespaces together are less than the `used_bytes` of [`Stats`](crate::Stats): in RAM by what is
+/// being written, or removed and still read; on the disk by indexes of segments and by records
+/// that were replaced or removed and whose segment is still there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct NamespaceUsage {
+    /// Which namespace.
+    pub id: NamespaceId,
+    /// Entries in RAM that can be found.
+    pub ram_entries: u64,
+    /// Their bytes, in whole pages.
+    pub ram_bytes: u64,
+    /// Records on the disk that can be found.
+    pub disk_entries: u64,
+    /// Their bytes, in whole pages, with their headers.
+    pub disk_bytes: u64,
+}
+
 #[derive(Debug)]
 struct Record {
     id: NamespaceId,
@@ -25,6 +45,12 @@ struct Record {
     layers: u32,
     /// Length of a stored prefix text → entries under prefixes of that length.
     prefix_lengths: BTreeMap<usize, usize>,
+}
+
+impl NamespaceUsage {
+    pub(crate) fn none(id: NamespaceId) -> Self {
+        Self { id, ram_entries: 0, ram_bytes: 0, disk_entries: 0, disk_bytes: 0 }
+    }
 }
 
 impl Namespaces {

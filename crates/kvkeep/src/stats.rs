@@ -3,8 +3,6 @@
 use std::fmt;
 use std::time::Duration;
 
-use crate::key::NamespaceId;
-
 const MIB: f64 = 1024.0 * 1024.0;
 
 /// A snapshot of a store's counters. `*_total` and the plain counters only grow;
@@ -90,32 +88,6 @@ pub struct DiskStats {
     pub foreign_files: u64,
     /// Measured: bytes a second of loads. 0 before the first.
     pub load_bytes_per_s: u64,
-}
-
-/// What one namespace takes of each tier now.
-///
-/// The bytes of all namespaces together are less than the `used_bytes` of [`Stats`]: in RAM by what is
-/// being written, or removed and still read; on the disk by indexes of segments and by records
-/// that were replaced or removed and whose segment is still there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct NamespaceUsage {
-    /// Which namespace.
-    pub id: NamespaceId,
-    /// Entries in RAM that can be found.
-    pub ram_entries: u64,
-    /// Their bytes, in whole pages.
-    pub ram_bytes: u64,
-    /// Records on the disk that can be found.
-    pub disk_entries: u64,
-    /// Their bytes, in whole pages, with their headers.
-    pub disk_bytes: u64,
-}
-
-impl NamespaceUsage {
-    pub(crate) fn none(id: NamespaceId) -> Self {
-        Self { id, ram_entries: 0, ram_bytes: 0, disk_entries: 0, disk_bytes: 0 }
-    }
 }
 
 impl Stats {

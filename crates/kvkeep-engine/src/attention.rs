@@ -18,6 +18,19 @@ use crate::simd::{Into, Kernels, LANES, Product, SoftmaxTile, TILE_KEYS};
 /// Positions whose queries one task takes through the tiles together.
 const BLOCK_POSITIONS: usize = 64;
 
+/// Some rows of a batch that follow each other in one sequence, and that sequence's KV in one layer.
+#[derive(Debug, Clone)]
+pub(crate) struct Sequence<'a> {
+    /// All keys, the batch's own included: `[tile][kv_head][head_dim][64]`.
+    pub(crate) key_tiles: &'a [f16],
+    /// All values: `[token][kv_head][head_dim]`.
+    pub(crate) values: &'a [f16],
+    /// Its rows in the batch. Sequences lie in the batch one behind the other, without gaps.
+    pub(crate) rows: Range<usize>,
+    /// Position of the first of these rows.
+    pub(crate) start: usize,
+}
+
 /// Memory that attention uses again in every layer.
 #[derive(Debug)]
 pub(crate) struct Scratch {
@@ -42,17 +55,13 @@ pub(crate) struct Attention<'a> {
     pub(crate) config: &'a Config,
     /// Queries first, rotated and scaled to units of log2.
     pub(crate) queries: &'a Acts,
-    /// All keys of the sequence, the batch's own included: `[tile][kv_head][head_dim][64]`.
-    pub(crate) key_tiles: &'a [f16],
-    /// All values: `[token][kv_head][head_dim]`.
-    pub(crate) values: &'a [f16],
-    /// Position of the batch's first row.
-    pub(crate) start: usize,
+    pub(crate) sequences: &'a [Sequence<'a>],
 }
 
-/// One task: some positions, all query heads of one KV head.
-struct Block {
-    kv_head: usize,
+/// Some rows of one sequence. With one KV head and its query heads it is a task.
+#[derive(Debug)]
+struct Block<'a> {
+    sequence: &'a Sequence<'a>,
     rows: Range<usize>,
 }
 
@@ -65,40 +74,41 @@ impl Scratch {
 impl Attention<'_> {
     /// Writes the attended values of all heads to `out`.
     pub(crate) fn run(&self, scratch: &mut Scratch, out: &mut Acts) {
-        let (rows, kv_heads) = (self.queries.rows(), self.config.kv_heads);
-        let positions = BLOCK_POSITIONS.min(rows);
+        let kv_heads = self.config.kv_heads;
+        let longest = self.sequences.iter().map(|sequence| sequence.rows.len()).max().unwrap_or(0);
+        let positions = BLOCK_POSITIONS.min(longest).max(1);
+        let blocks: Vec<Block<'_>> = self.sequences.iter().flat_map(|sequence| sequence.blocks(positions)).collect();
         let block_len = positions * self.config.group() * self.config.head_dim;
-        let blocks = rows.div_ceil(positions.max(1));
-        scratch.blocks.resize(blocks * kv_heads * block_len, 0.0);
+        scratch.blocks.resize(blocks.len() * kv_heads * block_len, 0.0);
         let locals = &scratch.locals;
         scratch.blocks.par_chunks_mut(block_len).enumerate().for_each(|(task, out)| {
-            let first = task / kv_heads * positions;
-            let block = Block { kv_head: task % kv_heads, rows: first..(first + positions).min(rows) };
             let thread = rayon::current_thread_index().unwrap_or(0) % locals.len().max(1);
-            if let Some(local) = locals.get(thread) {
-                self.block(&block, &mut local.lock().unwrap_or_else(PoisonError::into_inner), out);
+            if let (Some(block), Some(local)) = (blocks.get(task / kv_heads), locals.get(thread)) {
+                let local = &mut local.lock().unwrap_or_else(PoisonError::into_inner);
+                self.block(block, task % kv_heads, local, out);
             }
         });
-        self.gather(&scratch.blocks, positions, out);
+        self.gather(&scratch.blocks, &blocks, block_len, out);
     }
 
-    fn block(&self, block: &Block, local: &mut Local, out: &mut [f32]) {
+    fn block(&self, block: &Block<'_>, kv_head: usize, local: &mut Local, out: &mut [f32]) {
         let (group, head_dim) = (self.config.group(), self.config.head_dim);
         let rows = block.rows.len() * group;
         let stride = rows * LANES;
         let out = out.get_mut(..rows * head_dim).unwrap_or_default();
         local.prepare(rows, head_dim);
-        self.pack_queries(block, &mut local.queries);
+        self.pack_queries(&block.rows, kv_head, &mut local.queries);
         out.fill(0.0);
-        let first = self.start + block.rows.start;
-        let end = self.start + block.rows.end;
+        let sequence = block.sequence;
+        let first = sequence.start + block.rows.start - sequence.rows.start;
+        let end = first + block.rows.len();
         for tile in (0..end).step_by(TILE_KEYS) {
             // Rows of earlier positions do not see this tile.
             let hidden = tile.saturating_sub(first) * group;
             let first_visible = first + hidden / group - tile + 1;
             let at = tile * self.config.kv_dim();
-            let keys = self.key_tiles.get(at + block.kv_head * head_dim * TILE_KEYS..).unwrap_or_default();
-            let values = self.values.get(at + block.kv_head * head_dim..).unwrap_or_default();
+            let keys = sequence.key_tiles.get(at + kv_head * head_dim * TILE_KEYS..).unwrap_or_default();
+            let values = sequence.values.get(at + kv_head * head_dim..).unwrap_or_default();
             let scores = Product {
                 a: local.queries.get(hidden * LANES..).unwrap_or_default(),
                 a_stride: stride,
@@ -159,35 +169,43 @@ impl Attention<'_> {
     }
 
     /// All query heads of a position next to each other: `[head_dim / 16][position][group][16]`.
-    fn pack_queries(&self, block: &Block, to: &mut [f32]) {
+    fn pack_queries(&self, rows: &Range<usize>, kv_head: usize, to: &mut [f32]) {
         let (group, panels) = (self.config.group(), self.config.head_dim / LANES);
-        let stride = block.rows.len() * group * LANES;
+        let stride = rows.len() * group * LANES;
         for (panel, to) in to.chunks_exact_mut(stride).enumerate() {
             for head in 0..group {
-                let at = (block.kv_head * group + head) * panels + panel;
+                let at = (kv_head * group + head) * panels + panel;
                 let from = self.queries.panels(at..at + 1);
-                let from = from.get(block.rows.start * LANES..block.rows.end * LANES).unwrap_or_default();
+                let from = from.get(rows.start * LANES..rows.end * LANES).unwrap_or_default();
                 let to = to.chunks_exact_mut(LANES).skip(head).step_by(group);
                 from.chunks_exact(LANES).zip(to).for_each(|(from, to)| to.copy_from_slice(from));
             }
         }
     }
 
-    fn gather(&self, blocks: &[f32], positions: usize, out: &mut Acts) {
+    fn gather(&self, attended: &[f32], blocks: &[Block<'_>], block_len: usize, out: &mut Acts) {
         let (group, panels, kv_heads) = (self.config.group(), self.config.head_dim / LANES, self.config.kv_heads);
-        let (rows, block_len) = (out.rows(), positions * group * self.config.head_dim);
         let stride = out.stride();
         for (at, out) in out.data_mut().chunks_exact_mut(stride).enumerate() {
             let (head, panel) = (at / panels, at % panels);
             let (kv_head, member) = (head / group, head % group);
-            for (n, out) in out.chunks_mut(positions * LANES).enumerate() {
-                let block_rows = positions.min(rows - n * positions) * group;
+            for (n, block) in blocks.iter().enumerate() {
+                let out = out.get_mut(block.rows.start * LANES..block.rows.end * LANES).unwrap_or_default();
+                let block_rows = block.rows.len() * group;
                 let from = (n * kv_heads + kv_head) * block_len + panel * block_rows * LANES;
-                let from = blocks.get(from..from + block_rows * LANES).unwrap_or_default();
+                let from = attended.get(from..from + block_rows * LANES).unwrap_or_default();
                 let from = from.chunks_exact(LANES).skip(member).step_by(group);
                 out.chunks_exact_mut(LANES).zip(from).for_each(|(out, from)| out.copy_from_slice(from));
             }
         }
+    }
+}
+
+impl Sequence<'_> {
+    fn blocks(&self, positions: usize) -> impl Iterator<Item = Block<'_>> {
+        let Range { start, end } = self.rows;
+        let block = move |first| Block { sequence: self, rows: first..(first + positions).min(end) };
+        (start..end).step_by(positions).map(block)
     }
 }
 
@@ -259,8 +277,8 @@ mod tests {
         let tiles = vec![f16::NAN; tokens.next_multiple_of(TILE_KEYS) * config.kv_dim()];
         let mut kv = LayerKv { k: k.to_vec(), v: v.to_vec(), tiles };
         kv.tile(kernels, 0..tokens, config.kv_heads, config.head_dim);
-        let (key_tiles, values) = (&kv.tiles, &kv.v);
-        let attention = Attention { kernels, config, queries: &queries, key_tiles, values, start };
+        let sequences = [Sequence { key_tiles: &kv.tiles, values: &kv.v, rows: 0..q.len(), start }];
+        let attention = Attention { kernels, config, queries: &queries, sequences: &sequences };
         attention.run(&mut Scratch::new(2), &mut out);
         (0..q.len()).map(|row| out.row(row).flatten().copied().collect()).collect()
     }

@@ -10,12 +10,12 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 use crate::chat::{ChatMessage, ChatTemplate};
 use crate::config::Config;
 use crate::error::{EngineError, Result};
-use crate::forward::{Batch, Model, Scratch, Want};
+use crate::forward::{Model, Scratch, Segment, Want};
 use crate::gguf::Gguf;
 use crate::kv::KvBuffer;
+use crate::passes::{Passes, Share, Work};
 use crate::simd::Kernels;
 use crate::tokenizer::Tokenizer;
-use crate::turns::Turns;
 use crate::weights::Weights;
 
 /// What computes KV here, as far as its bits depend on it. Change it with the arithmetic.
@@ -33,10 +33,10 @@ struct Shared {
     tokenizer: Tokenizer,
     chat: Option<ChatTemplate>,
     pool: ThreadPool,
-    turns: Turns,
+    passes: Passes,
     revision: String,
-    /// Held only to take one out or put it back.
-    scratches: Mutex<Vec<Scratch>>,
+    /// Of the pass that is running.
+    scratch: Mutex<Scratch>,
 }
 
 /// How to run a model.
@@ -103,18 +103,16 @@ impl Engine {
         let chat = gguf.text("tokenizer.chat_template").map(ChatTemplate::new).transpose()?;
         let (weights, revision) =
             pool.install(|| rayon::join(|| Weights::load(&gguf, &config, kernels), || gguf.sha256()));
-        let mut model = Model::new(config, weights?, kernels, threads);
-        if let Some(batch_tokens) = options.batch_tokens {
-            model.batch_tokens = batch_tokens.max(1);
-        }
+        let model = Model::new(config, weights?, kernels, threads);
+        let scratch = Mutex::new(model.scratch());
         let shared = Shared {
             model,
             tokenizer,
             chat,
             pool,
-            turns: Turns::default(),
+            passes: Passes::new(options.batch_tokens),
             revision: revision?,
-            scratches: Mutex::default(),
+            scratch,
         };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -248,31 +246,54 @@ impl Engine {
         kv: &mut KvBuffer,
         want: Want,
     ) -> Result<(Vec<f32>, Duration)> {
-        let Shared { model, pool, turns, .. } = &*self.shared;
+        let Shared { model, pool, passes, .. } = &*self.shared;
         self.check_tokens(tokens)?;
         if !kv.fits(&model.config) {
             return Err(EngineError::ForeignKv);
         }
         kv.check_room(found.map_or(kv.len(), Match::cached_tokens) + tokens.len())?;
-        let mut turn = Some(turns.take());
-        let begin = Instant::now();
-        if let Some(found) = found {
-            pool.install(|| kv.load(found, model.kernels))?;
+        let mut load = Duration::ZERO;
+        let lead = match found {
+            None => None,
+            Some(found) => {
+                let (lead, begin) = (passes.turn(), Instant::now());
+                pool.install(|| kv.load(found, model.kernels))?;
+                load = begin.elapsed();
+                Some(lead)
+            }
+        };
+        let mut work = Work { tokens: tokens.to_vec(), done: 0, kv: std::mem::take(kv), want, logits: Vec::new() };
+        let pass = |shares: &mut [Share]| self.pass(shares);
+        if let Some(lead) = lead {
+            work = lead.run(work, pass);
         }
-        let load = begin.elapsed();
-        let mut scratch = self.scratches().pop().unwrap_or_else(|| model.scratch());
-        let mut logits = Vec::new();
-        let mut batches = tokens.chunks(model.batch_tokens).peekable();
-        while let Some(tokens) = batches.next() {
-            let batch = Batch { tokens, want, last: batches.peek().is_none() };
-            let _turn = turn.take().unwrap_or_else(|| turns.take());
-            pool.install(|| model.pass(&batch, kv, &mut scratch, &mut logits));
+        while work.left() > 0 {
+            work = passes.share(work, pass);
         }
-        self.scratches().push(scratch);
-        Ok((logits, load))
+        *kv = work.kv;
+        Ok((work.logits, load))
     }
 
-    fn scratches(&self) -> std::sync::MutexGuard<'_, Vec<Scratch>> {
-        self.shared.scratches.lock().unwrap_or_else(PoisonError::into_inner)
+    /// One pass over the model with these shares of work, whoever they belong to.
+    fn pass(&self, shares: &mut [Share]) {
+        let Shared { model, pool, scratch, .. } = &*self.shared;
+        let scratch = &mut *scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut logits = Vec::new();
+        let mut segments: Vec<Segment<'_>> = shares.iter_mut().map(segment).collect();
+        let wanted: Vec<usize> = segments.iter().map(|segment| segment.want.rows(segment.tokens.len())).collect();
+        pool.install(|| model.pass(&mut segments, scratch, &mut logits));
+        let mut rows = logits.chunks_exact(model.config.vocabulary);
+        for (Share { work, rows: computed, .. }, wanted) in shares.iter_mut().zip(wanted) {
+            work.done += *computed;
+            rows.by_ref().take(wanted).for_each(|row| work.logits.extend_from_slice(row));
+        }
     }
+}
+
+fn segment(share: &mut Share) -> Segment<'_> {
+    let Share { work, rows, .. } = share;
+    let more = work.want == Want::Last && *rows < work.left();
+    let want = if more { Want::Nothing } else { work.want };
+    let tokens = work.tokens.get(work.done..work.done + *rows).unwrap_or_default();
+    Segment { tokens, kv: &mut work.kv, want }
 }

@@ -1,21 +1,22 @@
 //! The transformer: tokens in, KV and logits out.
 //!
 //! Threads split outputs, heads and query blocks, never a sum, so neither their number nor
-//! their luck changes a bit. Prompts run in batches of [`BATCH_TOKENS`]: a matter of speed
-//! only. Of the last layer only the last row is computed beyond its KV.
+//! their luck changes a bit. How a prompt is cut into passes is a matter of speed
+//! only. Of the last layer only the rows whose logits are wanted are computed beyond their KV.
+//!
+//! One pass may carry tokens of several sequences, each with KV of its own: the weights, which
+//! decoding alone spends its time reading, are then read once for all of them.
 
 use half::f16;
 use rayon::prelude::*;
 
 use crate::acts::Acts;
-use crate::attention::{self, Attention};
+use crate::attention::{self, Attention, Sequence};
 use crate::config::Config;
-use crate::kv::{KvBuffer, LayerKv};
+use crate::kv::KvBuffer;
 use crate::simd::{Into, Kernels, LANES, Product};
 use crate::weights::{Layer, Packed, Weights};
 
-/// Rows of a prefill batch: their activations stay in the second-level cache.
-const BATCH_TOKENS: usize = 256;
 /// Elementwise work on fewer rows is not worth waking a thread.
 const SERIAL_ROWS: usize = 8;
 
@@ -26,8 +27,6 @@ pub(crate) struct Model {
     pub(crate) weights: Weights,
     pub(crate) kernels: Kernels,
     pub(crate) threads: usize,
-    /// Tokens a batch; tests choose odd ones.
-    pub(crate) batch_tokens: usize,
 }
 
 /// Activations, kept between calls: fresh memory would cost a page fault every 4 KiB.
@@ -46,25 +45,27 @@ pub(crate) struct Scratch {
     attention: attention::Scratch,
 }
 
-/// Tokens that go through the layers together.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Batch<'a> {
+/// Tokens of one sequence that go through the layers in one pass, perhaps beside those of others.
+#[derive(Debug)]
+pub(crate) struct Segment<'a> {
     pub(crate) tokens: &'a [u32],
+    /// What comes before them; their KV is appended. The caller has checked tokens and room.
+    pub(crate) kv: &'a mut KvBuffer,
     pub(crate) want: Want,
-    /// Does the prompt end here?
-    pub(crate) last: bool,
 }
 
 /// Which rows' logits are wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Want {
+    /// None: more of the prompt follows.
+    Nothing,
     Last,
     All,
 }
 
 impl Model {
     pub(crate) fn new(config: Config, weights: Weights, kernels: Kernels, threads: usize) -> Self {
-        Self { config, weights, kernels, threads, batch_tokens: BATCH_TOKENS }
+        Self { config, weights, kernels, threads }
     }
 
     pub(crate) fn scratch(&self) -> Scratch {
@@ -84,47 +85,44 @@ impl Model {
         }
     }
 
-    /// Appends the KV of one batch and its wanted logits, row after row. The caller has checked
-    /// the tokens and the room, and says whether more of the prompt follows.
-    pub(crate) fn pass(&self, batch: &Batch<'_>, kv: &mut KvBuffer, scratch: &mut Scratch, logits: &mut Vec<f32>) {
-        kv.tile_imported(self.kernels);
-        if self.layers(batch, kv, scratch) {
+    /// Appends the KV of every segment, and to `logits` the wanted rows, segment after segment.
+    pub(crate) fn pass(&self, segments: &mut [Segment<'_>], scratch: &mut Scratch, logits: &mut Vec<f32>) {
+        segments.iter_mut().for_each(|segment| segment.kv.tile_imported(self.kernels));
+        if self.layers(segments, scratch) {
             self.logits(scratch, logits);
         }
-        kv.advance_tiled(batch.tokens.len());
+        segments.iter_mut().for_each(|segment| segment.kv.advance_tiled(segment.tokens.len()));
     }
 
     /// Runs all layers; true if the rows in `x` are to become logits.
-    fn layers(&self, batch: &Batch<'_>, kv: &mut KvBuffer, s: &mut Scratch) -> bool {
-        let tokens = batch.tokens;
-        let start = kv.len();
-        self.embed(tokens, &mut s.x);
-        self.angles(start, tokens.len(), s);
+    fn layers(&self, segments: &mut [Segment<'_>], s: &mut Scratch) -> bool {
+        self.embed(segments, &mut s.x);
+        self.angles(segments, s);
         let last_layer = self.weights.layers.len() - 1;
-        for (index, (layer, kv)) in self.weights.layers.iter().zip(kv.layers_mut()).enumerate() {
+        for (index, layer) in self.weights.layers.iter().enumerate() {
             self.project(layer, s);
             self.rotate(s);
-            self.write_kv(&s.qkv, start, kv);
-            let mut first = start;
-            if index == last_layer && batch.want == Want::Last {
-                if !batch.last {
+            self.write_kv(&s.qkv, segments, index);
+            let wanted = index == last_layer;
+            if wanted {
+                let rows = wanted_rows(segments);
+                if rows.is_empty() {
                     return false;
                 }
-                first = start + tokens.len() - 1;
-                keep_last_row(&mut s.x);
-                keep_last_row(&mut s.qkv);
+                keep_rows(&mut s.x, &rows);
+                keep_rows(&mut s.qkv, &rows);
             }
-            self.attend(kv, first, s);
+            self.attend(&sequences(segments, index, wanted), s);
             self.product(&s.attended, &layer.output, &mut s.x, Into::Add);
             self.feed_forward(layer, s);
         }
         true
     }
 
-    fn embed(&self, tokens: &[u32], x: &mut Acts) {
-        x.set_rows(tokens.len());
+    fn embed(&self, segments: &[Segment<'_>], x: &mut Acts) {
+        x.set_rows(segments.iter().map(|segment| segment.tokens.len()).sum());
         let mut values = vec![0.0; self.config.hidden];
-        for (row, token) in tokens.iter().enumerate() {
+        for (row, token) in segments.iter().flat_map(|segment| segment.tokens).enumerate() {
             for (to, value) in values.iter_mut().zip(self.weights.embedding.row(*token as usize)) {
                 *to = value;
             }
@@ -133,15 +131,16 @@ impl Model {
     }
 
     /// Cosines and signed sines for each row's position, in the panels of one head.
-    fn angles(&self, start: usize, rows: usize, s: &mut Scratch) {
+    fn angles(&self, segments: &[Segment<'_>], s: &mut Scratch) {
         let config = &self.config;
-        s.cos.set_rows(rows);
-        s.sin.set_rows(rows);
+        s.cos.set_rows(s.x.rows());
+        s.sin.set_rows(s.x.rows());
         let (mut cos, mut sin) = (vec![1.0f32; config.head_dim], vec![0.0f32; config.head_dim]);
-        for row in 0..rows {
+        let positions = segments.iter().flat_map(|segment| (segment.kv.len()..).take(segment.tokens.len()));
+        for (row, position) in positions.enumerate() {
             let pairs = cos.chunks_exact_mut(2).zip(sin.chunks_exact_mut(2)).take(config.rope_dims / 2);
             for (i, (cos, sin)) in pairs.enumerate() {
-                let (sine, cosine) = self.angle(start + row, i).sin_cos();
+                let (sine, cosine) = self.angle(position, i).sin_cos();
                 cos.fill(cosine);
                 sin.copy_from_slice(&[-sine, sine]);
             }
@@ -183,32 +182,31 @@ impl Model {
         });
     }
 
-    fn write_kv(&self, qkv: &Acts, start: usize, kv: &mut LayerKv) {
-        let (kv_dim, q_panels) = (self.config.kv_dim(), self.config.q_dim() / LANES);
+    fn write_kv(&self, qkv: &Acts, segments: &mut [Segment<'_>], layer: usize) {
+        let config = &self.config;
+        let (kv_dim, k_panel) = (config.kv_dim(), config.q_dim() / LANES);
         let kv_panels = kv_dim / LANES;
-        let range = start * kv_dim..(start + qkv.rows()) * kv_dim;
-        let write = |first_panel: usize, all: &mut [f16]| {
-            let rows = all.get_mut(range.clone()).unwrap_or_default();
-            self.each_panel(rows, kv_dim, qkv.rows(), |row, to| {
-                let from = qkv.row(row).skip(first_panel).take(kv_panels);
-                from.zip(to.chunks_exact_mut(LANES)).for_each(|(from, to)| self.kernels.narrow(from, to));
-            });
-        };
-        write(q_panels, &mut kv.k);
-        write(q_panels + kv_panels, &mut kv.v);
-        kv.tile(self.kernels, start..start + qkv.rows(), self.config.kv_heads, self.config.head_dim);
+        let mut first_row = 0;
+        for Segment { tokens, kv, .. } in segments {
+            let positions = kv.len()..kv.len() + tokens.len();
+            let Some(kv) = kv.layers_mut().get_mut(layer) else { continue };
+            let write = |first_panel: usize, all: &mut [f16]| {
+                let rows = all.get_mut(positions.start * kv_dim..positions.end * kv_dim).unwrap_or_default();
+                self.each_panel(rows, kv_dim, tokens.len(), |row, to| {
+                    let from = qkv.row(first_row + row).skip(first_panel).take(kv_panels);
+                    from.zip(to.chunks_exact_mut(LANES)).for_each(|(from, to)| self.kernels.narrow(from, to));
+                });
+            };
+            write(k_panel, &mut kv.k);
+            write(k_panel + kv_panels, &mut kv.v);
+            kv.tile(self.kernels, positions, config.kv_heads, config.head_dim);
+            first_row += tokens.len();
+        }
     }
 
-    fn attend(&self, kv: &LayerKv, start: usize, s: &mut Scratch) {
+    fn attend(&self, sequences: &[Sequence<'_>], s: &mut Scratch) {
         s.attended.set_rows(s.qkv.rows());
-        let attention = Attention {
-            kernels: self.kernels,
-            config: &self.config,
-            queries: &s.qkv,
-            key_tiles: &kv.tiles,
-            values: &kv.v,
-            start,
-        };
+        let attention = Attention { kernels: self.kernels, config: &self.config, queries: &s.qkv, sequences };
         attention.run(&mut s.attention, &mut s.attended);
     }
 
@@ -299,10 +297,49 @@ impl Angle {
     }
 }
 
-fn keep_last_row(acts: &mut Acts) {
-    let mut last = Acts::new(acts.columns());
-    last.set_rows(1);
-    last.set_row_from(0, acts, acts.rows() - 1);
-    acts.set_rows(1);
-    acts.set_row_from(0, &last, 0);
+/// Which rows of the batch are to become logits.
+fn wanted_rows(segments: &[Segment<'_>]) -> Vec<usize> {
+    let mut end = 0;
+    let wanted = segments.iter().flat_map(|segment| {
+        end += segment.tokens.len();
+        end - segment.want.rows(segment.tokens.len())..end
+    });
+    wanted.collect()
+}
+
+/// What attention reads of each segment in one layer, of all its rows or of the wanted ones only.
+fn sequences<'a>(segments: &'a [Segment<'_>], layer: usize, wanted: bool) -> Vec<Sequence<'a>> {
+    let mut end = 0;
+    let sequence = |segment: &'a Segment<'_>| {
+        let (all, kv) = (segment.tokens.len(), segment.kv.layer(layer)?);
+        let rows = if wanted { segment.want.rows(all) } else { all };
+        let start = segment.kv.len() + all - rows;
+        end += rows;
+        Some(Sequence { key_tiles: &kv.tiles, values: &kv.v, rows: end - rows..end, start })
+    };
+    segments.iter().filter_map(sequence).collect()
+}
+
+/// Keeps these rows, which are in ascending order.
+fn keep_rows(acts: &mut Acts, rows: &[usize]) {
+    if rows.len() == acts.rows() {
+        return;
+    }
+    let mut kept = Acts::new(acts.columns());
+    kept.set_rows(rows.len());
+    rows.iter().enumerate().for_each(|(to, row)| kept.set_row_from(to, acts, *row));
+    // Back into the old memory, which the next pass needs in full again.
+    acts.set_rows(rows.len());
+    (0..rows.len()).for_each(|row| acts.set_row_from(row, &kept, row));
+}
+
+impl Want {
+    /// How many of the last rows of a segment of so many.
+    pub(crate) fn rows(self, all: usize) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Last => all.min(1),
+            Self::All => all,
+        }
+    }
 }

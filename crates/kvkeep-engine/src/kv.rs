@@ -19,8 +19,8 @@ use crate::config::Config;
 use crate::error::{EngineError, Result};
 use crate::simd::{Kernels, TILE_KEYS, Transpose};
 
-/// KV of up to `capacity` tokens.
-#[derive(Debug, Clone)]
+/// KV of up to `capacity` tokens. The default one has room for none and fits no model.
+#[derive(Debug, Clone, Default)]
 pub struct KvBuffer {
     layers: Vec<LayerKv>,
     len: usize,
@@ -143,6 +143,10 @@ impl KvBuffer {
             return Err(EngineError::ContextOverflow { tokens, capacity: self.capacity });
         }
         Ok(())
+    }
+
+    pub(crate) fn layer(&self, layer: usize) -> Option<&LayerKv> {
+        self.layers.get(layer)
     }
 
     pub(crate) fn layers_mut(&mut self) -> &mut [LayerKv] {

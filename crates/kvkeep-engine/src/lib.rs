@@ -39,10 +39,10 @@ mod generate;
 mod gguf;
 mod kv;
 mod model_file;
+mod passes;
 mod sample;
 mod simd;
 mod tokenizer;
-mod turns;
 mod weights;
 
 pub use candle_core::Device;

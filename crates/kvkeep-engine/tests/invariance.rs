@@ -106,3 +106,25 @@ fn logits_of_all_tokens_are_those_of_each_prefix() {
         assert_eq!(bits(&all[end - 1]), bits(&prefilled(engine, &tokens[..end]).1), "prefix of {end}");
     }
 }
+
+#[test]
+fn prompts_and_answers_that_share_passes_get_the_bits_they_get_alone() {
+    let Some(engine) = engine() else { return };
+    let text = long_text(engine);
+    let request = |n: usize| {
+        let mut kv = engine.kv(512).unwrap();
+        let mut logits = engine.prefill(&text[n..n + 40 + n * 70], &mut kv).unwrap();
+        let mut answer = Vec::new();
+        for _ in 0..12 {
+            answer.push(logits.argmax());
+            logits = engine.decode(logits.argmax(), &mut kv).unwrap();
+        }
+        (answer, bits(&logits), kv_bytes(&kv).concat())
+    };
+    let alone: Vec<_> = (0..4).map(request).collect();
+    let together: Vec<_> = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..4).map(|n| scope.spawn(move || request(n))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert_eq!(alone, together);
+}

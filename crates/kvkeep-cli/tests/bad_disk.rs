@@ -82,7 +82,7 @@ fn verify_inspect_and_export_go_on_behind_what_a_disk_fails_to_read() {
     let cache = KvCache::new(config).unwrap();
     // Blocks of 1 MiB.
     let layout = KvLayout::new(1, 8, 1024, DType::U8).unwrap().with_block_tokens(64).unwrap();
-    let bytes = vec![7; MIB as usize / 2];
+    let bytes = vec![7; 512 << 10];
     let half = TensorView::new(DType::U8, &[64, 8, 1024], &bytes).unwrap();
     for number in 0..ENTRIES {
         let layer = LayerView { k: half, v: half };

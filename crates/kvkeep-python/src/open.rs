@@ -13,8 +13,8 @@ use crate::convert::seconds;
 use crate::error::{raise, to_python};
 use crate::fork::Here;
 
-/// Directory, GiB, when it is written (`through` or `back`), key file.
-pub(crate) type RawDisk = (PathBuf, f64, String, Option<PathBuf>);
+/// Directory, GiB, when it is written (`through` or `back`), what is admitted, key file.
+pub(crate) type RawDisk = (PathBuf, f64, String, String, Option<PathBuf>);
 
 /// A cache of the process that made it, until it is closed.
 #[derive(Debug)]
@@ -56,13 +56,15 @@ impl<T: Clone + Send> Open<T> {
     }
 }
 
-fn disk_config((dir, size_gb, write, key_file): RawDisk) -> PyResult<DiskConfig> {
+fn disk_config((dir, size_gb, write, admission, key_file): RawDisk) -> PyResult<DiskConfig> {
     let write_policy = match write.as_str() {
         "through" => WritePolicy::Through,
         "back" => WritePolicy::Back,
         other => return Err(raise("ConfigError", &format!("disk_write is {other:?}: give 'through' or 'back'"))),
     };
-    let config = DiskConfig::from_gib(dir, size_gb).map_err(|error| to_python(&error))?.write_policy(write_policy);
+    let admission = admission.parse().map_err(|error| to_python(&error))?;
+    let config = DiskConfig::from_gib(dir, size_gb).map_err(|error| to_python(&error))?;
+    let config = config.write_policy(write_policy).admission(admission);
     Ok(match key_file {
         Some(key_file) => config.key_file(key_file),
         None => config,

@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -138,7 +139,7 @@ def test_a_closed_cache_says_so_and_what_it_gave_stays_valid(tmp_path: Path) -> 
 def test_settings_that_make_no_disk_tier_are_refused(tmp_path: Path) -> None:
     with pytest.raises(kvkeep.NoDiskError):
         SimpleKVCache(0.01).flush()
-    for wrong in ({"disk_size_gb": float("nan")}, {"disk_size_gb": 0}, {"disk_write": "sometimes"}):
+    for wrong in ({"disk_size_gb": float("nan")}, {"disk_size_gb": 0}, {"disk_write": "sometimes"}, {"disk_admission": "some"}):
         with pytest.raises(kvkeep.ConfigError):
             KVCache(0.01, disk_path=tmp_path / "kv", **wrong)
     with pytest.raises(kvkeep.ConfigError):
@@ -146,6 +147,20 @@ def test_settings_that_make_no_disk_tier_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no directory")
     with pytest.raises(kvkeep.DiskError):
         KVCache(0.01, disk_path=tmp_path / "file", disk_size_gb=0.1)
+
+
+@pytest.mark.parametrize("write", ["through", "back"])
+def test_what_is_not_admitted_is_in_ram_and_not_on_the_disk(tmp_path: Path, write: Literal["through", "back"]) -> None:
+    disk = {"disk_path": tmp_path / "kv", "disk_size_gb": 0.1, "disk_admission": "second-use"}
+    with SimpleKVCache(0.01, disk_write=write, **disk) as cache:
+        for prefix in ("once", "twice"):
+            cache.cache_kv(prefix, 0, *pair(1))
+        assert cache.get_cached_kv("twice", 0) is not None
+        cache.flush()
+        stats = cache.get_stats()["disk"]
+        assert stats is not None and stats["entries"] == 1 and stats["not_admitted_total"] >= 1
+    with SimpleKVCache(0.01, **disk) as cache:
+        assert [cache.get_cached_kv(prefix, 0) is not None for prefix in ("once", "twice")] == [False, True]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use crate::clock::{Clock, SystemClock};
 use crate::error::{Error, Result};
-use crate::eviction::{PolicyKind, Priority};
+use crate::eviction::{Admission, PolicyKind, Priority};
 use crate::key::NamespaceId;
 use crate::record::TraceRecorder;
 
@@ -32,6 +32,7 @@ pub struct DiskConfig {
     pub(crate) dir: PathBuf,
     pub(crate) capacity_bytes: u64,
     pub(crate) write_policy: WritePolicy,
+    pub(crate) admission: Admission,
     pub(crate) key_file: Option<PathBuf>,
     pub(crate) queue_bytes: Option<u64>,
     pub(crate) read_timeout: Duration,
@@ -57,6 +58,7 @@ impl DiskConfig {
             dir: dir.as_ref().to_owned(),
             capacity_bytes,
             write_policy: WritePolicy::default(),
+            admission: Admission::default(),
             key_file: None,
             queue_bytes: None,
             read_timeout: Duration::from_secs(5),
@@ -76,6 +78,16 @@ impl DiskConfig {
     #[must_use]
     pub fn write_policy(mut self, write_policy: WritePolicy) -> Self {
         self.write_policy = write_policy;
+        self
+    }
+
+    /// What is written to the disk at all: everything, unless said otherwise. Holds for both write policies and
+    /// for what is in RAM when the cache is flushed or closed: what is not admitted is not durable. A
+    /// write-through disk is asked when something is stored and at each use until it is written, a write-back
+    /// one when RAM evicts it.
+    #[must_use]
+    pub fn admission(mut self, admission: Admission) -> Self {
+        self.admission = admission;
         self
     }
 

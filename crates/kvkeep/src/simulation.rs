@@ -43,6 +43,8 @@ pub struct Hits {
 struct Disk {
     state: State,
     admitter: Admitter,
+    /// The kind of each entry when it was written.
+    kinds: Vec<u8>,
     written_blocks: u64,
 }
 
@@ -80,7 +82,7 @@ impl Simulation {
     /// [`Error::Config`] for a capacity of no blocks.
     pub fn with_disk(mut self, capacity_blocks: u32, policy: PolicyKind, admission: Admission) -> Result<Self> {
         let state = state(capacity_blocks, policy, &[])?;
-        self.disk = Some(Disk { state, admitter: Admitter::new(admission), written_blocks: 0 });
+        self.disk = Some(Disk { state, admitter: Admitter::new(admission), kinds: Vec::new(), written_blocks: 0 });
         Ok(self)
     }
 
@@ -166,7 +168,7 @@ impl Disk {
         let on_disk = behind.iter().take_while(|key| self.state.index().find(key).is_some()).count();
         for key in behind.iter().take(on_disk) {
             if let Some(id) = self.state.index().find(key) {
-                self.admitter.read(id);
+                self.admitter.read(self.kinds.get(id as usize).copied().unwrap_or_default());
             }
         }
         // What RAM served was used as well.
@@ -200,7 +202,12 @@ impl Disk {
         self.state.seal_all(tenant(0), written, OnPresent::Keep, Priority::Normal);
         for (key, touches, place) in told {
             if let Some(id) = self.state.index().find(&key) {
-                self.admitter.wrote(id, touches, place);
+                let (slot, kind) = (id as usize, Admitter::kind(touches, place));
+                self.admitter.wrote(kind);
+                self.kinds.resize(self.kinds.len().max(slot + 1), 0);
+                if let Some(entry) = self.kinds.get_mut(slot) {
+                    *entry = kind;
+                }
             }
         }
     }

@@ -68,6 +68,8 @@ pub struct DiskStats {
     pub read_bytes_total: u64,
     /// Records that were not written: the queue was full, or the disk failed.
     pub dropped_total: u64,
+    /// Entries of RAM that the admission rule kept off the disk, at first or for good.
+    pub not_admitted_total: u64,
     /// Records that went with their segment.
     pub evictions: u64,
     /// Hot records written again before their segment went.

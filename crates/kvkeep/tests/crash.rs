@@ -16,7 +16,8 @@ use std::time::Duration;
 
 use common::{assert_right, namespace, store};
 use kvkeep::{
-    Archive, CacheConfig, DType, DiskConfig, KvCache, Outcome, SimpleKvCache, TensorView, TokenId, WritePolicy,
+    Admission, Archive, CacheConfig, DType, DiskConfig, KvCache, Outcome, SimpleKvCache, TensorView, TokenId,
+    WritePolicy,
 };
 
 const CHILD: &str = "KVKEEP_CRASH_CHILD";
@@ -28,10 +29,16 @@ const ROUNDS_A_DIRECTORY: u64 = 20;
 
 fn open(dir: &Path, round: u64) -> (KvCache, SimpleKvCache) {
     let policy = if round.is_multiple_of(2) { WritePolicy::Through } else { WritePolicy::Back };
-    let disk = DiskConfig::new(dir, DISK_BYTES).write_policy(policy);
+    let admission = if needs_a_second_use(round) { Admission::SecondUse } else { Admission::All };
+    let disk = DiskConfig::new(dir, DISK_BYTES).write_policy(policy).admission(admission);
     let cache = KvCache::new(CacheConfig::new(RAM_BYTES).disk(disk)).unwrap();
     let simple = SimpleKvCache::over(cache.store_handle().clone(), "s");
     (cache, simple)
+}
+
+/// Then the child uses everything that it stores, so that all of it is admitted.
+fn needs_a_second_use(round: u64) -> bool {
+    round % 3 == 2
 }
 
 fn prompt(round: u64, number: u32) -> Vec<TokenId> {
@@ -54,6 +61,10 @@ fn child(dir: &Path, round: u64) {
         let view = TensorView::new(DType::U8, &[bytes.len()], &bytes).unwrap();
         let prefix = format!("prefix {}", number % 5);
         assert_eq!(simple.cache_kv(&prefix, 0, view, view).unwrap(), Outcome::Stored);
+        if needs_a_second_use(round) {
+            assert_eq!(cache.lookup(&namespace("m"), &prompt(round, number)).unwrap().cached_tokens(), 16);
+            assert!(simple.get_cached_kv(&prefix, 0).unwrap().is_some());
+        }
         if number % 3 == 2 {
             cache.flush().unwrap();
             // A line of its own, whatever else the harness printed.

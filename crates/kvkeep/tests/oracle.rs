@@ -16,7 +16,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{assert_right, namespace, store};
-use kvkeep::{CacheConfig, Clock, KvCache, ManualClock, Match, Outcome, SimpleKvCache, StoreOptions, TensorView};
+use kvkeep::{
+    Admission, CacheConfig, Clock, DiskConfig, KvCache, ManualClock, Match, Outcome, SimpleKvCache, StoreOptions,
+    TensorView, WritePolicy,
+};
 use proptest::prelude::*;
 
 const PAGE: u64 = 4096;
@@ -78,10 +81,13 @@ struct Twin {
 }
 
 impl Twin {
-    fn new(capacity_pages: u64) -> Self {
+    fn new(capacity_pages: u64, disk: Option<DiskConfig>) -> Self {
         let clock = Arc::new(ManualClock::at(5_000));
-        let config =
+        let mut config =
             CacheConfig::new(capacity_pages * PAGE).ttl(Some(Duration::from_millis(TTL_MS))).clock(clock.clone());
+        if let Some(disk) = disk {
+            config = config.disk(disk);
+        }
         let cache = KvCache::new(config).unwrap();
         let simple = SimpleKvCache::over(cache.store_handle().clone(), "simple");
         let (blocks, pairs) = (HashMap::new(), HashMap::new());
@@ -200,7 +206,7 @@ proptest! {
 
     #[test]
     fn agrees_with_a_plain_map_under_pressure(capacity_pages in 1u64..12, ops in prop::collection::vec(ops(), 1..60)) {
-        let mut twin = Twin::new(capacity_pages);
+        let mut twin = Twin::new(capacity_pages, None);
         for op in &ops {
             twin.apply(op);
             twin.check();
@@ -212,11 +218,45 @@ proptest! {
 
     #[test]
     fn agrees_with_a_plain_map_without_pressure(ops in prop::collection::vec(ops(), 1..60)) {
-        let mut twin = Twin::new(400);
+        let mut twin = Twin::new(400, None);
         for op in &ops {
             twin.apply(op);
             twin.check();
         }
         prop_assert_eq!(twin.cache.stats().evictions, 0);
+    }
+}
+
+proptest! {
+    // Each case makes a directory and syncs it.
+    #![proptest_config(ProptestConfig::with_cases(60))]
+
+    #[test]
+    fn agrees_with_a_plain_map_also_with_a_disk_behind(
+        capacity_pages in 4u64..12,
+        back in any::<bool>(),
+        admission in prop_oneof![Just(Admission::All), Just(Admission::SecondUse), Just(Admission::Worth(0.5))],
+        ops in prop::collection::vec(ops(), 1..60),
+    ) {
+        let home = tempfile::tempdir().unwrap();
+        let write_policy = if back { WritePolicy::Back } else { WritePolicy::Through };
+        let disk = DiskConfig::new(home.path(), 2 << 20).write_policy(write_policy).admission(admission);
+        let mut twin = Twin::new(capacity_pages, Some(disk.clone()));
+        for op in &ops {
+            twin.apply(op);
+            twin.check();
+        }
+        twin.cache.flush().unwrap();
+        twin.pins.clear();
+        // What is there after a restart is what may be there.
+        let Twin { cache, simple, clock, blocks, pairs, .. } = twin;
+        drop((cache, simple));
+        let config = CacheConfig::new(400 * PAGE).clock(clock.clone()).disk(disk);
+        let cache = KvCache::new(config).unwrap();
+        let simple = SimpleKvCache::over(cache.store_handle().clone(), "simple");
+        let twin = Twin { cache, simple, clock, blocks, pairs, capacity_pages: 400, pins: Vec::new(), evicted: 0 };
+        let now = twin.clock.now_ms();
+        (0..4).for_each(|branch| drop(twin.look(&tokens(branch, 5), now)));
+        (0..9).for_each(|number| _ = twin.get(number / 3, number % 3, now));
     }
 }

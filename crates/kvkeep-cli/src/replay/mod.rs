@@ -45,7 +45,7 @@ pub(crate) struct ReplayOptions {
     pub(crate) disk_capacity: Option<u32>,
     /// What is written to disk: all, second-use, or worth:R (kinds of blocks that are read at least
     /// R times for each write)
-    #[arg(long, value_name = "RULE", default_value = "all", value_parser = admission)]
+    #[arg(long, value_name = "RULE", default_value = "all")]
     pub(crate) admission: Admission,
     /// Say how much RAM, and how much disk behind each --capacity, reaches this block hit rate
     #[arg(long, value_name = "RATE", value_parser = rate)]
@@ -252,18 +252,6 @@ fn progress(what: &'static str, steps: usize) -> ProgressBar {
 fn policy(name: &str) -> Result<PolicyKind, String> {
     let names = PolicyKind::ALL.map(PolicyKind::name).join(", ");
     PolicyKind::from_name(name).ok_or_else(|| format!("there is no policy {name}: choose from {names}"))
-}
-
-fn admission(rule: &str) -> Result<Admission, String> {
-    match rule.split_once(':') {
-        None if rule == "all" => Ok(Admission::All),
-        None if rule == "second-use" => Ok(Admission::SecondUse),
-        Some(("worth", least)) => match least.parse::<f32>() {
-            Ok(least) if (0.0..=1000.0).contains(&least) => Ok(Admission::Worth(least)),
-            _ => Err("give worth:R with R from 0 to 1000, such as worth:0.1".to_owned()),
-        },
-        _ => Err("give all, second-use or worth:R".to_owned()),
-    }
 }
 
 fn rate(text: &str) -> Result<f64, String> {

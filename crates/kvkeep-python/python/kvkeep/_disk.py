@@ -11,11 +11,15 @@ DiskWrite: TypeAlias = Literal["through", "back"]
 
 
 def raw_disk(
-    path: str | os.PathLike[str] | None, size_gb: float, write: DiskWrite, key_file: str | os.PathLike[str] | None
-) -> tuple[str, float, str, str | None] | None:
+    path: str | os.PathLike[str] | None,
+    size_gb: float,
+    write: DiskWrite,
+    admission: str,
+    key_file: str | os.PathLike[str] | None,
+) -> tuple[str, float, str, str, str | None] | None:
     """What the extension takes; None without a path."""
     if path is None:
         if key_file is not None:
             raise ConfigError("disk_key_file without disk_path: there is nothing to encrypt")
         return None
-    return os.fspath(path), size_gb, write, None if key_file is None else os.fspath(key_file)
+    return os.fspath(path), size_gb, write, admission, None if key_file is None else os.fspath(key_file)

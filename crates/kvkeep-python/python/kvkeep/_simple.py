@@ -29,6 +29,8 @@ class SimpleKVCache(NamedCache):
     - `disk_path`, `disk_size_gb`: a directory of its own and a cap in GiB for a disk tier: what RAM has no
       room for goes there, and what is there is found again after a restart.
     - `disk_write`: `"through"` writes what is stored at once, in the background; `"back"` when RAM evicts it.
+    - `disk_admission`: what is written at all: `"all"`, `"second-use"` (what was used again), or `"worth:R"` (kinds
+      of entries that are read from the disk at least R times for each write). The rest stays in RAM only.
     - `disk_key_file`: encrypts the disk tier under the key in this file (32 bytes, or 64 hexadecimal digits).
 
     Use it in a `with` statement, or call `close`, so that the disk tier is complete. Safe from many threads.
@@ -44,9 +46,10 @@ class SimpleKVCache(NamedCache):
         disk_path: str | os.PathLike[str] | None = None,
         disk_size_gb: float = 10.0,
         disk_write: DiskWrite = "through",
+        disk_admission: str = "all",
         disk_key_file: str | os.PathLike[str] | None = None,
     ) -> SimpleKVCache:
-        disk = raw_disk(disk_path, disk_size_gb, disk_write, disk_key_file)
+        disk = raw_disk(disk_path, disk_size_gb, disk_write, disk_admission, disk_key_file)
         return super().__new__(cls, max_size_gb, default_ttl_seconds, _mover(device), disk)
 
     def __init__(
@@ -58,6 +61,7 @@ class SimpleKVCache(NamedCache):
         disk_path: str | os.PathLike[str] | None = None,
         disk_size_gb: float = 10.0,
         disk_write: DiskWrite = "through",
+        disk_admission: str = "all",
         disk_key_file: str | os.PathLike[str] | None = None,
     ) -> None:
         self.device = str(device)

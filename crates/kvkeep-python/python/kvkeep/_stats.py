@@ -20,6 +20,8 @@ class DiskStats(TypedDict):
     read_bytes_total: int
     dropped_total: int
     """Records that were not written: the queue was full, or the disk failed."""
+    not_admitted_total: int
+    """Entries that `disk_admission` kept off the disk, at first or for good."""
     evictions: int
     reinserted_total: int
     damaged_total: int

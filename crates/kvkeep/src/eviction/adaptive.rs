@@ -290,6 +290,19 @@ impl Policy for Adaptive {
         run.iter().rev().for_each(|(id, arrival)| self.add(*id, arrival, known));
     }
 
+    fn link(&mut self, id: EntryId, parent: EntryId) {
+        self.chosen = None;
+        let Some(slot) = self.slots.get(id).filter(|slot| slot.state.is_here()).copied() else { return };
+        let known = self.slots.get(slot.parent).is_some_and(|parent| parent.generation == slot.parent_generation);
+        if known {
+            return;
+        }
+        let (parent, parent_generation) = self.adopt(Some(parent));
+        if let Some(slot) = self.slots.get_mut(id) {
+            (slot.parent, slot.parent_generation) = (parent, parent_generation);
+        }
+    }
+
     fn touch(&mut self, id: EntryId, place: Place) {
         self.chosen = None;
         self.look_around();

@@ -5,8 +5,11 @@
 //! The alternatives: write what is used a second time, or what blocks of its kind have proved
 //! to be worth.
 
+use std::str::FromStr;
+
+use super::Place;
 use super::rates::Kind;
-use super::{EntryId, Place};
+use crate::error::{Error, Result};
 
 /// Which blocks are written to disk.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -23,14 +26,39 @@ pub enum Admission {
     Worth(f32),
 }
 
+impl Admission {
+    /// Refuses a rule that is none.
+    pub(crate) fn check(self) -> Result<Self> {
+        match self {
+            Self::Worth(least) if !(0.0..=1000.0).contains(&least) => {
+                Err(Error::Config(format!("worth:{least} admits nothing sensible: give worth:R with R from 0 to 1000")))
+            }
+            rule => Ok(rule),
+        }
+    }
+}
+
+/// `all`, `second-use`, or `worth:R`.
+impl FromStr for Admission {
+    type Err = Error;
+
+    fn from_str(rule: &str) -> Result<Self> {
+        let unknown = || Error::Config(format!("there is no rule {rule:?}: give all, second-use or worth:R"));
+        match rule.split_once(':') {
+            None if rule == "all" => Ok(Self::All),
+            None if rule == "second-use" => Ok(Self::SecondUse),
+            Some(("worth", least)) => Self::Worth(least.parse().map_err(|_| unknown())?).check(),
+            _ => Err(unknown()),
+        }
+    }
+}
+
 /// Decides, and remembers what its decisions were worth.
 #[derive(Debug)]
 pub(crate) struct Admitter {
     admission: Admission,
     /// Reads and writes of each kind.
     kinds: Vec<(f32, f32)>,
-    /// The kind of each entry on disk.
-    written: super::list::Slots<Kind>,
     denied: u32,
 }
 
@@ -43,7 +71,7 @@ const FADE_WRITES: f32 = 65_536.0;
 impl Admitter {
     pub(crate) fn new(admission: Admission) -> Self {
         let kinds = vec![(0.0, 0.0); Kind::ALL];
-        Self { admission, kinds, written: super::list::Slots::new(), denied: 0 }
+        Self { admission, kinds, denied: 0 }
     }
 
     /// Is a block to be written that has been used again `touches` times?
@@ -52,8 +80,8 @@ impl Admitter {
             Admission::All => true,
             Admission::SecondUse => touches > 0,
             Admission::Worth(least) => {
-                let kind = usize::from(Kind::of(touches, place).number());
-                let (reads, writes) = self.kinds.get(kind).copied().unwrap_or_default();
+                let kind = Self::kind(touches, place);
+                let (reads, writes) = self.kinds.get(usize::from(kind)).copied().unwrap_or_default();
                 if writes < TRIAL_WRITES || reads >= least * writes {
                     return true;
                 }
@@ -63,13 +91,14 @@ impl Admitter {
         }
     }
 
-    /// A block was written and is entry `id` of the disk.
-    pub(crate) fn wrote(&mut self, id: EntryId, touches: u8, place: Place) {
-        let kind = Kind::of(touches, place);
-        if let Some(slot) = self.written.grow(id, Kind::FIRST) {
-            *slot = kind;
-        }
-        if let Some((reads, writes)) = self.kinds.get_mut(usize::from(kind.number())) {
+    /// The number of a block's kind, to be kept with it when it is written.
+    pub(crate) fn kind(touches: u8, place: Place) -> u8 {
+        Kind::of(touches, place).number()
+    }
+
+    /// A block of this kind was written.
+    pub(crate) fn wrote(&mut self, kind: u8) {
+        if let Some((reads, writes)) = self.kinds.get_mut(usize::from(kind)) {
             *writes += 1.0;
             if *writes > FADE_WRITES {
                 (*reads, *writes) = (*reads / 2.0, *writes / 2.0);
@@ -77,10 +106,9 @@ impl Admitter {
         }
     }
 
-    /// Entry `id` of the disk was read because it was not in RAM.
-    pub(crate) fn read(&mut self, id: EntryId) {
-        let kind = self.written.get(id).map_or(0, |kind| usize::from(kind.number()));
-        if let Some((reads, _)) = self.kinds.get_mut(kind) {
+    /// A block that was written as this kind was read because it was not in RAM.
+    pub(crate) fn read(&mut self, kind: u8) {
+        if let Some((reads, _)) = self.kinds.get_mut(usize::from(kind)) {
             *reads += 1.0;
         }
     }
@@ -95,14 +123,14 @@ mod tests {
         let mut admitter = Admitter::new(Admission::Worth(0.5));
         let (dead, live) = (Place { depth: 0, blocks: 1, found: 0 }, Place { depth: 0, blocks: 100, found: 0 });
         let (mut dead_writes, mut live_writes) = (0, 0);
-        for id in 0..2_000 {
+        for _ in 0..2_000 {
             if admitter.admits(0, dead) {
-                admitter.wrote(2 * id, 0, dead);
+                admitter.wrote(Admitter::kind(0, dead));
                 dead_writes += 1;
             }
             if admitter.admits(0, live) {
-                admitter.wrote(2 * id + 1, 0, live);
-                admitter.read(2 * id + 1);
+                admitter.wrote(Admitter::kind(0, live));
+                admitter.read(Admitter::kind(0, live));
                 live_writes += 1;
             }
         }
@@ -115,5 +143,16 @@ mod tests {
         let mut admitter = Admitter::new(Admission::SecondUse);
         assert!(!admitter.admits(0, Place::default()) && admitter.admits(1, Place::default()));
         assert!(Admitter::new(Admission::All).admits(0, Place::default()));
+    }
+
+    #[test]
+    fn a_rule_is_read_from_its_name_and_a_wrong_one_is_a_clear_error() {
+        let read = |rule: &str| rule.parse::<Admission>();
+        assert_eq!(read("all").unwrap(), Admission::All);
+        assert_eq!(read("second-use").unwrap(), Admission::SecondUse);
+        assert_eq!(read("worth:0.25").unwrap(), Admission::Worth(0.25));
+        for wrong in ["", "some", "worth", "worth:", "worth:x", "worth:-1", "worth:NaN", "all:1"] {
+            assert!(read(wrong).unwrap_err().to_string().contains("give"), "{wrong}");
+        }
     }
 }

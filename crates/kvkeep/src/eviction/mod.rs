@@ -128,6 +128,8 @@ pub(crate) trait Policy: Send + fmt::Debug {
     fn insert_run(&mut self, run: &[(EntryId, Arrival)]) {
         run.iter().rev().for_each(|(id, arrival)| self.insert(*id, arrival));
     }
+    /// An entry came before the one that it continues: that one is its parent.
+    fn link(&mut self, _id: EntryId, _parent: EntryId) {}
     /// A request used this entry.
     fn touch(&mut self, id: EntryId, place: Place);
     /// An entry is pinned: it must not be a victim until it is released.

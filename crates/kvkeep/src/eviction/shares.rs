@@ -99,6 +99,17 @@ impl Shares {
         }
     }
 
+    /// An entry came before the one that it continues.
+    pub(crate) fn link(&mut self, id: EntryId, parent: EntryId) {
+        // Parents in other pools are none.
+        if self.number(id) == self.number(parent)
+            && let Some((_, parent)) = self.home(parent)
+            && let Some((pool, id)) = self.home(id)
+        {
+            pool.policy.link(id, parent);
+        }
+    }
+
     pub(crate) fn touch(&mut self, id: EntryId, place: Place) {
         if let Some((pool, id)) = self.home(id) {
             pool.policy.touch(id, place);

@@ -8,6 +8,7 @@
 //! lock each were the alternative: the blocks of one prompt would lie in all of them,
 //! and a lookup of 512 blocks takes one lock 512 times over instead of once.
 
+mod gate;
 mod guard;
 mod readers;
 pub(crate) mod state;
@@ -440,7 +441,7 @@ impl Store {
             });
             let sealed = state.seal_all(namespace, written, on_present, options.priority);
             if through {
-                keys.iter().for_each(|key| state.demote(key, false));
+                state.demote_run(&keys);
             }
             sealed
         })

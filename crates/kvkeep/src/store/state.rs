@@ -11,6 +11,7 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
+use super::gate::Gate;
 use super::{OnPresent, Removed};
 use crate::error::Rejection;
 use crate::eviction::{Arrival, Departure, EntryId, Place, PolicyKind, Priority, ShareId, Shares};
@@ -78,6 +79,8 @@ pub(crate) struct State {
     counters: Stats,
     time_saved_us: u64,
     below: Option<Arc<dyn Below>>,
+    /// `None` if everything may go there.
+    gate: Option<Gate>,
 }
 
 /// What an evicted entry is offered to: a slower tier.
@@ -97,6 +100,8 @@ pub(super) struct Object {
     pub(super) expires_at_ms: u64,
     pub(super) compute_us: u32,
     pub(super) spec: Option<Arc<PairSpec>>,
+    /// The kind it was admitted as.
+    pub(super) kind: u8,
 }
 
 pub(crate) fn new_entry(
@@ -127,12 +132,25 @@ impl State {
             counters: Stats::default(),
             time_saved_us: 0,
             below: None,
+            gate: None,
         }
     }
 
-    /// Evicted entries are offered to this tier from now on.
-    pub(super) fn set_below(&mut self, below: Arc<dyn Below>) {
-        self.below = Some(below);
+    /// Evicted entries are offered to this tier from now on, if the gate lets them pass.
+    pub(super) fn set_below(&mut self, below: Arc<dyn Below>, gate: Option<Gate>) {
+        (self.below, self.gate) = (Some(below), gate);
+    }
+
+    /// What was written as this kind was read from the tier below.
+    pub(super) fn read_below(&mut self, kind: u8) {
+        if let Some(gate) = &mut self.gate {
+            gate.read(kind);
+        }
+    }
+
+    /// Entries that the gate kept off the tier below.
+    pub(super) fn kept_off(&self) -> u64 {
+        self.gate.as_ref().map_or(0, Gate::kept_off)
     }
 
     pub(crate) fn index(&self) -> &Index {
@@ -150,7 +168,9 @@ impl State {
             used_bytes: page_bytes(self.pages.used_pages()),
             held_bytes: page_bytes(self.held_pages),
             capacity_bytes: page_bytes(self.pages.capacity_pages()),
-            index_bytes: (self.index.memory_bytes() + self.policy.memory_bytes()) as u64,
+            index_bytes: (self.index.memory_bytes()
+                + self.policy.memory_bytes()
+                + self.gate.as_ref().map_or(0, Gate::memory_bytes)) as u64,
             ..self.counters
         }
     }
@@ -327,7 +347,10 @@ impl State {
             let key = entry.key;
             let (id, new) = self.seal(namespace, entry, on_present);
             before = Some((key, id));
-            arrivals.extend(new.then_some((id, arrival)));
+            if new {
+                arrivals.push((id, arrival));
+                self.gate.iter_mut().for_each(|gate| gate.stored(id, place));
+            }
         }
         let Self { index, policy, .. } = self;
         let pages = |id| index.get(id).map_or(0, |entry| entry.extent.pages());
@@ -336,10 +359,15 @@ impl State {
         sealed
     }
 
-    /// As [`State::seal_all`], of one that a slower tier had already: it does not count as stored.
-    pub(super) fn seal_promoted(&mut self, namespace: NamespaceId, written: Written) {
+    /// As [`State::seal_all`], of one that a slower tier had already: it does not count as stored. `next` is
+    /// the block behind it in the request, which may have come up before it.
+    pub(super) fn seal_promoted(&mut self, namespace: NamespaceId, written: Written, next: Option<&ObjectKey>) {
+        let key = written.entry.key;
         let sealed = self.seal_all(namespace, std::iter::once(written), OnPresent::Keep, Priority::default());
         self.counters.stored_total -= sealed as u64;
+        if let (Some(next), Some(id)) = (next.and_then(|next| self.index.find(next)), self.index.find(&key)) {
+            self.policy.link(next, id);
+        }
     }
 
     /// Makes a written entry findable; the policy has yet to hear of it. The id is another's if
@@ -367,17 +395,36 @@ impl State {
         }
     }
 
-    fn demote_entry(&mut self, id: EntryId, wait: bool) {
-        let Some(below) = self.below.clone() else { return };
-        let Some(object) = self.index.get(id).and_then(|entry| self.object(entry)) else { return };
+    /// As [`State::demote`], of a chain: behind one that is kept off nothing could be found.
+    pub(super) fn demote_run(&mut self, keys: &[ObjectKey]) {
+        for key in keys {
+            if let Some(id) = self.index.find(key)
+                && !self.demote_entry(id, false)
+            {
+                return;
+            }
+        }
+    }
+
+    /// Says whether it may go there.
+    fn demote_entry(&mut self, id: EntryId, wait: bool) -> bool {
+        let Some(below) = self.below.clone() else { return false };
+        let Some(mut object) = self.index.get(id).and_then(|entry| self.object(entry)) else { return false };
         if below.holds(&object.key) {
-            return;
+            self.gate.iter_mut().for_each(|gate| gate.is_below(id));
+            return true;
         }
-        if let Some(held) = self.hold_queued(id)
-            && let Err(held) = below.demote(&object, held, wait)
-        {
-            self.release(vec![held]);
+        if let Some(gate) = &mut self.gate {
+            let Some(kind) = gate.admits(id) else { return false };
+            object.kind = kind;
         }
+        if let Some(held) = self.hold_queued(id) {
+            match below.demote(&object, held, wait) {
+                Ok(()) => self.gate.iter_mut().for_each(|gate| gate.wrote(id, object.kind)),
+                Err(held) => self.release(vec![held]),
+            }
+        }
+        true
     }
 
     fn object(&self, entry: &Entry) -> Option<Object> {
@@ -388,6 +435,7 @@ impl State {
             expires_at_ms: entry.expires_at_ms,
             compute_us: entry.compute_us,
             spec: entry.spec.clone(),
+            kind: 0,
         })
     }
 
@@ -568,10 +616,16 @@ impl State {
         self.counters.hits += 1;
         let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
         let blocks_found = u32::try_from(run.len()).unwrap_or(u32::MAX);
+        let mut may_go = true;
         for (depth, held) in (0..).zip(run) {
-            self.policy.touch(held.id, Place { depth, blocks, found: blocks_found });
+            let place = Place { depth, blocks, found: blocks_found };
+            self.policy.touch(held.id, place);
             let compute_us = self.index.get(held.id).map_or(0, |entry| entry.compute_us);
             self.time_saved_us += u64::from(compute_us);
+            // Used again, it may be worth a write now; but not behind a block that is kept off.
+            if self.gate.as_mut().is_some_and(|gate| gate.touched(held.id, place)) && may_go {
+                may_go = self.demote_entry(held.id, false);
+            }
         }
     }
 

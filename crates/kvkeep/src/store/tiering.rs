@@ -19,6 +19,7 @@ use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use super::Shared;
+use super::gate::Gate;
 use super::guard::{Pending, Pin};
 use super::readers::{Answer, Readers};
 use super::state::{self, Below, Held, Object, Written};
@@ -66,8 +67,9 @@ pub(super) struct Loads {
 /// One record under way.
 pub(super) struct Load {
     namespace: NamespaceId,
-    /// The key before it in the request; for a block that is its parent.
+    /// The keys before and behind it in the request; for a block, those of its parent and a child.
     before: Option<ObjectKey>,
+    behind: Option<ObjectKey>,
     place: Place,
     state: Mutex<LoadState>,
     landed: Condvar,
@@ -124,6 +126,7 @@ impl Tiering {
             queue_bytes: config.queue_bytes.unwrap_or(capacity_bytes / QUEUE_DIVISOR),
             flush_timeout: config.flush_timeout,
         };
+        config.admission.check()?;
         let disk = Disk::open(&options, Arc::clone(&shared.clock))?;
         Ok(Self::over(disk, config, shared))
     }
@@ -136,7 +139,8 @@ impl Tiering {
             shared.map_or_else(|| vec![false; keys.len()], |shared| shared.state.lock().resident(keys))
         }));
         let demoter = Demoter { disk: Arc::clone(&disk), models: Arc::clone(&models), shared: Arc::downgrade(shared) };
-        shared.state.lock().set_below(Arc::new(demoter));
+        let gate = Gate::new(config.admission, config.write_policy);
+        shared.state.lock().set_below(Arc::new(demoter), gate);
         Self {
             disk,
             shared: Arc::clone(shared),
@@ -151,7 +155,8 @@ impl Tiering {
     }
 
     pub(super) fn stats(&self) -> DiskStats {
-        DiskStats { load_bytes_per_s: self.load_bytes_per_s(), ..self.disk.stats() }
+        let not_admitted_total = self.shared.state.lock().kept_off();
+        DiskStats { load_bytes_per_s: self.load_bytes_per_s(), not_admitted_total, ..self.disk.stats() }
     }
 
     pub(super) fn disk(&self) -> &Disk {
@@ -218,9 +223,7 @@ impl Tiering {
                 if shared.state.lock().resident(std::slice::from_ref(key)) == [true] {
                     continue;
                 }
-                let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
-                let place = Place::of(position, keys.len(), keys.len());
-                let load = Arc::new(Load::new(found.namespace, parent, place));
+                let load = Arc::new(Load::new(found.namespace, keys, position));
                 flying.insert(*key, Arc::clone(&load));
                 load
             };
@@ -244,6 +247,9 @@ impl Tiering {
         let (load, shared) = (Arc::clone(load), Arc::clone(&self.shared));
         self.readers.submit(Box::new(move || {
             let header = disk.read(&key, &found, pending.bytes_mut());
+            if header.is_some() {
+                shared.state.lock().read_below(found.slot.mark);
+            }
             let overdue = loads.finish(&key, &load, header, pending, &shared, &models);
             if overdue {
                 disk.read_returns();
@@ -338,11 +344,16 @@ impl Tiering {
         let found = self.disk.find(&key)?;
         let (disk, range) = (Arc::clone(&self.disk), range.clone());
         let late = Arc::clone(&self.disk);
-        let read = move || disk.read_range(&key, &found, &range).map(|(_, pages, at)| (pages, at));
+        let shared = Arc::clone(&self.shared);
+        let read = move || {
+            let (_, pages, at) = disk.read_range(&key, &found, &range)?;
+            shared.state.lock().read_below(found.slot.mark);
+            Some((pages, at))
+        };
         Some(self.readers.ask(read, move || late.read_returns()))
     }
 
-    /// Makes everything durable that is in RAM or was queued.
+    /// Makes everything durable that is in RAM or was queued, and may be on the disk.
     pub(super) fn flush(&self) -> Result<()> {
         let keys = self.shared.state.lock().all_keys();
         for key in &keys {
@@ -402,8 +413,7 @@ impl Below for Demoter {
             prefix_bytes: object.spec.as_ref().map_or(0, |spec| u32::try_from(spec.prefix_bytes).unwrap_or(u32::MAX)),
         };
         let mut held = Some(held);
-        let bytes = object.bytes.next_multiple_of(PAGE_BYTES as u64);
-        self.disk.write(meta, content, bytes, wait, || {
+        self.disk.write(meta, content, object.kind, wait, || {
             let held = held.take().into_iter().collect();
             Arc::new(Queued(Pin::new(shared, held)))
         });
@@ -467,19 +477,27 @@ enum Waited {
 }
 
 impl Load {
-    fn new(namespace: NamespaceId, before: Option<ObjectKey>, place: Place) -> Self {
+    /// Of the key at `position` of a request.
+    fn new(namespace: NamespaceId, keys: &[ObjectKey], position: usize) -> Self {
         let state = LoadState::Flying { cancelled: false, overdue: false };
-        Self { namespace, before, place, state: Mutex::new(state), landed: Condvar::default() }
+        Self {
+            namespace,
+            before: position.checked_sub(1).and_then(|before| keys.get(before)).copied(),
+            behind: keys.get(position + 1).copied(),
+            place: Place::of(position, keys.len(), keys.len()),
+            state: Mutex::new(state),
+            landed: Condvar::default(),
+        }
     }
 
     /// Makes a record that was read findable in RAM, and pins it.
     fn seal(&self, header: RecordHeader, pending: Pending, shared: &Arc<Shared>, models: &Models) -> Option<Pin> {
         let meta = header.meta;
-        let (spec, parent) = match header.content {
-            Content::Named(spec) => (Some(Arc::new(spec)), None),
+        let (spec, parent, child) = match header.content {
+            Content::Named(spec) => (Some(Arc::new(spec)), None, None),
             Content::Block { layout, model } => {
                 models.lock().entry(meta.namespace).or_insert((layout, model));
-                (None, self.before)
+                (None, self.before, self.behind)
             }
             Content::Nothing => return None,
         };
@@ -489,7 +507,7 @@ impl Load {
         let now_ms = shared.clock.now_ms();
         let held = {
             let mut state = shared.state.lock();
-            state.seal_promoted(meta.namespace, Written { entry, parent, place: self.place });
+            state.seal_promoted(meta.namespace, Written { entry, parent, place: self.place }, child.as_ref());
             state.hold_run(&[meta.key], now_ms, super::Request::Uncounted)
         };
         (!held.is_empty()).then(|| Pin::new(Arc::clone(shared), held))

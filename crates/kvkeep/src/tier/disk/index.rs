@@ -31,10 +31,15 @@ pub(crate) struct Slot {
     pub(crate) compute_us: u32,
     prefix_bytes: u32,
     pub(crate) segment: SegmentNumber,
-    named: bool,
-    /// Read since it was written here.
-    pub(crate) hot: bool,
+    /// What it was written as: whoever admitted it knows.
+    pub(crate) mark: u8,
+    flags: u8,
 }
+
+/// It is a named one.
+const NAMED: u8 = 1;
+/// Read since it was written here.
+const HOT: u8 = 2;
 
 /// Where a record is, with what it takes to read it.
 #[derive(Debug, Clone)]
@@ -66,7 +71,16 @@ impl Slot {
     }
 
     fn prefix_bytes(&self) -> Option<usize> {
-        self.named.then_some(self.prefix_bytes as usize)
+        self.is_named().then_some(self.prefix_bytes as usize)
+    }
+
+    fn is_named(&self) -> bool {
+        self.flags & NAMED != 0
+    }
+
+    /// Was it read since it was written here?
+    pub(crate) fn is_hot(&self) -> bool {
+        self.flags & HOT != 0
     }
 }
 
@@ -115,7 +129,7 @@ impl DiskIndex {
     }
 
     /// Puts a record in place of what was there under its key.
-    pub(crate) fn insert(&mut self, meta: &RecordMeta, segment: SegmentNumber, page: u32) {
+    pub(crate) fn insert(&mut self, meta: &RecordMeta, segment: SegmentNumber, page: u32, mark: u8) {
         self.remove(&meta.key);
         let Some(payload_pages) = meta.payload_pages() else { return };
         let namespace = self.namespaces.number(meta.namespace);
@@ -128,8 +142,8 @@ impl DiskIndex {
             compute_us: meta.compute_us,
             prefix_bytes: meta.prefix_bytes,
             segment,
-            named: meta.kind == Kind::Named,
-            hot: false,
+            mark,
+            flags: if meta.kind == Kind::Named { NAMED } else { 0 },
         };
         self.namespaces.add(namespace, slot.record_bytes(), meta.key.layer(), slot.prefix_bytes());
         self.table.insert_unique(slot.fingerprint.0, slot, |slot| slot.fingerprint.0);
@@ -161,7 +175,7 @@ impl DiskIndex {
 
     /// Removes everything that a later record could have replaced or removed unseen.
     pub(crate) fn remove_named(&mut self) -> usize {
-        self.retain(|slot| !slot.named)
+        self.retain(|slot| !slot.is_named())
     }
 
     /// Says how many records that were. Segments stay.
@@ -183,7 +197,7 @@ impl DiskIndex {
     pub(crate) fn heat(&mut self, key: &ObjectKey) {
         let fingerprint = Fingerprint::of(key);
         if let Some(slot) = self.table.find_mut(fingerprint.0, |slot| slot.fingerprint == fingerprint) {
-            slot.hot = true;
+            slot.flags |= HOT;
         }
     }
 

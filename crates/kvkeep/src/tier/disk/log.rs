@@ -450,7 +450,7 @@ impl Log {
         for ((page, meta), resident) in stored.into_iter().zip(resident) {
             let hot = {
                 let state = self.shared.state.lock();
-                state.index.at(&meta.key, number, page).is_some_and(|slot| slot.hot || resident)
+                state.index.at(&meta.key, number, page).is_some_and(|slot| slot.is_hot() || resident)
             };
             let pages = meta.pages().unwrap_or(u32::MAX);
             if !hot || pages > budget || !self.fits(pages) {
@@ -472,8 +472,8 @@ impl Log {
         let written = self.append_here(&header.meta, header.content, &[], payload.bytes(), None)?;
         let mut state = self.shared.state.lock();
         // It may have been removed or replaced while it was copied.
-        if state.index.at(&meta.key, number, page).is_some() {
-            state.index.insert(meta, written.segment, written.page);
+        if let Some(mark) = state.index.at(&meta.key, number, page).map(|slot| slot.mark) {
+            state.index.insert(meta, written.segment, written.page, mark);
             state.counters.reinserted_total += 1;
         }
         Ok(true)

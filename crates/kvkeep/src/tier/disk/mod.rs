@@ -39,6 +39,7 @@ use crate::sync::{Mutex, thread};
 
 pub use archive::{Archive, Contents, RecordInfo, RecordState, Verified};
 use crypt::Cipher;
+use format::PAGE_BYTES;
 #[cfg(feature = "fuzzing")]
 pub(crate) use format::decode_anything;
 pub(crate) use format::{Content, Kind, RecordHeader, RecordMeta};
@@ -132,26 +133,27 @@ impl Disk {
 
     /// Queues a record to be written, unless it is a block that is there already. `payload` is
     /// asked for only if the record is taken. A queue without room drops it and counts that; with
-    /// `wait`, for flushing, it is taken anyway: then what waits is limited by RAM alone.
+    /// `wait`, for flushing, it is taken anyway: then what waits is limited by RAM alone. `mark` is kept with it.
     pub(crate) fn write(
         &self,
         meta: RecordMeta,
         content: Content,
-        bytes: u64,
+        mark: u8,
         wait: bool,
         payload: impl FnOnce() -> Arc<dyn Payload>,
     ) -> bool {
         let now_ms = self.shared.now_ms();
         let mut state = self.shared.state.lock();
-        if !state.admits(&meta, now_ms) {
+        if !state.needs(&meta, now_ms) {
             return false;
         }
+        let bytes = meta.payload_bytes.next_multiple_of(PAGE_BYTES as u64);
         let room = wait
             || ((state.queue.bytes == 0 || state.queue.bytes + bytes <= self.queue_bytes)
                 && state.writes.allows(now_ms));
         let taken = room && !state.closed;
         if taken {
-            state.queue.push(meta, content, payload());
+            state.queue.push(meta, mark, content, payload());
         } else {
             state.counters.dropped_total += 1;
         }

@@ -151,7 +151,7 @@ fn replay(surveyed: &Surveyed, cipher: Option<&Cipher>, shared: &Arc<Shared>) ->
     state.index.reserve(records.entries.len());
     for (page, meta) in &records.entries {
         match meta.kind {
-            Kind::Block | Kind::Named if meta.expires_at_ms > now_ms => state.index.insert(meta, number, *page),
+            Kind::Block | Kind::Named if meta.expires_at_ms > now_ms => state.index.insert(meta, number, *page, 0),
             // An expired one still replaces what was before it.
             Kind::Block | Kind::Named | Kind::Removal => drop(state.index.remove(&meta.key)),
             Kind::NamespaceCleared => drop(state.index.remove_namespace(meta.namespace)),

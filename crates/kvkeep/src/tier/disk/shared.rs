@@ -75,6 +75,8 @@ pub(crate) enum Op {
 pub(crate) struct Write {
     pub(crate) ticket: u64,
     pub(crate) meta: RecordMeta,
+    /// Of whoever admitted it, kept with it.
+    pub(crate) mark: u8,
     pub(crate) content: Content,
     pub(crate) payload: Arc<dyn Payload>,
     pub(crate) sums: Arc<Sums>,
@@ -208,7 +210,7 @@ impl DiskState {
 
     /// Is a record to be written? Not a block that is there already. An older named one can no
     /// longer be found.
-    pub(crate) fn admits(&mut self, meta: &RecordMeta, now_ms: u64) -> bool {
+    pub(crate) fn needs(&mut self, meta: &RecordMeta, now_ms: u64) -> bool {
         if meta.kind == Kind::Block {
             return !self.index.contains(&meta.key, now_ms) && !self.queue.wants(&meta.key);
         }
@@ -246,7 +248,7 @@ impl DiskState {
 
 impl Queue {
     /// Queues a write, in place of an earlier one of its key.
-    pub(crate) fn push(&mut self, meta: RecordMeta, content: Content, payload: Arc<dyn Payload>) {
+    pub(crate) fn push(&mut self, meta: RecordMeta, mark: u8, content: Content, payload: Arc<dyn Payload>) {
         self.last_ticket += 1;
         let ticket = self.last_ticket;
         self.wanted.insert(Fingerprint::of(&meta.key), (ticket, meta.namespace));
@@ -255,7 +257,7 @@ impl Queue {
         if self.sums_ahead {
             self.to_sum.push_back(ToSum { meta, payload: Arc::downgrade(&payload), sums: Arc::clone(&sums) });
         }
-        self.ops.push_back(Op::Write(Box::new(Write { ticket, meta, content, payload, sums })));
+        self.ops.push_back(Op::Write(Box::new(Write { ticket, meta, mark, content, payload, sums })));
     }
 
     /// Is a write of this key queued or under way?

@@ -119,7 +119,7 @@ impl Writer {
     }
 
     fn write(&mut self, write: Write) {
-        let Write { ticket, meta, content, payload, sums } = write;
+        let Write { ticket, meta, mark, content, payload, sums } = write;
         let now_ms = self.shared.now_ms();
         let (wanted, allowed) = {
             let state = self.shared.state.lock();
@@ -151,7 +151,7 @@ impl Writer {
                 // one, comes behind it.
                 Some(Ok(written)) if state.queue.is_wanted(&meta.key, ticket) => {
                     state.settle(&meta.key);
-                    state.index.insert(&meta, written.segment, written.page);
+                    state.index.insert(&meta, written.segment, written.page, mark);
                     state.counters.stored_total += 1;
                     state.counters.written_bytes_total += bytes;
                 }

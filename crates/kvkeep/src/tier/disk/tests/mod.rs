@@ -121,7 +121,7 @@ impl Thing {
 
     /// As a store does it: not taken if the queue is full.
     fn offer(&self, disk: &Disk, wait: bool) -> bool {
-        disk.write(self.meta(), self.content(), u64::from(self.pages) * 4096, wait, || {
+        disk.write(self.meta(), self.content(), 0, wait, || {
             let mut pages = Pages::new(self.pages as usize);
             pages.bytes_mut().copy_from_slice(&self.bytes());
             Arc::new(Bytes(pages))

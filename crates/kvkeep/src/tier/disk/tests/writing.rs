@@ -203,7 +203,7 @@ fn the_index_costs_less_than_128_bytes_a_record() {
     let mut thing = block(0, 1);
     for number in 0..120_000 {
         thing.number = number;
-        index.insert(&thing.meta(), 0, 1 + number * 2);
+        index.insert(&thing.meta(), 0, 1 + number * 2, 0);
         if number > 1_000 {
             let bytes = index.memory_bytes() as f64 / f64::from(number + 1);
             assert!(bytes < 128.0, "{bytes} bytes at {number}");

@@ -1,15 +1,25 @@
 //! Speed of the default model (or of the GGUF file given): prefill at several lengths,
-//! decode, and time to first token with and without a cached prefix. Best and median.
+//! decode alone and of several answers at once, the gaps between the tokens of an answer while a
+//! long prompt is read, and time to first token with and without a cached prefix. Best and median.
 //!
 //! `cargo run --release -p kvkeep-engine --example speed [MODEL.gguf] [THREADS]`
 
 #![expect(clippy::indexing_slicing, reason = "measurements are never empty")]
+#![expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    clippy::cast_precision_loss,
+    reason = "small counts"
+)]
 
 use std::ops::ControlFlow;
+use std::thread;
 use std::time::Instant;
 
 use kvkeep::{CacheConfig, KvCache};
-use kvkeep_engine::{Engine, EngineOptions, GenerateOptions, Generator, default_model_path, user_cache_dir};
+use kvkeep_engine::{
+    Engine, EngineError, EngineOptions, GenerateOptions, Generator, default_model_path, user_cache_dir,
+};
 
 type AnyError = Box<dyn std::error::Error>;
 
@@ -28,6 +38,8 @@ fn main() -> Result<(), AnyError> {
     println!("{} on {} threads, loaded in {:.2?}", engine.model_name(), engine.threads(), begin.elapsed());
     prefill(&engine)?;
     decode(&engine)?;
+    together(&engine)?;
+    beside_a_prompt(&engine)?;
     reuse(&engine)
 }
 
@@ -59,6 +71,47 @@ fn decode(engine: &Engine) -> Result<(), AnyError> {
         report(&format!("decode at {at:>4}"), 1.0, &seconds);
     }
     Ok(())
+}
+
+/// Several answers at once: they share passes.
+fn together(engine: &Engine) -> Result<(), AnyError> {
+    for answers in [1, 2, 4, 8] {
+        let begin = Instant::now();
+        thread::scope(|scope| {
+            let threads: Vec<_> = (0..answers).map(|_| scope.spawn(|| answer(engine, 64))).collect();
+            threads.into_iter().try_for_each(|thread| thread.join().unwrap_or(Ok(Vec::new())).map(drop))
+        })?;
+        let seconds = begin.elapsed().as_secs_f64();
+        println!("decode of {answers} at once: {:.1} tok/s together", f64::from(answers) * 64.0 / seconds);
+    }
+    Ok(())
+}
+
+fn beside_a_prompt(engine: &Engine) -> Result<(), AnyError> {
+    let (prompt, mut kv) = (tokens(engine, 2000), engine.kv(2048)?);
+    let alone = timed(1, || engine.prefill(&prompt, &mut kv).map(drop))?[0];
+    kv.truncate(0);
+    let begin = Instant::now();
+    let mut gaps = thread::scope(|scope| {
+        let answer = scope.spawn(|| answer(engine, 80));
+        engine.prefill(&prompt, &mut kv)?;
+        println!("prefill 2000: {alone:.2} s alone, {:.2} s beside an answer", begin.elapsed().as_secs_f64());
+        answer.join().unwrap_or(Ok(Vec::new()))
+    })?;
+    gaps.sort_by(f64::total_cmp);
+    let at = |part: f64| gaps[(gaps.len() as f64 * part) as usize] * 1e3;
+    println!("between tokens of an answer beside it: median {:.0} ms, 95th percentile {:.0} ms", at(0.5), at(0.95));
+    Ok(())
+}
+
+/// Answers a short prompt; seconds from token to token.
+fn answer(engine: &Engine, tokens: u32) -> Result<Vec<f64>, EngineError> {
+    let mut kv = engine.kv(128)?;
+    let mut logits = engine.prefill(&[100, 200, 300, 400], &mut kv)?;
+    timed(tokens as usize, || {
+        logits = engine.decode(logits.argmax(), &mut kv)?;
+        Ok(())
+    })
 }
 
 /// A prompt of 1,024 + 32 tokens whose first 1,024 are cached, and one without a cache.

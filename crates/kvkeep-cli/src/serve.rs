@@ -1,12 +1,13 @@
 //! `kvkeep serve`: settings, the model, the cache, and then the server until it is told to stop.
 
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::Args;
 use kvkeep::{CacheConfig, KvCache};
+use kvkeep_engine::DEFAULT_MODEL;
 use kvkeep_server::{Server, ServerConfig};
 
 use crate::model;
@@ -34,7 +35,10 @@ pub(crate) struct ServeOptions {
 pub(crate) fn run(options: &ServeOptions) -> Result<ExitCode> {
     let engine = model::load(options.model.as_deref(), options.threads.map(usize::from))?;
     let cache = KvCache::new(CacheConfig::from_gib(options.ram_gb)?)?;
-    let config = ServerConfig::new(SocketAddr::new(options.host, options.port));
+    let mut config = ServerConfig::new(SocketAddr::new(options.host, options.port));
+    config.context_tokens = config.context_tokens.min(engine.context_tokens());
+    let file = options.model.as_deref().unwrap_or(Path::new(DEFAULT_MODEL));
+    config.model_name = file.file_stem().map(|stem| stem.to_string_lossy().into_owned());
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build();
     runtime.context("cannot start the server's threads")?.block_on(async {
         let server = Server::bind(engine, cache, config).await?;

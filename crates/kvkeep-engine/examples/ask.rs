@@ -13,8 +13,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let engine = Engine::load(path, &EngineOptions::default())?;
     let prompt = engine.chat_tokens(&[ChatMessage::new("user", question)], true)?;
     let mut generator = Generator::new(&engine, 1024, engine.namespace(64)?)?;
-    let answer = generator.generate(&prompt, None, &GenerateOptions::greedy(128), &mut |_, text| {
-        print!("{text}");
+    let answer = generator.generate(&prompt, None, &GenerateOptions::greedy(128), &mut |step| {
+        print!("{}", step.text);
         match std::io::stdout().flush() {
             Ok(()) => ControlFlow::Continue(()),
             Err(_) => ControlFlow::Break(()),

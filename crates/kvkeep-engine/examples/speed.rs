@@ -125,7 +125,7 @@ fn reuse(engine: &Engine) -> Result<(), AnyError> {
         prompt.truncate(1024);
         prompt.extend((0..32).map(|i| 1000 + round * 100 + i));
         for (cache, ttft) in [None, Some(&cache)].into_iter().zip(&mut ttft) {
-            let answer = generator.generate(&prompt, cache, &options, &mut |_, _| ControlFlow::Continue(()))?;
+            let answer = generator.generate(&prompt, cache, &options, &mut |_| ControlFlow::Continue(()))?;
             ttft.push(answer.ttft.as_secs_f64());
         }
     }

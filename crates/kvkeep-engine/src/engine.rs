@@ -11,6 +11,7 @@ use crate::chat::{ChatMessage, ChatTemplate};
 use crate::config::Config;
 use crate::error::{EngineError, Result};
 use crate::forward::{Model, Scratch, Segment, Want};
+use crate::generate::Cancel;
 use crate::gguf::Gguf;
 use crate::kv::KvBuffer;
 use crate::passes::{Passes, Share, Work};
@@ -192,7 +193,7 @@ impl Engine {
     /// [`EngineError::EmptyTokens`], [`EngineError::UnknownToken`],
     /// [`EngineError::ContextOverflow`], [`EngineError::ForeignKv`]; then the buffer is as before.
     pub fn prefill(&self, tokens: &[u32], kv: &mut KvBuffer) -> Result<Logits> {
-        self.forward(None, tokens, kv, Want::Last).map(|(logits, _)| Logits(logits))
+        self.forward(None, tokens, kv, Want::Last, None).map(|(logits, _)| Logits(logits))
     }
 
     /// Replaces what is in the buffer by the KV of `found`, then as [`Engine::prefill`]: one turn
@@ -202,8 +203,21 @@ impl Engine {
     /// As [`Engine::prefill`], and [`EngineError::Cache`] for KV of another layout; then the
     /// buffer is empty.
     pub fn resume(&self, found: &Match, tokens: &[u32], kv: &mut KvBuffer) -> Result<(Logits, Duration)> {
-        let (logits, load) = self.forward(Some(found), tokens, kv, Want::Last)?;
+        let (logits, load) = self.forward(Some(found), tokens, kv, Want::Last, None)?;
         Ok((Logits(logits), load))
+    }
+
+    /// As [`Engine::resume`]. No logits if it is cancelled before the last batch: then the buffer
+    /// holds what was computed.
+    pub(crate) fn read(
+        &self,
+        found: Option<&Match>,
+        tokens: &[u32],
+        cancel: &Cancel,
+        kv: &mut KvBuffer,
+    ) -> Result<(Option<Logits>, Duration)> {
+        let (logits, load) = self.forward(found, tokens, kv, Want::Last, Some(cancel))?;
+        Ok((Some(Logits(logits)).filter(|logits| !logits.0.is_empty()), load))
     }
 
     /// As [`Engine::prefill`] of one token.
@@ -220,7 +234,7 @@ impl Engine {
     /// # Errors
     /// As [`Engine::prefill`].
     pub fn prefill_all_logits(&self, tokens: &[u32], kv: &mut KvBuffer) -> Result<Vec<Logits>> {
-        let (all, _) = self.forward(None, tokens, kv, Want::All)?;
+        let (all, _) = self.forward(None, tokens, kv, Want::All, None)?;
         Ok(all.chunks_exact(self.shared.model.config.vocabulary).map(|row| Logits(row.to_vec())).collect())
     }
 
@@ -245,6 +259,7 @@ impl Engine {
         tokens: &[u32],
         kv: &mut KvBuffer,
         want: Want,
+        cancel: Option<&Cancel>,
     ) -> Result<(Vec<f32>, Duration)> {
         let Shared { model, pool, passes, .. } = &*self.shared;
         self.check_tokens(tokens)?;
@@ -267,7 +282,7 @@ impl Engine {
         if let Some(lead) = lead {
             work = lead.run(work, pass);
         }
-        while work.left() > 0 {
+        while work.left() > 0 && !cancel.is_some_and(Cancel::is_cancelled) {
             work = passes.share(work, pass);
         }
         *kv = work.kv;

@@ -3,9 +3,12 @@
 //! The longest cached prefix is copied in, the rest computed, the full blocks of the
 //! prompt stored before the first token comes out (so that others who wait for the same
 //! prefix get it), those of the answer at its end: KV made while decoding has the same
-//! bits as KV made by a prefill.
+//! bits as KV made by a prefill. Whoever is cancelled while its prompt is read leaves what was
+//! computed up to there.
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use kvkeep::{KvCache, Match, Missing, Namespace, StoreOptions};
@@ -34,6 +37,25 @@ pub struct GenerateOptions {
     pub sampler: Sampler,
     /// Does a token that ends an answer end it?
     pub stop_on_eos: bool,
+    /// Ends it from another thread.
+    pub cancel: Cancel,
+}
+
+/// Ends an answer from another thread: before its next token, or while the prompt is read, before
+/// the next batch. Clones are one and the same.
+#[derive(Debug, Clone, Default)]
+pub struct Cancel(Arc<AtomicBool>);
+
+/// A token of an answer, as it comes.
+#[derive(Debug, Clone, Copy)]
+#[non_exhaustive]
+pub struct Step<'a> {
+    /// The token.
+    pub token: u32,
+    /// The text that it completes: empty in the middle of a character.
+    pub text: &'a str,
+    /// What it was picked from.
+    pub logits: &'a Logits,
 }
 
 /// Why an answer ended.
@@ -46,7 +68,7 @@ pub enum FinishReason {
     Length,
     /// The KV buffer is full.
     Context,
-    /// The callback said so.
+    /// The callback or [`Cancel`] said so.
     Cancelled,
 }
 
@@ -58,11 +80,13 @@ pub struct Generation {
     pub prompt_tokens: usize,
     /// Of these, tokens whose KV came from the cache.
     pub cached_tokens: usize,
+    /// Of these, tokens whose KV was in RAM: the others came from the disk.
+    pub ram_tokens: usize,
     /// The answer, without a token that ends it.
     pub tokens: Vec<u32>,
     /// The answer as text.
     pub text: String,
-    /// From the call to the first token.
+    /// From the call to the first token, or to the end if there is none.
     pub ttft: Duration,
     /// Of this, computing the part of the prompt that was not cached.
     pub prefill: Duration,
@@ -74,15 +98,17 @@ pub struct Generation {
 
 /// A prompt in the KV buffer.
 struct Computed {
-    logits: Logits,
+    /// `None` if it was cancelled.
+    logits: Option<Logits>,
     cached_tokens: usize,
+    ram_tokens: usize,
     /// Computing what was not cached.
     prefill: Duration,
 }
 
 impl Default for GenerateOptions {
     fn default() -> Self {
-        Self { max_tokens: 256, sampler: Sampler::greedy(), stop_on_eos: true }
+        Self { max_tokens: 256, sampler: Sampler::greedy(), stop_on_eos: true, cancel: Cancel::default() }
     }
 }
 
@@ -106,6 +132,26 @@ impl GenerateOptions {
         self.stop_on_eos = stop;
         self
     }
+
+    /// Ended by this.
+    #[must_use]
+    pub fn cancel(mut self, cancel: Cancel) -> Self {
+        self.cancel = cancel;
+        self
+    }
+}
+
+impl Cancel {
+    /// Ends the answer.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+
+    /// Was it ended?
+    #[must_use]
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
+    }
 }
 
 impl Generator {
@@ -116,11 +162,7 @@ impl Generator {
     /// [`EngineError::BadCapacity`], or [`EngineError::ForeignKv`] if the namespace has
     /// another layout than the engine.
     pub fn new(engine: &Engine, capacity_tokens: usize, namespace: Namespace) -> Result<Self> {
-        let layout = namespace.layout();
-        let own = engine.namespace(u32::try_from(layout.block_tokens()).unwrap_or(u32::MAX))?;
-        if own.layout() != layout {
-            return Err(EngineError::ForeignKv);
-        }
+        check_namespace(engine, &namespace)?;
         Ok(Self { engine: engine.clone(), namespace, kv: engine.kv(capacity_tokens)? })
     }
 
@@ -136,8 +178,17 @@ impl Generator {
         &self.namespace
     }
 
-    /// Answers a prompt. `on_token` gets each token and the text that it completes, which may
-    /// be empty in the middle of a character, and may end the answer.
+    /// Answers under another namespace from now on, such as another tenant's.
+    ///
+    /// # Errors
+    /// [`EngineError::ForeignKv`] if it has another layout than the engine.
+    pub fn set_namespace(&mut self, namespace: Namespace) -> Result<()> {
+        check_namespace(&self.engine, &namespace)?;
+        self.namespace = namespace;
+        Ok(())
+    }
+
+    /// Answers a prompt. `on_step` gets each token, and may end the answer.
     ///
     /// # Errors
     /// [`EngineError::EmptyTokens`], [`EngineError::UnknownToken`],
@@ -147,26 +198,29 @@ impl Generator {
         prompt: &[u32],
         cache: Option<&KvCache>,
         options: &GenerateOptions,
-        on_token: &mut dyn FnMut(u32, &str) -> ControlFlow<()>,
+        on_step: &mut dyn FnMut(Step<'_>) -> ControlFlow<()>,
     ) -> Result<Generation> {
         let begin = Instant::now();
         self.engine.check_tokens(prompt)?;
         self.kv.check_room(prompt.len())?;
-        let (computed, pin) = self.prefill(prompt, cache)?;
+        let (computed, pin) = self.prefill(prompt, cache, &options.cancel)?;
         let mut sampler = options.sampler.clone();
-        let first = sampler.pick(&computed.logits);
+        let first = computed.logits.map(|logits| (sampler.pick(&logits), logits));
         let mut generation = Generation {
             prompt_tokens: prompt.len(),
             cached_tokens: computed.cached_tokens,
+            ram_tokens: computed.ram_tokens,
             tokens: Vec::new(),
             text: String::new(),
             ttft: begin.elapsed(),
             prefill: computed.prefill,
             total: Duration::ZERO,
-            finish: FinishReason::Length,
+            finish: FinishReason::Cancelled,
         };
         let decode = Instant::now();
-        generation.finish = self.answer(first, &mut sampler, options, on_token, &mut generation)?;
+        if let Some(first) = first {
+            generation.finish = self.answer(first, &mut sampler, options, on_step, &mut generation)?;
+        }
         if let (Some(cache), Some(pin)) = (cache, &pin) {
             self.store_answer(prompt, &generation.tokens, cache, pin, decode.elapsed())?;
         }
@@ -175,42 +229,49 @@ impl Generator {
     }
 
     /// The match pins the prompt's blocks, so that the answer's can be stored behind them.
-    fn prefill(&mut self, prompt: &[u32], cache: Option<&KvCache>) -> Result<(Computed, Option<Match>)> {
+    fn prefill(
+        &mut self,
+        prompt: &[u32],
+        cache: Option<&KvCache>,
+        cancel: &Cancel,
+    ) -> Result<(Computed, Option<Match>)> {
         self.kv.truncate(0);
         // The last token is always computed: its logits are not in the cache.
         let reusable = prompt.get(..prompt.len() - 1).unwrap_or_default();
-        let (engine, kv) = (&self.engine, &mut self.kv);
+        let (engine, namespace, kv) = (&self.engine, &self.namespace, &mut self.kv);
         let (Some(cache), false) = (cache, reusable.is_empty()) else {
-            let begin = Instant::now();
-            let logits = engine.prefill(prompt, kv)?;
-            return Ok((Computed { logits, cached_tokens: 0, prefill: begin.elapsed() }, None));
+            return Ok((compute(engine, prompt, None, cancel, kv)?, None));
         };
         let mut computed = None;
-        let pin = cache.get_or_prefill(&self.namespace, reusable, |missing: &Missing<'_>| {
-            let now = compute(engine, prompt, missing.cached(), kv)?;
+        let pin = cache.get_or_prefill(namespace, reusable, |missing: &Missing<'_>| {
+            let now = compute(engine, prompt, Some(missing.cached()), cancel, kv)?;
             let options = StoreOptions::default().compute_time(now.prefill);
-            missing.store(&kv.views_from(now.cached_tokens)?, &options)?;
+            // Cut short, so that others who wait for the rest compute it.
+            let tokens = reusable.get(..kv.len()).unwrap_or(reusable);
+            if tokens.len() > now.cached_tokens {
+                cache.store_from(namespace, tokens, now.cached_tokens, &kv.views_from(now.cached_tokens)?, &options)?;
+            }
             computed = Some(now);
             Ok::<(), EngineError>(())
         })?;
         let computed = match computed {
             Some(computed) => computed,
-            None => compute(engine, prompt, &pin, kv)?,
+            None => compute(engine, prompt, Some(&pin), cancel, kv)?,
         };
         Ok((computed, Some(pin)))
     }
 
     fn answer(
         &mut self,
-        first: u32,
+        first: (u32, Logits),
         sampler: &mut Sampler,
         options: &GenerateOptions,
-        on_token: &mut dyn FnMut(u32, &str) -> ControlFlow<()>,
+        on_step: &mut dyn FnMut(Step<'_>) -> ControlFlow<()>,
         generation: &mut Generation,
     ) -> Result<FinishReason> {
         let tokenizer = self.engine.tokenizer();
         let mut stream = tokenizer.stream();
-        let mut token = first;
+        let (mut token, mut logits) = first;
         let finish = loop {
             if options.stop_on_eos && tokenizer.is_end(token) {
                 break FinishReason::Stop;
@@ -218,7 +279,7 @@ impl Generator {
             generation.tokens.push(token);
             let text = stream.push(token);
             generation.text.push_str(text);
-            if on_token(token, text).is_break() {
+            if on_step(Step { token, text, logits: &logits }).is_break() || options.cancel.is_cancelled() {
                 break FinishReason::Cancelled;
             }
             if generation.tokens.len() >= options.max_tokens {
@@ -227,7 +288,8 @@ impl Generator {
             if self.kv.len() == self.kv.capacity() {
                 break FinishReason::Context;
             }
-            token = sampler.pick(&self.engine.decode(token, &mut self.kv)?);
+            logits = self.engine.decode(token, &mut self.kv)?;
+            token = sampler.pick(&logits);
         };
         generation.text.push_str(stream.finish());
         Ok(finish)
@@ -254,10 +316,24 @@ impl Generator {
     }
 }
 
-/// Loads what is cached of a prompt and computes the rest.
-fn compute(engine: &Engine, prompt: &[u32], found: &Match, kv: &mut KvBuffer) -> Result<Computed> {
+/// Loads what is cached of a prompt and computes the rest, or as much of it as comes before it
+/// is cancelled.
+fn compute(
+    engine: &Engine,
+    prompt: &[u32],
+    found: Option<&Match>,
+    cancel: &Cancel,
+    kv: &mut KvBuffer,
+) -> Result<Computed> {
     let begin = Instant::now();
-    let cached_tokens = found.cached_tokens();
-    let (logits, load) = engine.resume(found, prompt.get(cached_tokens..).unwrap_or_default(), kv)?;
-    Ok(Computed { logits, cached_tokens, prefill: begin.elapsed().saturating_sub(load) })
+    let cached_tokens = found.map_or(0, Match::cached_tokens);
+    let (logits, load) = engine.read(found, prompt.get(cached_tokens..).unwrap_or_default(), cancel, kv)?;
+    let prefill = begin.elapsed().saturating_sub(load);
+    Ok(Computed { logits, cached_tokens, ram_tokens: cached_tokens, prefill })
+}
+
+fn check_namespace(engine: &Engine, namespace: &Namespace) -> Result<()> {
+    let layout = namespace.layout();
+    let own = engine.namespace(u32::try_from(layout.block_tokens()).unwrap_or(u32::MAX))?;
+    if own.layout() == layout { Ok(()) } else { Err(EngineError::ForeignKv) }
 }

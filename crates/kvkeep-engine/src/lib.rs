@@ -19,8 +19,8 @@
 //! let mut generator = Generator::new(&engine, 4096, engine.namespace(64)?)?;
 //!
 //! let prompt = engine.chat_tokens(&[ChatMessage::new("user", "Why is the sky blue?")], true)?;
-//! let answer = generator.generate(&prompt, Some(&cache), &GenerateOptions::greedy(100), &mut |_, text| {
-//!     print!("{text}");
+//! let answer = generator.generate(&prompt, Some(&cache), &GenerateOptions::greedy(100), &mut |step| {
+//!     print!("{}", step.text);
 //!     ControlFlow::Continue(())
 //! })?;
 //! println!("{} of {} tokens cached", answer.cached_tokens, answer.prompt_tokens);
@@ -50,7 +50,7 @@ pub use chat::ChatMessage;
 pub use device::{DeviceKv, DeviceModel};
 pub use engine::{Engine, EngineOptions, Logits};
 pub use error::{EngineError, Result};
-pub use generate::{FinishReason, GenerateOptions, Generation, Generator};
+pub use generate::{Cancel, FinishReason, GenerateOptions, Generation, Generator, Step};
 pub use kv::KvBuffer;
 pub use model_file::{DEFAULT_MODEL, DEFAULT_MODEL_BYTES, ModelFileError, default_model_path, user_cache_dir};
 pub use sample::Sampler;

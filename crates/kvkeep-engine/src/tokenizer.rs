@@ -32,6 +32,7 @@ const SPACE: &str = "\u{2581}";
 pub struct Tokenizer {
     bpe: tokenizers::Tokenizer,
     pieces: Vec<Piece>,
+    longest_bytes: usize,
     /// Control tokens by text, longest first.
     specials: Vec<(String, u32)>,
     family: Family,
@@ -92,10 +93,12 @@ impl Tokenizer {
             .filter(|(_, (_, piece))| matches!(piece, Piece::Bytes(_)))
             .map(|(id, (text, _))| ((*text).to_owned(), id))
             .collect();
+        let bytes = |piece: &Piece| if let Piece::Bytes(bytes) = piece { bytes.len() } else { 0 };
         let id = |key: &str| gguf.number(key).and_then(|id| u32::try_from(id).ok());
         let end_keys = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"];
         Ok(Self {
             bpe: build(gguf, vocab, family)?,
+            longest_bytes: pieces.iter().map(bytes).max().unwrap_or(0),
             pieces,
             specials,
             family,
@@ -168,6 +171,21 @@ impl Tokenizer {
     #[must_use]
     pub fn stream(&self) -> TextStream<'_> {
         TextStream { tokenizer: self, pending: Vec::new(), text: String::new(), started: false }
+    }
+
+    /// The bytes that a token stands for; none for a control token.
+    #[must_use]
+    pub fn bytes(&self, token: u32) -> &[u8] {
+        match self.pieces.get(token as usize) {
+            Some(Piece::Bytes(bytes)) => bytes,
+            _ => &[],
+        }
+    }
+
+    /// The most bytes that one token stands for.
+    #[must_use]
+    pub fn longest_bytes(&self) -> usize {
+        self.longest_bytes
     }
 
     /// Number of tokens.

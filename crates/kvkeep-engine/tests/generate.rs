@@ -21,7 +21,7 @@ fn cache() -> KvCache {
 
 fn answer(generator: &mut Generator, prompt: &[u32], cache: Option<&KvCache>, max_tokens: usize) -> Generation {
     let options = GenerateOptions::greedy(max_tokens);
-    generator.generate(prompt, cache, &options, &mut |_, _| ControlFlow::Continue(())).unwrap()
+    generator.generate(prompt, cache, &options, &mut |_| ControlFlow::Continue(())).unwrap()
 }
 
 #[test]
@@ -79,8 +79,8 @@ fn the_stream_is_the_text_and_can_be_ended() {
     let options = GenerateOptions::greedy(20);
     let mut count = 0;
     let cut = generator
-        .generate(&prompt, None, &options, &mut |_, text| {
-            streamed.push_str(text);
+        .generate(&prompt, None, &options, &mut |step| {
+            streamed.push_str(step.text);
             count += 1;
             if count == 5 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })
@@ -104,11 +104,11 @@ fn answers_end_by_themselves_at_the_limit_or_where_the_buffer_is_full() {
     assert_eq!(stopped.text, "The capital of France is Paris.");
     assert_eq!(answer(&mut generator, &prompt, None, 2).finish, FinishReason::Length);
     let options = GenerateOptions::greedy(100).stop_on_eos(false);
-    let full = generator.generate(&prompt, None, &options, &mut |_, _| ControlFlow::Continue(())).unwrap();
+    let full = generator.generate(&prompt, None, &options, &mut |_| ControlFlow::Continue(())).unwrap();
     assert_eq!(full.finish, FinishReason::Context);
     assert_eq!(full.tokens.len(), 21);
     let mut small = Generator::new(engine, 4, namespace).unwrap();
-    let error = small.generate(&prompt, None, &options, &mut |_, _| ControlFlow::Continue(())).unwrap_err();
+    let error = small.generate(&prompt, None, &options, &mut |_| ControlFlow::Continue(())).unwrap_err();
     assert!(matches!(error, EngineError::ContextOverflow { capacity: 4, .. }), "{error}");
 }
 
@@ -134,7 +134,7 @@ fn seeds_repeat_and_differ() {
     let prompt = engine.tokenizer().encode(PROMPTS[1], false).unwrap();
     let mut sample = |seed| {
         let options = GenerateOptions::greedy(12).sampler(Sampler::new(1.0, 0.95, seed).unwrap());
-        generator.generate(&prompt, None, &options, &mut |_, _| ControlFlow::Continue(())).unwrap().tokens
+        generator.generate(&prompt, None, &options, &mut |_| ControlFlow::Continue(())).unwrap().tokens
     };
     assert_eq!(sample(1), sample(1));
     assert_ne!(sample(1), sample(2));

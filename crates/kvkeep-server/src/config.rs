@@ -23,6 +23,19 @@ pub struct ServerConfig {
     pub block_tokens: u32,
     /// From its arrival to its last token a request may take this long.
     pub request_timeout: Duration,
+    /// At the end, what is under way may take this long before it is cancelled.
+    pub shutdown_grace: Duration,
+    /// What the model is called; `None` takes the name in its file.
+    pub model_name: Option<String>,
+    /// The largest body of a request.
+    pub body_bytes: usize,
+    /// A request's body must be here this soon.
+    pub body_timeout: Duration,
+    /// A request's headers must be here this soon, after the connection was made or the last
+    /// answer ended.
+    pub header_timeout: Duration,
+    /// Connections at the same time; one more waits to be accepted.
+    pub connections: usize,
 }
 
 impl ServerConfig {
@@ -37,6 +50,12 @@ impl ServerConfig {
             context_tokens: 4096,
             block_tokens: 16,
             request_timeout: Duration::from_secs(600),
+            shutdown_grace: Duration::from_secs(30),
+            model_name: None,
+            body_bytes: 4 << 20,
+            body_timeout: Duration::from_secs(30),
+            header_timeout: Duration::from_secs(30),
+            connections: 256,
         }
     }
 }

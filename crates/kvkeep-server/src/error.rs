@@ -1,6 +1,7 @@
 //! What can go wrong: at the start, and in one request, there in the shape that clients of
 //! OpenAI's API know.
 
+use std::borrow::Cow;
 use std::io;
 use std::net::SocketAddr;
 
@@ -32,6 +33,12 @@ pub enum ServerError {
     /// A setting makes no sense.
     #[error("{0}")]
     Config(String),
+    /// The operating system gives no more threads.
+    #[error("cannot start the threads that answer: {0}")]
+    Threads(#[source] io::Error),
+    /// Not all that was cached is on the disk.
+    #[error("the server has ended, but the cache could not be written: {0}")]
+    Close(#[source] kvkeep::Error),
     /// The engine refused.
     #[error(transparent)]
     Engine(#[from] EngineError),
@@ -44,10 +51,24 @@ pub(crate) enum ApiError {
     Unauthorized,
     #[error("this key may not see or change the cache: use the operator's")]
     Forbidden,
+    #[error("this server answers under its own address alone: {0}")]
+    Elsewhere(&'static str),
     #[error("{message}")]
-    Invalid { message: String, param: Option<&'static str> },
+    Invalid { message: String, param: Option<Cow<'static, str>> },
+    #[error("the prompt has {prompt}: this server has room for {context_tokens} tokens of prompt and answer together")]
+    TooLong { prompt: String, context_tokens: usize, param: &'static str },
     #[error("there is no {0} here")]
     NotFound(String),
+    #[error("there is no model {asked:?} here: this server has {has:?}")]
+    NoSuchModel { asked: String, has: String },
+    #[error("this path does not answer this method: see /openapi.json")]
+    Method,
+    #[error("the body is larger than the {limit_bytes} bytes that this server takes")]
+    TooLarge { limit_bytes: usize },
+    #[error("the body must be JSON: send the header Content-Type: application/json")]
+    MediaType,
+    #[error("the body did not come in time: the whole of it must be here within {limit_s} s")]
+    SlowBody { limit_s: u64 },
     #[error("{0} is not supported by this server")]
     NotSupported(&'static str),
     #[error("too many requests are waiting: try again in {retry_after_s} s")]
@@ -60,6 +81,8 @@ pub(crate) enum ApiError {
     Internal(String),
 }
 
+const INVALID: &str = "invalid_request_error";
+
 /// OpenAI's shape of an error.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct ErrorBody {
@@ -71,24 +94,31 @@ pub(crate) struct ErrorDetail {
     message: String,
     r#type: &'static str,
     /// The parameter that is wrong.
-    param: Option<&'static str>,
+    param: Option<Cow<'static, str>>,
     code: Option<&'static str>,
 }
 
 impl ApiError {
     /// A value that cannot be used.
     pub(crate) fn invalid(param: &'static str, message: impl Into<String>) -> Self {
-        Self::Invalid { message: message.into(), param: Some(param) }
+        Self::Invalid { message: message.into(), param: Some(Cow::Borrowed(param)) }
     }
 
     /// Status, type and code.
     fn kind(&self) -> (StatusCode, &'static str, Option<&'static str>) {
         match self {
-            Self::Unauthorized => (StatusCode::UNAUTHORIZED, "invalid_request_error", Some("invalid_api_key")),
-            Self::Forbidden => (StatusCode::FORBIDDEN, "invalid_request_error", Some("insufficient_permissions")),
-            Self::Invalid { .. } => (StatusCode::BAD_REQUEST, "invalid_request_error", None),
-            Self::NotFound(_) => (StatusCode::NOT_FOUND, "invalid_request_error", Some("not_found")),
-            Self::NotSupported(_) => (StatusCode::NOT_IMPLEMENTED, "invalid_request_error", Some("not_supported")),
+            Self::Unauthorized => (StatusCode::UNAUTHORIZED, INVALID, Some("invalid_api_key")),
+            Self::Elsewhere(_) => (StatusCode::FORBIDDEN, INVALID, Some("wrong_host")),
+            Self::Forbidden => (StatusCode::FORBIDDEN, INVALID, Some("insufficient_permissions")),
+            Self::Invalid { .. } => (StatusCode::BAD_REQUEST, INVALID, None),
+            Self::NotFound(_) => (StatusCode::NOT_FOUND, INVALID, Some("not_found")),
+            Self::TooLong { .. } => (StatusCode::BAD_REQUEST, INVALID, Some("context_length_exceeded")),
+            Self::NoSuchModel { .. } => (StatusCode::NOT_FOUND, INVALID, Some("model_not_found")),
+            Self::Method => (StatusCode::METHOD_NOT_ALLOWED, INVALID, Some("method_not_allowed")),
+            Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, INVALID, Some("body_too_large")),
+            Self::MediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, INVALID, Some("unsupported_media_type")),
+            Self::SlowBody { .. } => (StatusCode::REQUEST_TIMEOUT, INVALID, Some("slow_body")),
+            Self::NotSupported(_) => (StatusCode::NOT_IMPLEMENTED, INVALID, Some("not_supported")),
             Self::Busy { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("queue_full")),
             Self::Timeout => (StatusCode::GATEWAY_TIMEOUT, "server_error", Some("timeout")),
             Self::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("shutting_down")),
@@ -98,7 +128,12 @@ impl ApiError {
 
     pub(crate) fn body(&self) -> ErrorBody {
         let (_, r#type, code) = self.kind();
-        let param = if let Self::Invalid { param, .. } = self { *param } else { None };
+        let param = match self {
+            Self::Invalid { param, .. } => param.clone(),
+            Self::TooLong { param, .. } => Some(Cow::Borrowed(*param)),
+            Self::NoSuchModel { .. } => Some(Cow::Borrowed("model")),
+            _ => None,
+        };
         ErrorBody { error: ErrorDetail { message: self.to_string(), r#type, param, code } }
     }
 }

@@ -1,25 +1,47 @@
 //! The listener and the routes.
+//!
+//! An accept loop of our own over hyper: `axum::serve` bounds neither connections nor the time
+//! that a client takes for its headers.
 
 use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Router;
 use axum::http::Uri;
+use axum::middleware::from_fn_with_state;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
 use kvkeep::KvCache;
 use kvkeep_engine::Engine;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
+use crate::auth::Tenant;
 use crate::config::ServerConfig;
 use crate::error::{ApiError, ServerError};
 use crate::state::AppState;
-use crate::{dashboard, openai, operator};
+use crate::worker::Workers;
+use crate::{dashboard, guard, openai, operator};
+
+/// Bytes of a request's headers.
+const HEADER_BYTES: usize = 64 << 10;
+/// After a failed accept, such as one file too many.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// What is cancelled ends within its next batch of tokens.
+const CANCEL_GRACE: Duration = Duration::from_secs(5);
 
 /// A server that listens and does not answer yet.
 #[derive(Debug)]
 pub struct Server {
     listener: TcpListener,
     state: AppState,
+    workers: Workers,
 }
 
 #[derive(Debug, OpenApi)]
@@ -30,15 +52,16 @@ impl Server {
     /// Begins to listen.
     ///
     /// # Errors
-    /// [`ServerError::KeysNeeded`], [`ServerError::Listen`], [`ServerError::Config`], [`ServerError::Engine`].
+    /// [`ServerError`]; each variant says what to do.
     pub async fn bind(engine: Engine, cache: KvCache, config: ServerConfig) -> Result<Self, ServerError> {
         let address = config.address;
         if config.api_keys.is_none() && !address.ip().is_loopback() {
             return Err(ServerError::KeysNeeded(address));
         }
-        let state = AppState::new(engine, cache, config)?;
         let listener = TcpListener::bind(address).await.map_err(|source| ServerError::Listen { address, source })?;
-        Ok(Self { listener, state })
+        let state = AppState::new(engine, cache, config)?;
+        let workers = Workers::start(&state)?;
+        Ok(Self { listener, state, workers })
     }
 
     /// Where it listens; the port is a real one even if 0 was asked for.
@@ -50,14 +73,72 @@ impl Server {
         self.listener.local_addr().map_err(|source| ServerError::Listen { address, source })
     }
 
-    /// Answers until `shutdown` is over, then ends what is under way and flushes the cache.
+    /// Answers until `shutdown` is over, then ends what is under way and writes the cache to its
+    /// disk tier.
     ///
     /// # Errors
-    /// [`ServerError::Listen`] if the listener fails.
-    pub async fn run(self, shutdown: impl Future<Output = ()> + Send + 'static) -> Result<(), ServerError> {
-        let address = self.state.shared.config.address;
-        let served = axum::serve(self.listener, router(self.state)).with_graceful_shutdown(shutdown).await;
-        served.map_err(|source| ServerError::Listen { address, source })
+    /// [`ServerError::Close`] if not all that was cached could be written.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), ServerError> {
+        let Self { listener, state, workers } = self;
+        let open = accept(listener, &state, shutdown).await;
+        state.shared.scheduler.close();
+        let mut ended = pin!(open.shutdown());
+        if tokio::time::timeout(state.shared.config.shutdown_grace, &mut ended).await.is_err() {
+            tracing::warn!("answers still under way are cancelled");
+            state.cancel_all();
+            // Whoever does not read its answer is left.
+            drop(tokio::time::timeout(CANCEL_GRACE, &mut ended).await);
+        }
+        let closed = tokio::task::spawn_blocking(move || {
+            state.cancel_all();
+            workers.join();
+            state.shared.cache.clone().close()
+        });
+        match closed.await {
+            Ok(closed) => closed.map_err(ServerError::Close),
+            Err(error) => Err(ServerError::Config(format!("the cache could not be closed: {error}"))),
+        }
+    }
+}
+
+/// Takes connections until `shutdown` is over; says which are open.
+async fn accept(listener: TcpListener, state: &AppState, shutdown: impl Future<Output = ()>) -> GracefulShutdown {
+    let config = &state.shared.config;
+    let mut http = http1::Builder::new();
+    http.timer(TokioTimer::new()).header_read_timeout(config.header_timeout).max_buf_size(HEADER_BYTES);
+    let service = TowerToHyperService::new(router(state.clone()));
+    let (open, places) = (GracefulShutdown::new(), Arc::new(Semaphore::new(config.connections)));
+    let mut shutdown = pin!(shutdown);
+    loop {
+        let (stream, place) = tokio::select! {
+            () = &mut shutdown => return open,
+            next = next(&listener, &places) => next,
+        };
+        let connection = open.watch(http.serve_connection(TokioIo::new(stream), service.clone()));
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "a connection broke off");
+            }
+            drop(place);
+        });
+    }
+}
+
+async fn next(listener: &TcpListener, places: &Arc<Semaphore>) -> (TcpStream, Option<OwnedSemaphorePermit>) {
+    // The semaphore is never closed.
+    let place = Arc::clone(places).acquire_owned().await.ok();
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                // Tokens go out one by one: none waits for the next to fill a packet.
+                drop(stream.set_nodelay(true));
+                return (stream, place);
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
     }
 }
 
@@ -67,5 +148,9 @@ fn router(state: AppState) -> Router {
         .merge(operator::routes())
         .merge(dashboard::routes())
         .split_for_parts();
-    router.fallback(|uri: Uri| async move { ApiError::NotFound(uri.path().to_owned()) }).with_state(state)
+    router
+        .fallback(|_: Tenant, uri: Uri| async move { ApiError::NotFound(uri.path().to_owned()) })
+        .method_not_allowed_fallback(|_: Tenant| async { ApiError::Method })
+        .layer(from_fn_with_state(state.clone(), guard::check))
+        .with_state(state)
 }

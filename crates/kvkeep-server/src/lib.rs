@@ -10,11 +10,16 @@ mod auth;
 mod config;
 mod dashboard;
 mod error;
+mod extract;
+mod guard;
 mod http;
 mod openai;
 mod operator;
+mod scheduler;
 mod served;
 mod state;
+mod stops;
+mod worker;
 
 pub use auth::{ApiKeys, Tenant};
 pub use config::ServerConfig;

@@ -34,6 +34,13 @@ pub(crate) struct Served {
     pub(crate) outcome: Outcome,
 }
 
+impl Served {
+    /// Why an answer ended, as OpenAI's API says it.
+    pub(crate) fn finish_reason(&self) -> &'static str {
+        if self.outcome == Outcome::Length { "length" } else { "stop" }
+    }
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Endpoint {
     Chat,

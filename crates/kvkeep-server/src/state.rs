@@ -1,7 +1,7 @@
 //! What all handlers share.
 
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use axum::extract::FromRequestParts;
 use axum::http::request::Parts;
@@ -11,6 +11,8 @@ use kvkeep_engine::Engine;
 use crate::auth::Tenant;
 use crate::config::ServerConfig;
 use crate::error::{ApiError, ServerError};
+use crate::scheduler::Scheduler;
+use crate::served::Served;
 
 /// Cheap to clone.
 #[derive(Debug, Clone)]
@@ -26,12 +28,36 @@ pub(crate) struct Shared {
     /// Without a tenant.
     pub(crate) namespace: Namespace,
     pub(crate) started: Instant,
+    pub(crate) scheduler: Scheduler,
+    /// What the model is called here.
+    pub(crate) model: String,
 }
 
 impl AppState {
     pub(crate) fn new(engine: Engine, cache: KvCache, config: ServerConfig) -> Result<Self, ServerError> {
         let namespace = engine.namespace(config.block_tokens)?;
-        Ok(Self { shared: Arc::new(Shared { engine, cache, config, namespace, started: Instant::now() }) })
+        let model = config.model_name.clone().unwrap_or_else(|| engine.model_name().to_owned());
+        let (started, scheduler) = (Instant::now(), Scheduler::default());
+        Ok(Self { shared: Arc::new(Shared { engine, cache, config, namespace, started, scheduler, model }) })
+    }
+
+    /// A request has ended. Everything that is counted or listed comes from here.
+    pub(crate) fn observe(&self, served: Served) {
+        let ms = |time: Duration| time.as_millis();
+        tracing::info!(
+            id = served.id,
+            endpoint = ?served.endpoint,
+            tenant = served.tenant.name(),
+            prompt_tokens = served.prompt.len(),
+            ram_tokens = served.ram_tokens,
+            disk_tokens = served.disk_tokens,
+            completion_tokens = served.completion_tokens,
+            queued_ms = ms(served.queued),
+            ttft_ms = served.ttft.map(|ttft| u64::try_from(ms(ttft)).unwrap_or(u64::MAX)),
+            total_ms = ms(served.total),
+            outcome = ?served.outcome,
+            "served"
+        );
     }
 }
 

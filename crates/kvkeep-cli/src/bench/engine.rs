@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 
 use anyhow::{Result, ensure};
 use kvkeep::{CacheConfig, KvCache};
-use kvkeep_engine::{Engine, GenerateOptions, Generator};
+use kvkeep_engine::{Engine, GenerateOptions, Generator, Step};
 
 use super::{Bar, Effort, Figure, alternate, time};
 use crate::stats::float;
@@ -33,7 +33,7 @@ fn warm(engine: &Engine, effort: Effort) -> Result<Figure> {
     let cache = KvCache::new(CacheConfig::new(256 << 20))?;
     let mut generator = Generator::new(engine, PREFIX + NEW + 1, engine.namespace(BLOCK_TOKENS)?)?;
     let one = GenerateOptions::greedy(1);
-    let go_on = &mut |_: u32, _: &str| ControlFlow::Continue(());
+    let go_on = &mut |_: Step<'_>| ControlFlow::Continue(());
     let full = [prefix.as_slice(), &tokens(engine, 1, NEW)].concat();
     generator.generate(&full, Some(&cache), &one, go_on)?;
     let mut kept = engine.kv(PREFIX + NEW)?;

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvkeep::{CacheConfig, KvCache};
-use kvkeep_engine::{Engine, GenerateOptions, Generation, Generator};
+use kvkeep_engine::{Engine, GenerateOptions, Generation, Generator, Step};
 
 use crate::cli::{ANSWERS_DIFFER, DemoCommand, DemoOptions, Which};
 use crate::stats::{float, ratio};
@@ -150,7 +150,7 @@ impl Lab<'_> {
 
 fn warm_up(generator: &mut Generator) -> Result<()> {
     let tokens: Vec<u32> = (0..WARM_UP_TOKENS).collect();
-    generator.generate(&tokens, None, &GenerateOptions::greedy(4), &mut |_, _| ControlFlow::Continue(()))?;
+    generator.generate(&tokens, None, &GenerateOptions::greedy(4), &mut |_| ControlFlow::Continue(()))?;
     Ok(())
 }
 
@@ -165,7 +165,7 @@ struct Client<'a> {
 
 impl Client<'_> {
     fn send(&mut self, prompt: &[u32]) -> Result<&Answer> {
-        let go_on = &mut |_: u32, _: &str| ControlFlow::Continue(());
+        let go_on = &mut |_: Step<'_>| ControlFlow::Continue(());
         let Generation { ttft, prompt_tokens, cached_tokens, tokens, text, .. } =
             self.generator.generate(prompt, self.cache, &self.options, go_on)?;
         self.answers.push(Answer { ttft, prompt_tokens, cached_tokens, tokens, text });

@@ -147,7 +147,7 @@ fn answer(salt: &str, dir: &Path, restart: &RestartOptions, options: &DemoOption
     let bar = ProgressBar::new_spinner().with_message(format!("a prompt of {} tokens", prompt.len()));
     bar.enable_steady_tick(Duration::from_millis(100));
     let wanted = GenerateOptions::greedy(options.max_tokens.into());
-    let given = generator.generate(&prompt, Some(&cache), &wanted, &mut |_, _| ControlFlow::Continue(()))?;
+    let given = generator.generate(&prompt, Some(&cache), &wanted, &mut |_| ControlFlow::Continue(()))?;
     bar.set_message("flushing");
     let begin = Instant::now();
     cache.flush()?;

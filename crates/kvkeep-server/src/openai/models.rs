@@ -1,7 +1,7 @@
 //! `/v1/models`: the one model that is served.
 
 use axum::Json;
-use axum::extract::State;
+use axum::extract::{Path, State};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -24,12 +24,43 @@ pub(super) struct Model {
     owned_by: &'static str,
 }
 
+impl Model {
+    fn served(state: &AppState) -> Self {
+        Self { id: state.shared.model.clone(), object: "model", created: 0, owned_by: "kvkeep" }
+    }
+}
+
 /// The models that can be asked: one.
 #[utoipa::path(get, path = "/v1/models", tag = "openai", responses(
     (status = 200, body = Models),
     (status = 401, body = ErrorBody),
 ))]
-pub(super) async fn list(_: Tenant, State(state): State<AppState>) -> Result<Json<Models>, ApiError> {
-    let id = state.shared.engine.model_name().to_owned();
-    Ok(Json(Models { object: "list", data: vec![Model { id, object: "model", created: 0, owned_by: "kvkeep" }] }))
+pub(super) async fn list(_: Tenant, State(state): State<AppState>) -> Json<Models> {
+    Json(Models { object: "list", data: vec![Model::served(&state)] })
+}
+
+/// One model.
+#[utoipa::path(get, path = "/v1/models/{id}", tag = "openai", responses(
+    (status = 200, body = Model),
+    (status = 401, body = ErrorBody),
+    (status = 404, body = ErrorBody),
+))]
+pub(super) async fn get(
+    _: Tenant,
+    State(state): State<AppState>,
+    Path(id): Path<String>,
+) -> Result<Json<Model>, ApiError> {
+    check(Some(&id), &state)?;
+    Ok(Json(Model::served(&state)))
+}
+
+/// Is this the model that is served? Whoever names none means it.
+pub(super) fn check(asked: Option<&str>, state: &AppState) -> Result<(), ApiError> {
+    let has = &state.shared.model;
+    match asked {
+        Some(asked) if asked != has => {
+            Err(ApiError::NoSuchModel { asked: asked.chars().take(100).collect(), has: has.clone() })
+        }
+        _ => Ok(()),
+    }
 }

@@ -1,0 +1,147 @@
+//! `POST /v1/completions`.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::response::Response;
+use kvkeep_engine::{Engine, GenerateOptions};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::answer::{Answer, Shape, answer};
+use super::models;
+use super::params::{Sampling, StreamOptions, Texts, absent, max_tokens, salt, stops};
+use super::prompt::{self, Prompt};
+use crate::auth::Tenant;
+use crate::error::{ApiError, ErrorBody};
+use crate::extract::JsonBody;
+use crate::scheduler::{Arrived, Job, Piece};
+use crate::served::Endpoint;
+use crate::state::AppState;
+
+/// As OpenAI has it.
+const MAX_TOKENS: u64 = 16;
+
+#[derive(Debug, Deserialize, ToSchema)]
+pub(super) struct CompletionRequest {
+    model: Option<String>,
+    prompt: Prompt,
+    stream: Option<bool>,
+    stream_options: Option<StreamOptions>,
+    /// The most tokens to answer with; 16 if it is not given.
+    max_tokens: Option<u64>,
+    temperature: Option<f64>,
+    top_p: Option<f64>,
+    /// Equal seeds give equal answers.
+    seed: Option<i64>,
+    stop: Option<Texts>,
+    /// 1: one answer.
+    n: Option<u64>,
+    /// 1: one answer.
+    best_of: Option<u64>,
+    /// 0: not supported.
+    presence_penalty: Option<f64>,
+    /// 0: not supported.
+    frequency_penalty: Option<f64>,
+    /// Only those who send the same salt share cached prefixes.
+    cache_salt: Option<String>,
+    #[schema(ignore)]
+    logprobs: Option<u64>,
+    #[schema(ignore)]
+    echo: Option<bool>,
+    #[schema(ignore)]
+    suffix: Option<String>,
+    #[schema(ignore)]
+    logit_bias: Option<serde_json::Map<String, Value>>,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct TextChoice {
+    index: u32,
+    text: String,
+    logprobs: Option<Value>,
+    finish_reason: Option<&'static str>,
+}
+
+struct Text;
+
+/// Goes on with a text.
+#[utoipa::path(post, path = "/v1/completions", tag = "openai", request_body = CompletionRequest, responses(
+    (status = 200, body = Answer<TextChoice>, description = "With `stream`, server-sent events of the same shape."),
+    (status = 400, body = ErrorBody),
+    (status = 401, body = ErrorBody),
+    (status = 429, body = ErrorBody),
+))]
+pub(super) async fn create(
+    tenant: Tenant,
+    State(state): State<AppState>,
+    JsonBody(request): JsonBody<CompletionRequest>,
+) -> Result<Response, ApiError> {
+    let arrived = Arrived::now();
+    models::check(request.model.as_deref(), &state)?;
+    request.check()?;
+    salt(request.cache_salt.as_ref())?;
+    let sampler = request.sampling().sampler()?;
+    let prompt = prompt::of_completion(&state, request.prompt).await?;
+    let room = prompt::room(&state, prompt.len(), "prompt")?;
+    let max_tokens = max_tokens(request.max_tokens.or(Some(MAX_TOKENS)), "max_tokens", room)?;
+    let job = Job {
+        id: format!("cmpl-{}", Uuid::new_v4().simple()),
+        endpoint: Endpoint::Completion,
+        namespace: tenant.namespace(&state.shared.namespace, request.cache_salt.as_deref()),
+        tenant,
+        prompt: Arc::from(prompt),
+        options: GenerateOptions::greedy(max_tokens).sampler(sampler),
+        stop: stops(request.stop)?,
+        top_logprobs: None,
+        arrived,
+    };
+    let stream = request.stream.unwrap_or_default().then(|| request.stream_options.unwrap_or_default());
+    answer(state, job, Text, stream).await
+}
+
+impl CompletionRequest {
+    fn sampling(&self) -> Sampling {
+        Sampling {
+            temperature: self.temperature,
+            top_p: self.top_p,
+            seed: self.seed,
+            presence_penalty: self.presence_penalty,
+            frequency_penalty: self.frequency_penalty,
+            n: self.n,
+        }
+    }
+
+    fn check(&self) -> Result<(), ApiError> {
+        absent("best_of", self.best_of.is_some_and(|best_of| best_of != 1))?;
+        absent("echo", self.echo.unwrap_or_default())?;
+        absent("suffix", self.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()))?;
+        absent("logprobs", self.logprobs.is_some())?;
+        absent("logit_bias", self.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()))
+    }
+}
+
+impl Shape for Text {
+    type Whole = TextChoice;
+    type Part = TextChoice;
+    const WHOLE: &str = "text_completion";
+    const PART: &str = "text_completion";
+
+    fn begin(&self) -> Option<TextChoice> {
+        None
+    }
+
+    fn part(&self, piece: Piece, _: &Engine) -> TextChoice {
+        TextChoice { index: 0, text: piece.text, logprobs: None, finish_reason: None }
+    }
+
+    fn end(&self, reason: &'static str) -> TextChoice {
+        TextChoice { index: 0, text: String::new(), logprobs: None, finish_reason: Some(reason) }
+    }
+
+    fn whole(&self, all: Piece, reason: &'static str, _: &Engine) -> TextChoice {
+        TextChoice { index: 0, text: all.text, logprobs: None, finish_reason: Some(reason) }
+    }
+}

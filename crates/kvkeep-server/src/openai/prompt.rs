@@ -1,0 +1,87 @@
+//! Requests to tokens, on threads that may block: a long prompt takes a while to cut up.
+
+use kvkeep_engine::{ChatMessage, Engine, EngineError};
+use serde::Deserialize;
+use utoipa::ToSchema;
+
+use super::chat::Message;
+use crate::error::ApiError;
+use crate::state::AppState;
+
+/// A prompt of `/v1/completions`.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(untagged, expecting = "expected a string, an array of one string, or an array of token ids")]
+pub(super) enum Prompt {
+    Text(String),
+    Texts(Vec<String>),
+    Tokens(Vec<u32>),
+    Lists(Vec<Vec<u32>>),
+}
+
+/// A chat's tokens, up to where the answer begins.
+pub(crate) async fn of_chat(state: &AppState, messages: Vec<Message>) -> Result<Vec<u32>, ApiError> {
+    if messages.is_empty() {
+        return Err(ApiError::invalid("messages", "messages needs at least one message"));
+    }
+    let messages: Vec<ChatMessage> = messages.into_iter().map(Message::read).collect::<Result<_, _>>()?;
+    bounded(state, messages.iter().map(|message| message.content.len()).sum(), "messages")?;
+    blocking(state, move |engine| engine.chat_tokens(&messages, true)).await
+}
+
+/// A plain prompt's tokens.
+pub(super) async fn of_completion(state: &AppState, prompt: Prompt) -> Result<Vec<u32>, ApiError> {
+    let one = || ApiError::invalid("prompt", "one prompt at a time: send a request for each");
+    match prompt {
+        Prompt::Text(text) => of_text(state, text).await,
+        Prompt::Texts(texts) => match <[String; 1]>::try_from(texts) {
+            Ok([text]) => of_text(state, text).await,
+            Err(_) => Err(one()),
+        },
+        Prompt::Tokens(tokens) => Ok(tokens),
+        Prompt::Lists(lists) => <[Vec<u32>; 1]>::try_from(lists).map(|[tokens]| tokens).map_err(|_| one()),
+    }
+}
+
+/// A text's tokens, behind the token that the model expects before one.
+pub(crate) async fn of_text(state: &AppState, text: String) -> Result<Vec<u32>, ApiError> {
+    bounded(state, text.len(), "prompt")?;
+    blocking(state, move |engine| {
+        let mut tokens: Vec<u32> = engine.tokenizer().bos().into_iter().collect();
+        tokens.extend(engine.tokenizer().encode(&text, false)?);
+        Ok(tokens)
+    })
+    .await
+}
+
+/// How many tokens of an answer fit behind a prompt.
+pub(crate) fn room(state: &AppState, prompt_tokens: usize, param: &'static str) -> Result<usize, ApiError> {
+    let context_tokens = state.shared.config.context_tokens;
+    // The last token of an answer takes no room: its KV is never computed.
+    match (context_tokens + 1).checked_sub(prompt_tokens) {
+        Some(1..) if prompt_tokens == 0 => {
+            Err(ApiError::invalid(param, "the prompt is empty: it needs at least one token"))
+        }
+        Some(room @ 1..) => Ok(room),
+        _ => Err(ApiError::TooLong { prompt: format!("{prompt_tokens} tokens"), context_tokens, param }),
+    }
+}
+
+/// Refuses what cannot fit, whatever its tokens are, before it is cut up.
+fn bounded(state: &AppState, bytes: usize, param: &'static str) -> Result<(), ApiError> {
+    let context_tokens = state.shared.config.context_tokens;
+    if bytes > context_tokens.saturating_mul(state.shared.engine.tokenizer().longest_bytes()) {
+        return Err(ApiError::TooLong { prompt: format!("{bytes} bytes"), context_tokens, param });
+    }
+    Ok(())
+}
+
+async fn blocking(
+    state: &AppState,
+    work: impl FnOnce(&Engine) -> Result<Vec<u32>, EngineError> + Send + 'static,
+) -> Result<Vec<u32>, ApiError> {
+    let engine = state.shared.engine.clone();
+    match tokio::task::spawn_blocking(move || work(&engine)).await {
+        Ok(tokens) => Ok(tokens?),
+        Err(error) => Err(ApiError::Internal(error.to_string())),
+    }
+}

@@ -58,6 +58,16 @@ impl ApiKeys {
         Ok(Self { keys: keys.into() })
     }
 
+    /// The tenant of this name, if there is a key for it.
+    pub(crate) fn named(&self, name: &str) -> Option<Tenant> {
+        self.tenants().find(|tenant| tenant.name() == Some(name)).cloned()
+    }
+
+    /// Whoever has a key; somebody with two keys comes twice.
+    pub(crate) fn tenants(&self) -> impl Iterator<Item = &Tenant> {
+        self.keys.iter().map(|(_, tenant)| tenant)
+    }
+
     /// Whom the key in these headers belongs to. Every key is compared, in constant time.
     pub(crate) fn tenant(&self, headers: &HeaderMap) -> Result<Tenant, ApiError> {
         let given = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());

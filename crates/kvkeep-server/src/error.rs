@@ -69,6 +69,9 @@ pub(crate) enum ApiError {
     MediaType,
     #[error("the body did not come in time: the whole of it must be here within {limit_s} s")]
     SlowBody { limit_s: u64 },
+    /// What the cache is like now does not allow it.
+    #[error("{0}")]
+    Conflict(String),
     #[error("{0} is not supported by this server")]
     NotSupported(&'static str),
     #[error("too many requests are waiting: try again in {retry_after_s} s")]
@@ -118,6 +121,7 @@ impl ApiError {
             Self::TooLarge { .. } => (StatusCode::PAYLOAD_TOO_LARGE, INVALID, Some("body_too_large")),
             Self::MediaType => (StatusCode::UNSUPPORTED_MEDIA_TYPE, INVALID, Some("unsupported_media_type")),
             Self::SlowBody { .. } => (StatusCode::REQUEST_TIMEOUT, INVALID, Some("slow_body")),
+            Self::Conflict(_) => (StatusCode::CONFLICT, INVALID, Some("conflict")),
             Self::NotSupported(_) => (StatusCode::NOT_IMPLEMENTED, INVALID, Some("not_supported")),
             Self::Busy { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("queue_full")),
             Self::Timeout => (StatusCode::GATEWAY_TIMEOUT, "server_error", Some("timeout")),

@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use kvkeep::Namespace;
+use kvkeep::{BlockHash, Namespace};
 
 use crate::auth::Tenant;
 
@@ -34,13 +34,6 @@ pub(crate) struct Served {
     pub(crate) outcome: Outcome,
 }
 
-impl Served {
-    /// Why an answer ended, as OpenAI's API says it.
-    pub(crate) fn finish_reason(&self) -> &'static str {
-        if self.outcome == Outcome::Length { "length" } else { "stop" }
-    }
-}
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Endpoint {
     Chat,
@@ -60,4 +53,94 @@ pub(crate) enum Outcome {
     TimedOut,
     /// The server could not answer.
     Failed,
+}
+
+impl Served {
+    /// Tokens of the prompt that were computed: none if it did not come to that.
+    pub(crate) fn computed_tokens(&self) -> usize {
+        let cached = self.ram_tokens + self.disk_tokens;
+        if self.was_read() { self.prompt.len().saturating_sub(cached) } else { 0 }
+    }
+
+    /// What the cache can hold of the prompt: its last token is always computed.
+    pub(crate) fn reusable(&self) -> &[u32] {
+        self.prompt.split_last().map_or(&[], |(_, reusable)| reusable)
+    }
+
+    /// Names that in the tree of prefixes, if it has a full block.
+    pub(crate) fn prefix(&self) -> Option<BlockHash> {
+        self.namespace.block_hashes(self.reusable()).ok()?.pop()
+    }
+
+    /// Has the model read the prompt?
+    pub(crate) fn was_read(&self) -> bool {
+        self.ttft.is_some() || !self.prefill.is_zero()
+    }
+
+    /// Why an answer ended, as OpenAI's API says it.
+    pub(crate) fn finish_reason(&self) -> &'static str {
+        if self.outcome == Outcome::Length { "length" } else { "stop" }
+    }
+}
+
+impl Endpoint {
+    pub(crate) const ALL: [Self; 3] = [Self::Chat, Self::Completion, Self::Warm];
+
+    /// What it is called in answers and metrics.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Chat => "chat",
+            Self::Completion => "completion",
+            Self::Warm => "warm",
+        }
+    }
+}
+
+impl Outcome {
+    pub(crate) const ALL: [Self; 5] = [Self::Stop, Self::Length, Self::Cancelled, Self::TimedOut, Self::Failed];
+
+    /// What it is called in answers and metrics.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Stop => "stop",
+            Self::Length => "length",
+            Self::Cancelled => "cancelled",
+            Self::TimedOut => "timed_out",
+            Self::Failed => "failed",
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+
+    /// An answer to a prompt of so many tokens, of which so many were cached.
+    pub(crate) fn served(prompt_tokens: u32, ram_tokens: usize, disk_tokens: usize) -> Served {
+        let layout = kvkeep::KvLayout::new(1, 1, 8, kvkeep::DType::F16).unwrap();
+        Served {
+            id: "chatcmpl-1".to_owned(),
+            endpoint: Endpoint::Chat,
+            tenant: Tenant::OPERATOR,
+            namespace: Namespace::new("m", layout),
+            arrived: SystemTime::now(),
+            prompt: (0..prompt_tokens).collect(),
+            ram_tokens,
+            disk_tokens,
+            completion_tokens: 3,
+            queued: Duration::from_millis(2),
+            ttft: Some(Duration::from_millis(20)),
+            prefill: Duration::from_millis(10),
+            total: Duration::from_millis(50),
+            outcome: Outcome::Stop,
+        }
+    }
+
+    #[test]
+    fn what_was_not_read_was_not_computed() {
+        assert_eq!(served(32, 16, 5).computed_tokens(), 11);
+        assert_eq!(Served { ttft: None, ..served(32, 16, 5) }.computed_tokens(), 11);
+        let queued = Served { ttft: None, prefill: Duration::ZERO, ..served(32, 0, 0) };
+        assert_eq!((queued.computed_tokens(), queued.was_read()), (0, false));
+    }
 }

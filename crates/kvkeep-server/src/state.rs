@@ -11,6 +11,7 @@ use kvkeep_engine::Engine;
 use crate::auth::Tenant;
 use crate::config::ServerConfig;
 use crate::error::{ApiError, ServerError};
+use crate::observed::Observed;
 use crate::scheduler::Scheduler;
 use crate::served::Served;
 
@@ -28,6 +29,7 @@ pub(crate) struct Shared {
     /// Without a tenant.
     pub(crate) namespace: Namespace,
     pub(crate) started: Instant,
+    pub(crate) observed: Observed,
     pub(crate) scheduler: Scheduler,
     /// What the model is called here.
     pub(crate) model: String,
@@ -37,12 +39,13 @@ impl AppState {
     pub(crate) fn new(engine: Engine, cache: KvCache, config: ServerConfig) -> Result<Self, ServerError> {
         let namespace = engine.namespace(config.block_tokens)?;
         let model = config.model_name.clone().unwrap_or_else(|| engine.model_name().to_owned());
-        let (started, scheduler) = (Instant::now(), Scheduler::default());
-        Ok(Self { shared: Arc::new(Shared { engine, cache, config, namespace, started, scheduler, model }) })
+        let (started, observed, scheduler) = (Instant::now(), Observed::default(), Scheduler::default());
+        Ok(Self { shared: Arc::new(Shared { engine, cache, config, namespace, started, observed, scheduler, model }) })
     }
 
     /// A request has ended. Everything that is counted or listed comes from here.
     pub(crate) fn observe(&self, served: Served) {
+        self.shared.observed.observe(&served);
         let ms = |time: Duration| time.as_millis();
         tracing::info!(
             id = served.id,

@@ -18,9 +18,9 @@ pub enum Error {
     /// A layout with a zero or absurd dimension.
     #[error("invalid KV layout: {0}")]
     Layout(String),
-    /// Text that is not the id of a namespace.
-    #[error("{0:?} is not the id of a namespace: give its 64 hexadecimal digits")]
-    NamespaceId(String),
+    /// Text that is not the id of a namespace or the hash of a block.
+    #[error("{0:?} is no id: give its 64 hexadecimal digits")]
+    BadId(String),
     /// No tokens were given.
     #[error("no tokens given: pass the token ids of the prompt")]
     EmptyTokens,

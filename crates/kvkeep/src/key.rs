@@ -185,25 +185,6 @@ impl From<&Namespace> for NamespaceId {
     }
 }
 
-/// Reads what `Display` writes: 64 hexadecimal digits.
-impl FromStr for NamespaceId {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        let bad = || Error::NamespaceId(text.chars().take(80).collect());
-        let mut bytes = [0; 32];
-        if text.len() != 64 {
-            return Err(bad());
-        }
-        for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-            let digit = |at: usize| digits.get(at).and_then(|digit| char::from(*digit).to_digit(16));
-            let (high, low) = digit(0).zip(digit(1)).ok_or_else(bad)?;
-            *byte = u8::try_from(high * 16 + low).map_err(|_| bad())?;
-        }
-        Ok(Self(bytes))
-    }
-}
-
 impl BlockHash {
     /// The 32 bytes of the hash.
     #[must_use]
@@ -295,6 +276,15 @@ macro_rules! hex {
             }
         }
 
+        /// Reads what `Display` writes.
+        impl FromStr for $type {
+            type Err = Error;
+
+            fn from_str(text: &str) -> Result<Self> {
+                from_hex(text).map(Self).ok_or_else(|| Error::BadId(text.chars().take(80).collect()))
+            }
+        }
+
         impl fmt::Debug for $type {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
                 write!(f, concat!(stringify!($type), "({})"), self)
@@ -304,6 +294,19 @@ macro_rules! hex {
 }
 
 hex!(NamespaceId, BlockHash);
+
+/// 32 bytes from 64 hexadecimal digits.
+fn from_hex(text: &str) -> Option<[u8; 32]> {
+    let mut bytes = [0; 32];
+    if text.len() != 64 {
+        return None;
+    }
+    for (byte, digits) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
+        let digit = |at: usize| char::from(*digits.get(at)?).to_digit(16);
+        *byte = u8::try_from(digit(0)? * 16 + digit(1)?).ok()?;
+    }
+    Some(bytes)
+}
 
 #[cfg(test)]
 mod tests {
@@ -337,9 +340,11 @@ mod tests {
     }
 
     #[test]
-    fn a_namespaces_id_is_read_back_from_its_hexadecimal_digits_and_nothing_else_is() {
+    fn ids_are_read_back_from_their_hexadecimal_digits_and_nothing_else_is() {
         let id = namespace().id();
         assert_eq!(id.to_string().parse::<NamespaceId>().unwrap(), id);
+        let hash = namespace().block_hashes(&[1, 2, 3, 4]).unwrap()[0];
+        assert_eq!(hash.to_string().parse::<BlockHash>().unwrap(), hash);
         assert_eq!(id.to_string().to_uppercase().parse::<NamespaceId>().unwrap(), id);
         for wrong in ["", "ab", &"g".repeat(64), &"ä".repeat(32), &format!("+{}", "0".repeat(63))] {
             let error = wrong.parse::<NamespaceId>().unwrap_err();

@@ -84,6 +84,8 @@ pub struct DiskStats {
     pub timeouts_total: u64,
     /// Tokens on the disk that were not loaded because computing them again is faster.
     pub not_worth_tokens_total: u64,
+    /// Is what lies there encrypted?
+    pub encrypted: bool,
     /// Is the disk failing right now? Then it is tried again, ever more seldom.
     pub failing: bool,
     /// Files in the directory that are not ours. They are left alone.

@@ -9,11 +9,14 @@ mod chat;
 mod completion;
 mod models;
 mod params;
-mod prompt;
+pub(crate) mod prompt;
 
 use axum::routing::post;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
+
+pub(crate) use chat::Message;
+pub(crate) use params::salt;
 
 use crate::auth::Tenant;
 use crate::error::ApiError;

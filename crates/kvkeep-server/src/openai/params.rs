@@ -93,7 +93,7 @@ pub(super) fn max_tokens(asked: Option<u64>, name: &'static str, room: usize) ->
     }
 }
 
-pub(super) fn salt(salt: Option<&String>) -> Result<(), ApiError> {
+pub(crate) fn salt(salt: Option<&String>) -> Result<(), ApiError> {
     match salt {
         Some(salt) if salt.len() > TEXT_BYTES => {
             Err(ApiError::invalid("cache_salt", "cache_salt may have at most 256 bytes"))

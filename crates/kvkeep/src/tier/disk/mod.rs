@@ -391,6 +391,7 @@ impl Disk {
             entries: state.index.len() as u64,
             index_bytes: state.index.memory_bytes() as u64,
             queued_bytes: state.queue.bytes,
+            encrypted: self.cipher.is_some(),
             failing: state.writes.is_failing() || state.reads.is_failing() || state.hangs(),
             ..state.counters
         }

@@ -1,0 +1,283 @@
+//! Figures for Prometheus, in OpenMetrics' text format.
+//!
+//! What requests did is counted here as they end. What the cache and the queue are like is asked
+//! for when somebody scrapes: a figure kept twice would be two figures.
+
+use std::fmt;
+use std::sync::atomic::AtomicU64;
+use std::time::Duration;
+
+use kvkeep::Stats;
+use prometheus_client::encoding::text::encode;
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::Histogram;
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::Registry;
+
+use crate::recent::is_warm;
+use crate::served::{Endpoint, Outcome, Served};
+
+pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// From a hit in RAM on a GPU to a long prompt on a CPU.
+const TTFT_SECONDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
+const QUEUE_SECONDS: [f64; 11] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0];
+
+type Label = (&'static str, &'static str);
+type Counters<const N: usize> = Family<[Label; N], Counter>;
+
+/// What requests did since the start.
+#[derive(Debug, Clone)]
+pub(crate) struct Metrics {
+    prompt_tokens: Counters<1>,
+    completion_tokens: Counter,
+    requests: Counters<2>,
+    ttft: Family<[Label; 1], Histogram>,
+    queue_time: Histogram,
+}
+
+/// Tokens of prompts, by what gave their KV.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct TokenTotals {
+    pub(crate) ram: u64,
+    pub(crate) disk: u64,
+    pub(crate) computed: u64,
+}
+
+/// What the server is like when somebody scrapes.
+#[derive(Debug, Clone)]
+pub(crate) struct Now<'a> {
+    pub(crate) model: &'a str,
+    pub(crate) uptime: Duration,
+    pub(crate) stats: Stats,
+    pub(crate) running: usize,
+    pub(crate) waiting: usize,
+    pub(crate) parallel: usize,
+    pub(crate) queue: usize,
+    pub(crate) rejected: u64,
+    pub(crate) pinned_tokens: usize,
+}
+
+impl TokenTotals {
+    pub(crate) fn requested(&self) -> u64 {
+        self.ram + self.disk + self.computed
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        let metrics = Self {
+            prompt_tokens: Family::default(),
+            completion_tokens: Counter::default(),
+            requests: Family::default(),
+            ttft: Family::new_with_constructor(|| Histogram::new(TTFT_SECONDS)),
+            queue_time: Histogram::new(QUEUE_SECONDS),
+        };
+        // All series are there from the start: a rate needs a first value.
+        for tier in ["ram", "disk", "computed"] {
+            drop(metrics.prompt_tokens.get_or_create(&[("tier", tier)]));
+        }
+        for (endpoint, outcome) in pairs() {
+            drop(metrics.requests.get_or_create(&request_labels(endpoint, outcome)));
+        }
+        for warm in [false, true] {
+            drop(metrics.ttft.get_or_create(&prompt_label(warm)));
+        }
+        metrics
+    }
+}
+
+impl Metrics {
+    /// Counts a request that has ended.
+    pub(crate) fn observe(&self, served: &Served) {
+        let tokens = [("ram", served.ram_tokens), ("disk", served.disk_tokens), ("computed", served.computed_tokens())];
+        for (tier, tokens) in tokens {
+            self.prompt_tokens.get_or_create(&[("tier", tier)]).inc_by(tokens as u64);
+        }
+        self.completion_tokens.inc_by(served.completion_tokens as u64);
+        self.requests.get_or_create(&request_labels(served.endpoint, served.outcome)).inc();
+        self.queue_time.observe(served.queued.as_secs_f64());
+        if let Some(ttft) = served.ttft.filter(|_| served.endpoint != Endpoint::Warm) {
+            let warm = is_warm(served.ram_tokens + served.disk_tokens, served.prompt.len());
+            self.ttft.get_or_create(&prompt_label(warm)).observe(ttft.as_secs_f64());
+        }
+    }
+
+    pub(crate) fn tokens(&self) -> TokenTotals {
+        let of = |tier| self.prompt_tokens.get_or_create(&[("tier", tier)]).get();
+        TokenTotals { ram: of("ram"), disk: of("disk"), computed: of("computed") }
+    }
+
+    /// Requests that ended in one of these ways.
+    pub(crate) fn requests(&self, outcomes: &[Outcome]) -> u64 {
+        let counted = pairs().filter(|(_, outcome)| outcomes.contains(outcome));
+        counted.map(|(endpoint, outcome)| self.requests.get_or_create(&request_labels(endpoint, outcome)).get()).sum()
+    }
+
+    /// The page that Prometheus reads.
+    pub(crate) fn text(&self, now: &Now<'_>) -> Result<String, fmt::Error> {
+        let mut registry = Registry::with_prefix("kvkeep");
+        self.register(&mut registry);
+        let mut page = Page(&mut registry);
+        page.server(now);
+        page.ram(&now.stats);
+        page.disk(&now.stats);
+        let mut text = String::new();
+        encode(&mut text, &registry)?;
+        Ok(text)
+    }
+
+    fn register(&self, registry: &mut Registry) {
+        let Self { prompt_tokens, completion_tokens, requests, ttft, queue_time } = self.clone();
+        registry.register(
+            "prompt_tokens",
+            "Tokens of prompts by what gave their KV: ram, disk, or computed",
+            prompt_tokens,
+        );
+        registry.register("completion_tokens", "Tokens answered", completion_tokens);
+        registry.register("requests", "Requests that ended, by endpoint and outcome", requests);
+        registry.register(
+            "time_to_first_token_seconds",
+            "From a request's arrival to its first token; warm: at least half of its prompt was cached",
+            ttft,
+        );
+        registry.register("queue_time_seconds", "From a request's arrival until a thread took it", queue_time);
+    }
+}
+
+/// Figures as of now.
+struct Page<'a>(&'a mut Registry);
+
+impl Page<'_> {
+    fn server(&mut self, now: &Now<'_>) {
+        let build = Info::new([("version", env!("CARGO_PKG_VERSION").to_owned()), ("model", now.model.to_owned())]);
+        self.0.register("build", "The server's version and its model", build);
+        let uptime = Gauge::<f64, AtomicU64>::default();
+        uptime.set(now.uptime.as_secs_f64());
+        self.0.register("uptime_seconds", "Time since the server's start", uptime);
+        self.gauge("requests_running", "Requests that are answered now", now.running as u64);
+        self.gauge("requests_waiting", "Requests in the queue", now.waiting as u64);
+        self.gauge("requests_parallel", "Requests that can be answered at once", now.parallel as u64);
+        self.gauge("queue_capacity", "Requests that the queue takes", now.queue as u64);
+        self.counter("requests_rejected", "Requests sent away because the queue was full", now.rejected);
+        let saved = Counter::<f64, AtomicU64>::default();
+        saved.inc_by(now.stats.time_saved.as_secs_f64());
+        self.0.register("prefill_saved_seconds", "Time that computing what was cached took when it was stored", saved);
+        self.gauge("pinned_tokens", "Tokens of prefixes that an operator has pinned", now.pinned_tokens as u64);
+    }
+
+    fn ram(&mut self, stats: &Stats) {
+        self.gauge("ram_used_bytes", "RAM in use, in whole pages", stats.used_bytes);
+        self.gauge("ram_held_bytes", "RAM in use that cannot be evicted now", stats.held_bytes);
+        self.gauge("ram_capacity_bytes", "The cap of the RAM tier", stats.capacity_bytes);
+        self.gauge("ram_entries", "Blocks in RAM", stats.entries);
+        self.counter("ram_evictions", "Blocks evicted from RAM", stats.evictions);
+        self.counter("ram_rejections", "Stores refused: too large, or everything pinned", stats.rejections);
+    }
+
+    /// Without a disk tier there is nothing of this.
+    fn disk(&mut self, stats: &Stats) {
+        let Some(disk) = stats.disk else { return };
+        self.gauge("disk_used_bytes", "Disk in use", disk.used_bytes);
+        self.gauge("disk_capacity_bytes", "The cap of the disk tier", disk.capacity_bytes);
+        self.gauge("disk_entries", "Blocks on the disk", disk.entries);
+        self.counter("disk_evictions", "Blocks that went with their segment", disk.evictions);
+        self.gauge("disk_queued_bytes", "Bytes that wait to be written", disk.queued_bytes);
+        self.counter("disk_dropped", "Blocks not written: the queue was full, or the disk failed", disk.dropped_total);
+        self.counter("disk_written_bytes", "Bytes of blocks written", disk.written_bytes_total);
+        self.counter("disk_read_bytes", "Bytes of blocks read", disk.read_bytes_total);
+        self.gauge("disk_failing", "1 while the disk fails and is tried again ever more seldom", disk.failing.into());
+        let errors = Counters::<1>::default();
+        let kinds = [
+            ("read", disk.read_errors_total),
+            ("write", disk.write_errors_total),
+            ("timeout", disk.timeouts_total),
+            ("damaged", disk.damaged_total),
+        ];
+        for (kind, count) in kinds {
+            errors.get_or_create(&[("kind", kind)]).inc_by(count);
+        }
+        self.0.register("disk_errors", "Reads and writes that failed or took too long, and records damaged", errors);
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: u64) {
+        let gauge = Gauge::<u64, AtomicU64>::default();
+        gauge.set(value);
+        self.0.register(name, help, gauge);
+    }
+
+    fn counter(&mut self, name: &str, help: &str, value: u64) {
+        let counter = Counter::<u64, AtomicU64>::default();
+        counter.inc_by(value);
+        self.0.register(name, help, counter);
+    }
+}
+
+fn pairs() -> impl Iterator<Item = (Endpoint, Outcome)> {
+    Endpoint::ALL.into_iter().flat_map(|endpoint| Outcome::ALL.map(|outcome| (endpoint, outcome)))
+}
+
+fn request_labels(endpoint: Endpoint, outcome: Outcome) -> [Label; 2] {
+    [("endpoint", endpoint.name()), ("outcome", outcome.name())]
+}
+
+fn prompt_label(warm: bool) -> [Label; 1] {
+    [("prompt", if warm { "warm" } else { "cold" })]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::served::tests::served;
+
+    fn now(stats: Stats) -> Now<'static> {
+        Now {
+            model: "m",
+            uptime: Duration::from_secs(7),
+            stats,
+            running: 1,
+            waiting: 2,
+            parallel: 3,
+            queue: 4,
+            rejected: 5,
+            pinned_tokens: 6,
+        }
+    }
+
+    #[test]
+    fn what_requests_did_is_on_the_page() {
+        let metrics = Metrics::default();
+        metrics.observe(&served(32, 16, 5));
+        metrics.observe(&Served { outcome: Outcome::Cancelled, ttft: None, ..served(32, 0, 0) });
+        let totals = metrics.tokens();
+        assert_eq!(totals, TokenTotals { ram: 16, disk: 5, computed: 11 + 32 });
+        assert_eq!(totals.requested(), 64);
+        assert_eq!(metrics.requests(&[Outcome::Stop, Outcome::Length]), 1);
+        assert_eq!(metrics.requests(&[Outcome::Cancelled]), 1);
+        let text = metrics.text(&now(Stats::default())).unwrap();
+        for line in [
+            "kvkeep_prompt_tokens_total{tier=\"ram\"} 16",
+            "kvkeep_prompt_tokens_total{tier=\"computed\"} 43",
+            "kvkeep_completion_tokens_total 6",
+            "kvkeep_requests_total{endpoint=\"chat\",outcome=\"stop\"} 1",
+            "kvkeep_requests_total{endpoint=\"warm\",outcome=\"failed\"} 0",
+            "kvkeep_time_to_first_token_seconds_count{prompt=\"warm\"} 1",
+            "kvkeep_time_to_first_token_seconds_count{prompt=\"cold\"} 0",
+            "kvkeep_queue_time_seconds_count 2",
+            "kvkeep_requests_rejected_total 5",
+            "kvkeep_uptime_seconds 7.0",
+            "# EOF",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        assert!(text.contains("kvkeep_build_info{version="), "{text}");
+    }
+
+    #[test]
+    fn without_a_disk_there_are_no_figures_of_one() {
+        let metrics = Metrics::default();
+        assert!(!metrics.text(&now(Stats::default())).unwrap().contains("kvkeep_disk"));
+    }
+}

@@ -1,0 +1,56 @@
+//! What is remembered of requests that have ended: figures, the last of them, which prefixes
+//! they had in common, and what of that is pinned.
+//!
+//! Each part has a lock of its own; none is held while another is taken, or while the cache is
+//! asked.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use crate::metrics::Metrics;
+use crate::pins::Pins;
+use crate::prefixes::{Limits, PrefixTree};
+use crate::recent::Recent;
+use crate::served::Served;
+
+#[derive(Debug)]
+pub(crate) struct Observed {
+    pub(crate) metrics: Metrics,
+    recent: Mutex<Recent>,
+    prefixes: Mutex<PrefixTree>,
+    pins: Mutex<Pins>,
+}
+
+impl Default for Observed {
+    fn default() -> Self {
+        Self {
+            metrics: Metrics::default(),
+            recent: Mutex::default(),
+            prefixes: Mutex::new(PrefixTree::new(Limits::default())),
+            pins: Mutex::default(),
+        }
+    }
+}
+
+impl Observed {
+    /// A request has ended.
+    pub(crate) fn observe(&self, served: &Served) {
+        self.metrics.observe(served);
+        self.recent().push(served);
+        if served.was_read() {
+            self.prefixes().insert(&served.namespace, &served.tenant, served.reusable(), Instant::now());
+        }
+    }
+
+    pub(crate) fn recent(&self) -> MutexGuard<'_, Recent> {
+        self.recent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn prefixes(&self) -> MutexGuard<'_, PrefixTree> {
+        self.prefixes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn pins(&self) -> MutexGuard<'_, Pins> {
+        self.pins.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

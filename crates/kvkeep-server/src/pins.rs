@@ -7,8 +7,8 @@ use std::collections::{HashMap, HashSet};
 
 use kvkeep::{BlockHash, Match, NamespaceId};
 
-/// Pins hold at most so many hundredths of RAM.
-const MAX_PERCENT: u64 = 50;
+/// Pins hold at most this part of RAM.
+const LIMIT_DIVISOR: u64 = 2;
 /// Memory comes in pages.
 const PAGE_BYTES: u64 = 4096;
 
@@ -39,7 +39,7 @@ impl Pins {
     pub(crate) fn pin(&mut self, id: BlockHash, held: Held, capacity_bytes: u64) -> Result<(), TooMuch> {
         let mut blocks: HashMap<BlockHash, u64> = self.blocks().map(|(hash, held)| (hash, held.page_bytes())).collect();
         blocks.extend(held.hashes.iter().map(|hash| (*hash, held.page_bytes())));
-        let (needed_bytes, limit_bytes) = (blocks.values().sum(), capacity_bytes / 100 * MAX_PERCENT);
+        let (needed_bytes, limit_bytes) = (blocks.values().sum(), capacity_bytes / LIMIT_DIVISOR);
         if needed_bytes > limit_bytes {
             return Err(TooMuch { needed_bytes, limit_bytes });
         }

@@ -4,11 +4,12 @@
 
 mod common;
 
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{Kv, assert_right, namespace, store};
-use kvkeep::{CacheConfig, Error, KvCache, StoreOptions};
+use kvkeep::{CacheConfig, DiskConfig, Error, KvCache, Namespace, StoreOptions, WritePolicy};
 use shuttle::thread;
 
 const ROUNDS: usize = 300;
@@ -78,4 +79,74 @@ fn single_flight_computes_once_also_when_the_first_leader_fails() {
         },
         ROUNDS,
     );
+}
+
+const PAGE: u64 = 4096;
+
+fn prompt(start: u32) -> Vec<u32> {
+    (start..start + 8).collect()
+}
+
+/// RAM for three blocks over a real directory. A thread that waits for a notification that never comes is found:
+/// under shuttle no wait runs out of time.
+fn open(home: &Path, write_policy: WritePolicy) -> KvCache {
+    let disk = DiskConfig::new(home, 1 << 20).write_policy(write_policy);
+    KvCache::new(CacheConfig::new(3 * PAGE).disk(disk)).unwrap()
+}
+
+/// The writer, the readers and four callers: two look up what comes from the disk, one stores and flushes, one
+/// removes what another looks up. Then the cache is closed and opened again.
+#[test]
+fn a_disk_behind_serves_right_bytes_brings_nothing_back_and_lets_everybody_end() {
+    let explore = |write_policy: WritePolicy| {
+        // In memory where there is such a place: syncs are not what is explored.
+        let home = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        let (cache, namespace) = (open(home.path(), write_policy), Arc::new(namespace("m")));
+        let (kept, removed, stored) = (prompt(0), prompt(100), prompt(200));
+        for tokens in [&kept, &removed] {
+            store(&cache, &namespace, tokens);
+            cache.flush().unwrap();
+        }
+        let run = |task: fn(&KvCache, &Namespace, &[u32]), tokens: &[u32]| {
+            let (cache, namespace, tokens) = (cache.clone(), Arc::clone(&namespace), tokens.to_vec());
+            thread::spawn(move || task(&cache, &namespace, &tokens))
+        };
+        let look = |cache: &KvCache, namespace: &Namespace, tokens: &[u32]| {
+            for _ in 0..2 {
+                assert_right(&cache.lookup(namespace, tokens).unwrap(), tokens);
+                assert!(cache.stats().used_bytes <= 3 * PAGE);
+            }
+        };
+        let threads = [
+            run(look, &kept),
+            run(look, &removed),
+            run(
+                |cache, namespace, tokens| {
+                    store(cache, namespace, tokens);
+                    cache.flush().unwrap();
+                    assert_right(&cache.lookup(namespace, tokens).unwrap(), tokens);
+                },
+                &stored,
+            ),
+            run(
+                |cache, namespace, tokens| {
+                    cache.remove(namespace, tokens).unwrap();
+                    assert!(cache.lookup(namespace, tokens).unwrap().is_empty());
+                },
+                &removed,
+            ),
+        ];
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        let found = |cache: &KvCache, tokens: &[u32]| {
+            let found = cache.lookup(&namespace, tokens).unwrap();
+            assert_right(&found, tokens);
+            found.cached_tokens()
+        };
+        assert_eq!((found(&cache, &kept), found(&cache, &removed)), (8, 0));
+        cache.close().unwrap();
+        let cache = open(home.path(), write_policy);
+        assert_eq!((found(&cache, &kept), found(&cache, &removed)), (8, 0));
+    };
+    shuttle::check_random(move || explore(WritePolicy::Through), ROUNDS);
+    shuttle::check_random(move || explore(WritePolicy::Back), ROUNDS);
 }

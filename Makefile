@@ -5,8 +5,10 @@ PYTHON ?= python3
 VENV = PYTHON="$(PYTHON)" bash tests/venv.sh
 # How long `make soak` goes on.
 MINUTES ?= 30
+# And `make fuzz`.
+SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-python crash-test test-integrations soak wheel bench bench-disk bench-foyer bench-python lint fmt clean
+.PHONY: help demo test test-rust test-python crash-test test-integrations soak fuzz wheel bench bench-disk bench-foyer bench-python lint fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -25,7 +27,8 @@ test-rust: ## The Rust tests (nextest where it is installed)
 	$(CARGO) test --locked --doc -p kvkeep
 	$(CARGO) test --locked -p kvkeep --features shuttle --test shuttle
 
-crash-test: ## Kill a writing process at random moments and check what it left (ROUNDS=200)
+crash-test: ## Cut the power at every operation, kill a writing process at random moments (ROUNDS=200), check what is left
+	KVKEEP_CUT_EVERYWHERE=1 $(CARGO) test --locked -p kvkeep --lib power_cut
 	KVKEEP_CRASH_ROUNDS=$(or $(ROUNDS),200) $(CARGO) test --locked -p kvkeep --test crash -- --nocapture
 
 test-python: wheel ## The Python tests that need numpy alone, and the wheel in an empty environment
@@ -38,6 +41,13 @@ test-integrations: wheel ## The slower end-to-end runs: the demos, the benchmark
 soak: ## MINUTES (30) of mixed load at twice the disk cap, watched from outside
 	$(CARGO) build --release --locked -p kvkeep --example soak
 	$(PYTHON) tests/soak.py $${CARGO_TARGET_DIR:-target}/release/examples/soak $$(( $(MINUTES) * 60 ))
+
+fuzz: ## SECONDS (60) of anything into the disk format's decoders; needs cargo-fuzz and a C++ compiler, no nightly
+	@if $(CARGO) fuzz --version >/dev/null 2>&1; then \
+		mkdir -p fuzz/corpus/format && cd fuzz && RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run format corpus/format \
+			../crates/kvkeep/tests/fixtures/disk-v1 ../crates/kvkeep/tests/fixtures/disk-v1-encrypted \
+			-- -max_total_time=$(SECONDS) -max_len=16384 -print_final_stats=1; \
+	else echo "skipped: cargo-fuzz is not installed (cargo install cargo-fuzz)"; fi
 
 bench: ## Benchmarks against memcpy and each other; figures go to docs/benchmarks.md
 	$(CARGO) bench --locked -p kvkeep --bench cache

@@ -404,8 +404,8 @@ fn scan(segment: &Segment, pages: u32) -> Records {
         let read = segment.file.read(&mut [head.bytes_mut()], offset(page));
         records.unreadable |= read.is_err();
         let header = read.ok().and_then(|()| segment.header_at(head.bytes(), page));
-        let Some((header, end)) = header.and_then(|header| header.meta.pages().map(|pages| (header, page + pages)))
-        else {
+        let end = |header: RecordHeader| page.checked_add(header.meta.pages()?).map(|end| (header, end));
+        let Some((header, end)) = header.and_then(end) else {
             gap = gap.or(Some(page));
             match search(segment, page + 1, pages, &mut records.unreadable) {
                 Some(next) => page = next,

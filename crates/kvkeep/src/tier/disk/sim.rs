@@ -30,6 +30,8 @@ struct Image {
     inodes: HashMap<u64, Inode>,
     last_inode: u64,
     operations: u64,
+    /// Those that made something durable.
+    syncs: Vec<u64>,
     cut_at: Option<u64>,
     space_bytes: Option<u64>,
     fail_reads: bool,
@@ -62,6 +64,11 @@ impl Sim {
 
     pub(crate) fn operations(&self) -> u64 {
         self.image().operations
+    }
+
+    /// The operations so far that made something durable.
+    pub(crate) fn syncs(&self) -> Vec<u64> {
+        self.image().syncs.clone()
     }
 
     pub(crate) fn space_bytes(&self, bytes: Option<u64>) {
@@ -274,6 +281,7 @@ impl Backend for Sim {
     fn sync_dir(&self) -> io::Result<()> {
         self.change(|image| {
             image.durable = image.live.clone();
+            image.syncs.push(image.operations);
             Ok(())
         })
     }
@@ -325,6 +333,7 @@ impl DiskFile for SimFile {
         self.0.change(|image| {
             let inode = image.inodes.get_mut(&self.1).unwrap();
             inode.durable = inode.live.clone();
+            image.syncs.push(image.operations);
             Ok(())
         })
     }

@@ -134,7 +134,7 @@ impl RecordMeta {
     /// Bytes of one piece as a power of two: the smallest with which the sums fit the page.
     pub(crate) fn piece_shift(&self, cipher: CipherKind) -> u8 {
         let most = (LIST_BYTES / sum_bytes(cipher)) as u64;
-        let padded = self.payload_bytes.next_multiple_of(PAGE_BYTES as u64);
+        let padded = self.payload_bytes.div_ceil(PAGE_BYTES as u64).saturating_mul(PAGE_BYTES as u64);
         (MIN_PIECE_SHIFT..63).find(|shift| padded.div_ceil(1 << shift) <= most).unwrap_or(63)
     }
 }

@@ -12,7 +12,7 @@ use crate::key::{NamespaceId, ObjectKey};
 const HEADER_MAGIC: &[u8; 8] = b"KVKSEGMT";
 const TRAILER_MAGIC: &[u8; 8] = b"KVKTRAIL";
 /// One line of the index.
-const INDEX_ENTRY_BYTES: usize = 128;
+pub(super) const INDEX_ENTRY_BYTES: usize = 128;
 
 /// The first page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

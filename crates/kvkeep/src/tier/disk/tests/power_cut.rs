@@ -1,4 +1,7 @@
-//! The power is cut at every operation: what was flushed is there, nothing torn is visible.
+//! The power is cut: what was flushed is there, nothing torn is visible.
+//!
+//! Cuts are made at every operation of one workload, and at and behind every sync of those that encrypt or evict, where
+//! what is durable changes. With `KVKEEP_CUT_EVERYWHERE`, at every operation of those, too.
 
 use std::collections::HashMap;
 
@@ -13,12 +16,13 @@ enum Step {
     Flush,
 }
 
-fn workload() -> Vec<Step> {
+/// With payloads of so many pages at most.
+fn workload(rounds: u32, most_pages: usize) -> Vec<Step> {
     let mut random = Random(0x5eed);
     let mut steps = Vec::new();
-    for round in 0..60u32 {
+    for round in 0..rounds {
         for _ in 0..4 {
-            let pages = 1 + random.below(12) as u32;
+            let pages = 1 + random.below(most_pages) as u32;
             steps.push(if random.coin() {
                 Step::Store(block(random.below(200) as u32 * 16 + pages, pages))
             } else {
@@ -56,7 +60,7 @@ impl Known {
 
 /// Room for all of the workload, or for a part of it.
 fn capacity(evicted: bool) -> u64 {
-    if evicted { 2 * MIB } else { 8 * MIB }
+    if evicted { MIB } else { 8 * MIB }
 }
 
 /// Runs the workload until the power goes; the disk and what is known of it.
@@ -117,43 +121,57 @@ fn check(left: &Sim, known: &Known, cipher: bool, evicted: bool) {
     assert!(thing.is_there(&disk));
 }
 
-fn cut_everywhere(steps: &[Step], cipher: bool, evicted: bool, every: u64) {
+/// Where to cut a run that went through.
+fn cuts(whole: &Sim, everywhere: bool) -> Vec<u64> {
+    if everywhere || std::env::var_os("KVKEEP_CUT_EVERYWHERE").is_some() {
+        return (1..=whole.operations()).collect();
+    }
+    let mut cuts: Vec<u64> = whole.syncs().into_iter().flat_map(|sync| [sync, sync + 1]).collect();
+    cuts.dedup();
+    cuts
+}
+
+fn cut_power(steps: &[Step], cipher: bool, evicted: bool, everywhere: bool) {
     let whole = Sim::default();
     run(steps, &whole, cipher, capacity(evicted));
-    let mut random = Random(1);
-    let mut cuts = 0;
-    for cut in (1..=whole.operations()).step_by(every as usize) {
-        let sim = Sim::default();
-        sim.cut_at(cut);
-        let known = run(steps, &sim, cipher, capacity(evicted));
-        // The worst: nothing that was not synced got there. The best: all of it. And some of it.
-        for kind in 0..3 {
-            let left = sim.after_power_cut(|| match kind {
-                0 => false,
-                1 => true,
-                _ => random.coin(),
-            });
-            check(&left, &known, cipher, evicted);
+    let cuts = cuts(&whole, everywhere);
+    assert!(cuts.len() > 40, "only {} cuts", cuts.len());
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for part in cuts.chunks(cuts.len().div_ceil(threads)) {
+            scope.spawn(|| part.iter().for_each(|cut| cut_at(*cut, steps, cipher, evicted)));
         }
-        cuts += 1;
+    });
+}
+
+fn cut_at(cut: u64, steps: &[Step], cipher: bool, evicted: bool) {
+    let sim = Sim::default();
+    sim.cut_at(cut);
+    let known = run(steps, &sim, cipher, capacity(evicted));
+    let mut random = Random(cut << 8 | 1);
+    // The worst: nothing that was not synced got there. The best: all of it. And some of it.
+    for kind in 0..3 {
+        let left = sim.after_power_cut(|| match kind {
+            0 => false,
+            1 => true,
+            _ => random.coin(),
+        });
+        check(&left, &known, cipher, evicted);
     }
-    assert!(cuts > 15, "only {cuts} cuts");
 }
 
 /// Few enough steps that nothing is evicted: then everything flushed must be there.
 #[test]
 fn everything_flushed_is_there_after_a_power_cut_at_every_operation() {
-    let steps = &workload()[..80];
-    cut_everywhere(steps, false, false, 1);
+    cut_power(&workload(60, 12)[..80], false, false, true);
 }
 
 #[test]
 fn everything_flushed_is_there_also_when_it_is_encrypted() {
-    let steps = &workload()[..60];
-    cut_everywhere(steps, true, false, 12);
+    cut_power(&workload(60, 2)[..100], true, false, false);
 }
 
 #[test]
 fn nothing_wrong_is_found_after_a_power_cut_while_segments_come_and_go() {
-    cut_everywhere(&workload(), false, true, 9);
+    cut_power(&workload(40, 12), false, true, false);
 }

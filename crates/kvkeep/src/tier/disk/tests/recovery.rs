@@ -3,7 +3,7 @@
 use super::super::io::{Access, Directory};
 use super::super::log::segment_name;
 use super::super::manifest;
-use super::super::{Archive, RecordState};
+use super::super::{Archive, RecordHeader, RecordState};
 use super::*;
 use crate::error::Error;
 
@@ -56,6 +56,29 @@ fn without_indexes_the_headers_are_read() {
     let blocks: Vec<Thing> = things.iter().copied().filter(|thing| !thing.named).collect();
     assert_eq!(count(&sim, &blocks), blocks.len());
     assert_eq!(open(&sim, 4 * MIB).stats().damaged_total, 0, "the indexes were written again");
+}
+
+/// Its end overflowed: without checks for that, the headers before it would have been read again and again.
+#[test]
+fn a_header_that_claims_more_pages_than_can_be_counted_ends_nothing() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    (0..4).for_each(|number| assert!(block(number, 2).store(&disk)));
+    drop(disk);
+    let name = segment_name(1);
+    let mut bytes = sim.get(&name).unwrap();
+    let mut header = RecordHeader::decode(&bytes[4 * 4096..5 * 4096]).unwrap();
+    let half = (u64::from(u32::MAX - 1) * 4096 / 2) as usize;
+    let shape = Shape::new(&[half]).unwrap();
+    header.content = Content::Named(PairSpec { k: (DType::U8, shape), v: (DType::U8, shape), prefix_bytes: 1, tag: 0 });
+    (header.meta.kind, header.meta.payload_bytes) = (Kind::Named, half as u64 * 2);
+    header.list = vec![0; 256 * 8];
+    header.encode(&mut bytes[4 * 4096..5 * 4096]);
+    assert!(RecordHeader::decode(&bytes[4 * 4096..5 * 4096]).is_some(), "it fits itself");
+    bytes.truncate(bytes.len() - 4096);
+    sim.put(&name, bytes);
+    let disk = open(&sim, 4 * MIB);
+    assert_eq!([0, 1, 2, 3].map(|number| block(number, 2).is_there(&disk)), [true, false, true, true]);
 }
 
 #[test]

@@ -8,9 +8,10 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::Router;
 use axum::http::Uri;
 use axum::middleware::from_fn_with_state;
+use axum::routing::get;
+use axum::{Json, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
@@ -24,6 +25,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use crate::auth::Tenant;
 use crate::config::ServerConfig;
+use crate::describe::Description;
 use crate::error::{ApiError, ServerError};
 use crate::state::AppState;
 use crate::worker::Workers;
@@ -43,10 +45,6 @@ pub struct Server {
     state: AppState,
     workers: Workers,
 }
-
-#[derive(Debug, OpenApi)]
-#[openapi(info(title = "kvkeep", description = "An OpenAI-compatible server whose prompts stay warm."))]
-struct Description;
 
 impl Server {
     /// Begins to listen.
@@ -143,12 +141,13 @@ async fn next(listener: &TcpListener, places: &Arc<Semaphore>) -> (TcpStream, Op
 }
 
 fn router(state: AppState) -> Router {
-    let (router, _description) = OpenApiRouter::with_openapi(Description::openapi())
+    let (router, description) = OpenApiRouter::with_openapi(Description::openapi())
         .merge(openai::routes())
         .merge(operator::routes())
         .merge(dashboard::routes())
         .split_for_parts();
     router
+        .route("/openapi.json", get(|| async { Json(description) }))
         .fallback(|_: Tenant, uri: Uri| async move { ApiError::NotFound(uri.path().to_owned()) })
         .method_not_allowed_fallback(|_: Tenant| async { ApiError::Method })
         .layer(from_fn_with_state(state.clone(), guard::check))

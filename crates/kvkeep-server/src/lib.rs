@@ -9,6 +9,7 @@
 mod auth;
 mod config;
 mod dashboard;
+mod describe;
 mod error;
 mod extract;
 mod guard;

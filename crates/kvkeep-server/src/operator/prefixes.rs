@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
 use super::{Params, blocking, limit, prefix_id};
+use crate::describe::{BodyErrors, OperatorErrors};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
 use crate::pins::{Held, TooMuch};
@@ -103,8 +104,7 @@ pub(super) struct RemovedAnswer {
 #[utoipa::path(get, path = "/cache/prefixes", tag = "operator", params(PrefixesParams), responses(
     (status = 200, description = "The most used first", body = Prefixes),
     (status = 400, description = "A parameter is wrong", body = ErrorBody),
-    (status = 401, description = "No valid key", body = ErrorBody),
-    (status = 403, description = "Not the operator's key", body = ErrorBody),
+    OperatorErrors,
 ))]
 pub(super) async fn list(
     _: Operator,
@@ -127,9 +127,8 @@ pub(super) async fn list(
 /// pins together may hold half of the RAM tier.
 #[utoipa::path(post, path = "/cache/pin", tag = "operator", request_body = PrefixRequest, responses(
     (status = 200, description = "It is pinned", body = PinAnswer),
-    (status = 400, description = "The body is wrong", body = ErrorBody),
-    (status = 401, description = "No valid key", body = ErrorBody),
-    (status = 403, description = "Not the operator's key", body = ErrorBody),
+    BodyErrors,
+    OperatorErrors,
     (status = 404, description = "There is no such prefix", body = ErrorBody),
     (status = 409, description = "Parts of it were evicted, or pins would hold too much", body = ErrorBody),
 ))]
@@ -146,9 +145,8 @@ pub(super) async fn pin(
 /// Let a pinned prefix be evicted again
 #[utoipa::path(post, path = "/cache/unpin", tag = "operator", request_body = PrefixRequest, responses(
     (status = 200, description = "It is not pinned any more", body = UnpinAnswer),
-    (status = 400, description = "The body is wrong", body = ErrorBody),
-    (status = 401, description = "No valid key", body = ErrorBody),
-    (status = 403, description = "Not the operator's key", body = ErrorBody),
+    BodyErrors,
+    OperatorErrors,
     (status = 404, description = "It was not pinned", body = ErrorBody),
 ))]
 pub(super) async fn unpin(
@@ -169,9 +167,8 @@ pub(super) async fn unpin(
 /// longer be found either.
 #[utoipa::path(post, path = "/cache/remove", tag = "operator", request_body = PrefixRequest, responses(
     (status = 200, description = "It is removed", body = RemovedAnswer),
-    (status = 400, description = "The body is wrong", body = ErrorBody),
-    (status = 401, description = "No valid key", body = ErrorBody),
-    (status = 403, description = "Not the operator's key", body = ErrorBody),
+    BodyErrors,
+    OperatorErrors,
     (status = 404, description = "There is no such prefix", body = ErrorBody),
 ))]
 pub(super) async fn remove(
@@ -186,9 +183,8 @@ pub(super) async fn remove(
 /// Remove everything, or a namespace
 #[utoipa::path(post, path = "/cache/clear", tag = "operator", request_body = ClearRequest, responses(
     (status = 200, description = "It is removed", body = RemovedAnswer),
-    (status = 400, description = "The body is wrong", body = ErrorBody),
-    (status = 401, description = "No valid key", body = ErrorBody),
-    (status = 403, description = "Not the operator's key", body = ErrorBody),
+    BodyErrors,
+    OperatorErrors,
 ))]
 pub(super) async fn clear(
     _: Operator,

@@ -4,12 +4,16 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::IntoResponse;
 
-use crate::error::{ApiError, ErrorBody};
+use crate::describe::{OpenErrors, OperatorErrors};
+use crate::error::ApiError;
 use crate::metrics::{self, Now};
 use crate::state::{AppState, Operator};
 
 /// The process runs.
-#[utoipa::path(get, path = "/health", tag = "operator", responses((status = 200, description = "The process runs")))]
+#[utoipa::path(get, path = "/health", tag = "operator", security(()), responses(
+    (status = 200, description = "The process runs"),
+    OpenErrors,
+))]
 pub(super) async fn health() -> StatusCode {
     StatusCode::OK
 }
@@ -17,9 +21,10 @@ pub(super) async fn health() -> StatusCode {
 /// Requests are taken.
 ///
 /// Not so while the server ends, or while its queue is full.
-#[utoipa::path(get, path = "/ready", tag = "operator", responses(
+#[utoipa::path(get, path = "/ready", tag = "operator", security(()), responses(
     (status = 200, description = "Requests are taken"),
     (status = 503, description = "The queue is full, or the server is shutting down"),
+    OpenErrors,
 ))]
 pub(super) async fn ready(State(state): State<AppState>) -> StatusCode {
     let (load, config) = (state.shared.scheduler.load(), &state.shared.config);
@@ -30,8 +35,7 @@ pub(super) async fn ready(State(state): State<AppState>) -> StatusCode {
 /// Figures for Prometheus, in OpenMetrics' text format.
 #[utoipa::path(get, path = "/metrics", tag = "operator", responses(
     (status = 200, description = "All figures", body = String, content_type = "application/openmetrics-text"),
-    (status = 401, description = "No valid key", body = ErrorBody),
-    (status = 403, description = "Not the operator's key", body = ErrorBody),
+    OperatorErrors,
 ))]
 pub(super) async fn metrics(_: Operator, State(state): State<AppState>) -> Result<impl IntoResponse, ApiError> {
     let shared = &state.shared;

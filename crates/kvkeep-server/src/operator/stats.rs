@@ -11,6 +11,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::{Params, limit};
 use crate::auth::{ApiKeys, Tenant};
+use crate::describe::OperatorErrors;
 use crate::error::{ApiError, ErrorBody};
 use crate::recent::{Ended, Times};
 use crate::served::Outcome;
@@ -180,8 +181,7 @@ struct RequestInfo {
 /// The server and its cache as of now
 #[utoipa::path(get, path = "/cache/stats", tag = "operator", responses(
     (status = 200, description = "As of now", body = CacheStats),
-    (status = 401, description = "No valid key", body = ErrorBody),
-    (status = 403, description = "Not the operator's key", body = ErrorBody),
+    OperatorErrors,
 ))]
 pub(super) async fn stats(_: Operator, State(state): State<AppState>) -> Json<CacheStats> {
     let shared = &state.shared;
@@ -228,8 +228,7 @@ pub(super) async fn stats(_: Operator, State(state): State<AppState>) -> Json<Ca
 /// What each namespace takes of RAM and disk
 #[utoipa::path(get, path = "/cache/namespaces", tag = "operator", responses(
     (status = 200, description = "As of now", body = Namespaces),
-    (status = 401, description = "No valid key", body = ErrorBody),
-    (status = 403, description = "Not the operator's key", body = ErrorBody),
+    OperatorErrors,
 ))]
 pub(super) async fn namespaces(_: Operator, State(state): State<AppState>) -> Json<Namespaces> {
     let names = names(&state);
@@ -252,8 +251,7 @@ pub(super) async fn namespaces(_: Operator, State(state): State<AppState>) -> Js
 #[utoipa::path(get, path = "/cache/requests", tag = "operator", params(RequestsParams), responses(
     (status = 200, description = "The newest last", body = RecentRequests),
     (status = 400, description = "A parameter is wrong", body = ErrorBody),
-    (status = 401, description = "No valid key", body = ErrorBody),
-    (status = 403, description = "Not the operator's key", body = ErrorBody),
+    OperatorErrors,
 ))]
 pub(super) async fn requests(
     _: Operator,

@@ -11,6 +11,7 @@ use uuid::Uuid;
 
 use super::{blocking, prefixes};
 use crate::auth::Tenant;
+use crate::describe::{BodyErrors, OperatorErrors, QueueErrors};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
 use crate::openai::{Message, prompt, salt};
@@ -52,11 +53,10 @@ pub(super) struct WarmAnswer {
 /// Nothing is answered. It waits in the queue beside all other requests.
 #[utoipa::path(post, path = "/cache/warm", tag = "operator", request_body = WarmRequest, responses(
     (status = 200, description = "It is in the cache", body = WarmAnswer),
-    (status = 400, description = "The body is wrong, or the prompt too long", body = ErrorBody),
-    (status = 401, description = "No valid key", body = ErrorBody),
-    (status = 403, description = "Not the operator's key", body = ErrorBody),
+    BodyErrors,
+    OperatorErrors,
     (status = 409, description = "It is in the cache, and cannot be pinned", body = ErrorBody),
-    (status = 429, description = "The queue is full", body = ErrorBody),
+    QueueErrors,
 ))]
 pub(super) async fn warm(
     _: Operator,

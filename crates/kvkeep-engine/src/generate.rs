@@ -329,7 +329,7 @@ fn compute(
     let cached_tokens = found.map_or(0, Match::cached_tokens);
     let (logits, load) = engine.read(found, prompt.get(cached_tokens..).unwrap_or_default(), cancel, kv)?;
     let prefill = begin.elapsed().saturating_sub(load);
-    Ok(Computed { logits, cached_tokens, ram_tokens: cached_tokens, prefill })
+    Ok(Computed { logits, cached_tokens, ram_tokens: found.map_or(0, Match::ram_tokens), prefill })
 }
 
 fn check_namespace(engine: &Engine, namespace: &Namespace) -> Result<()> {

@@ -252,14 +252,14 @@ mod tests {
         metrics.observe(&served(32, 16, 5));
         metrics.observe(&Served { outcome: Outcome::Cancelled, ttft: None, ..served(32, 0, 0) });
         let totals = metrics.tokens();
-        assert_eq!(totals, TokenTotals { ram: 16, disk: 5, computed: 11 + 32 });
-        assert_eq!(totals.requested(), 64);
+        assert_eq!(totals, TokenTotals { ram: 16, disk: 5, computed: 11 });
+        assert_eq!(totals.requested(), 32);
         assert_eq!(metrics.requests(&[Outcome::Stop, Outcome::Length]), 1);
         assert_eq!(metrics.requests(&[Outcome::Cancelled]), 1);
         let text = metrics.text(&now(Stats::default())).unwrap();
         for line in [
             "kvkeep_prompt_tokens_total{tier=\"ram\"} 16",
-            "kvkeep_prompt_tokens_total{tier=\"computed\"} 43",
+            "kvkeep_prompt_tokens_total{tier=\"computed\"} 11",
             "kvkeep_completion_tokens_total 6",
             "kvkeep_requests_total{endpoint=\"chat\",outcome=\"stop\"} 1",
             "kvkeep_requests_total{endpoint=\"warm\",outcome=\"failed\"} 0",

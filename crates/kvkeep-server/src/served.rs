@@ -72,9 +72,9 @@ impl Served {
         self.namespace.block_hashes(self.reusable()).ok()?.pop()
     }
 
-    /// Has the model read the prompt?
+    /// Has the model read the prompt to its end?
     pub(crate) fn was_read(&self) -> bool {
-        self.ttft.is_some() || !self.prefill.is_zero()
+        self.ttft.is_some()
     }
 
     /// Why an answer ended, as OpenAI's API says it.
@@ -139,8 +139,7 @@ pub(crate) mod tests {
     #[test]
     fn what_was_not_read_was_not_computed() {
         assert_eq!(served(32, 16, 5).computed_tokens(), 11);
-        assert_eq!(Served { ttft: None, ..served(32, 16, 5) }.computed_tokens(), 11);
-        let queued = Served { ttft: None, prefill: Duration::ZERO, ..served(32, 0, 0) };
-        assert_eq!((queued.computed_tokens(), queued.was_read()), (0, false));
+        let cancelled = Served { ttft: None, ..served(32, 16, 5) };
+        assert_eq!((cancelled.computed_tokens(), cancelled.was_read()), (0, false));
     }
 }

@@ -32,6 +32,18 @@ pub(crate) enum Command {
     Demo(DemoCommand),
     /// Answer OpenAI's API with a model whose prompts stay warm
     Serve(crate::serve::ServeOptions),
+    /// Show what a running server and its cache are like now
+    #[command(after_help = EXIT_CODES)]
+    Stats(crate::operate::StatsOptions),
+    /// Show which prefixes requests to a running server had in common
+    #[command(after_help = EXIT_CODES)]
+    Prefixes(crate::operate::PrefixesOptions),
+    /// Have a running server read a prompt, so that the first request with it is warm
+    #[command(after_help = EXIT_CODES)]
+    Warm(crate::operate::WarmOptions),
+    /// Remove everything that a running server has cached, or one namespace
+    #[command(after_help = EXIT_CODES)]
+    Clear(crate::operate::ClearOptions),
     /// Measure the cache against memcpy and other references, in seconds
     Bench(BenchOptions),
     /// Replay recorded traffic: hit rates of policies and capacities, beside the optimum
@@ -219,7 +231,7 @@ pub(crate) fn gib(text: &str) -> Result<f64, String> {
     }
 }
 
-fn hex_digits(text: &str) -> Result<String, String> {
+pub(crate) fn hex_digits(text: &str) -> Result<String, String> {
     let right = !text.is_empty() && text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     if right { Ok(text.to_ascii_lowercase()) } else { Err("give 1 to 64 hexadecimal digits".to_owned()) }
 }

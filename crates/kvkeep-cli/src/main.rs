@@ -8,6 +8,7 @@ mod bench;
 mod cli;
 mod demo;
 mod model;
+mod operate;
 mod plot;
 mod replay;
 mod serve;
@@ -25,6 +26,10 @@ fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(command) => demo::run(&command),
         Command::Serve(options) => serve::run(&options),
+        Command::Stats(options) => operate::stats(&options),
+        Command::Prefixes(options) => operate::prefixes(&options),
+        Command::Warm(options) => operate::warm(&options),
+        Command::Clear(options) => operate::clear(&options),
         Command::Bench(options) => bench::run(&options),
         Command::Replay(options) => replay::run(&options),
         Command::Verify(options) => archive::verify(&options),

@@ -36,6 +36,7 @@ pub(crate) struct Metrics {
     requests: Counters<2>,
     ttft: Family<[Label; 1], Histogram>,
     queue_time: Histogram,
+    prefill: Histogram,
 }
 
 /// Tokens of prompts, by what gave their KV.
@@ -74,6 +75,7 @@ impl Default for Metrics {
             requests: Family::default(),
             ttft: Family::new_with_constructor(|| Histogram::new(TTFT_SECONDS)),
             queue_time: Histogram::new(QUEUE_SECONDS),
+            prefill: Histogram::new(TTFT_SECONDS),
         };
         // All series are there from the start: a rate needs a first value.
         for tier in ["ram", "disk", "computed"] {
@@ -99,6 +101,9 @@ impl Metrics {
         self.completion_tokens.inc_by(served.completion_tokens as u64);
         self.requests.get_or_create(&request_labels(served.endpoint, served.outcome)).inc();
         self.queue_time.observe(served.queued.as_secs_f64());
+        if served.was_read() {
+            self.prefill.observe(served.prefill.as_secs_f64());
+        }
         if let Some(ttft) = served.ttft.filter(|_| served.endpoint != Endpoint::Warm) {
             let warm = is_warm(served.ram_tokens + served.disk_tokens, served.prompt.len());
             self.ttft.get_or_create(&prompt_label(warm)).observe(ttft.as_secs_f64());
@@ -130,7 +135,7 @@ impl Metrics {
     }
 
     fn register(&self, registry: &mut Registry) {
-        let Self { prompt_tokens, completion_tokens, requests, ttft, queue_time } = self.clone();
+        let Self { prompt_tokens, completion_tokens, requests, ttft, queue_time, prefill } = self.clone();
         registry.register(
             "prompt_tokens",
             "Tokens of prompts by what gave their KV: ram, disk, or computed",
@@ -143,6 +148,7 @@ impl Metrics {
             "From a request's arrival to its first token; warm: at least half of its prompt was cached",
             ttft,
         );
+        registry.register("prefill_seconds", "Computing the part of a prompt that was not cached", prefill);
         registry.register("queue_time_seconds", "From a request's arrival until a thread took it", queue_time);
     }
 }
@@ -266,6 +272,7 @@ mod tests {
             "kvkeep_time_to_first_token_seconds_count{prompt=\"warm\"} 1",
             "kvkeep_time_to_first_token_seconds_count{prompt=\"cold\"} 0",
             "kvkeep_queue_time_seconds_count 2",
+            "kvkeep_prefill_seconds_count 1",
             "kvkeep_requests_rejected_total 5",
             "kvkeep_uptime_seconds 7.0",
             "# EOF",

@@ -15,6 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use kvkeep::{Archive, Contents, KvLayout, RecordInfo, RecordState};
 
 use crate::cli::{DirOptions, SelectOptions};
+use crate::style::{count, size, span};
 
 pub(crate) use export::run as export;
 pub(crate) use inspect::run as inspect;
@@ -49,35 +50,6 @@ fn short(bytes: &[u8]) -> String {
     hex(bytes.get(..6).unwrap_or(bytes))
 }
 
-/// 1,234,567.
-fn count(number: u64) -> String {
-    let digits = number.to_string();
-    let grouped = |(position, digit): (usize, char)| {
-        let comma = position > 0 && (digits.len() - position).is_multiple_of(3);
-        [comma.then_some(','), Some(digit)].into_iter().flatten()
-    };
-    digits.chars().enumerate().flat_map(grouped).collect()
-}
-
-/// 1.5 GiB.
-#[expect(clippy::cast_precision_loss, reason = "for people to read")]
-fn size(bytes: u64) -> String {
-    let units = [("GiB", 1u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
-    match units.iter().find(|(_, unit)| bytes >= *unit) {
-        Some((name, unit)) => format!("{:.1} {name}", bytes as f64 / *unit as f64),
-        None => format!("{bytes} bytes"),
-    }
-}
-
-/// 3 min: one unit, rounded down.
-fn span(ms: u64) -> String {
-    let units = [("d", 86_400_000u64), ("h", 3_600_000), ("min", 60_000), ("s", 1_000)];
-    match units.iter().find(|(_, unit)| ms >= *unit) {
-        Some((name, unit)) => format!("{} {name}", ms / unit),
-        None => format!("{ms} ms"),
-    }
-}
-
 /// What a block is made of, in one line.
 fn layout_words(layout: &KvLayout) -> String {
     let dims = match (layout.k_head_dim(), layout.v_head_dim()) {
@@ -107,10 +79,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers_are_readable() {
-        assert_eq!([0, 999, 1_000, 12_345_678].map(count), ["0", "999", "1,000", "12,345,678"]);
-        assert_eq!([0, 1023, 1536, 5 << 30].map(size), ["0 bytes", "1023 bytes", "1.5 KiB", "5.0 GiB"]);
-        assert_eq!([0, 1_999, 61_000, 3_600_000, 200_000_000].map(span), ["0 ms", "1 s", "1 min", "1 h", "2 d"]);
+    fn keys_are_cut_to_what_tells_them_apart() {
         assert_eq!(short(&[0xab; 32]), "abababababab");
     }
 }

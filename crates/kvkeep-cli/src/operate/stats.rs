@@ -1,0 +1,223 @@
+//! `kvkeep stats`: what a server and its cache are like now.
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::Args;
+use comfy_table::{Cell, CellAlignment};
+use serde::Deserialize;
+use serde_json::json;
+
+use super::{Client, ServerOptions};
+use crate::stats::{float, ratio};
+use crate::style::{self, count, size, span};
+
+/// Shows what a running server and its cache are like now.
+#[derive(Debug, Args)]
+pub(crate) struct StatsOptions {
+    #[command(flatten)]
+    server: ServerOptions,
+}
+
+#[derive(Debug, Deserialize)]
+struct Stats {
+    model: String,
+    uptime_seconds: f64,
+    encrypted: bool,
+    tokens: Tokens,
+    prefill_seconds_saved: f64,
+    ttft_ms: Ttft,
+    ram: Tier,
+    disk: Option<Disk>,
+    requests: Requests,
+}
+
+#[derive(Debug, Deserialize)]
+struct Tokens {
+    requested: u64,
+    ram: u64,
+    disk: u64,
+    computed: u64,
+}
+
+#[derive(Debug, Deserialize)]
+struct Ttft {
+    cold: Times,
+    warm: Times,
+}
+
+#[derive(Debug, Deserialize)]
+struct Times {
+    count: u64,
+    p50: Option<f64>,
+    p99: Option<f64>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Tier {
+    used_bytes: u64,
+    capacity_bytes: u64,
+    entries: u64,
+    evictions: u64,
+}
+
+#[derive(Debug, Deserialize)]
+struct Disk {
+    #[serde(flatten)]
+    tier: Tier,
+    failing: bool,
+    damaged: u64,
+}
+
+#[derive(Debug, Deserialize)]
+struct Requests {
+    running: u64,
+    queued: u64,
+    served: u64,
+    cancelled: u64,
+    rejected: u64,
+    failed: u64,
+}
+
+#[derive(Debug, Deserialize)]
+struct Namespaces {
+    namespaces: Vec<Namespace>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Namespace {
+    id: String,
+    tenant: Option<String>,
+    cache_salt: bool,
+    known: bool,
+    ram: Usage,
+    disk: Usage,
+}
+
+#[derive(Debug, Deserialize)]
+struct Usage {
+    entries: u64,
+    bytes: u64,
+}
+
+pub(crate) fn run(options: &StatsOptions) -> Result<ExitCode> {
+    let client = Client::new(&options.server)?;
+    let (stats, namespaces) = (client.get("/cache/stats")?, client.get("/cache/namespaces")?);
+    if options.server.json {
+        let both = json!({"stats": stats, "namespaces": namespaces.get("namespaces")});
+        style::say(&serde_json::to_string_pretty(&both)?)?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let stats: Stats = client.shaped("/cache/stats", &stats)?;
+    let namespaces: Namespaces = client.shaped("/cache/namespaces", &namespaces)?;
+    style::say(&stats.table())?;
+    if !namespaces.namespaces.is_empty() {
+        style::say(&namespaces.table())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+impl Stats {
+    fn table(&self) -> String {
+        let mut table = style::table();
+        let mut row = |name: &str, value: String| {
+            table.add_row([name.to_owned(), value]);
+        };
+        row("model", format!("{}, up for {}", self.model, span(ms(self.uptime_seconds))));
+        row("tokens", self.tokens.words());
+        row("saved", format!("{:.1} s of prefill", self.prefill_seconds_saved));
+        row("first token, cold", self.ttft_ms.cold.words());
+        row("first token, warm", self.ttft_ms.warm.words());
+        row("RAM", self.ram.words());
+        if let Some(disk) = &self.disk {
+            let encrypted = if self.encrypted { ", encrypted" } else { "" };
+            let failing = if disk.failing { ", FAILING" } else { "" };
+            let damaged = if disk.damaged > 0 { format!(", {} damaged", disk.damaged) } else { String::new() };
+            row("disk", format!("{}{encrypted}{damaged}{failing}", disk.tier.words()));
+        }
+        row("requests", self.requests.words());
+        table.to_string()
+    }
+}
+
+impl Tokens {
+    fn words(&self) -> String {
+        let percent = |part| 100.0 * ratio(wide(part), wide(self.requested));
+        format!(
+            "{} asked for: {:.1}% from RAM, {:.1}% from disk, {:.1}% computed",
+            count(self.requested),
+            percent(self.ram),
+            percent(self.disk),
+            percent(self.computed)
+        )
+    }
+}
+
+impl Times {
+    fn words(&self) -> String {
+        match (self.p50, self.p99) {
+            (Some(p50), Some(p99)) => {
+                format!("p50 {p50:.0} ms, p99 {p99:.0} ms, of the last {}", count(self.count))
+            }
+            _ => "none yet".to_owned(),
+        }
+    }
+}
+
+impl Tier {
+    fn words(&self) -> String {
+        let (used, cap) = (size(self.used_bytes), size(self.capacity_bytes));
+        format!("{used} of {cap} in {} blocks, {} evicted", count(self.entries), count(self.evictions))
+    }
+}
+
+impl Requests {
+    fn words(&self) -> String {
+        let Self { running, queued, served, cancelled, rejected, failed } = self;
+        let [served, cancelled] = [served, cancelled].map(|number| count(*number));
+        let [rejected, failed] = [rejected, failed].map(|number| count(*number));
+        format!(
+            "{running} running, {queued} waiting; {served} served, {cancelled} cancelled, {rejected} rejected, {failed} \
+             failed"
+        )
+    }
+}
+
+impl Namespaces {
+    fn table(&self) -> String {
+        let mut table = style::table();
+        table.set_header(["namespace", "whose", "RAM", "blocks", "disk", "blocks"]);
+        for namespace in &self.namespaces {
+            let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
+            table.add_row([
+                Cell::new(namespace.id.get(..12).unwrap_or(&namespace.id)),
+                Cell::new(namespace.whose()),
+                right(size(namespace.ram.bytes)),
+                right(count(namespace.ram.entries)),
+                right(size(namespace.disk.bytes)),
+                right(count(namespace.disk.entries)),
+            ]);
+        }
+        table.to_string()
+    }
+}
+
+impl Namespace {
+    fn whose(&self) -> String {
+        let who = match (&self.tenant, self.known) {
+            (Some(tenant), _) => tenant,
+            (None, true) => "operator",
+            (None, false) => "unknown",
+        };
+        format!("{who}{}", if self.cache_salt { ", with a salt" } else { "" })
+    }
+}
+
+fn wide(number: u64) -> f64 {
+    float(usize::try_from(number).unwrap_or(usize::MAX))
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates, and is never negative")]
+fn ms(seconds: f64) -> u64 {
+    (seconds * 1e3) as u64
+}

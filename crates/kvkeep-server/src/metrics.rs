@@ -235,6 +235,10 @@ fn prompt_label(warm: bool) -> [Label; 1] {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
+    use serde_json::Value;
+
     use super::*;
     use crate::served::tests::served;
 
@@ -286,5 +290,37 @@ mod tests {
     fn without_a_disk_there_are_no_figures_of_one() {
         let metrics = Metrics::default();
         assert!(!metrics.text(&now(Stats::default())).unwrap().contains("kvkeep_disk"));
+    }
+
+    /// Names of all series on a page with a disk tier.
+    fn series() -> BTreeSet<String> {
+        let mut stats = Stats::default();
+        stats.disk = Some(kvkeep::DiskStats::default());
+        let text = Metrics::default().text(&now(stats)).unwrap();
+        let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
+        let named = types.map(|(name, kind)| match kind {
+            "counter" => format!("{name}_total"),
+            "info" => format!("{name}_info"),
+            "histogram" => format!("{name}_bucket"),
+            _ => name.to_owned(),
+        });
+        named.collect()
+    }
+
+    #[test]
+    fn the_dashboard_for_grafana_shows_every_figure_and_no_other() {
+        let text = include_str!("../../../docs/grafana/kvkeep.json");
+        let dashboard: Value = serde_json::from_str(text).unwrap();
+        let panels = dashboard["panels"].as_array().unwrap();
+        let ids: BTreeSet<_> = panels.iter().map(|panel| panel["id"].as_u64().unwrap()).collect();
+        assert_eq!(ids.len(), panels.len());
+        let targets = panels.iter().flat_map(|panel| panel["targets"].as_array().into_iter().flatten());
+        let words = targets.flat_map(|target| {
+            let expression = target["expr"].as_str().unwrap();
+            expression
+                .split(|c: char| !c.is_ascii_alphanumeric() && c != '_')
+                .filter(|word| word.starts_with("kvkeep_"))
+        });
+        assert_eq!(words.map(str::to_owned).collect::<BTreeSet<_>>(), series());
     }
 }

@@ -1,0 +1,84 @@
+// The pictures in docs/: a real server under a load like that of a working day: two tenants, each with
+// its system prompt and documents, questions about them, a restart, and more questions.
+//
+//   tests/dashboard/run.sh pictures
+
+import { readFile } from "node:fs/promises";
+
+import { launch, live, open } from "./browser.js";
+import { Server } from "./server.js";
+
+const TEXTS = new URL("../../crates/kvkeep-cli/texts/", import.meta.url);
+const DOCS = new URL("../../docs/", import.meta.url);
+const KEYS = { operator: "picture-operator-key", northwind: "picture-northwind-key", lumen: "picture-lumen-key" };
+const OPTIONS = ["--ram-gb", "0.5"];
+
+const text = async (name, characters) => (await readFile(new URL(name, TEXTS), "utf8")).slice(0, characters);
+const TENANTS = {
+  northwind: {
+    system: "You are the assistant of Northwind's legal department. Answer from the document that you are given, in one sentence, and quote the words that you rely on.",
+    documents: [[await text("constitution.txt", 4200), ["Who holds all legislative powers?", "How old must a Representative be?", "How long is the term of a Senator?", "Which house can impeach?", "Who chooses the Speaker of the House?"]],
+      [await text("declaration.txt", 3600), ["Which truths are self-evident?", "Who is accused in this text?", "When may a people abolish its government?"]]],
+  },
+  lumen: {
+    system: "You teach Rust at Lumen. Answer questions about the chapter below for beginners: short sentences, one example.",
+    documents: [[await text("ownership.txt", 4800), ["What is ownership in Rust?", "What is stored on the stack?", "How many owners can a value have?", "What is garbage collection?", "Why is the heap slower to access?"]]],
+  },
+};
+
+const messages = (system, document, question) => [{ role: "system", content: system }, { role: "user", content: `${document}\n\n${question}` }];
+
+/** Every question, document by document; `from` and `to` bound the questions of each document. */
+async function ask(server, from, to) {
+  for (const [tenant, { system, documents }] of Object.entries(TENANTS)) {
+    for (const [document, questions] of documents) {
+      for (const question of questions.slice(from, to)) {
+        await server.chat(messages(system, document, question), { key: KEYS[tenant], max_tokens: 20 });
+      }
+    }
+  }
+}
+
+const browser = await launch();
+const server = await Server.inNewFolder(process.env.KVKEEP, []);
+const file = await server.file("keys", `${KEYS.operator}\n${KEYS.northwind} northwind\n${KEYS.lumen} lumen\n`);
+const running = new Server(process.env.KVKEEP, server.folder, [...OPTIONS, "--api-key-file", file]);
+try {
+  await running.start();
+  await ask(running, 0, 2);
+  await running.stop();
+  await running.start();
+  await ask(running, 0, 3);
+  for (const part of [1, 2, 3]) {
+    const draft = await text("constitution.txt", 5000 + 1500 * part);
+    await running.chat(messages("Find mistakes of spelling.", draft.slice(3000 + 900 * part), "Which words are misspelt?"), { key: KEYS.operator, max_tokens: 20 });
+    await ask(running, 2, 5);
+  }
+  await ask(running, 0, 5);
+
+  const looks = {
+    light: { viewport: { width: 1360, height: 900 }, colorScheme: "light" },
+    dark: { viewport: { width: 1360, height: 900 }, colorScheme: "dark" },
+    phone: { viewport: { width: 390, height: 844 }, colorScheme: "light", deviceScaleFactor: 2 },
+  };
+  for (const [name, options] of Object.entries(looks)) {
+    const { page, close } = await open(browser, running.url, options);
+    await page.fill("#key", KEYS.operator);
+    await page.locator('#key-form button[type="submit"]').click();
+    await live(page);
+    for (const [turn, question] of ["What does a KV cache keep for a language model?", "And when is it of no use?"].entries()) {
+      await page.fill("#message", question);
+      await page.keyboard.press("Enter");
+      await page.waitForFunction((n) => /cached/.test(document.querySelectorAll(".turn.model .facts")[n]?.textContent ?? ""), turn, { timeout: 120_000 });
+    }
+    await page.locator('[role="treeitem"]').nth(1).click();
+    await page.keyboard.press("ArrowRight");
+    await page.waitForTimeout(1500);
+    await page.evaluate(() => window.scrollTo(0, 0));
+    await page.screenshot({ path: new URL(`dashboard-${name}.png`, DOCS).pathname, fullPage: name !== "phone" });
+    await close();
+  }
+} finally {
+  await browser.close();
+  await running.end();
+}

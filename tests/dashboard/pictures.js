@@ -11,7 +11,6 @@ import { Server } from "./server.js";
 const TEXTS = new URL("../../crates/kvkeep-cli/texts/", import.meta.url);
 const DOCS = new URL("../../docs/", import.meta.url);
 const KEYS = { operator: "picture-operator-key", northwind: "picture-northwind-key", lumen: "picture-lumen-key" };
-const OPTIONS = ["--ram-gb", "0.5"];
 
 const text = async (name, characters) => (await readFile(new URL(name, TEXTS), "utf8")).slice(0, characters);
 const TENANTS = {
@@ -40,21 +39,20 @@ async function ask(server, from, to) {
 }
 
 const browser = await launch();
-const server = await Server.inNewFolder(process.env.KVKEEP, []);
-const file = await server.file("keys", `${KEYS.operator}\n${KEYS.northwind} northwind\n${KEYS.lumen} lumen\n`);
-const running = new Server(process.env.KVKEEP, server.folder, [...OPTIONS, "--api-key-file", file]);
+const server = await Server.inNewFolder(process.env.KVKEEP);
 try {
-  await running.start();
-  await ask(running, 0, 2);
-  await running.stop();
-  await running.start();
-  await ask(running, 0, 3);
+  const file = await server.file("keys", `${KEYS.operator}\n${KEYS.northwind} northwind\n${KEYS.lumen} lumen\n`);
+  await server.start(["--ram-gb", "0.5", "--api-key-file", file]);
+  await ask(server, 0, 2);
+  await server.stop();
+  await server.start();
+  await ask(server, 0, 3);
   for (const part of [1, 2, 3]) {
     const draft = await text("constitution.txt", 5000 + 1500 * part);
-    await running.chat(messages("Find mistakes of spelling.", draft.slice(3000 + 900 * part), "Which words are misspelt?"), { key: KEYS.operator, max_tokens: 20 });
-    await ask(running, 2, 5);
+    await server.chat(messages("Find mistakes of spelling.", draft.slice(3000 + 900 * part), "Which words are misspelt?"), { key: KEYS.operator, max_tokens: 20 });
+    await ask(server, 2, 5);
   }
-  await ask(running, 0, 5);
+  await ask(server, 0, 5);
 
   const looks = {
     light: { viewport: { width: 1360, height: 900 }, colorScheme: "light" },
@@ -62,7 +60,7 @@ try {
     phone: { viewport: { width: 390, height: 844 }, colorScheme: "light", deviceScaleFactor: 2 },
   };
   for (const [name, options] of Object.entries(looks)) {
-    const { page, close } = await open(browser, running.url, options);
+    const { page, close } = await open(browser, server.url, options);
     await page.fill("#key", KEYS.operator);
     await page.locator('#key-form button[type="submit"]').click();
     await live(page);
@@ -80,5 +78,5 @@ try {
   }
 } finally {
   await browser.close();
-  await running.end();
+  await server.end();
 }

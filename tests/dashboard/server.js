@@ -11,45 +11,46 @@ const STOP_MS = 30_000;
 
 export class Server {
   #binary;
-  #options;
+  #folder;
+  #options = [];
   #process = null;
   port = 0;
-  said = "";
 
-  /** `options` are the command's, beside the port and the disk. */
-  constructor(binary, folder, options = []) {
+  constructor(binary, folder) {
     this.#binary = binary;
-    this.folder = folder;
-    this.#options = options;
+    this.#folder = folder;
   }
 
-  static async inNewFolder(binary, options) {
-    return new Server(binary, await mkdtemp(join(tmpdir(), "kvkeep-dashboard-")), options);
+  static async inNewFolder(binary) {
+    return new Server(binary, await mkdtemp(join(tmpdir(), "kvkeep-dashboard-")));
   }
 
   get url() {
     return `http://127.0.0.1:${this.port}/`;
   }
 
-  /** Again at the same port, if it ran before. */
-  async start() {
-    const settings = ["serve", "--port", String(this.port), "--disk", join(this.folder, "disk"), ...this.#options];
+  /** With `options` beside port and disk. Again as it ran before, if it did. */
+  async start(options = this.#options) {
+    this.#options = options;
+    const settings = ["serve", "--port", String(this.port), "--disk", join(this.#folder, "disk"), ...options];
     const child = spawn(this.#binary, settings, { stdio: ["ignore", "ignore", "pipe"] });
     this.#process = child;
-    this.said = "";
+    let said = "";
     await new Promise((listening, failed) => {
-      const late = setTimeout(() => failed(new Error(`the server does not listen: ${this.said}`)), START_MS);
-      child.once("exit", (code) => failed(new Error(`the server ended with ${code}: ${this.said}`)));
+      const late = setTimeout(() => failed(new Error(`the server does not listen: ${said}`)), START_MS);
+      child.once("exit", (code) => {
+        clearTimeout(late);
+        failed(new Error(`the server ended with ${code}: ${said}`));
+      });
       child.stderr.on("data", (text) => {
-        this.said += text;
-        const port = /http:\/\/127\.0\.0\.1:(\d+)/.exec(this.said)?.[1];
+        said += text;
+        const port = /http:\/\/127\.0\.0\.1:(\d+)/.exec(said)?.[1];
         if (!port) return;
         this.port = Number(port);
         clearTimeout(late);
         listening();
       });
     });
-    return this;
   }
 
   /** As Ctrl+C does, so that what is in RAM is written; killed if that takes too long. */
@@ -65,11 +66,11 @@ export class Server {
 
   async end() {
     await this.stop();
-    await rm(this.folder, { recursive: true, force: true });
+    await rm(this.#folder, { recursive: true, force: true });
   }
 
   async file(name, text) {
-    const path = join(this.folder, name);
+    const path = join(this.#folder, name);
     await writeFile(path, text, { mode: 0o600 });
     return path;
   }

@@ -21,7 +21,7 @@ export class Storage {
       `${count(ram.evictions)} evicted`,
     ]);
     if (!disk) {
-      this.#tier("Disk", "disk", null, ["No disk tier. Start the server with --disk DIR, and prompts stay warm over a restart."]);
+      this.#tier("Disk", "disk", null, ["None: started with --no-disk. Without that, prompts stay warm over a restart."]);
       return;
     }
     this.#tier("Disk", "disk", disk, [

@@ -2,7 +2,7 @@
 // path: 500 requests stay a handful of elements.
 
 import { el, svg, say, set } from "./dom.js";
-import { ago, milliseconds, percent } from "./format.js";
+import { milliseconds, percent } from "./format.js";
 
 const HEIGHT = 208;
 const MARGIN = { top: 10, right: 2, bottom: 24, left: 52 };
@@ -146,7 +146,7 @@ class Frame {
     for (let back = 0; back <= seconds; back += step) {
       const x = this.x(this.#to - 1000 * back);
       const anchor = back === 0 ? "end" : x < MARGIN.left + 20 ? "start" : "middle";
-      this.add("text", { x, y: HEIGHT - 6, "text-anchor": anchor }, back === 0 ? "now" : `${ago(back)} ago`);
+      this.add("text", { x, y: HEIGHT - 6, "text-anchor": anchor }, back === 0 ? "now" : `${exactly(back)} ago`);
     }
     const left = MARGIN.left - 4;
     const cut = svg("clipPath", { id: `${this.#holder.id}-cut` }, svg("rect", { x: left, y: 0, width: this.width + 8, height: HEIGHT }));
@@ -206,6 +206,12 @@ function logScale(values, bottom, top) {
     for (const factor of high - low > 3 ? [1] : [1, 3]) ticks.push(factor * 10 ** power);
   }
   return { at, ticks: ticks.filter((tick) => at(tick) <= bottom && at(tick) >= top) };
+}
+
+/** A tick's name; ticks are never rounded, or two could have the same. */
+function exactly(seconds) {
+  const [unit, name] = [[86_400, "d"], [3600, "h"], [60, "min"], [1, "s"]].find(([size]) => seconds % size === 0);
+  return `${seconds / unit} ${name}`;
 }
 
 function niceSeconds(least) {

@@ -6,7 +6,7 @@ import { bar, byId, el, say } from "./dom.js";
 import { count, milliseconds, plural } from "./format.js";
 
 /** Enough for an answer, and a small model that does not come to an end stops. */
-const MOST_TOKENS = 512;
+const MOST_TOKENS = 256;
 const NEAR_END_PX = 48;
 
 export class Chat {

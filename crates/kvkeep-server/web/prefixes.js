@@ -7,9 +7,8 @@ import { byId, el, fillBar, say, set } from "./dom.js";
 import { ago, bytes as inBytes, count, plural } from "./format.js";
 import { namespaceName } from "./storage.js";
 
-/** Chat templates name a role between marks; other marks say nothing. The detail shows them all. */
-const ROLES = /<\|(?:im_start|start_header_id)\|>\s*(\w+)(?:<\|end_header_id\|>)?\s*/g;
-const MARKS = /<\|[^|>]{1,40}\|>|<\/?s>|<(?:start|end)_of_turn>/g;
+/** A chat's turn begins with a line that is its role alone. */
+const ROLES = /(?:^|\n)(system|user|assistant)\n/g;
 
 export class PrefixTree {
   #root = byId("tree");
@@ -239,7 +238,7 @@ async function confirmed(prefix, branches) {
 }
 
 function snippet(text) {
-  return text.replace(ROLES, " $1: ").replace(MARKS, " ").replace(/\s+/g, " ").trim() || text.trim() || "(no text)";
+  return text.replace(ROLES, " $1: ").replace(/\s+/g, " ").trim() || "(no text)";
 }
 
 /** Where its tokens lie, as parts of a bar and in words. */

@@ -1,8 +1,9 @@
 //! The command line: what can be asked for, checked before any work begins.
 
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
 
 /// Something failed; standard error says what and what to do.
 pub(crate) const FAILED: u8 = 1;
@@ -31,7 +32,7 @@ pub(crate) enum Command {
     /// Run a real model without and with the cache, and compare
     Demo(DemoCommand),
     /// Answer OpenAI's API with a model whose prompts stay warm
-    Serve(crate::serve::ServeOptions),
+    Serve(Box<crate::serve::ServeOptions>),
     /// Show what a running server and its cache are like now
     #[command(after_help = EXIT_CODES)]
     Stats(crate::operate::StatsOptions),
@@ -67,6 +68,11 @@ pub(crate) enum Command {
     /// `[kv_heads, tokens, head_dim]`, as its model orders them. What is damaged is left out.
     #[command(after_help = EXIT_CODES)]
     Export(ExportOptions),
+    /// Print what a shell needs to complete this command: kvkeep completions bash
+    Completions {
+        /// Which shell
+        shell: clap_complete::Shell,
+    },
 }
 
 /// Which directory, and how it is shown.
@@ -224,6 +230,14 @@ pub(crate) struct BenchOptions {
     pub(crate) json: bool,
 }
 
+/// Prints a shell's completions.
+pub(crate) fn completions(shell: clap_complete::Shell) -> anyhow::Result<ExitCode> {
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "kvkeep", &mut text);
+    crate::style::say(String::from_utf8_lossy(&text).trim_end())?;
+    Ok(ExitCode::SUCCESS)
+}
+
 pub(crate) fn gib(text: &str) -> Result<f64, String> {
     match text.parse::<f64>() {
         Ok(gib) if gib > 0.0 && gib <= 16_384.0 => Ok(gib),
@@ -258,7 +272,6 @@ pub(crate) fn svg_file(text: &str) -> Result<PathBuf, String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {

@@ -25,15 +25,16 @@ use crate::cli::{Cli, Command};
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         Command::Demo(command) => demo::run(&command),
-        Command::Serve(options) => serve::run(&options),
         Command::Stats(options) => operate::stats(&options),
         Command::Prefixes(options) => operate::prefixes(&options),
         Command::Warm(options) => operate::warm(&options),
         Command::Clear(options) => operate::clear(&options),
+        Command::Serve(options) => serve::run(*options),
         Command::Bench(options) => bench::run(&options),
         Command::Replay(options) => replay::run(&options),
         Command::Verify(options) => archive::verify(&options),
         Command::Inspect(options) => archive::inspect(&options),
+        Command::Completions { shell } => cli::completions(shell),
         Command::Export(options) => archive::export(&options),
     };
     match outcome {

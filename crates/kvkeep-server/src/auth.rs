@@ -4,11 +4,16 @@
 //! whatever they ask. Only an operator sees or changes what is in the cache.
 
 use std::fmt;
+use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
 use std::sync::Arc;
 
 use axum::http::HeaderMap;
 use axum::http::header::AUTHORIZATION;
 use kvkeep::Namespace;
+use rustix::process::geteuid;
 use subtle::ConstantTimeEq;
 
 use crate::error::{ApiError, ServerError};
@@ -29,6 +34,28 @@ pub struct Tenant {
 }
 
 impl ApiKeys {
+    /// Reads a file of keys, see [`ApiKeys::parse`].
+    ///
+    /// # Errors
+    /// [`ServerError::KeyFile`] if it cannot be read, or somebody else than its owner, or whoever
+    /// runs this, could; [`ServerError::BadKeys`].
+    pub fn read(path: impl AsRef<Path>) -> Result<Self, ServerError> {
+        let path = path.as_ref();
+        let refused = |reason: String| ServerError::KeyFile { path: path.to_owned(), reason };
+        let mut file = File::open(path).map_err(|error| refused(error.to_string()))?;
+        let metadata = file.metadata().map_err(|error| refused(error.to_string()))?;
+        if metadata.mode() & 0o077 != 0 {
+            let mode = metadata.mode() & 0o777;
+            return Err(refused(format!("its mode is {mode:03o}, so others could read it: chmod 600 it")));
+        }
+        if ![0, geteuid().as_raw()].contains(&metadata.uid()) {
+            return Err(refused("it belongs to somebody else: chown it to the user who runs the server".to_owned()));
+        }
+        let mut text = String::new();
+        file.read_to_string(&mut text).map_err(|error| refused(error.to_string()))?;
+        Self::parse(&text)
+    }
+
     /// Reads `KEY` or `KEY TENANT` from each line; empty lines and those with `#` in front are
     /// left out. A key without a tenant is the operator's.
     ///
@@ -145,6 +172,18 @@ mod tests {
         ] {
             assert!(ApiKeys::parse(text).unwrap_err().to_string().contains(says), "{text}");
         }
+    }
+
+    #[test]
+    fn a_key_file_that_others_can_read_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), KEY).unwrap();
+        for (mode, fine) in [(0o600, true), (0o400, true), (0o640, false), (0o604, false), (0o666, false)] {
+            std::fs::set_permissions(file.path(), std::fs::Permissions::from_mode(mode)).unwrap();
+            assert_eq!(ApiKeys::read(file.path()).is_ok(), fine, "{mode:o}");
+        }
+        assert!(ApiKeys::read("/no/such/file").unwrap_err().to_string().contains("No such file"));
     }
 
     #[test]

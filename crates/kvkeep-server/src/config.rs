@@ -34,6 +34,8 @@ pub struct ServerConfig {
     /// A request's headers must be here this soon, after the connection was made or the last
     /// answer ended.
     pub header_timeout: Duration,
+    /// Whether what was asked is logged too.
+    pub log_prompts: bool,
     /// Connections at the same time; one more waits to be accepted.
     pub connections: usize,
 }
@@ -55,6 +57,7 @@ impl ServerConfig {
             body_bytes: 4 << 20,
             body_timeout: Duration::from_secs(30),
             header_timeout: Duration::from_secs(30),
+            log_prompts: false,
             connections: 256,
         }
     }

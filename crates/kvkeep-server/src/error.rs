@@ -4,6 +4,7 @@
 use std::borrow::Cow;
 use std::io;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
@@ -27,6 +28,14 @@ pub enum ServerError {
     /// Others than this machine could ask without a key.
     #[error("{0} can be reached from other machines: give --api-key-file, or listen at 127.0.0.1")]
     KeysNeeded(SocketAddr),
+    /// The key file cannot be read, or others can read it.
+    #[error("cannot use the API key file {path}: {reason}")]
+    KeyFile {
+        /// The file.
+        path: PathBuf,
+        /// Why, and what to do.
+        reason: String,
+    },
     /// The key file is not one.
     #[error("the API key file is not right: {0}")]
     BadKeys(String),

@@ -1,0 +1,140 @@
+//! `kvkeep serve`: settings, the model, the cache, and then the server until it is told to stop.
+
+mod settings;
+
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use kvkeep::{CacheConfig, DiskConfig, Error as CacheError, KvCache};
+use kvkeep_engine::{DEFAULT_MODEL, Engine, user_cache_dir};
+use kvkeep_server::{ApiKeys, Server, ServerConfig};
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::filter::LevelFilter;
+
+pub(crate) use self::settings::Settings;
+use self::settings::{LogFormat, LogLevel};
+use crate::{cli, model, style};
+
+/// Tokenising and closing; more at once would only fight over the cores.
+const BLOCKING_THREADS: usize = 4;
+
+/// Answers OpenAI's API with a model whose prompts stay warm, also over a restart.
+///
+/// Every setting is a flag, a variable or a line in --config; a flag wins over its variable, that
+/// over the file, and that over the default. In the file a setting is called as its flag, with
+/// _ for -; see --print-config.
+#[derive(Debug, Args)]
+#[command(after_help = cli::EXIT_CODES)]
+pub(crate) struct ServeOptions {
+    /// Read settings from this file
+    #[arg(long, env = "KVKEEP_SERVE_CONFIG", value_name = "FILE.toml")]
+    config: Option<PathBuf>,
+    /// Print the settings that hold, as a file for --config, and end
+    #[arg(long)]
+    print_config: bool,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+pub(crate) fn run(options: ServeOptions) -> Result<ExitCode> {
+    let settings = options.settings.merged(options.config.as_deref())?;
+    if options.print_config {
+        style::say(settings.toml()?.trim_end())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    log(&settings);
+    let mut config = config(&settings)?;
+    let cache = cache(&settings)?;
+    let engine = model::load(settings.model.as_deref(), settings.threads.map(usize::from))?;
+    config.context_tokens = config.context_tokens.min(engine.context_tokens());
+    serve(engine, cache, config)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn serve(engine: Engine, cache: KvCache, config: ServerConfig) -> Result<()> {
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(2).max_blocking_threads(BLOCKING_THREADS).enable_all().build();
+    runtime.context("cannot start the server's threads")?.block_on(async {
+        let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
+        let server = Server::bind(engine, cache, config).await?;
+        eprintln!("kvkeep: listening at http://{}", server.address()?);
+        let told = async move {
+            tokio::select! {
+                _ = interrupt.recv() => (),
+                _ = terminate.recv() => (),
+            }
+            eprintln!("kvkeep: ending; what is under way is finished first");
+        };
+        Ok(server.run(told).await?)
+    })
+}
+
+fn config(settings: &Settings) -> Result<ServerConfig> {
+    let seconds = |setting: Option<u32>, default: Duration| {
+        setting.map_or(default, |seconds| Duration::from_secs(seconds.into()))
+    };
+    let count = |setting: Option<u32>, default: usize| setting.map_or(default, |count| count as usize);
+    let host = settings.host.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
+    let mut config = ServerConfig::new(SocketAddr::new(host, settings.port.unwrap_or_default()));
+    config.api_keys = settings.api_key_file.as_deref().map(ApiKeys::read).transpose()?;
+    config.connections = count(settings.connections, config.connections);
+    config.body_bytes = settings.max_body_mb.map_or(config.body_bytes, |mib| (mib as usize) << 20);
+    config.header_timeout = seconds(settings.header_timeout_s, config.header_timeout);
+    config.body_timeout = seconds(settings.body_timeout_s, config.body_timeout);
+    config.model_name = Some(model_name(settings));
+    config.context_tokens = count(settings.context_tokens, config.context_tokens);
+    config.block_tokens = settings.block_tokens.unwrap_or(config.block_tokens);
+    config.parallel = settings.parallel.map_or(config.parallel, usize::from);
+    config.queue = count(settings.queue, config.queue);
+    config.request_timeout = seconds(settings.request_timeout_s, config.request_timeout);
+    config.shutdown_grace = seconds(settings.shutdown_grace_s, config.shutdown_grace);
+    config.log_prompts = settings.log_prompts.unwrap_or_default();
+    Ok(config)
+}
+
+fn model_name(settings: &Settings) -> String {
+    let file = settings.model.as_deref().unwrap_or(Path::new(DEFAULT_MODEL)).file_stem().unwrap_or_default();
+    settings.model_name.clone().unwrap_or_else(|| file.to_string_lossy().into_owned())
+}
+
+fn cache(settings: &Settings) -> Result<KvCache> {
+    let mut config = CacheConfig::from_gib(settings.ram_gb.unwrap_or(1.0))?;
+    if settings.no_disk != Some(true) {
+        let dir = match &settings.disk {
+            Some(dir) => dir.clone(),
+            // The models lie beside it.
+            None => user_cache_dir()?.with_file_name("serve"),
+        };
+        let mut disk = DiskConfig::from_gib(dir, settings.disk_gb.unwrap_or(8.0))?;
+        if let Some(key) = &settings.disk_key_file {
+            disk = disk.key_file(key);
+        }
+        config = config.disk(disk);
+    }
+    KvCache::new(config).map_err(|error| match error {
+        CacheError::DiskLocked { .. } => anyhow::Error::new(error).context(
+            "another server keeps its cache there: stop that one, or start this one with --disk DIR or --no-disk",
+        ),
+        error => error.into(),
+    })
+}
+
+fn log(settings: &Settings) {
+    let level = match settings.log_level {
+        Some(LogLevel::Error) => LevelFilter::ERROR,
+        Some(LogLevel::Warn) => LevelFilter::WARN,
+        Some(LogLevel::Info) | None => LevelFilter::INFO,
+        Some(LogLevel::Debug) => LevelFilter::DEBUG,
+        Some(LogLevel::Trace) => LevelFilter::TRACE,
+    };
+    let lines = tracing_subscriber::fmt().with_max_level(level).with_writer(std::io::stderr);
+    if settings.log_format == Some(LogFormat::Json) {
+        lines.json().flatten_event(true).init();
+    } else {
+        lines.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).with_target(false).init();
+    }
+}

@@ -1,0 +1,297 @@
+//! What `kvkeep serve` can be told: by a flag, by the environment, by a file, or not at all.
+//!
+//! Invariant: one struct is all of them. So a setting has one name everywhere, the printed
+//! settings can be read back, and the order (flag, environment, file, default) is one function.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+use crate::cli::gib;
+
+/// Every setting, if it was made.
+#[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub(crate) struct Settings {
+    /// Address to listen at; any but this machine's own needs --api-key-file [default: 127.0.0.1]
+    #[arg(long, env = "KVKEEP_SERVE_HOST", value_name = "ADDRESS", help_heading = "Listening")]
+    pub(crate) host: Option<IpAddr>,
+    /// Port to listen at; 0 takes a free one [default: 8080]
+    #[arg(long, env = "KVKEEP_SERVE_PORT", value_name = "PORT", help_heading = "Listening")]
+    pub(crate) port: Option<u16>,
+    /// Who may ask: lines of KEY (the operator's) or KEY TENANT, readable by its owner alone
+    #[arg(long, env = "KVKEEP_SERVE_API_KEY_FILE", value_name = "FILE", help_heading = "Listening")]
+    pub(crate) api_key_file: Option<PathBuf>,
+    /// Connections at the same time; one more waits to be accepted [default: 256]
+    #[arg(long, env = "KVKEEP_SERVE_CONNECTIONS", value_name = "N", help_heading = "Listening",
+          value_parser = clap::value_parser!(u32).range(1..=65_536))]
+    pub(crate) connections: Option<u32>,
+    /// Largest body of a request, in MiB [default: 4]
+    #[arg(long, env = "KVKEEP_SERVE_MAX_BODY_MB", value_name = "MIB", help_heading = "Listening",
+          value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) max_body_mb: Option<u32>,
+    /// Seconds that a client may take for a request's headers, and idle between requests [default: 30]
+    #[arg(long, env = "KVKEEP_SERVE_HEADER_TIMEOUT_S", value_name = "S", help_heading = "Listening",
+          value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub(crate) header_timeout_s: Option<u32>,
+    /// Seconds that a client may take for a request's body [default: 30]
+    #[arg(long, env = "KVKEEP_SERVE_BODY_TIMEOUT_S", value_name = "S", help_heading = "Listening",
+          value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub(crate) body_timeout_s: Option<u32>,
+
+    /// A model of your own, in GGUF format [default: SmolLM2-135M-Instruct, downloaded on first use]
+    #[arg(long, env = "KVKEEP_SERVE_MODEL", value_name = "PATH.gguf", help_heading = "Model")]
+    pub(crate) model: Option<PathBuf>,
+    /// What clients call it [default: the file's name without .gguf]
+    #[arg(long, env = "KVKEEP_SERVE_MODEL_NAME", value_name = "NAME", help_heading = "Model")]
+    pub(crate) model_name: Option<String>,
+    /// Compute threads [default: one for each core]
+    #[arg(long, env = "KVKEEP_SERVE_THREADS", value_name = "N", help_heading = "Model",
+          value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+    /// The most tokens of a prompt and its answer together [default: 4096, or what the model can]
+    #[arg(long, env = "KVKEEP_SERVE_CONTEXT_TOKENS", value_name = "N", help_heading = "Model",
+          value_parser = clap::value_parser!(u32).range(16..))]
+    pub(crate) context_tokens: Option<u32>,
+
+    /// Memory that the cache may use, in GiB [default: 1]
+    #[arg(long, env = "KVKEEP_SERVE_RAM_GB", value_name = "GIB", help_heading = "Cache", value_parser = gib)]
+    pub(crate) ram_gb: Option<f64>,
+    /// Directory of the cache's disk tier [default: kvkeep/serve in the user's cache directory]
+    #[arg(long, env = "KVKEEP_SERVE_DISK", value_name = "DIR", help_heading = "Cache")]
+    pub(crate) disk: Option<PathBuf>,
+    /// What the disk tier may use, in GiB [default: 8]
+    #[arg(long, env = "KVKEEP_SERVE_DISK_GB", value_name = "GIB", help_heading = "Cache", value_parser = gib)]
+    pub(crate) disk_gb: Option<f64>,
+    /// Encrypt the disk tier with this key: 32 bytes or 64 hexadecimal digits, readable by its owner alone
+    #[arg(long, env = "KVKEEP_SERVE_DISK_KEY_FILE", value_name = "FILE", help_heading = "Cache")]
+    pub(crate) disk_key_file: Option<PathBuf>,
+    /// Keep nothing on the disk
+    #[arg(long, env = "KVKEEP_SERVE_NO_DISK", value_name = "BOOL", help_heading = "Cache", num_args = 0..=1,
+          require_equals = true, default_missing_value = "true")]
+    pub(crate) no_disk: Option<bool>,
+    /// Tokens of a cache block; a prompt's last, partial block is computed again [default: 16]
+    #[arg(long, env = "KVKEEP_SERVE_BLOCK_TOKENS", value_name = "N", help_heading = "Cache",
+          value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) block_tokens: Option<u32>,
+
+    /// Requests that are answered at once; each has memory for --context-tokens [default: 4]
+    #[arg(long, env = "KVKEEP_SERVE_PARALLEL", value_name = "N", help_heading = "Requests",
+          value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub(crate) parallel: Option<u16>,
+    /// Requests that may wait; one more is told to come back later [default: 64]
+    #[arg(long, env = "KVKEEP_SERVE_QUEUE", value_name = "N", help_heading = "Requests",
+          value_parser = clap::value_parser!(u32).range(0..=65_536))]
+    pub(crate) queue: Option<u32>,
+    /// Seconds that a request may take, waiting included [default: 600]
+    #[arg(long, env = "KVKEEP_SERVE_REQUEST_TIMEOUT_S", value_name = "S", help_heading = "Requests",
+          value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    pub(crate) request_timeout_s: Option<u32>,
+    /// Seconds that requests under way may take once the server is told to end [default: 30]
+    #[arg(long, env = "KVKEEP_SERVE_SHUTDOWN_GRACE_S", value_name = "S", help_heading = "Requests",
+          value_parser = clap::value_parser!(u32).range(0..=3600))]
+    pub(crate) shutdown_grace_s: Option<u32>,
+
+    /// How the log is written, on standard error [default: text]
+    #[arg(long, env = "KVKEEP_SERVE_LOG_FORMAT", value_name = "FORMAT", help_heading = "Log")]
+    pub(crate) log_format: Option<LogFormat>,
+    /// The least that is worth a line [default: info]
+    #[arg(long, env = "KVKEEP_SERVE_LOG_LEVEL", value_name = "LEVEL", help_heading = "Log")]
+    pub(crate) log_level: Option<LogLevel>,
+    /// Write what was asked into the log too
+    #[arg(long, env = "KVKEEP_SERVE_LOG_PROMPTS", value_name = "BOOL", help_heading = "Log", num_args = 0..=1,
+          require_equals = true, default_missing_value = "true")]
+    pub(crate) log_prompts: Option<bool>,
+}
+
+/// How a line of the log looks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum LogFormat {
+    Text,
+    Json,
+}
+
+/// How much is logged.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum LogLevel {
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+macro_rules! first_made {
+    ($($field:ident),* $(,)?) => {
+        /// These settings, and the others' where nothing is said here.
+        fn or(self, others: Self) -> Self {
+            Self { $($field: self.$field.or(others.$field)),* }
+        }
+    };
+}
+
+impl Settings {
+    first_made!(
+        host,
+        port,
+        api_key_file,
+        connections,
+        max_body_mb,
+        header_timeout_s,
+        body_timeout_s,
+        model,
+        model_name,
+        threads,
+        context_tokens,
+        ram_gb,
+        disk,
+        disk_gb,
+        disk_key_file,
+        no_disk,
+        block_tokens,
+        parallel,
+        queue,
+        request_timeout_s,
+        shutdown_grace_s,
+        log_format,
+        log_level,
+        log_prompts,
+    );
+
+    /// What holds where nothing is said.
+    fn usual() -> Self {
+        Self {
+            host: Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            port: Some(8080),
+            connections: Some(256),
+            max_body_mb: Some(4),
+            header_timeout_s: Some(30),
+            body_timeout_s: Some(30),
+            context_tokens: Some(4096),
+            ram_gb: Some(1.0),
+            disk_gb: Some(8.0),
+            no_disk: Some(false),
+            block_tokens: Some(16),
+            parallel: Some(4),
+            queue: Some(64),
+            request_timeout_s: Some(600),
+            shutdown_grace_s: Some(30),
+            log_format: Some(LogFormat::Text),
+            log_level: Some(LogLevel::Info),
+            log_prompts: Some(false),
+            ..Self::default()
+        }
+    }
+
+    /// What holds: these settings (flags, then the environment), then the file's, then the usual.
+    pub(crate) fn merged(self, file: Option<&Path>) -> Result<Self> {
+        let from_file = file.map(Self::read).transpose()?.unwrap_or_default();
+        Ok(self.or(from_file).or(Self::usual()))
+    }
+
+    fn read(path: &Path) -> Result<Self> {
+        let text =
+            std::fs::read_to_string(path).with_context(|| format!("cannot read the settings in {}", path.display()))?;
+        let settings: Self =
+            toml::from_str(&text).with_context(|| format!("the settings in {} are not right", path.display()))?;
+        settings.check().with_context(|| format!("the settings in {} are not right", path.display()))?;
+        Ok(settings)
+    }
+
+    /// What the command line would refuse, from a file: said by the command line itself.
+    fn check(&self) -> Result<()> {
+        let toml::Value::Table(made) = toml::Value::try_from(self)? else { return Ok(()) };
+        let flag = |(name, value): (&String, &toml::Value)| {
+            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            format!("--{}={value}", name.replace('_', "-"))
+        };
+        let command = Self::augment_args(clap::Command::new("settings").no_binary_name(true));
+        command.try_get_matches_from(made.iter().map(flag)).map(drop).map_err(|error| {
+            let text = error.to_string();
+            anyhow::anyhow!(text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned())
+        })
+    }
+
+    /// As a file that can be read back.
+    pub(crate) fn toml(&self) -> Result<String> {
+        Ok(toml::to_string(self)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use clap::{CommandFactory, FromArgMatches};
+
+    use super::*;
+    use crate::cli::Cli;
+
+    fn file(text: &str) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(text.as_bytes()).unwrap();
+        file
+    }
+
+    fn flags(flags: &[&str]) -> Settings {
+        let command = Settings::augment_args(clap::Command::new("test").no_binary_name(true));
+        Settings::from_arg_matches(&command.get_matches_from(flags)).unwrap()
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_what_is_usual() {
+        let file = file("port = 1\nqueue = 2\nno_disk = true\n");
+        let merged = flags(&["--port=9", "--no-disk=false"]).merged(Some(file.path())).unwrap();
+        assert_eq!((merged.port, merged.queue, merged.parallel), (Some(9), Some(2), Some(4)));
+        assert_eq!(merged.no_disk, Some(false));
+        assert_eq!(flags(&["--no-disk", "--log-prompts"]).no_disk, Some(true));
+    }
+
+    #[test]
+    fn what_is_printed_reads_back_as_the_same() {
+        let made = flags(&["--host=::1", "--model=a b.gguf", "--ram-gb=0.5", "--log-format=json", "--disk=/x"]);
+        let merged = made.merged(None).unwrap();
+        let file = file(&merged.toml().unwrap());
+        assert_eq!(Settings::default().merged(Some(file.path())).unwrap(), merged);
+    }
+
+    #[test]
+    fn a_wrong_file_says_what_is_wrong_in_it() {
+        for (text, says) in [
+            ("prot = 1", "unknown field `prot`"),
+            ("port = 70000", "70000"),
+            ("port = \"x\"", "port"),
+            ("ram_gb = 0.0", "above 0"),
+            ("parallel = 0", "1..=256"),
+            ("log_format = \"xml\"", "xml"),
+            ("port = 1\nport = 2", "duplicate key"),
+        ] {
+            let file = file(text);
+            let error = format!("{:#}", Settings::default().merged(Some(file.path())).unwrap_err());
+            assert!(error.contains(says) && error.contains(file.path().to_str().unwrap()), "{error}");
+        }
+        assert!(Settings::default().merged(Some(Path::new("/no/such/file"))).is_err());
+    }
+
+    #[test]
+    fn the_help_names_what_is_usual_and_every_variable() {
+        let mut command = Cli::command();
+        let serve = command.find_subcommand_mut("serve").unwrap();
+        let help = serve.render_long_help().to_string();
+        let usual = toml::Table::try_from(Settings::usual()).unwrap();
+        for (name, value) in usual.iter().filter(|(_, value)| value.as_bool().is_none()) {
+            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+            let flag = help.split("\n\n").find(|part| part.contains(&format!("--{} ", name.replace('_', "-"))));
+            let value = value.trim_end_matches(".0");
+            assert!(flag.unwrap().contains(&format!("[default: {value}")), "{name} = {value}");
+        }
+        for name in toml::Table::try_from(Settings::usual()).unwrap().keys() {
+            assert!(help.contains(&format!("KVKEEP_SERVE_{}", name.to_uppercase())), "{name}");
+        }
+    }
+}

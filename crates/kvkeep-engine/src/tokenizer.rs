@@ -6,7 +6,9 @@
 //! beside the model was the alternative: a second file that can be of another model.
 
 use std::collections::HashMap;
+use std::ops::Range;
 
+use aho_corasick::{AhoCorasick, Input, MatchKind};
 use tokenizers::models::bpe::{BPE, Merges, Vocab};
 use tokenizers::pre_tokenizers::PreTokenizerWrapper;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
@@ -33,8 +35,9 @@ pub struct Tokenizer {
     bpe: tokenizers::Tokenizer,
     pieces: Vec<Piece>,
     longest_bytes: usize,
-    /// Control tokens by text, longest first.
-    specials: Vec<(String, u32)>,
+    /// Finds control tokens by their texts, the longest of several.
+    specials: AhoCorasick,
+    special_ids: Vec<u32>,
     family: Family,
     add_space: bool,
     bos: Option<u32>,
@@ -86,8 +89,9 @@ impl Tokenizer {
             _ => Piece::Bytes(piece_bytes(text, family, kind(id), &bytes_of)),
         };
         let pieces: Vec<Piece> = tokens.iter().enumerate().map(piece).collect();
-        let mut specials: Vec<(String, u32)> = (0u32..).zip(&pieces).filter_map(special).collect();
-        specials.sort_by_key(|(text, _)| std::cmp::Reverse(text.len()));
+        let (texts, special_ids): (Vec<&str>, Vec<u32>) = (0u32..).zip(&pieces).filter_map(special).unzip();
+        let specials = AhoCorasick::builder().match_kind(MatchKind::LeftmostLongest).build(texts);
+        let specials = specials.map_err(|error| EngineError::Tokenizer(error.to_string()))?;
         let vocab: Vocab = (0u32..)
             .zip(tokens.iter().zip(&pieces))
             .filter(|(_, (_, piece))| matches!(piece, Piece::Bytes(_)))
@@ -101,6 +105,7 @@ impl Tokenizer {
             longest_bytes: pieces.iter().map(bytes).max().unwrap_or(0),
             pieces,
             specials,
+            special_ids,
             family,
             add_space: gguf.flag("tokenizer.ggml.add_space_prefix").unwrap_or(family == Family::SentencePiece),
             bos: id("tokenizer.ggml.bos_token_id"),
@@ -120,10 +125,10 @@ impl Tokenizer {
         let mut tokens = Vec::new();
         let mut plain_from = 0;
         let mut at = 0;
-        while parse_special && let Some((start, special, id)) = self.next_special(text, at) {
-            self.encode_plain(text.get(plain_from..start).unwrap_or_default(), &mut tokens)?;
+        while parse_special && let Some((special, id)) = self.next_special(text, at) {
+            self.encode_plain(text.get(plain_from..special.start).unwrap_or_default(), &mut tokens)?;
             tokens.push(id);
-            at = start + special.len();
+            at = special.end;
             plain_from = at;
         }
         self.encode_plain(text.get(plain_from..).unwrap_or_default(), &mut tokens)?;
@@ -135,10 +140,10 @@ impl Tokenizer {
     pub(crate) fn encode_guarded(&self, text: &str, guard: char) -> Result<Vec<u32>> {
         let mut tokens = Vec::new();
         let mut at = 0;
-        while let Some((start, special, id)) = self.next_special(text, at) {
-            self.encode_plain(&text.get(at..start).unwrap_or_default().replace(guard, ""), &mut tokens)?;
+        while let Some((special, id)) = self.next_special(text, at) {
+            self.encode_plain(&text.get(at..special.start).unwrap_or_default().replace(guard, ""), &mut tokens)?;
             tokens.push(id);
-            at = start + special.len();
+            at = special.end;
         }
         self.encode_plain(&text.get(at..).unwrap_or_default().replace(guard, ""), &mut tokens)?;
         Ok(tokens)
@@ -148,7 +153,7 @@ impl Tokenizer {
     pub(crate) fn guard(&self, text: &str, guard: char) -> String {
         let mut guarded = String::with_capacity(text.len());
         let mut rest = text;
-        while let Some((start, _, _)) = self.next_special(rest, 0) {
+        while let Some((Range { start, .. }, _)) = self.next_special(rest, 0) {
             // One character at a time: what follows may begin another control token.
             let first = rest.get(start..).and_then(|rest| rest.chars().next()).map_or(1, char::len_utf8);
             guarded.push_str(rest.get(..start + first).unwrap_or_default());
@@ -238,20 +243,10 @@ impl Tokenizer {
         Ok(())
     }
 
-    /// The first control token from byte `from` on: where, its text, its id.
-    fn next_special(&self, text: &str, from: usize) -> Option<(usize, &str, u32)> {
-        let rest = text.get(from..)?;
-        let mut best: Option<(usize, &str, u32)> = None;
-        for (special, id) in &self.specials {
-            // Only what comes before the best so far can be better; longest first settles ties.
-            let end = best.map_or(rest.len(), |(at, _, _)| (at + special.len()).min(rest.len()));
-            let window = rest.as_bytes().get(..end).unwrap_or_default();
-            let found = find(window, special.as_bytes()).filter(|at| best.is_none_or(|(best, _, _)| *at < best));
-            if let Some(at) = found {
-                best = Some((at, special, *id));
-            }
-        }
-        best.map(|(at, special, id)| (from + at, special, id))
+    /// The first control token from byte `from` on: where, and its id.
+    fn next_special(&self, text: &str, from: usize) -> Option<(Range<usize>, u32)> {
+        let found = self.specials.find(Input::new(text).range(from..))?;
+        Some((found.range(), *self.special_ids.get(found.pattern().as_usize())?))
     }
 }
 
@@ -302,23 +297,11 @@ impl TextStream<'_> {
     }
 }
 
-fn special((id, piece): (u32, &Piece)) -> Option<(String, u32)> {
+fn special((id, piece): (u32, &Piece)) -> Option<(&str, u32)> {
     match piece {
-        Piece::Control(text) if !text.is_empty() => Some((text.clone(), id)),
+        Piece::Control(text) if !text.is_empty() => Some((text, id)),
         _ => None,
     }
-}
-
-fn find(text: &[u8], what: &[u8]) -> Option<usize> {
-    let first = *what.first()?;
-    let mut from = 0;
-    while let Some(at) = text.get(from..)?.iter().position(|byte| *byte == first) {
-        if text.get(from + at..)?.starts_with(what) {
-            return Some(from + at);
-        }
-        from += at + 1;
-    }
-    None
 }
 
 fn build(gguf: &Gguf, vocab: Vocab, family: Family) -> Result<tokenizers::Tokenizer> {

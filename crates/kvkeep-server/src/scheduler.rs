@@ -50,7 +50,7 @@ pub(crate) struct Arrived {
 pub(crate) enum Event {
     Piece(Piece),
     /// The last one.
-    End(Result<Served, ApiError>),
+    End(Result<Box<Served>, ApiError>),
 }
 
 /// A part of an answer.
@@ -140,13 +140,13 @@ impl AppState {
     /// Ends all that waits and all that is under way.
     pub(crate) fn cancel_all(&self) {
         for taken in self.shared.scheduler.take_all() {
-            self.end_unanswered(taken);
+            self.end_unanswered(&taken);
         }
     }
 
-    fn end_unanswered(&self, taken: Taken) {
+    fn end_unanswered(&self, taken: &Taken) {
         let served = taken.job.unanswered(self.shared.config.request_timeout);
-        self.observe(served);
+        self.observe(&served);
         // Nobody may be left to hear it.
         drop(taken.events.send(Event::End(Err(ApiError::ShuttingDown))));
     }
@@ -299,7 +299,7 @@ impl Drop for Ticket {
     fn drop(&mut self) {
         self.cancel.cancel();
         if let Some(taken) = self.state.shared.scheduler.forget(self.number) {
-            self.state.end_unanswered(taken);
+            self.state.end_unanswered(&taken);
         }
     }
 }

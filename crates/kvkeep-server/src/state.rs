@@ -44,8 +44,8 @@ impl AppState {
     }
 
     /// A request has ended. Everything that is counted or listed comes from here.
-    pub(crate) fn observe(&self, served: Served) {
-        self.shared.observed.observe(&served);
+    pub(crate) fn observe(&self, served: &Served) {
+        self.shared.observed.observe(served);
         if self.shared.config.log_prompts {
             let prompt = self.shared.engine.tokenizer().decode(&served.prompt);
             tracing::info!(id = served.id, prompt, "asked");

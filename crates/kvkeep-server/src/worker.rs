@@ -67,9 +67,9 @@ fn work(state: &AppState, mut generator: Generator) {
             (served, Some(ApiError::Internal("an answer panicked, see the server's log".to_owned())))
         });
         state.shared.scheduler.done(number, begin.elapsed());
-        state.observe(served.clone());
+        state.observe(&served);
         // Nobody may be left to hear it.
-        drop(taken.events.send(Event::End(result.map_or(Ok(served), Err))));
+        drop(taken.events.send(Event::End(result.map_or(Ok(Box::new(served)), Err))));
     }
 }
 

@@ -1,5 +1,7 @@
 //! Who waits, who is sent away, and what becomes of those who leave, also at the end of the server.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 mod common;
 
 use std::io::{Read, Write};

@@ -109,7 +109,7 @@ async fn run(state: &AppState, job: Job) -> Result<Served, ApiError> {
     let mut ticket = state.submit(job)?;
     loop {
         if let Event::End(ended) = ticket.next().await {
-            return ended;
+            return ended.map(|served| *served);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! A server with the default model, and a client that hides nothing of HTTP.
 
-#![allow(dead_code, clippy::unwrap_used, clippy::allow_attributes, reason = "each test file uses its own part of it")]
+#![allow(dead_code, clippy::allow_attributes, reason = "each test file uses its own part of it")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "helpers of tests fail as tests do")]
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
@@ -21,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(240);
 pub(crate) struct Running {
     pub(crate) address: SocketAddr,
     stop: Option<oneshot::Sender<()>>,
-    thread: Option<JoinHandle<Result<(), ServerError>>>,
+    thread: Option<JoinHandle<Result<(), Box<ServerError>>>>,
 }
 
 /// An answer, its body perhaps still to be read.
@@ -69,7 +70,7 @@ impl Running {
         let address = server.address().unwrap();
         let (stop, stopped) = oneshot::channel();
         let run = async { server.run(async { drop(stopped.await) }).await };
-        let thread = std::thread::spawn(move || runtime.block_on(run));
+        let thread = std::thread::spawn(move || runtime.block_on(run).map_err(Box::new));
         Self { address, stop: Some(stop), thread: Some(thread) }
     }
 

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::tiering::at_once_bytes;
 use super::*;
 use crate::cache::KvCache;
 use crate::clock::ManualClock;
@@ -56,6 +57,7 @@ impl Lab {
             capacity_bytes: 4 * MIB,
             key_file: None,
             queue_bytes,
+            at_once_bytes: at_once_bytes(ram_pages * PAGE),
             flush_timeout: self.config.flush_timeout,
         };
         let disk = sim::open(&self.sim, &options, None, clock).unwrap();

@@ -35,6 +35,10 @@ use crate::tier::ram::PAGE_BYTES;
 
 /// What waits to be written is at most this part of RAM.
 const QUEUE_DIVISOR: u64 = 8;
+/// What is written at once is at most this part of RAM: it cannot be given up.
+const AT_ONCE_DIVISOR: u64 = 16;
+/// More at once makes a disk no faster.
+const MAX_AT_ONCE_BYTES: u64 = 8 << 20;
 /// Parts of payloads under way at a time.
 const READS_AT_ONCE: usize = 8;
 /// More namespaces than this are not remembered by name.
@@ -124,6 +128,7 @@ impl Tiering {
             capacity_bytes: config.capacity_bytes,
             key_file: config.key_file.as_deref(),
             queue_bytes: config.queue_bytes.unwrap_or(capacity_bytes / QUEUE_DIVISOR),
+            at_once_bytes: at_once_bytes(capacity_bytes),
             flush_timeout: config.flush_timeout,
         };
         config.admission.check()?;
@@ -564,6 +569,11 @@ impl Meter {
         let (sum_bytes, sum_us) = *self.0.lock();
         if sum_bytes > 0.0 { to_u64(to_f64(bytes) * sum_us / sum_bytes) } else { 0 }
     }
+}
+
+/// Payloads that the disk is given at once.
+pub(super) fn at_once_bytes(capacity_bytes: u64) -> u64 {
+    (capacity_bytes / AT_ONCE_DIVISOR).min(MAX_AT_ONCE_BYTES)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "rates need no more than 52 bits")]

@@ -79,11 +79,34 @@ pub(crate) struct Log {
     bounce: Pages,
 }
 
+/// A record to be appended.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Record<'a> {
+    pub(crate) meta: &'a RecordMeta,
+    pub(crate) content: &'a Content,
+    /// What a removal lists.
+    pub(crate) keys: &'a [ObjectKey],
+    /// Whole pages.
+    pub(crate) payload: &'a [u8],
+    /// Its checksums, if they may have been made already.
+    pub(crate) sums: Option<&'a Sums>,
+}
+
 /// Where a record was written.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Written {
     pub(crate) segment: SegmentNumber,
     pub(crate) page: u32,
+}
+
+impl Record<'_> {
+    /// Adds its lines to an index.
+    fn list(&self, page: u32, entries: &mut Vec<(u32, RecordMeta)>) {
+        if self.keys.is_empty() {
+            entries.push((page, *self.meta));
+        }
+        entries.extend(self.keys.iter().map(|key| (page, RecordMeta { key: *key, ..*self.meta })));
+    }
 }
 
 /// How long segments of a cache of this size are.
@@ -129,19 +152,25 @@ impl Log {
         }
     }
 
-    /// Appends a record. `payload` is whole pages; its checksums may have been made already.
-    pub(crate) fn append(
-        &mut self,
-        meta: &RecordMeta,
-        content: Content,
-        payload: &[u8],
-        sums: Option<&Sums>,
-    ) -> io::Result<Written> {
-        let pages = meta.pages().ok_or(io::ErrorKind::FileTooLarge)?;
+    /// Appends as many of these records, of at least one, as the newest segment has room for, with one write; says
+    /// where they are.
+    pub(crate) fn append(&mut self, records: &[Record<'_>]) -> io::Result<Vec<Written>> {
+        let Some(first) = records.first() else { return Ok(Vec::new()) };
+        let pages = first.meta.pages().ok_or(io::ErrorKind::FileTooLarge)?;
         if !self.fits(pages) {
             self.rotate(pages)?;
         }
-        self.append_here(meta, content, &[], payload, sums)
+        let (mut count, mut all) = (1, pages);
+        for record in records.iter().skip(1) {
+            // What is encrypted is written piece by piece anyway.
+            let more = record.meta.pages().and_then(|pages| all.checked_add(pages));
+            match more {
+                Some(more) if self.cipher.is_none() && self.fits_lines(more, count + 1) => all = more,
+                _ => break,
+            }
+            count += 1;
+        }
+        self.append_here(records.get(..count).unwrap_or_default())
     }
 
     /// Appends removals of these keys.
@@ -165,66 +194,77 @@ impl Log {
         if !self.fits_lines(1, keys.len().max(1)) {
             self.rotate(1)?;
         }
-        self.append_here(meta, Content::Nothing, keys, &[], None).map(drop)
+        let record = Record { meta, content: &Content::Nothing, keys, payload: &[], sums: None };
+        self.append_here(&[record]).map(drop)
     }
 
-    /// `keys` are what a removal lists.
-    fn append_here(
-        &mut self,
-        meta: &RecordMeta,
-        content: Content,
-        keys: &[ObjectKey],
-        payload: &[u8],
-        sums: Option<&Sums>,
-    ) -> io::Result<Written> {
+    /// There is room for all of them.
+    fn append_here(&mut self, records: &[Record<'_>]) -> io::Result<Vec<Written>> {
         let active = self.active.as_ref().ok_or(io::ErrorKind::StorageFull)?;
-        let (page, segment, number) = (active.end_page, Arc::clone(&active.segment), active.number);
-        let encrypted = self.cipher.is_some() && meta.kind.is_stored();
-        let header = RecordHeader {
-            meta: *meta,
-            place: Place { store_id: self.identity.store_id, segment: segment.id, page },
-            durable_pages: active.durable_pages,
-            cipher: if encrypted { self.identity.cipher } else { CipherKind::None },
-            nonce: if encrypted { crypt::random_nonce()? } else { [0; 24] },
-            content,
-            list: RecordHeader::key_list(keys),
-        };
-        self.write_record(&segment, header, payload, sums)?;
+        let (first, segment, number) = (active.end_page, Arc::clone(&active.segment), active.number);
+        let durable_pages = active.durable_pages;
+        let mut written = Vec::with_capacity(records.len());
+        let mut heads = Pages::new(records.len());
+        let mut page = first;
+        for (record, head) in records.iter().zip(heads.bytes_mut().chunks_exact_mut(PAGE_BYTES)) {
+            let place = Place { store_id: self.identity.store_id, segment: segment.id, page };
+            self.header(&segment, record, place, durable_pages)?.encode(head);
+            written.push(Written { segment: number, page });
+            page += record.meta.pages().unwrap_or(1);
+        }
+        let mut parts = Vec::with_capacity(2 * records.len());
+        for (record, head) in records.iter().zip(heads.bytes().chunks_exact(PAGE_BYTES)) {
+            parts.push(head);
+            if !self.encrypts(record) {
+                parts.push(record.payload);
+            }
+        }
+        segment.file.write(&parts, offset(first))?;
         self.shared.progress();
         let mut unsynced = 0;
         if let Some(active) = &mut self.active {
-            active.end_page += meta.pages().unwrap_or(1);
-            if keys.is_empty() {
-                active.entries.push((page, *meta));
+            active.end_page = page;
+            for (record, place) in records.iter().zip(&written) {
+                record.list(place.page, &mut active.entries);
             }
-            active.entries.extend(keys.iter().map(|key| (page, RecordMeta { key: *key, ..*meta })));
             unsynced = offset(active.end_page - active.durable_pages);
         }
         if unsynced >= SYNC_BYTES {
             self.sync()?;
         }
-        Ok(Written { segment: number, page })
+        Ok(written)
     }
 
-    fn write_record(
+    fn encrypts(&self, record: &Record<'_>) -> bool {
+        self.cipher.is_some() && record.meta.kind.is_stored()
+    }
+
+    /// The header of a record; what is encrypted is written on the way.
+    fn header(
         &mut self,
         segment: &Segment,
-        mut header: RecordHeader,
-        payload: &[u8],
-        sums: Option<&Sums>,
-    ) -> io::Result<()> {
-        let page = header.place.page;
-        let mut head = Pages::new(1);
-        let encrypted = header.cipher != CipherKind::None;
+        record: &Record<'_>,
+        place: Place,
+        durable_pages: u32,
+    ) -> io::Result<RecordHeader> {
+        let Record { meta, content, keys, payload, sums } = *record;
+        let encrypted = self.encrypts(record);
+        let mut header = RecordHeader {
+            meta: *meta,
+            place,
+            durable_pages,
+            cipher: if encrypted { self.identity.cipher } else { CipherKind::None },
+            nonce: if encrypted { crypt::random_nonce()? } else { [0; 24] },
+            content: content.clone(),
+            list: RecordHeader::key_list(keys),
+        };
         if encrypted {
             self.write_encrypted(segment, &mut header, payload)?;
-        } else if header.meta.kind.is_stored() {
-            let make = || header.meta.sums(payload);
+        } else if meta.kind.is_stored() {
+            let make = || meta.sums(payload);
             header.list = sums.map_or_else(make, |sums| sums.get_or_init(make).clone());
         }
-        header.encode(head.bytes_mut());
-        let rest = if encrypted { &[][..] } else { payload };
-        segment.file.write(&[head.bytes(), rest], offset(page))
+        Ok(header)
     }
 
     /// Encrypts piece by piece through a buffer of its own: the payload is somebody's to read.
@@ -469,7 +509,10 @@ impl Log {
         let Ok(header) = segment.read(page, &expected, self.cipher.as_deref(), payload.bytes_mut()) else {
             return Ok(false);
         };
-        let written = self.append_here(&header.meta, header.content, &[], payload.bytes(), None)?;
+        let record =
+            Record { meta: &header.meta, content: &header.content, keys: &[], payload: payload.bytes(), sums: None };
+        let written = self.append_here(&[record])?;
+        let Some(written) = written.first() else { return Ok(false) };
         let mut state = self.shared.state.lock();
         // It may have been removed or replaced while it was copied.
         if let Some(mark) = state.index.at(&meta.key, number, page).map(|slot| slot.mark) {

@@ -73,6 +73,8 @@ pub(crate) struct Options<'a> {
     pub(crate) capacity_bytes: u64,
     pub(crate) key_file: Option<&'a Path>,
     pub(crate) queue_bytes: u64,
+    /// Payloads that are written at once, in bytes.
+    pub(crate) at_once_bytes: u64,
     /// How long a flush waits for a disk that gets nothing done.
     pub(crate) flush_timeout: Duration,
 }
@@ -103,7 +105,7 @@ impl Disk {
         cipher: Option<Arc<Cipher>>,
         clock: Arc<dyn Clock>,
     ) -> Result<Self> {
-        let Options { dir, capacity_bytes, queue_bytes, flush_timeout, .. } = *options;
+        let Options { dir, capacity_bytes, queue_bytes, at_once_bytes, flush_timeout, .. } = *options;
         if capacity_bytes < log::MIN_CAPACITY_BYTES {
             return Err(Error::Config(format!(
                 "a disk tier of {capacity_bytes} bytes is too small: give at least {}",
@@ -114,7 +116,7 @@ impl Disk {
         shared.state.lock().counters.capacity_bytes = capacity_bytes;
         let log = recover::open(backend, cipher.clone(), capacity_bytes, &shared)
             .map_err(|refusal| refused(dir, "open", refusal))?;
-        let writer = writer::spawn(log, opener, Arc::clone(&shared));
+        let writer = writer::spawn(log, opener, at_once_bytes, Arc::clone(&shared));
         Ok(Self {
             dir: dir.to_owned(),
             shared,

@@ -229,6 +229,12 @@ impl DiskState {
         }
     }
 
+    /// It was not written, as far as anybody knows; but it may have got there before the disk failed, and must not
+    /// come back once it was removed.
+    pub(crate) fn doubt(&mut self, key: &ObjectKey) {
+        self.hidden.insert(*key);
+    }
+
     /// Something newer is on the disk under this key; says whether something was hidden.
     pub(crate) fn settle(&mut self, key: &ObjectKey) -> bool {
         self.hidden.remove(key)

@@ -38,6 +38,8 @@ struct Image {
     /// Pages of a file that cannot be read.
     bad_pages: BTreeSet<(String, u64)>,
     fail_writes: bool,
+    /// What is written gets there, and an error is returned all the same.
+    fail_behind_writes: bool,
     gone: bool,
     hang: bool,
     waiting: usize,
@@ -86,6 +88,10 @@ impl Sim {
 
     pub(crate) fn fail_writes(&self, fail: bool) {
         self.image().fail_writes = fail;
+    }
+
+    pub(crate) fn fail_behind_writes(&self, fail: bool) {
+        self.image().fail_behind_writes = fail;
     }
 
     pub(crate) fn vanish(&self, gone: bool) {
@@ -325,7 +331,7 @@ impl DiskFile for SimFile {
                 image.inodes.get_mut(&self.1).unwrap().live[at..end].copy_from_slice(buffer);
                 at = end;
             }
-            Ok(())
+            if image.fail_behind_writes { Err(io::Error::other("the disk fails")) } else { Ok(()) }
         })
     }
 

@@ -5,11 +5,12 @@
 //! written before anything else. Owing too many turns them into one removal of everything:
 //! a cache may forget, but must not bring back what was removed.
 
+use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
 use super::Opener;
-use super::log::Log;
+use super::log::{Log, Record, Written};
 use super::recover;
 use super::shared::{Op, Shared, Write};
 use crate::key::{NamespaceId, ObjectKey};
@@ -24,8 +25,22 @@ struct Writer {
     opener: Opener,
     shared: Arc<Shared>,
     owed: Owed,
+    /// Bytes of payloads that one write takes at most, if it takes more than one.
+    at_once_bytes: u64,
     /// Why something that was to be written since the last flush was not.
     lost: Option<(io::ErrorKind, String)>,
+}
+
+/// What became of a write.
+#[derive(Debug, Clone, Copy)]
+enum Outcome {
+    Written(Written),
+    /// It was expired, removed or replaced before.
+    Unwanted,
+    /// The disk is failing, or no segment can hold it.
+    Dropped,
+    /// The disk failed while it was written.
+    Failed,
 }
 
 /// Removals that are not on the disk yet.
@@ -37,13 +52,13 @@ struct Owed {
 }
 
 /// Starts the thread, and one that makes checksums while this one waits for the disk.
-pub(super) fn spawn(log: Log, opener: Opener, shared: Arc<Shared>) -> thread::JoinHandle<()> {
+pub(super) fn spawn(log: Log, opener: Opener, at_once_bytes: u64, shared: Arc<Shared>) -> thread::JoinHandle<()> {
     if log.cipher.is_none() {
         shared.state.lock().queue.sums_ahead = true;
         let shared = Arc::clone(&shared);
         thread::spawn(move || sum(&shared));
     }
-    let mut writer = Writer { log, opener, shared, owed: Owed::default(), lost: None };
+    let mut writer = Writer { log, opener, shared, owed: Owed::default(), at_once_bytes, lost: None };
     writer.publish_sizes();
     thread::spawn(move || writer.run())
 }
@@ -68,7 +83,11 @@ impl Writer {
     fn run(&mut self) {
         loop {
             match self.next() {
-                Op::Write(write) => self.write(*write),
+                Op::Write(write) => {
+                    let mut writes = vec![*write];
+                    self.take_more(&mut writes);
+                    self.write(writes);
+                }
                 Op::Remove(keys) => {
                     self.owed.add(keys, &self.shared);
                     self.pay_if_due();
@@ -118,46 +137,91 @@ impl Writer {
         }
     }
 
-    fn write(&mut self, write: Write) {
-        let Write { ticket, meta, mark, content, payload, sums } = write;
-        let now_ms = self.shared.now_ms();
-        let (wanted, allowed) = {
-            let state = self.shared.state.lock();
-            (state.queue.is_wanted(&meta.key, ticket), state.writes.allows(now_ms))
-        };
-        let live = wanted && meta.expires_at_ms > now_ms;
-        let result = if live && allowed {
-            Some(self.attempt(|writer| {
-                writer.pay()?;
-                let written = writer.log.append(&meta, content, payload.bytes(), Some(&sums))?;
-                writer.heal();
-                Ok(written)
-            }))
-        } else {
-            None
-        };
-        let bytes = payload.bytes().len() as u64;
-        match &result {
-            Some(Err(error)) if error.kind() != io::ErrorKind::FileTooLarge => {
-                self.lost = Some((error.kind(), error.to_string()));
-            }
-            None if live => self.lost = Some((io::ErrorKind::Other, "the disk tier is failing".into())),
-            _ => {}
+    /// Takes the writes that come next, as many as may be under way at once: they cannot be given up any more.
+    fn take_more(&self, writes: &mut Vec<Write>) {
+        let size = |write: &Write| write.payload.bytes().len() as u64;
+        let mut bytes: u64 = writes.iter().map(size).sum();
+        let mut state = self.shared.state.lock();
+        while let Some(Op::Write(next)) = state.queue.ops.front()
+            && bytes + size(next) <= self.at_once_bytes
+            && let Some(Op::Write(next)) = state.queue.ops.pop_front()
+        {
+            bytes += size(&next);
+            writes.push(*next);
         }
+    }
+
+    /// Writes what is still wanted of these, with as few writes as may be.
+    fn write(&mut self, writes: Vec<Write>) {
+        let now_ms = self.shared.now_ms();
+        let (wanted, rest): (Vec<Write>, Vec<Write>) = {
+            let state = self.shared.state.lock();
+            writes.into_iter().partition(|write| {
+                write.meta.expires_at_ms > now_ms && state.queue.is_wanted(&write.meta.key, write.ticket)
+            })
+        };
+        rest.into_iter().for_each(|write| self.finish(write, Outcome::Unwanted));
+        let mut wanted = VecDeque::from(wanted);
+        while !wanted.is_empty() {
+            let outcomes = self.write_some(wanted.make_contiguous());
+            for (write, outcome) in wanted.drain(..outcomes.len()).zip(outcomes) {
+                self.finish(write, outcome);
+            }
+        }
+    }
+
+    /// Says what became of them, from the first one on as far as it got.
+    fn write_some(&mut self, writes: &[Write]) -> Vec<Outcome> {
+        if !self.shared.state.lock().writes.allows(self.shared.now_ms()) {
+            self.lost = Some((io::ErrorKind::Other, "the disk tier is failing".into()));
+            return vec![Outcome::Dropped; writes.len()];
+        }
+        let records = writes.iter().map(|write| Record {
+            meta: &write.meta,
+            content: &write.content,
+            keys: &[],
+            payload: write.payload.bytes(),
+            sums: Some(&write.sums),
+        });
+        let records: Vec<Record<'_>> = records.collect();
+        let written = self.attempt(|writer| {
+            writer.pay()?;
+            let written = writer.log.append(&records)?;
+            writer.heal();
+            Ok(written)
+        });
+        match written {
+            Ok(written) => written.into_iter().map(Outcome::Written).collect(),
+            // The first one: the others may fit.
+            Err(error) if error.kind() == io::ErrorKind::FileTooLarge => vec![Outcome::Dropped],
+            Err(error) => {
+                self.lost = Some((error.kind(), error.to_string()));
+                vec![Outcome::Failed; writes.len()]
+            }
+        }
+    }
+
+    /// A write is done with. Its payload is dropped without a lock.
+    fn finish(&mut self, write: Write, outcome: Outcome) {
+        let Write { ticket, meta, mark, payload, .. } = write;
+        let bytes = payload.bytes().len() as u64;
         {
             let mut state = self.shared.state.lock();
-            match result {
+            match outcome {
                 // Removed or replaced while it was written: then a removal, or the newer
                 // one, comes behind it.
-                Some(Ok(written)) if state.queue.is_wanted(&meta.key, ticket) => {
+                Outcome::Written(written) if state.queue.is_wanted(&meta.key, ticket) => {
                     state.settle(&meta.key);
                     state.index.insert(&meta, written.segment, written.page, mark);
                     state.counters.stored_total += 1;
                     state.counters.written_bytes_total += bytes;
                 }
-                Some(Ok(_)) => {}
-                _ if live => state.counters.dropped_total += 1,
-                _ => {}
+                Outcome::Written(_) | Outcome::Unwanted => {}
+                Outcome::Dropped => state.counters.dropped_total += 1,
+                Outcome::Failed => {
+                    state.counters.dropped_total += 1;
+                    state.doubt(&meta.key);
+                }
             }
             state.queue.finish(&meta.key, ticket, bytes);
         }

@@ -72,6 +72,43 @@ fn a_removal_is_not_forgotten_while_the_disk_fails() {
     assert_eq!(there, [false, false, true, true]);
 }
 
+/// The disk failed behind the write and said so: nobody knew of the record any more, removing it left it there, and
+/// after a restart it was back.
+#[test]
+fn what_was_written_before_the_disk_failed_does_not_come_back_once_it_was_removed() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    for thing in [named(1, 1, 2), block(2, 2)] {
+        sim.fail_behind_writes(true);
+        thing.store(&disk);
+        assert!(disk.flush().is_err());
+        disk.remove(&[thing.key()]);
+        sim.fail_behind_writes(false);
+        disk.flush().unwrap();
+    }
+    drop(disk);
+    let disk = open(&sim, 4 * MIB);
+    assert!(named(1, 1, 2).load(&disk).is_none() && block(2, 2).load(&disk).is_none());
+}
+
+#[test]
+fn many_small_records_are_written_with_few_writes() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    block(0, 1).store(&disk);
+    disk.flush().unwrap();
+    let before = sim.operations();
+    sim.hang(true);
+    (1..200).for_each(|number| assert!(block(number, 1).store(&disk)));
+    sim.hang(false);
+    disk.flush().unwrap();
+    // 398 pages in segments of 32, each of them made, filled, sealed and named in some 14 operations; one write for
+    // each record would be 199 more.
+    let operations = sim.operations() - before;
+    assert!(operations < 250, "{operations}");
+    assert!((0..200).all(|number| block(number, 1).is_there(&disk)));
+}
+
 #[test]
 fn reads_that_fail_are_misses_and_soon_nobody_asks_any_more() {
     let (sim, clock) = (Sim::default(), Arc::new(ManualClock::at(NOW_MS)));
@@ -121,11 +158,12 @@ fn a_full_queue_drops_what_comes_and_says_so() {
     let stats = disk.stats();
     assert_eq!((stats.dropped_total, stats.queued_bytes), (40 - expected as u64, expected as u64 * 100 * 4096));
     assert!(!disk.wait_for_writer(Duration::from_millis(1)) && disk.hangs());
-    // Whoever needs the pages gets all but those of the write that is under way.
-    assert_eq!(disk.cancel_writes(), expected - 1);
+    // Whoever needs the pages gets all but those that are being written: one, or the two that may be at once.
+    let cancelled = disk.cancel_writes();
+    assert!((expected - 2..expected).contains(&cancelled), "{cancelled} of {expected}");
     sim.hang(false);
     disk.flush().unwrap();
-    assert!(block(0, 100).is_there(&disk) && !block(1, 100).is_there(&disk) && !disk.hangs());
+    assert!(block(0, 100).is_there(&disk) && !block(2, 100).is_there(&disk) && !disk.hangs());
     // A record larger than the queue is taken when nothing else waits.
     assert!(block(50, 1_100).offer(&disk, false));
 }

@@ -45,6 +45,7 @@ restart = json.loads((out / "restart.json").read_text())
 cold, warm = restart["cold"], restart["warm"]
 check("restart: answers of the two processes are identical", restart["answers_identical"] is True and cold["pid"] != warm["pid"], f"processes {cold['pid']} and {warm['pid']}")
 check("restart: nearly the whole prompt comes from the disk", warm["cached_tokens"] > 0.95 * warm["prompt_tokens"] and warm["loaded_bytes"] > 0, f"{warm['cached_tokens']} of {warm['prompt_tokens']} tokens")
+check("restart: all that was loaded was worth it, at a measured rate", warm["worth_tokens"] >= warm["cached_tokens"] and warm["not_worth_tokens"] == 0 and warm["load_bytes_per_s"] > 0, f"{warm['worth_tokens']} tokens, {warm['load_bytes_per_s'] / 1e9:.2f} GB/s")
 check("restart: time to first token falls at least 5x", restart["speedup"] >= 5, f"{restart['speedup']:.1f}x")
 check("restart: the plot is an SVG", "<svg" in (out / "restart.svg").read_text()[:400], "svg")
 verified = json.loads((out / "verify.json").read_text())

@@ -34,12 +34,17 @@ struct Half {
     threads: usize,
     prompt_tokens: usize,
     cached_tokens: usize,
+    /// On the disk and worth loading, and there but not worth it, as the cache saw it before the request.
+    worth_tokens: usize,
+    not_worth_tokens: usize,
     /// Opening the cache: reading what lies in the directory.
     open_ms: f64,
     ttft_ms: f64,
     /// Making durable what was stored.
     flush_ms: f64,
     loaded_bytes: u64,
+    /// As the cache measured its loads; 0 if there were none.
+    load_bytes_per_s: u64,
     written_bytes: u64,
     /// Records on the disk at the end.
     disk_entries: u64,
@@ -144,6 +149,7 @@ fn answer(salt: &str, dir: &Path, restart: &RestartOptions, options: &DemoOption
     let disk = DiskConfig::from_gib(dir, DISK_GIB)?;
     let cache = KvCache::new(CacheConfig::from_gib(options.capacity_gb)?.disk(disk))?;
     let open = begin.elapsed();
+    let look = cache.look(generator.namespace(), &prompt)?;
     let bar = ProgressBar::new_spinner().with_message(format!("a prompt of {} tokens", prompt.len()));
     bar.enable_steady_tick(Duration::from_millis(100));
     let wanted = GenerateOptions::greedy(options.max_tokens.into());
@@ -161,10 +167,13 @@ fn answer(salt: &str, dir: &Path, restart: &RestartOptions, options: &DemoOption
         threads: engine.threads(),
         prompt_tokens: given.prompt_tokens,
         cached_tokens: given.cached_tokens,
+        worth_tokens: look.worth_tokens(),
+        not_worth_tokens: look.not_worth_tokens,
         open_ms: ms(open),
         ttft_ms: ms(given.ttft),
         flush_ms: ms(flush),
         loaded_bytes: stats.read_bytes_total,
+        load_bytes_per_s: stats.load_bytes_per_s,
         written_bytes: stats.written_bytes_total,
         disk_entries: stats.entries,
         answer_tokens: given.tokens,
@@ -223,8 +232,14 @@ impl Report {
             table.add_row(vec![Cell::new(name), right(value(&self.cold)), right(value(&self.warm)).fg(Color::Green)]);
         };
         row("time to first token", &|half| format!("{:.0} ms", half.ttft_ms));
+        row("tokens on the disk, worth loading", &|half| half.worth_tokens.to_string());
+        row("tokens there, not worth it", &|half| half.not_worth_tokens.to_string());
         row("tokens from the disk", &|half| half.cached_tokens.to_string());
         row("loaded from the disk", &|half| mib(half.loaded_bytes));
+        row("measured load rate", &|half| match half.load_bytes_per_s {
+            0 => "–".to_owned(),
+            rate => format!("{}/s", mib(rate)),
+        });
         row("written to the disk", &|half| mib(half.written_bytes));
         row("opening the cache", &|half| format!("{:.1} ms", half.open_ms));
         row("flushing", &|half| format!("{:.0} ms", half.flush_ms));
@@ -248,10 +263,13 @@ mod tests {
             threads: 2,
             prompt_tokens: 100,
             cached_tokens,
+            worth_tokens: cached_tokens,
+            not_worth_tokens: 0,
             open_ms: 1.0,
             ttft_ms,
             flush_ms: 2.0,
             loaded_bytes: 3 << 20,
+            load_bytes_per_s: 700 << 20,
             written_bytes: 0,
             disk_entries: 6,
             answer_tokens: vec![1, 2],
@@ -270,7 +288,7 @@ mod tests {
             answers_identical: true,
         };
         let said = report.text();
-        for words in ["1000 ms", "50 ms", "20.0x", "identical, all 2 tokens", "3.0 MiB"] {
+        for words in ["1000 ms", "50 ms", "20.0x", "identical, all 2 tokens", "3.0 MiB", "700.0 MiB/s", "worth loading"] {
             assert!(said.contains(words), "{words}: {said}");
         }
         report.answers_identical = false;

@@ -1,6 +1,7 @@
 """Figures of the Python front door, each beside its reference in the same run: `python -m kvkeep.bench`.
 
 Ours and the reference take turns, round by round, and the median round counts. One thread of torch.
+With `--disk DIR`, storing and loading cold in that directory too, beside LMCache's local disk where that is installed.
 """
 
 from __future__ import annotations
@@ -274,6 +275,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m kvkeep.bench", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds")
+    parser.add_argument("--disk", metavar="DIR", help="store and load cold in DIR too; takes 3 GiB there")
     options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -283,6 +285,10 @@ def main() -> None:
     storing(report, rounds)
     loading(report, rounds)
     threads(report, 0.3 if options.quick else 1.0)
+    if options.disk is not None:
+        from kvkeep import bench_disk
+
+        bench_disk.figures(report, options.disk, 3 if options.quick else 7)
     if options.json:
         print(json.dumps({"torch": torch.__version__, "numpy": np.__version__, "results": report.results}, indent=2))
 

@@ -288,7 +288,8 @@ mod tests {
             answers_identical: true,
         };
         let said = report.text();
-        for words in ["1000 ms", "50 ms", "20.0x", "identical, all 2 tokens", "3.0 MiB", "700.0 MiB/s", "worth loading"] {
+        for words in ["1000 ms", "50 ms", "20.0x", "identical, all 2 tokens", "3.0 MiB", "700.0 MiB/s", "worth loading"]
+        {
             assert!(said.contains(words), "{words}: {said}");
         }
         report.answers_identical = false;

@@ -15,6 +15,7 @@ use super::models;
 use super::params::{Sampling, StreamOptions, Texts, absent, max_tokens, salt, stops};
 use super::prompt;
 use crate::auth::Tenant;
+use crate::describe::{BodyErrors, KeyErrors, QueueErrors};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
 use crate::scheduler::{Arrived, Job, Piece, TokenLogprob};
@@ -25,30 +26,47 @@ use crate::state::AppState;
 const TOP_LOGPROBS: usize = 20;
 
 #[derive(Debug, Deserialize, ToSchema)]
+#[schema(example = json!({
+    "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    "max_tokens": 8,
+    "temperature": 0.0,
+}))]
 pub(super) struct ChatRequest {
+    /// As /v1/models names it; it can be left out.
     model: Option<String>,
+    #[schema(min_items = 1)]
     messages: Vec<Message>,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     /// The most tokens to answer with; as many as fit if it is not given.
+    #[schema(minimum = 1)]
     max_completion_tokens: Option<u64>,
     /// The older name of `max_completion_tokens`.
+    #[schema(minimum = 1)]
     max_tokens: Option<u64>,
+    #[schema(minimum = 0.0, maximum = 2.0)]
     temperature: Option<f64>,
+    #[schema(minimum = 0.0, maximum = 1.0)]
     top_p: Option<f64>,
     /// Equal seeds give equal answers.
     seed: Option<i64>,
     stop: Option<Texts>,
     logprobs: Option<bool>,
+    /// Needs `logprobs`.
+    #[schema(maximum = 20)]
     top_logprobs: Option<usize>,
     /// 1: one answer.
+    #[schema(minimum = 1, maximum = 1)]
     n: Option<u64>,
     /// 0: not supported.
+    #[schema(minimum = 0.0, maximum = 0.0)]
     presence_penalty: Option<f64>,
     /// 0: not supported.
+    #[schema(minimum = 0.0, maximum = 0.0)]
     frequency_penalty: Option<f64>,
     response_format: Option<ResponseFormat>,
     /// Only those who send the same salt share cached prefixes.
+    #[schema(max_length = 256)]
     cache_salt: Option<String>,
     #[schema(ignore)]
     tools: Option<Vec<Value>>,
@@ -61,7 +79,9 @@ pub(super) struct ChatRequest {
 #[derive(Debug, Deserialize, ToSchema)]
 pub(crate) struct Message {
     /// `system`, `developer`, `user` or `assistant`.
+    #[schema(pattern = "^(system|developer|user|assistant)$")]
     role: String,
+    #[schema(value_type = Content)]
     content: Option<Content>,
 }
 
@@ -76,13 +96,16 @@ enum Content {
 #[derive(Debug, Deserialize, ToSchema)]
 struct Part {
     /// `text`.
+    #[schema(pattern = "^text$")]
     r#type: String,
+    #[schema(value_type = String)]
     text: Option<String>,
 }
 
 #[derive(Debug, Deserialize, ToSchema)]
 pub(super) struct ResponseFormat {
     /// `text`.
+    #[schema(pattern = "^text$")]
     r#type: String,
 }
 
@@ -143,10 +166,15 @@ struct Chat {
 
 /// Answers a chat. Its prefix is computed once, whoever asks with it again.
 #[utoipa::path(post, path = "/v1/chat/completions", tag = "openai", request_body = ChatRequest, responses(
-    (status = 200, body = Answer<ChatChoice>, description = "With `stream`, server-sent events of `chat.completion.chunk`."),
-    (status = 400, body = ErrorBody),
-    (status = 401, body = ErrorBody),
-    (status = 429, body = ErrorBody),
+    (
+        status = 200,
+        description = "The answer; with `stream`, server-sent events of `chat.completion.chunk`",
+        content((Answer<ChatChoice> = "application/json"), (String = "text/event-stream")),
+    ),
+    (status = 404, description = "There is no such model", body = ErrorBody),
+    BodyErrors,
+    KeyErrors,
+    QueueErrors,
 ))]
 pub(super) async fn create(
     tenant: Tenant,

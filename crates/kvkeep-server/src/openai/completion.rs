@@ -15,6 +15,7 @@ use super::models;
 use super::params::{Sampling, StreamOptions, Texts, absent, max_tokens, salt, stops};
 use super::prompt::{self, Prompt};
 use crate::auth::Tenant;
+use crate::describe::{BodyErrors, KeyErrors, QueueErrors};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
 use crate::scheduler::{Arrived, Job, Piece};
@@ -25,27 +26,37 @@ use crate::state::AppState;
 const MAX_TOKENS: u64 = 16;
 
 #[derive(Debug, Deserialize, ToSchema)]
+#[schema(example = json!({"prompt": "The capital of France is", "max_tokens": 8, "temperature": 0.0}))]
 pub(super) struct CompletionRequest {
+    /// As /v1/models names it; it can be left out.
     model: Option<String>,
     prompt: Prompt,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
     /// The most tokens to answer with; 16 if it is not given.
+    #[schema(minimum = 1)]
     max_tokens: Option<u64>,
+    #[schema(minimum = 0.0, maximum = 2.0)]
     temperature: Option<f64>,
+    #[schema(minimum = 0.0, maximum = 1.0)]
     top_p: Option<f64>,
     /// Equal seeds give equal answers.
     seed: Option<i64>,
     stop: Option<Texts>,
     /// 1: one answer.
+    #[schema(minimum = 1, maximum = 1)]
     n: Option<u64>,
     /// 1: one answer.
+    #[schema(minimum = 1, maximum = 1)]
     best_of: Option<u64>,
     /// 0: not supported.
+    #[schema(minimum = 0.0, maximum = 0.0)]
     presence_penalty: Option<f64>,
     /// 0: not supported.
+    #[schema(minimum = 0.0, maximum = 0.0)]
     frequency_penalty: Option<f64>,
     /// Only those who send the same salt share cached prefixes.
+    #[schema(max_length = 256)]
     cache_salt: Option<String>,
     #[schema(ignore)]
     logprobs: Option<u64>,
@@ -69,10 +80,15 @@ struct Text;
 
 /// Goes on with a text.
 #[utoipa::path(post, path = "/v1/completions", tag = "openai", request_body = CompletionRequest, responses(
-    (status = 200, body = Answer<TextChoice>, description = "With `stream`, server-sent events of the same shape."),
-    (status = 400, body = ErrorBody),
-    (status = 401, body = ErrorBody),
-    (status = 429, body = ErrorBody),
+    (
+        status = 200,
+        description = "The answer; with `stream`, server-sent events of the same shape",
+        content((Answer<TextChoice> = "application/json"), (String = "text/event-stream")),
+    ),
+    (status = 404, description = "There is no such model", body = ErrorBody),
+    BodyErrors,
+    KeyErrors,
+    QueueErrors,
 ))]
 pub(super) async fn create(
     tenant: Tenant,

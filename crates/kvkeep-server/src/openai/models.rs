@@ -6,6 +6,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use crate::auth::Tenant;
+use crate::describe::KeyErrors;
 use crate::error::{ApiError, ErrorBody};
 use crate::state::AppState;
 
@@ -32,18 +33,21 @@ impl Model {
 
 /// The models that can be asked: one.
 #[utoipa::path(get, path = "/v1/models", tag = "openai", responses(
-    (status = 200, body = Models),
-    (status = 401, body = ErrorBody),
+    (status = 200, description = "One model", body = Models),
+    KeyErrors,
 ))]
 pub(super) async fn list(_: Tenant, State(state): State<AppState>) -> Json<Models> {
     Json(Models { object: "list", data: vec![Model::served(&state)] })
 }
 
 /// One model.
-#[utoipa::path(get, path = "/v1/models/{id}", tag = "openai", responses(
-    (status = 200, body = Model),
-    (status = 401, body = ErrorBody),
-    (status = 404, body = ErrorBody),
+#[utoipa::path(get, path = "/v1/models/{id}", tag = "openai", params(
+    ("id" = String, Path, description = "As /v1/models names it", example = "SmolLM2-135M-Instruct.Q4_1"),
+), responses(
+    (status = 200, description = "It is the one that is served", body = Model),
+    (status = 400, description = "The name is not text", body = ErrorBody),
+    (status = 404, description = "There is no such model", body = ErrorBody),
+    KeyErrors,
 ))]
 pub(super) async fn get(
     _: Tenant,

@@ -9,10 +9,10 @@ use crate::error::ApiError;
 
 /// The most stop sequences, as OpenAI has it.
 const STOPS: usize = 4;
-/// The longest stop sequence and the longest salt, in bytes.
-const TEXT_BYTES: usize = 256;
+/// The longest stop sequence and the longest salt, in characters.
+const TEXT_CHARS: usize = 256;
 
-/// One text or several.
+/// One text or several: at most 4, of 1 to 256 characters each.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(untagged, expecting = "expected a string or an array of strings")]
 pub(super) enum Texts {
@@ -78,8 +78,8 @@ pub(super) fn stops(stop: Option<Texts>) -> Result<Vec<String>, ApiError> {
     if stops.len() > STOPS {
         return Err(ApiError::invalid("stop", "at most 4 stop sequences can be given"));
     }
-    if stops.iter().any(|stop| stop.is_empty() || stop.len() > TEXT_BYTES) {
-        return Err(ApiError::invalid("stop", "a stop sequence needs 1 to 256 bytes"));
+    if stops.iter().any(|stop| stop.is_empty() || stop.chars().count() > TEXT_CHARS) {
+        return Err(ApiError::invalid("stop", "a stop sequence needs 1 to 256 characters"));
     }
     Ok(stops)
 }
@@ -95,8 +95,8 @@ pub(super) fn max_tokens(asked: Option<u64>, name: &'static str, room: usize) ->
 
 pub(crate) fn salt(salt: Option<&String>) -> Result<(), ApiError> {
     match salt {
-        Some(salt) if salt.len() > TEXT_BYTES => {
-            Err(ApiError::invalid("cache_salt", "cache_salt may have at most 256 bytes"))
+        Some(salt) if salt.chars().count() > TEXT_CHARS => {
+            Err(ApiError::invalid("cache_salt", "cache_salt may have at most 256 characters"))
         }
         _ => Ok(()),
     }

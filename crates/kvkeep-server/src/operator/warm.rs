@@ -22,12 +22,15 @@ use crate::state::{AppState, Operator};
 /// A prompt: `messages` or `prompt`, not both.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
+#[schema(example = json!({"prompt": "You are a librarian. You answer visitors in one short sentence."}))]
 pub(super) struct WarmRequest {
     /// As in /v1/chat/completions
+    #[schema(min_items = 1)]
     messages: Option<Vec<Message>>,
     /// As in /v1/completions, as one text
     prompt: Option<String>,
     /// As those who will ask send it
+    #[schema(max_length = 256)]
     cache_salt: Option<String>,
     /// Whose key those who will ask have; the operator's without it
     tenant: Option<String>,

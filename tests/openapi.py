@@ -5,20 +5,20 @@ for requests that it does not allow? And /metrics, as Prometheus reads it.
 tests/openapi.py KVKEEP: the release binary. Needs the packages of .venv-schemathesis (tests/openapi.sh).
 """
 import json
+import os
 import pathlib
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
-import urllib.request
 
 from openapi_spec_validator import OpenAPIV31SpecValidator
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
+from serving import Server
+
 HERE = pathlib.Path(__file__).parent
 KEY = "operator-of-this-test-0123"
-TENANT = "tenant-of-this-test-0123"
 
 
 def main():
@@ -26,39 +26,18 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         keys = pathlib.Path(folder) / "keys"
         keys.touch(mode=0o600)
-        keys.write_text(f"{KEY}\n{TENANT} alice\n")
+        keys.write_text(f"{KEY}\n")
         # Small, so that what is generated is refused or answered soon.
-        arguments = ["--port", "0", "--context-tokens", "256", "--ram-gb", "0.1", "--api-key-file", str(keys)]
-        arguments += ["--disk", str(pathlib.Path(folder) / "disk")]
-        server = subprocess.Popen([kvkeep, "serve", *arguments], stderr=subprocess.PIPE, text=True)
-        try:
-            url = address(server)
-            check_description(url)
-            code = run_schemathesis(url)
-            check_metrics(url)
-        finally:
-            server.terminate()
-            server.communicate(timeout=60)
+        flags = ["--context-tokens=256", "--ram-gb=0.1", "--log-level=warn", f"--api-key-file={keys}"]
+        with Server(kvkeep, *flags) as server:
+            check_description(server)
+            code = run_schemathesis(server.url)
+            check_metrics(server)
     sys.exit(code)
 
 
-def address(server):
-    said = []
-    for line in server.stderr:
-        said.append(line)
-        if found := re.search(r"listening at (http://\S+)", line):
-            return found.group(1)
-    sys.exit("the server did not start: " + "".join(said))
-
-
-def get(url, key=KEY):
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return answer.read().decode(), answer.headers
-
-
-def check_description(url):
-    description = json.loads(get(url + "/openapi.json")[0])
+def check_description(server):
+    description = json.loads(server.get("/openapi.json"))
     assert description["openapi"].startswith("3.1."), description["openapi"]
     OpenAPIV31SpecValidator(description).validate()
     operations = [one for path in description["paths"].values() for one in path.values()]
@@ -67,15 +46,14 @@ def check_description(url):
 
 
 def run_schemathesis(url):
-    command = [shutil.which("schemathesis", path=str(pathlib.Path(sys.executable).parent)), "--config-file",
-               str(HERE / "schemathesis.toml"), "run", url + "/openapi.json", "-H", f"Authorization: Bearer {KEY}"]
-    return subprocess.run(command, timeout=600).returncode
+    command = [pathlib.Path(sys.executable).with_name("schemathesis"), "--config-file", HERE / "schemathesis.toml", "run",
+               url + "/openapi.json", "--header", f"Authorization: Bearer {KEY}"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "SCHEMATHESIS_HOOKS": "schemathesis_hooks"}
+    return subprocess.run(command, env=environment, timeout=600).returncode
 
 
-def check_metrics(url):
-    text, headers = get(url + "/metrics")
-    assert headers["Content-Type"].startswith("application/openmetrics-text; version=1.0.0"), headers["Content-Type"]
-    families = list(text_string_to_metric_families(text))
+def check_metrics(server):
+    families = list(text_string_to_metric_families(server.get("/metrics", key=KEY)))
     # Conventions: base units, counters are totals, everything is explained.
     for family in families:
         assert family.documentation, family.name

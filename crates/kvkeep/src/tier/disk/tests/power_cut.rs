@@ -1,7 +1,7 @@
 //! The power is cut: what was flushed is there, nothing torn is visible.
 //!
 //! Cuts are made at every operation of one workload, and at and behind every sync of those that encrypt or evict, where
-//! what is durable changes. With `KVKEEP_CUT_EVERYWHERE`, at every operation of those, too.
+//! what is durable changes. `make crash-test` cuts those at every operation, too.
 
 use std::collections::HashMap;
 
@@ -123,7 +123,7 @@ fn check(left: &Sim, known: &Known, cipher: bool, evicted: bool) {
 
 /// Where to cut a run that went through.
 fn cuts(whole: &Sim, everywhere: bool) -> Vec<u64> {
-    if everywhere || std::env::var_os("KVKEEP_CUT_EVERYWHERE").is_some() {
+    if everywhere {
         return (1..=whole.operations()).collect();
     }
     let mut cuts: Vec<u64> = whole.syncs().into_iter().flat_map(|sync| [sync, sync + 1]).collect();
@@ -174,4 +174,11 @@ fn everything_flushed_is_there_also_when_it_is_encrypted() {
 #[test]
 fn nothing_wrong_is_found_after_a_power_cut_while_segments_come_and_go() {
     cut_power(&workload(40, 12), false, true, false);
+}
+
+#[test]
+#[ignore = "takes minutes: make crash-test runs it"]
+fn nothing_wrong_is_found_after_a_power_cut_at_every_operation_of_every_workload() {
+    cut_power(&workload(60, 2)[..100], true, false, true);
+    cut_power(&workload(40, 12), false, true, true);
 }

@@ -8,7 +8,7 @@ MINUTES ?= 30
 # And `make fuzz`.
 SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-python crash-test test-integrations soak fuzz wheel bench bench-disk bench-foyer bench-python lint fmt clean
+.PHONY: help demo test test-rust test-python crash-test test-integrations soak load fuzz wheel bench bench-disk bench-foyer bench-python lint fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -56,6 +56,10 @@ bench: ## Benchmarks against memcpy and each other; figures go to docs/benchmark
 bench-python: wheel ## The Python front door against a dict and memcpy (needs what test-integrations installs)
 	PYTHON="$(PYTHON)" bash tests/integrations_python.sh bench
 
+load: ## 32 clients at a server for a minute
+	$(CARGO) build --release --locked -p kvkeep-cli
+	$(PYTHON) tests/load.py $${CARGO_TARGET_DIR:-target}/release/kvkeep 60 32
+
 wheel: ## The Python wheel, into dist/: one for CPython 3.10 and later
 	$(VENV) .venv-build "maturin>=1.16,<2"
 	rm -f dist/kvkeep-*.whl
@@ -80,4 +84,4 @@ fmt: ## Format everything
 
 clean: ## Remove what was built
 	$(CARGO) clean
-	rm -rf dist .venv-build .venv-empty .venv-test .venv-torch
+	rm -rf dist .venv-build .venv-empty .venv-server .venv-test .venv-torch

@@ -58,5 +58,11 @@ print(f"{passed} passed, {failed} failed")
 sys.exit(failed > 0)
 PY
 
+echo "-- server"
+PYTHON="$PYTHON" bash tests/venv.sh .venv-server "openai>=2,<3"
+.venv-server/bin/python tests/server.py "$kvkeep"
+"$PYTHON" tests/load.py "$kvkeep" 20 32
+"$PYTHON" tests/hostile.py "$kvkeep" 10000
+
 echo "-- soak (5 minutes)"
 make --no-print-directory soak MINUTES=5 CARGO="$CARGO" PYTHON="$PYTHON"

@@ -209,7 +209,7 @@ pub(crate) struct BenchOptions {
     /// Fewer and smaller rounds
     #[arg(long)]
     pub(crate) quick: bool,
-    /// Also measure the model: warm time to first token, prefill and decode
+    /// Also measure the model and the server: warm time to first token, prefill and decode
     #[arg(long)]
     pub(crate) engine: bool,
     /// Also measure a disk tier in this directory, against fio with direct I/O where that is

@@ -11,6 +11,7 @@ mod fio;
 mod hits;
 mod named;
 mod report;
+mod serve;
 
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -90,6 +91,7 @@ pub(crate) fn run(options: &BenchOptions) -> Result<ExitCode> {
     if let Some(engine) = &engine {
         bar.set_message("engine");
         figures.extend(engine::figures(engine, effort)?);
+        figures.push(serve::figure(engine, effort)?);
     }
     bar.finish_and_clear();
     report::print(&figures, options.json)?;

@@ -9,7 +9,10 @@ use std::time::Duration;
 
 use common::{PROMPTS, engine};
 use kvkeep::{CacheConfig, KvCache};
-use kvkeep_engine::{ChatMessage, Engine, EngineError, FinishReason, GenerateOptions, Generation, Generator, Sampler};
+use kvkeep_engine::{
+    Cancel, ChatMessage, Engine, EngineError, EngineOptions, FinishReason, GenerateOptions, Generation, Generator,
+    Sampler,
+};
 
 fn generator(engine: &Engine, block_tokens: u32) -> Generator {
     Generator::new(engine, 512, engine.namespace(block_tokens).unwrap()).unwrap()
@@ -47,6 +50,41 @@ fn greedy_answers_are_the_same_with_and_without_reuse() {
             assert_eq!(again.cached_tokens, whole_blocks, "{prompt:?}");
         }
     }
+}
+
+#[test]
+fn what_was_read_of_a_prompt_before_it_was_cancelled_is_found_again() {
+    let Some(path) = common::model_path() else { return };
+    let mut slow = EngineOptions::default().threads(2);
+    // Many small passes: there is always one to be cancelled before.
+    slow.batch_tokens = Some(4);
+    let engine = Engine::load(path, &slow).unwrap();
+    let mut generator = generator(&engine, 4);
+    let prompt = engine.tokenizer().encode(&PROMPTS.join("\n"), false).unwrap();
+    let plain = answer(&mut generator, &prompt, None, 4);
+    for delay_ms in [5, 10, 20, 40, 80, 160, 320, 640] {
+        let (cache, cancel) = (cache(), Cancel::default());
+        let options = GenerateOptions::greedy(4).cancel(cancel.clone());
+        let cut = std::thread::scope(|scope| {
+            let begun = scope.spawn(|| {
+                generator.generate(&prompt, Some(&cache), &options, &mut |_| ControlFlow::Continue(())).unwrap()
+            });
+            std::thread::sleep(Duration::from_millis(delay_ms));
+            cancel.cancel();
+            begun.join().unwrap()
+        });
+        if !cut.tokens.is_empty() {
+            continue;
+        }
+        assert_eq!((cut.finish, cut.cached_tokens), (FinishReason::Cancelled, 0));
+        let again = answer(&mut generator, &prompt, Some(&cache), 4);
+        assert_eq!(again.tokens, plain.tokens);
+        assert!(again.cached_tokens < (prompt.len() - 1) / 4 * 4 && again.cached_tokens.is_multiple_of(4));
+        if again.cached_tokens > 0 {
+            return;
+        }
+    }
+    panic!("it was never cancelled in the middle");
 }
 
 #[test]

@@ -29,11 +29,9 @@ pub struct ServerConfig {
     pub model_name: Option<String>,
     /// The largest body of a request.
     pub body_bytes: usize,
-    /// A request's body must be here this soon.
-    pub body_timeout: Duration,
-    /// A request's headers must be here this soon, after the connection was made or the last
-    /// answer ended.
-    pub header_timeout: Duration,
+    /// A client may keep the server waiting this long: for a request's headers (after the last
+    /// answer, too), for its body, and to read what it was sent.
+    pub client_timeout: Duration,
     /// Whether what was asked is logged too.
     pub log_prompts: bool,
     /// Connections at the same time; one more waits to be accepted.
@@ -55,8 +53,7 @@ impl ServerConfig {
             shutdown_grace: Duration::from_secs(30),
             model_name: None,
             body_bytes: 4 << 20,
-            body_timeout: Duration::from_secs(30),
-            header_timeout: Duration::from_secs(30),
+            client_timeout: Duration::from_secs(30),
             log_prompts: false,
             connections: 256,
         }

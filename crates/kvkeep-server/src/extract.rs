@@ -61,8 +61,8 @@ async fn read(request: Request, config: &ServerConfig) -> Result<Vec<u8>, ApiErr
     }
     let expected = announced.unwrap_or(0).min(limit_bytes);
     let read = read_bounded(request.into_body(), expected, limit_bytes);
-    let limit_s = config.body_timeout.as_secs();
-    tokio::time::timeout(config.body_timeout, read).await.unwrap_or(Err(ApiError::SlowBody { limit_s }))
+    let limit_s = config.client_timeout.as_secs();
+    tokio::time::timeout(config.client_timeout, read).await.unwrap_or(Err(ApiError::SlowBody { limit_s }))
 }
 
 async fn read_bounded(body: Body, expected: usize, limit_bytes: usize) -> Result<Vec<u8>, ApiError> {

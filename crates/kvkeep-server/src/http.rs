@@ -18,6 +18,7 @@ use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use kvkeep::KvCache;
 use kvkeep_engine::Engine;
+use rustix::net::sockopt::set_tcp_user_timeout;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use utoipa::OpenApi;
@@ -103,14 +104,14 @@ impl Server {
 async fn accept(listener: TcpListener, state: &AppState, shutdown: impl Future<Output = ()>) -> GracefulShutdown {
     let config = &state.shared.config;
     let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new()).header_read_timeout(config.header_timeout).max_buf_size(HEADER_BYTES);
+    http.timer(TokioTimer::new()).header_read_timeout(config.client_timeout).max_buf_size(HEADER_BYTES);
     let service = TowerToHyperService::new(router(state.clone()));
     let (open, places) = (GracefulShutdown::new(), Arc::new(Semaphore::new(config.connections)));
     let mut shutdown = pin!(shutdown);
     loop {
         let (stream, place) = tokio::select! {
             () = &mut shutdown => return open,
-            next = next(&listener, &places) => next,
+            next = next(&listener, &places, config.client_timeout) => next,
         };
         let connection = open.watch(http.serve_connection(TokioIo::new(stream), service.clone()));
         tokio::spawn(async move {
@@ -122,7 +123,11 @@ async fn accept(listener: TcpListener, state: &AppState, shutdown: impl Future<O
     }
 }
 
-async fn next(listener: &TcpListener, places: &Arc<Semaphore>) -> (TcpStream, Option<OwnedSemaphorePermit>) {
+async fn next(
+    listener: &TcpListener,
+    places: &Arc<Semaphore>,
+    client_timeout: Duration,
+) -> (TcpStream, Option<OwnedSemaphorePermit>) {
     // The semaphore is never closed.
     let place = Arc::clone(places).acquire_owned().await.ok();
     loop {
@@ -130,6 +135,11 @@ async fn next(listener: &TcpListener, places: &Arc<Semaphore>) -> (TcpStream, Op
             Ok((stream, _)) => {
                 // Tokens go out one by one: none waits for the next to fill a packet.
                 drop(stream.set_nodelay(true));
+                // Whoever does not read, or is gone without a word, is cut off by the kernel.
+                let milliseconds = u32::try_from(client_timeout.as_millis()).unwrap_or(u32::MAX);
+                if let Err(error) = set_tcp_user_timeout(&stream, milliseconds) {
+                    tracing::debug!(%error, "a client that does not read is not cut off");
+                }
                 return (stream, place);
             }
             Err(error) => {

@@ -157,10 +157,26 @@ fn what_was_asked_before_a_restart_is_warm_after_it() {
 }
 
 #[test]
+fn a_client_that_does_not_read_is_cut_off() {
+    let Some(server) = Running::start(|config| {
+        (config.connections, config.client_timeout) = (1, Duration::from_millis(500));
+    }) else {
+        return;
+    };
+    // Many times more than both sides' buffers take.
+    let mut deaf = server.connect();
+    deaf.set_write_timeout(Some(Duration::from_secs(2))).unwrap();
+    let request = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n";
+    let sent = (0..2_000).take_while(|_| deaf.write_all(request).is_ok()).count();
+    assert!(sent > 100, "{sent}");
+    // The only place is free again.
+    assert_eq!(server.get("/health").status, 200);
+}
+
+#[test]
 fn slow_and_broken_clients_are_let_go_and_others_are_answered() {
     let Some(server) = Running::start(|config| {
-        config.header_timeout = Duration::from_millis(300);
-        config.body_timeout = Duration::from_millis(300);
+        config.client_timeout = Duration::from_millis(300);
         config.connections = 4;
     }) else {
         return;

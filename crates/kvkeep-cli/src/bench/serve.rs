@@ -85,7 +85,8 @@ fn system(engine: &Engine) -> Result<String> {
 
 /// The system's prompt, and another question each time.
 fn messages(system: &str, number: usize) -> [ChatMessage; 2] {
-    let question = format!("Question {number}: what is this text about? Answer in one short and simple sentence, please.");
+    let question =
+        format!("Question {number}: what is this text about? Answer in one short and simple sentence, please.");
     [ChatMessage::new("system", system), ChatMessage::new("user", question)]
 }
 

@@ -83,8 +83,7 @@ fn config(settings: &Settings) -> Result<ServerConfig> {
     config.api_keys = settings.api_key_file.as_deref().map(ApiKeys::read).transpose()?;
     config.connections = count(settings.connections, config.connections);
     config.body_bytes = settings.max_body_mb.map_or(config.body_bytes, |mib| (mib as usize) << 20);
-    config.header_timeout = seconds(settings.header_timeout_s, config.header_timeout);
-    config.body_timeout = seconds(settings.body_timeout_s, config.body_timeout);
+    config.client_timeout = seconds(settings.client_timeout_s, config.client_timeout);
     config.model_name = Some(model_name(settings));
     config.context_tokens = count(settings.context_tokens, config.context_tokens);
     config.block_tokens = settings.block_tokens.unwrap_or(config.block_tokens);

@@ -33,14 +33,10 @@ pub(crate) struct Settings {
     #[arg(long, env = "KVKEEP_SERVE_MAX_BODY_MB", value_name = "MIB", help_heading = "Listening",
           value_parser = clap::value_parser!(u32).range(1..=1024))]
     pub(crate) max_body_mb: Option<u32>,
-    /// Seconds that a client may take for a request's headers, and idle between requests [default: 30]
-    #[arg(long, env = "KVKEEP_SERVE_HEADER_TIMEOUT_S", value_name = "S", help_heading = "Listening",
+    /// Seconds that a client may keep the server waiting: for headers, for a body, to read an answer [default: 30]
+    #[arg(long, env = "KVKEEP_SERVE_CLIENT_TIMEOUT_S", value_name = "S", help_heading = "Listening",
           value_parser = clap::value_parser!(u32).range(1..=3600))]
-    pub(crate) header_timeout_s: Option<u32>,
-    /// Seconds that a client may take for a request's body [default: 30]
-    #[arg(long, env = "KVKEEP_SERVE_BODY_TIMEOUT_S", value_name = "S", help_heading = "Listening",
-          value_parser = clap::value_parser!(u32).range(1..=3600))]
-    pub(crate) body_timeout_s: Option<u32>,
+    pub(crate) client_timeout_s: Option<u32>,
 
     /// A model of your own, in GGUF format [default: SmolLM2-135M-Instruct, downloaded on first use]
     #[arg(long, env = "KVKEEP_SERVE_MODEL", value_name = "PATH.gguf", help_heading = "Model")]
@@ -142,8 +138,7 @@ impl Settings {
         api_key_file,
         connections,
         max_body_mb,
-        header_timeout_s,
-        body_timeout_s,
+        client_timeout_s,
         model,
         model_name,
         threads,
@@ -170,8 +165,7 @@ impl Settings {
             port: Some(8080),
             connections: Some(256),
             max_body_mb: Some(4),
-            header_timeout_s: Some(30),
-            body_timeout_s: Some(30),
+            client_timeout_s: Some(30),
             context_tokens: Some(4096),
             ram_gb: Some(1.0),
             disk_gb: Some(8.0),

@@ -64,7 +64,9 @@ fn the_library_reads_no_environment_and_no_hidden_clock() {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     for path in sources(&src) {
         let text = fs::read_to_string(&path).unwrap();
-        assert!(!text.contains("env::var"), "{}", path.display());
+        // A test may be told to do more.
+        let test = path.components().any(|part| part.as_os_str() == "tests");
+        assert!(test || !text.contains("env::var"), "{}", path.display());
         if !path.ends_with("clock.rs") {
             assert!(!text.contains("SystemTime::now") && !text.contains("Instant::now"), "{}", path.display());
         }

@@ -150,3 +150,21 @@ fn a_disk_behind_serves_right_bytes_brings_nothing_back_and_lets_everybody_end()
     shuttle::check_random(move || explore(WritePolicy::Through), ROUNDS);
     shuttle::check_random(move || explore(WritePolicy::Back), ROUNDS);
 }
+
+/// A store was refused if the writer was done between its look for pages and its wait for the
+/// writer, or if the writer said that it was done before it gave the pages back.
+#[test]
+fn a_store_gets_the_pages_of_what_is_being_written() {
+    let explore = || {
+        let home = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        let (cache, namespace) = (open(home.path(), WritePolicy::Through), namespace("m"));
+        for start in [0u32, 100, 200] {
+            // Three blocks: all of RAM, so also what is being written of the prompt before.
+            let tokens: Vec<u32> = (start..start + 12).collect();
+            let report = store(&cache, &namespace, &tokens);
+            assert_eq!((report.rejected_blocks, report.rejection), (0, None));
+        }
+        cache.close().unwrap();
+    };
+    shuttle::check_random(explore, ROUNDS);
+}

@@ -369,7 +369,7 @@ impl Tiering {
     }
 
     /// Gives up what is queued, and waits for what is being written: pages are needed. Says
-    /// whether that may have helped.
+    /// whether that may have helped, as it may if all was written since they were missing.
     pub(super) fn make_way(&self) -> bool {
         let cancelled = self.disk.cancel_writes() > 0;
         self.disk.wait_for_writer(self.read_timeout) || cancelled

@@ -174,10 +174,9 @@ impl Disk {
     }
 
     /// Waits until nothing is queued or being written, as long as the writer gets on; says whether
-    /// it had to, and it is so.
+    /// it is so.
     pub(crate) fn wait_for_writer(&self, at_most: Duration) -> bool {
-        let busy = |state: &DiskState| state.queue.bytes > 0;
-        busy(&self.shared.state.lock()) && self.shared.wait_while(at_most, busy)
+        self.shared.wait_while(at_most, |state| state.queue.bytes > 0)
     }
 
     /// Does a read or a write take longer than anybody waits?
@@ -198,8 +197,12 @@ impl Disk {
         let writes = state.queue.cancel_writes();
         state.counters.dropped_total += writes.len() as u64;
         drop(state);
+        let cancelled = writes.len();
+        let bytes = writes.iter().map(|write| write.payload.bytes().len() as u64).sum();
+        drop(writes);
+        self.shared.state.lock().queue.released(bytes);
         self.shared.made_room();
-        writes.len()
+        cancelled
     }
 
     /// The record of a key, if it is on the disk and the disk can be read.

@@ -276,12 +276,17 @@ impl Queue {
         self.wanted.get(&Fingerprint::of(key)).is_some_and(|(newest, _)| *newest == ticket)
     }
 
-    /// A write is done with, one way or the other.
-    pub(crate) fn finish(&mut self, key: &ObjectKey, ticket: u64, payload_bytes: u64) {
-        self.bytes -= payload_bytes;
+    /// A write is done with, one way or the other. [`Queue::released`] follows when its payload is
+    /// dropped.
+    pub(crate) fn finish(&mut self, key: &ObjectKey, ticket: u64) {
         if self.is_wanted(key, ticket) {
             self.wanted.remove(&Fingerprint::of(key));
         }
+    }
+
+    /// The pages of a payload are free: who waits for them goes by `bytes`, so not before.
+    pub(crate) fn released(&mut self, payload_bytes: u64) {
+        self.bytes -= payload_bytes;
     }
 
     /// Nobody wants this key to be written any more; says whether it was to be.
@@ -294,7 +299,8 @@ impl Queue {
         self.wanted.retain(|_, (_, id)| namespace.is_some_and(|namespace| namespace != *id));
     }
 
-    /// Takes out all writes that have not begun; the caller drops them without the lock.
+    /// Takes out all writes that have not begun; the caller drops them without the lock, and then
+    /// says that they are released.
     pub(crate) fn cancel_writes(&mut self) -> Vec<Write> {
         let (mut writes, mut kept) = (Vec::new(), VecDeque::new());
         for op in self.ops.drain(..) {
@@ -305,7 +311,7 @@ impl Queue {
         }
         self.ops = kept;
         for write in &writes {
-            self.finish(&write.meta.key, write.ticket, write.payload.bytes().len() as u64);
+            self.finish(&write.meta.key, write.ticket);
         }
         writes
     }

@@ -223,9 +223,10 @@ impl Writer {
                     state.doubt(&meta.key);
                 }
             }
-            state.queue.finish(&meta.key, ticket, bytes);
+            state.queue.finish(&meta.key, ticket);
         }
         drop(payload);
+        self.shared.state.lock().queue.released(bytes);
         self.shared.made_room();
     }
 

@@ -4,7 +4,7 @@
 //! that is not there.
 
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityScheme};
-use utoipa::{IntoResponses, Modify, OpenApi};
+use utoipa::{IntoResponses, Modify, OpenApi, ToSchema};
 
 use crate::error::ErrorBody;
 
@@ -36,6 +36,14 @@ impl Modify for Key {
         let components = description.components.get_or_insert_with(Default::default);
         components.add_security_scheme("key", SecurityScheme::Http(scheme));
     }
+}
+
+/// One event of a stream.
+#[derive(Debug, ToSchema)]
+#[expect(dead_code, reason = "describes")]
+pub(crate) struct StreamEvent {
+    /// A part of the answer as JSON; `[DONE]` is the last one
+    data: String,
 }
 
 /// Of routes that any key opens.

@@ -15,7 +15,7 @@ use super::models;
 use super::params::{Sampling, StreamOptions, Texts, absent, max_tokens, salt, stops};
 use super::prompt;
 use crate::auth::Tenant;
-use crate::describe::{BodyErrors, KeyErrors, QueueErrors};
+use crate::describe::{BodyErrors, KeyErrors, QueueErrors, StreamEvent};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
 use crate::scheduler::{Arrived, Job, Piece, TokenLogprob};
@@ -165,11 +165,11 @@ struct Chat {
 }
 
 /// Answers a chat. Its prefix is computed once, whoever asks with it again.
-#[utoipa::path(post, path = "/v1/chat/completions", tag = "openai", request_body = ChatRequest, responses(
+#[utoipa::path(post, path = "/v1/chat/completions", operation_id = "create_chat_completion", tag = "openai", request_body = ChatRequest, responses(
     (
         status = 200,
         description = "The answer; with `stream`, server-sent events of `chat.completion.chunk`",
-        content((Answer<ChatChoice> = "application/json"), (String = "text/event-stream")),
+        content((Answer<ChatChoice> = "application/json"), (StreamEvent = "text/event-stream")),
     ),
     (status = 404, description = "There is no such model", body = ErrorBody),
     BodyErrors,

@@ -15,7 +15,7 @@ use super::models;
 use super::params::{Sampling, StreamOptions, Texts, absent, max_tokens, salt, stops};
 use super::prompt::{self, Prompt};
 use crate::auth::Tenant;
-use crate::describe::{BodyErrors, KeyErrors, QueueErrors};
+use crate::describe::{BodyErrors, KeyErrors, QueueErrors, StreamEvent};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
 use crate::scheduler::{Arrived, Job, Piece};
@@ -79,11 +79,11 @@ pub(super) struct TextChoice {
 struct Text;
 
 /// Goes on with a text.
-#[utoipa::path(post, path = "/v1/completions", tag = "openai", request_body = CompletionRequest, responses(
+#[utoipa::path(post, path = "/v1/completions", operation_id = "create_completion", tag = "openai", request_body = CompletionRequest, responses(
     (
         status = 200,
         description = "The answer; with `stream`, server-sent events of the same shape",
-        content((Answer<TextChoice> = "application/json"), (String = "text/event-stream")),
+        content((Answer<TextChoice> = "application/json"), (StreamEvent = "text/event-stream")),
     ),
     (status = 404, description = "There is no such model", body = ErrorBody),
     BodyErrors,

@@ -32,7 +32,7 @@ impl Model {
 }
 
 /// The models that can be asked: one.
-#[utoipa::path(get, path = "/v1/models", tag = "openai", responses(
+#[utoipa::path(get, path = "/v1/models", operation_id = "list_models", tag = "openai", responses(
     (status = 200, description = "One model", body = Models),
     KeyErrors,
 ))]
@@ -41,7 +41,7 @@ pub(super) async fn list(_: Tenant, State(state): State<AppState>) -> Json<Model
 }
 
 /// One model.
-#[utoipa::path(get, path = "/v1/models/{id}", tag = "openai", params(
+#[utoipa::path(get, path = "/v1/models/{id}", operation_id = "get_model", tag = "openai", params(
     ("id" = String, Path, description = "As /v1/models names it", example = "SmolLM2-135M-Instruct.Q4_1"),
 ), responses(
     (status = 200, description = "It is the one that is served", body = Model),

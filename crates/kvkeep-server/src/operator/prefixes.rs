@@ -101,7 +101,7 @@ pub(super) struct RemovedAnswer {
 ///
 /// A compressed tree over blocks of tokens, since the start of the server. Bounded: the coldest branches are
 /// forgotten first.
-#[utoipa::path(get, path = "/cache/prefixes", tag = "operator", params(PrefixesParams), responses(
+#[utoipa::path(get, path = "/cache/prefixes", operation_id = "list_prefixes", tag = "operator", params(PrefixesParams), responses(
     (status = 200, description = "The most used first", body = Prefixes),
     (status = 400, description = "A parameter is wrong", body = ErrorBody),
     OperatorErrors,

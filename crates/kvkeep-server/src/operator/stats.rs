@@ -128,12 +128,12 @@ struct NamespaceInfo {
     cache_salt: bool,
     /// False: it is in the cache, and no request in it was seen since the start, or not lately.
     known: bool,
-    ram: Usage,
-    disk: Usage,
+    ram: TierUsage,
+    disk: TierUsage,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
-struct Usage {
+struct TierUsage {
     entries: u64,
     bytes: u64,
 }
@@ -142,7 +142,8 @@ struct Usage {
 #[into_params(parameter_in = Query)]
 pub(super) struct RequestsParams {
     /// Only those with a higher `seq`
-    after: Option<u64>,
+    #[param(minimum = 0)]
+    after: Option<i64>,
     /// The newest of them, at most so many
     #[param(minimum = 1, maximum = 500, default = 50)]
     limit: Option<usize>,
@@ -239,8 +240,8 @@ pub(super) async fn namespaces(_: Operator, State(state): State<AppState>) -> Js
             tenant: name.and_then(|(tenant, _)| tenant.name().map(str::to_owned)),
             cache_salt: name.is_some_and(|(_, salted)| *salted),
             known: name.is_some(),
-            ram: Usage { entries: usage.ram_entries, bytes: usage.ram_bytes },
-            disk: Usage { entries: usage.disk_entries, bytes: usage.disk_bytes },
+            ram: TierUsage { entries: usage.ram_entries, bytes: usage.ram_bytes },
+            disk: TierUsage { entries: usage.disk_entries, bytes: usage.disk_bytes },
         }
     };
     let usage = state.shared.cache.store_handle().usage();
@@ -259,7 +260,9 @@ pub(super) async fn requests(
     Params(params): Params<RequestsParams>,
 ) -> Result<Json<RecentRequests>, ApiError> {
     let limit = limit(params.limit, 50, 500)?;
-    let ended = state.shared.observed.recent().after(params.after.unwrap_or(0), limit);
+    let after = u64::try_from(params.after.unwrap_or(0));
+    let after = after.map_err(|_| ApiError::invalid("after", "after must not be negative"))?;
+    let ended = state.shared.observed.recent().after(after, limit);
     Ok(Json(RecentRequests { requests: ended.into_iter().map(RequestInfo::from).collect() }))
 }
 

@@ -13,7 +13,7 @@ install() { apt-get update -qq && apt-get install -y -qq --no-install-recommends
 
 [ -x "$CHROMIUM" ] || install chromium || missing "Chromium is not installed (CHROMIUM names it elsewhere)"
 command -v npm >/dev/null || install nodejs npm || missing "Node.js with npm is not installed"
-node -e 'process.exit(Number(process.versions.node.split(".")[0]) < 20)' || missing "Node.js 20 or later is needed, $(node --version) is installed"
+node -e 'process.exit(process.versions.node.split(".")[0] < 20 ? 1 : 0)' || missing "Node.js 20 or later is needed, $(node --version) is installed"
 npm ci --silent --no-audit --no-fund || missing "npm cannot install what package-lock.json names"
 
 case ${1:-test} in

@@ -34,7 +34,7 @@ crash-test: ## Cut the power at every operation, kill a writing process at rando
 test-python: wheel ## The Python tests that need numpy alone, and the wheel in an empty environment
 	PYTHON="$(PYTHON)" bash tests/python.sh
 
-test-integrations: wheel ## The slower end-to-end runs: the demos, the benchmarks, torch, transformers, notebooks
+test-integrations: wheel ## The slower end-to-end runs: the demos, the benchmarks, the dashboard in Chromium, torch, transformers, notebooks
 	CARGO="$(CARGO)" PYTHON="$(PYTHON)" bash tests/integrations.sh
 	PYTHON="$(PYTHON)" bash tests/integrations_python.sh
 

@@ -3,6 +3,8 @@
 # what is missing where it can. With CI=true a missing part is a failure; otherwise it is printed as skipped.
 set -euo pipefail
 cd "$(dirname "$0")"
+# Nothing is kept outside the repository.
+export npm_config_cache=$PWD/../../target/npm
 export KVKEEP=${KVKEEP:-$PWD/../../target/release/kvkeep} CHROMIUM=${CHROMIUM:-/usr/bin/chromium}
 missing() {
   printf 'skipped: the dashboard in a browser: %s\n' "$1"

@@ -46,11 +46,13 @@ try {
   await ask(server, 0, 2);
   await server.stop();
   await server.start();
-  await ask(server, 0, 3);
-  for (const part of [1, 2, 3]) {
-    const draft = await text("constitution.txt", 5000 + 1500 * part);
-    await server.chat(messages("Find mistakes of spelling.", draft.slice(3000 + 900 * part), "Which words are misspelt?"), { key: KEYS.operator, max_tokens: 20 });
-    await ask(server, 2, 5);
+  const drafts = [["agent.txt", 0], ["constitution.txt", 900], ["declaration.txt", 1500], ["ownership.txt", 700], ["tools.jsonl", 0]];
+  for (const [part, [name, from]] of drafts.entries()) {
+    await ask(server, part, part + 1);
+    const draft = (await text(name, 6000)).slice(from);
+    for (const question of ["Which words are misspelt?", "Which sentence is the longest?"]) {
+      await server.chat(messages("You proofread for the operator of this server.", draft, question), { key: KEYS.operator, max_tokens: 20 });
+    }
   }
   await ask(server, 0, 5);
 
@@ -64,7 +66,7 @@ try {
     await page.fill("#key", KEYS.operator);
     await page.locator('#key-form button[type="submit"]').click();
     await live(page);
-    for (const [turn, question] of ["What does a KV cache keep for a language model?", "And when is it of no use?"].entries()) {
+    for (const [turn, question] of ["What is gravity?", "Is it the same on the Moon?"].entries()) {
       await page.fill("#message", question);
       await page.keyboard.press("Enter");
       await page.waitForFunction((n) => /cached/.test(document.querySelectorAll(".turn.model .facts")[n]?.textContent ?? ""), turn, { timeout: 120_000 });

@@ -20,6 +20,9 @@ npm ci --silent --no-audit --no-fund || missing "npm cannot install what package
 
 case ${1:-test} in
   test) node --test --test-reporter=spec dashboard.test.js ;;
-  pictures) node pictures.js ;;
+  pictures)
+    command -v pngquant >/dev/null || install pngquant || missing "pngquant is not installed (it makes the pictures small)"
+    node pictures.js
+    pngquant --force --ext .png --strip 64 ../../docs/dashboard-*.png ;;
   *) echo "usage: run.sh [test|pictures]" >&2; exit 2 ;;
 esac

@@ -7,6 +7,8 @@ import { count, milliseconds, plural } from "./format.js";
 
 /** Enough for an answer, and a small model that does not come to an end stops. */
 const MOST_TOKENS = 256;
+/** The likeliest answer: the same question has the same one, warm or cold. */
+const TEMPERATURE = 0;
 const NEAR_END_PX = 48;
 
 export class Chat {
@@ -57,7 +59,7 @@ export class Chat {
   async #stream(turns, target, facts) {
     const system = byId("system").value.trim();
     const messages = system === "" ? turns : [{ role: "system", content: system }, ...turns];
-    const body = { messages, max_tokens: MOST_TOKENS, stream: true, stream_options: { include_usage: true } };
+    const body = { messages, max_tokens: MOST_TOKENS, temperature: TEMPERATURE, stream: true, stream_options: { include_usage: true } };
     const written = target.appendChild(document.createTextNode(""));
     let last = null;
     let stopped = false;

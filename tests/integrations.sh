@@ -61,6 +61,8 @@ PY
 echo "-- server"
 PYTHON="$PYTHON" bash tests/venv.sh .venv-server "openai>=2,<3"
 .venv-server/bin/python tests/server.py "$kvkeep"
+echo "-- openapi"
+PYTHON="$PYTHON" bash tests/openapi.sh "$kvkeep"
 "$PYTHON" tests/load.py "$kvkeep" 20 32
 "$PYTHON" tests/hostile.py "$kvkeep" 10000
 

@@ -4,6 +4,8 @@
 //! One block takes one page. A second implementation would be simpler to make fast, and
 //! would prove nothing about the first.
 
+use std::ops::Range;
+
 use crate::error::{Error, Result};
 use crate::eviction::{Admission, Admitter, Place, PolicyKind, Priority};
 use crate::index::NEVER;
@@ -28,6 +30,8 @@ pub struct Simulation {
     ram: State,
     disk: Option<Disk>,
     keys: Vec<ObjectKey>,
+    /// Where requests hold nothing: how many blocks are left after each.
+    unpinned: Option<usize>,
 }
 
 /// The blocks of one request that were there, from the first one on.
@@ -72,7 +76,20 @@ impl Simulation {
     pub fn with_quotas(capacity_blocks: u32, policy: PolicyKind, weights: &[f64]) -> Result<Self> {
         let quotas: Vec<_> = (1..).zip(weights).map(|(number, weight)| (tenant(number), *weight)).collect();
         let ram = state(capacity_blocks, policy, &quotas)?;
-        Ok(Self { ram, disk: None, keys: Vec::new() })
+        Ok(Self { ram, disk: None, keys: Vec::new(), unpinned: None })
+    }
+
+    /// As [`Simulation::new`], but a request of up to `longest_request_blocks` does not hold its
+    /// blocks: it uses and stores them one by one from its tail to its head, beyond the capacity,
+    /// and then the policy drives out what is too much, the request's own blocks as well. No live
+    /// cache works so; published figures of policies do.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a capacity of no blocks.
+    pub fn unpinned(capacity_blocks: u32, policy: PolicyKind, longest_request_blocks: u32) -> Result<Self> {
+        Self::new(capacity_blocks, policy)?;
+        let room = Self::new(capacity_blocks.saturating_add(longest_request_blocks), policy)?;
+        Ok(Self { unpinned: Some(capacity_blocks as usize), ..room })
     }
 
     /// A disk behind the RAM: what `admission` lets pass is written when it is stored, what is
@@ -95,15 +112,18 @@ impl Simulation {
 
     /// As [`Simulation::request`], by a tenant, whose blocks have numbers of their own.
     pub fn request_of(&mut self, tenant_number: u32, blocks: &[u64], priority: Priority) -> Hits {
-        let Self { ram, disk, keys } = self;
+        let Self { ram, disk, keys, unpinned } = self;
         keys.clear();
         keys.extend(blocks.iter().map(|number| ObjectKey::numbered(*number)));
+        if let Some(capacity) = unpinned {
+            return Hits { ram: pass_through(ram, keys, *capacity), disk: 0 };
+        }
         let found = ram.hold_run(keys, 0, Request::Tokens { requested: keys.len(), block_tokens: 1 });
         let in_ram = found.len();
         ram.release(found);
         let on_disk = disk.as_mut().map_or(0, |disk| disk.read(keys, in_ram));
         if in_ram < keys.len() {
-            store_missing(ram, keys, in_ram + on_disk, tenant(tenant_number), priority);
+            store_missing(ram, keys, 0..keys.len(), in_ram + on_disk, tenant(tenant_number), priority);
         }
         if let Some(disk) = disk {
             disk.write(keys, in_ram + on_disk);
@@ -148,11 +168,39 @@ fn tenant(number: u32) -> NamespaceId {
     NamespaceId::named(&format!("tenant {number}"))
 }
 
-/// Stores what is missing of a run, head first as far as it fits.
-fn store_missing(state: &mut State, keys: &[ObjectKey], found: usize, tenant: NamespaceId, priority: Priority) {
+/// A request that holds nothing; says how many blocks were there.
+fn pass_through(state: &mut State, keys: &[ObjectKey], capacity: usize) -> usize {
+    let there = |state: &State, key: &ObjectKey| state.index().find(key).is_some();
+    let found = keys.iter().take_while(|key| there(state, key)).count();
+    state.tick();
+    let mut end = keys.len();
+    while let Some((last, before)) = keys.get(..end).and_then(<[ObjectKey]>::split_last) {
+        if state.touch(last, Place::of(before.len(), keys.len(), found)) {
+            end -= 1;
+            continue;
+        }
+        let missing = before.iter().rev().take_while(|key| !there(state, key)).count() + 1;
+        store_missing(state, keys, end - missing..end, found, tenant(0), Priority::Normal);
+        end -= missing;
+    }
+    state.shrink_to(capacity);
+    found
+}
+
+/// Stores what is missing of a part of a request, head first as far as it fits.
+fn store_missing(
+    state: &mut State,
+    keys: &[ObjectKey],
+    part: Range<usize>,
+    found: usize,
+    tenant: NamespaceId,
+    priority: Priority,
+) {
     let wanted = Wanted { bytes_each: PAGE_BYTES, first_given: 0, priority };
-    let (present, missing, _) = state.reserve(tenant, keys, wanted, 0);
+    let first = part.start;
+    let (present, missing, _) = state.reserve(tenant, keys.get(part).unwrap_or_default(), wanted, 0);
     let written = missing.into_iter().filter_map(|(position, extent)| {
+        let position = first + position;
         let entry = new_entry(*keys.get(position)?, extent, usize::MAX, NEVER, None, 0);
         let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
         Some(Written { entry, parent, place: Place::of(position, keys.len(), found) })

@@ -40,6 +40,10 @@ pub(crate) struct ReplayOptions {
     /// Policies, with commas: lru, s3fifo, arc, lru2, adaptive [default: all]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = policy)]
     pub(crate) policy: Vec<PolicyKind>,
+    /// Requests hold none of their blocks: all are used or stored, and then the policy drives out
+    /// what is too much, the request's own as well. No live cache works so; published figures do
+    #[arg(long, conflicts_with = "disk_capacity")]
+    pub(crate) unpinned: bool,
     /// A disk tier behind the RAM, in blocks
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) disk_capacity: Option<u32>,
@@ -182,7 +186,9 @@ fn capacities(options: &ReplayOptions, trace: &Trace) -> Vec<u32> {
 fn row(job: &Job<'_>, options: &ReplayOptions) -> Result<Row> {
     let Job { trace, limits, policy, capacity } = *job;
     let disk_blocks = options.disk_capacity.unwrap_or(0);
-    let outcome = replay(trace, Setup { policy, ram_blocks: capacity, disk_blocks, admission: options.admission })?;
+    let setup =
+        Setup { policy, ram_blocks: capacity, unpinned: options.unpinned, disk_blocks, admission: options.admission };
+    let outcome = replay(trace, setup)?;
     let best = limits.optimum.iter().find(|(at, _)| *at == capacity).map_or(0, |(_, hits)| *hits);
     let of_blocks = |hits: usize| ratio(float(hits), float(trace.blocks()));
     let Outcome { hit_tokens, written_blocks, .. } = outcome;
@@ -209,7 +215,7 @@ fn row(job: &Job<'_>, options: &ReplayOptions) -> Result<Row> {
 fn answers(job: &Job<'_>, target: f64, options: &ReplayOptions) -> Result<Vec<Answer>> {
     let Job { trace, limits, policy, .. } = *job;
     let enough = |ram_blocks: u32, disk_blocks: u32| -> Result<bool> {
-        let setup = Setup { policy, ram_blocks, disk_blocks, admission: options.admission };
+        let setup = Setup { policy, ram_blocks, unpinned: options.unpinned, disk_blocks, admission: options.admission };
         Ok(ratio(float(replay(trace, setup)?.hit_blocks), float(trace.blocks())) >= target)
     };
     let answer = |ram_blocks: Option<u32>, disk_blocks: u32| Answer {

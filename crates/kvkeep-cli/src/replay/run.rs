@@ -16,6 +16,7 @@ use super::trace::Trace;
 pub(crate) struct Setup {
     pub(crate) policy: PolicyKind,
     pub(crate) ram_blocks: u32,
+    pub(crate) unpinned: bool,
     /// 0 for none.
     pub(crate) disk_blocks: u32,
     pub(crate) admission: Admission,
@@ -34,7 +35,11 @@ pub(crate) struct Outcome {
 }
 
 pub(crate) fn replay(trace: &Trace, setup: Setup) -> Result<Outcome> {
-    let mut cache = Simulation::new(setup.ram_blocks, setup.policy)?;
+    let mut cache = if setup.unpinned {
+        Simulation::unpinned(setup.ram_blocks, setup.policy, trace.longest_request_blocks())?
+    } else {
+        Simulation::new(setup.ram_blocks, setup.policy)?
+    };
     if setup.disk_blocks > 0 {
         cache = cache.with_disk(setup.disk_blocks, setup.policy, setup.admission)?;
     }

@@ -66,6 +66,11 @@ impl Trace {
         all.collect::<std::collections::HashSet<_>>().len()
     }
 
+    pub(crate) fn longest_request_blocks(&self) -> u32 {
+        let longest = self.requests.iter().map(|request| request.blocks.len()).max();
+        u32::try_from(longest.unwrap_or(0)).unwrap_or(u32::MAX)
+    }
+
     /// Tokens that the first `hits` blocks of a request hold.
     pub(crate) fn cached_tokens(&self, request: &Request, hits: usize) -> u64 {
         (hits as u64 * self.block_tokens).min(request.tokens)

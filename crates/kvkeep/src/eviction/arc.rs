@@ -2,7 +2,9 @@
 //! list of what was used once, one of what was used again, and for each a memory of what left
 //! it; a newcomer found in a memory moves the border between the two lists.
 //!
-//! The cache's capacity is what is resident when room is needed.
+//! The cache's capacity is the most that was resident when a request began. Each memory holds as
+//! many. In the paper a list and its memory together do, which costs most where blocks come back
+//! late: 11.7% instead of 13.5% of hits on Mooncake's conversation trace at 5,000 blocks.
 
 use super::ghosts::{Ghosts, tag};
 use super::list::{Links, List, Slots};
@@ -17,7 +19,7 @@ pub(crate) struct Arc {
     ghosts_once: Ghosts,
     ghosts_often: Ghosts,
     /// How many of the resident entries should be in `once`.
-    target_once: usize,
+    target_once: f64,
     /// Entries, also those that are held.
     resident: usize,
     /// Held entries that were used once.
@@ -48,7 +50,7 @@ impl Arc {
             often: List::new(),
             ghosts_once: Ghosts::new(),
             ghosts_often: Ghosts::new(),
-            target_once: 0,
+            target_once: 0.0,
             resident: 0,
             held_once: 0,
             capacity: 0,
@@ -83,14 +85,12 @@ impl Arc {
 
     /// Moves the border if the newcomer was here before; was it?
     fn recall(&mut self, tag: u32) -> bool {
-        let (once, often) = (self.ghosts_once.len(), self.ghosts_often.len());
+        let (once, often) = (float(self.ghosts_once.len()), float(self.ghosts_often.len()));
         if self.ghosts_once.take(tag) {
-            let step = (often / once.max(1)).max(1);
-            self.target_once = (self.target_once + step).min(self.capacity);
+            self.target_once = (self.target_once + (often / once).max(1.0)).min(float(self.capacity));
             true
         } else if self.ghosts_often.take(tag) {
-            let step = (once / often.max(1)).max(1);
-            self.target_once = self.target_once.saturating_sub(step);
+            self.target_once = (self.target_once - (once / often).max(1.0)).max(0.0);
             true
         } else {
             false
@@ -98,7 +98,16 @@ impl Arc {
     }
 }
 
+#[expect(clippy::cast_precision_loss, reason = "a number of entries is below 2^32")]
+fn float(count: usize) -> f64 {
+    count as f64
+}
+
 impl Policy for Arc {
+    fn tick(&mut self) {
+        self.capacity = self.capacity.max(self.resident);
+    }
+
     fn insert(&mut self, id: EntryId, arrival: &Arrival) {
         let often = self.recall(tag(arrival.fingerprint));
         let slot = Slot { tag: tag(arrival.fingerprint), often, place: At::Gone };
@@ -107,7 +116,6 @@ impl Policy for Arc {
         }
         self.link(id);
         self.resident += 1;
-        self.capacity = self.capacity.max(self.resident);
     }
 
     fn touch(&mut self, id: EntryId, _place: Place) {
@@ -135,16 +143,16 @@ impl Policy for Arc {
         }
         let ghosts = if slot.often { &mut self.ghosts_often } else { &mut self.ghosts_once };
         ghosts.add(slot.tag);
-        let once = self.once.len() + self.held_once;
-        self.ghosts_once.shrink(self.capacity.saturating_sub(once));
-        let others = self.resident + self.ghosts_once.len();
-        self.ghosts_often.shrink((2 * self.capacity).saturating_sub(others));
+        ghosts.shrink(self.capacity);
     }
 
     fn victim(&mut self) -> Option<EntryId> {
+        if self.capacity == 0 {
+            self.capacity = self.resident;
+        }
         let once = self.once.len() + self.held_once;
         let (first, second) =
-            if once > self.target_once { (&self.once, &self.often) } else { (&self.often, &self.once) };
+            if float(once) > self.target_once { (&self.once, &self.often) } else { (&self.often, &self.once) };
         first.oldest().or(second.oldest())
     }
 

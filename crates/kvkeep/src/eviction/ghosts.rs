@@ -1,26 +1,28 @@
 //! What was evicted not long ago, bounded: exactly and in order ([`Ghosts`]), or small and
 //! about in order ([`Buckets`]).
 //!
-//! In the exact one a tag that was taken back leaves a stale place in the queue, recognised by
-//! its number; the queue is swept when a third of it is stale. Tags have 32 bits: one eviction in
-//! some ten thousand is taken for another one, which costs a policy nothing but a good guess.
+//! In the exact one a tag that was taken back leaves a gap in the queue; the queue is swept when
+//! a third of it is gaps. Tags have 32 bits: one eviction in some ten thousand is taken for
+//! another one, which costs a policy nothing but a good guess.
 
 use std::collections::VecDeque;
 
 use hashbrown::HashTable;
 
-/// Exact, and 20 to 40 bytes each.
+/// Exact, and 10 to 22 bytes each: a queue of tags, and a table of their places in it.
 #[derive(Debug)]
 pub(super) struct Ghosts {
-    /// Tags and the numbers of their eviction.
-    table: HashTable<(u32, u32)>,
-    queue: VecDeque<(u32, u32)>,
-    next: u32,
+    /// Places, counted from the first eviction since the last sweep.
+    table: HashTable<u32>,
+    /// Oldest first; 0 is a gap.
+    queue: VecDeque<u32>,
+    /// The place of the oldest.
+    first: u32,
 }
 
 impl Ghosts {
     pub(super) fn new() -> Self {
-        Self { table: HashTable::new(), queue: VecDeque::new(), next: 0 }
+        Self { table: HashTable::new(), queue: VecDeque::new(), first: 0 }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -30,45 +32,64 @@ impl Ghosts {
     /// Remembers an eviction.
     pub(super) fn add(&mut self, tag: u32) {
         self.take(tag);
-        self.next = self.next.wrapping_add(1);
-        let ghost = (tag, self.next);
-        self.table.insert_unique(hash(tag), ghost, |ghost| hash(ghost.0));
-        self.queue.push_back(ghost);
+        if self.queue.len() > self.len() + self.len() / 2 + 16 {
+            self.sweep();
+        }
+        let Self { table, queue, first } = self;
+        let place = first.wrapping_add(u32::try_from(queue.len()).unwrap_or(0));
+        queue.push_back(tag);
+        table.insert_unique(hash(tag), place, |place| hash(at(queue, *first, *place)));
     }
 
     /// Was it evicted not long ago? Forgets it.
     pub(super) fn take(&mut self, tag: u32) -> bool {
-        let found = self.table.find_entry(hash(tag), |ghost| ghost.0 == tag);
-        found.map(hashbrown::hash_table::OccupiedEntry::remove).is_ok()
+        let Self { table, queue, first } = self;
+        let Ok(found) = table.find_entry(hash(tag), |place| at(queue, *first, *place) == tag) else { return false };
+        let (place, _) = found.remove();
+        if let Some(gap) = queue.get_mut(place.wrapping_sub(*first) as usize) {
+            *gap = 0;
+        }
+        true
     }
 
-    /// Forgets the oldest beyond `max`, and the places of what was taken back.
+    /// Forgets the oldest beyond `max`.
     pub(super) fn shrink(&mut self, max: usize) {
         while self.table.len() > max {
-            let Some(oldest) = self.queue.pop_front() else { return };
-            if let Ok(ghost) = self.table.find_entry(hash(oldest.0), |ghost| *ghost == oldest) {
-                ghost.remove();
+            let Some(tag) = self.queue.front().copied() else { return };
+            if tag != 0 {
+                self.take(tag);
             }
-        }
-        if self.queue.len() > self.table.len() + self.table.len() / 2 + 16 {
-            let Self { table, queue, .. } = self;
-            queue.retain(|old| table.find(hash(old.0), |ghost| ghost == old).is_some());
-            queue.shrink_to(queue.len() + queue.len() / 2);
-            if table.capacity() > 4 * table.len() {
-                table.shrink_to(2 * table.len(), |ghost| hash(ghost.0));
-            }
+            self.queue.pop_front();
+            self.first = self.first.wrapping_add(1);
         }
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
-        self.table.allocation_size() + self.queue.capacity() * size_of::<(u32, u32)>()
+        self.table.allocation_size() + self.queue.capacity() * size_of::<u32>()
+    }
+
+    /// Closes the gaps, and gives back room that is not needed any more.
+    fn sweep(&mut self) {
+        let Self { table, queue, first } = self;
+        queue.retain(|tag| *tag != 0);
+        queue.shrink_to(queue.len() + queue.len() / 2);
+        table.clear();
+        table.shrink_to(queue.len(), |_| 0);
+        *first = 0;
+        for (place, tag) in (0u32..).zip(queue.iter()) {
+            table.insert_unique(hash(*tag), place, |place| hash(at(queue, 0, *place)));
+        }
     }
 }
 
-/// 32 bits that stand for a key of which 64 are known.
+fn at(queue: &VecDeque<u32>, first: u32, place: u32) -> u32 {
+    queue.get(place.wrapping_sub(first) as usize).copied().unwrap_or(0)
+}
+
+/// 32 bits that stand for a key of which 64 are known; never 0.
 pub(super) fn tag(fingerprint: u64) -> u32 {
     let [a, b, c, d, e, f, g, h] = fingerprint.to_le_bytes();
-    u32::from_le_bytes([a, b, c, d]) ^ u32::from_le_bytes([e, f, g, h]).rotate_left(7)
+    (u32::from_le_bytes([a, b, c, d]) ^ u32::from_le_bytes([e, f, g, h]).rotate_left(7)).max(1)
 }
 
 /// Tags are uniform; a table wants its bits in the upper half too.
@@ -76,9 +97,10 @@ fn hash(tag: u32) -> u64 {
     u64::from(tag).wrapping_mul(0x9e37_79b9_7f4a_7c15)
 }
 
-/// Some of what was evicted: 8 bytes each, in buckets of eight from the newest to the oldest.
+/// Some of what was evicted: 8 bytes each, in buckets of `BUCKET` from the newest to the oldest.
+/// The larger the buckets, the nearer to one queue, and the longer the search.
 #[derive(Debug, Default)]
-pub(super) struct Buckets {
+pub(super) struct Buckets<const BUCKET: usize> {
     ghosts: Vec<Ghost>,
     cursor: usize,
 }
@@ -90,9 +112,7 @@ struct Ghost {
     last: u32,
 }
 
-const BUCKET: usize = 8;
-
-impl Buckets {
+impl<const BUCKET: usize> Buckets<BUCKET> {
     /// Remembers an eviction among `wanted` others.
     pub(super) fn add(&mut self, tag: u32, last: u32, wanted: usize) {
         // When the cache has grown, what is known starts anew: it grows while nothing is evicted.

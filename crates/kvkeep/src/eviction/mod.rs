@@ -11,6 +11,8 @@ mod ghosts;
 mod list;
 mod lru;
 mod lru2;
+#[cfg(test)]
+mod oracle;
 mod rates;
 mod s3fifo;
 mod shares;

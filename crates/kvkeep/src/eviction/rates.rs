@@ -9,8 +9,10 @@
 //!
 //! Few uses say little, so each rate leans on the rate at that age of its family (the same but
 //! for the length of the request), that one on the rate of all kinds, and that one on a rate
-//! that falls with age: untaught, this policy is LRU. Old sums fade by half, so that a change of
-//! traffic is learned.
+//! that falls with age: untaught, this policy is LRU. All blocks of a request come back together
+//! and are one observation, not many: so what is leant on counts as a part of one request of
+//! average length. A fixed number of uses was the alternative: right for one length of
+//! requests only. Old sums fade by half, so that a change of traffic is learned.
 
 use super::Place;
 
@@ -18,12 +20,14 @@ use super::Place;
 const BINS: usize = 40;
 /// Ages are told apart from here on, in touches.
 const FINEST: u32 = 16;
-/// So many uses are leant on.
-const LEAN: f32 = 10.0;
+/// What is leant on counts as so many requests of average length.
+const LEAN: f32 = 0.5;
+/// The weight of one request in the average length.
+const LATEST: f32 = 0.02;
 /// What nothing is known of: one use in ten for each factor e of age.
 const UNTAUGHT: f32 = 0.1;
 /// Touches between two looks at what the sums say.
-const LEARN_EVERY: u32 = 2048;
+const LEARN_EVERY: u32 = 512;
 /// Sums fade by half after so many touches for each block known.
 const FADE_EVERY: usize = 8;
 
@@ -36,6 +40,8 @@ pub(super) struct Kind(u8);
 pub(super) struct Rates {
     kinds: Vec<Sums>,
     widths: [f32; BINS],
+    /// Blocks that a request touches or stores, on average.
+    request_blocks: f32,
     since_learned: u32,
     since_faded: usize,
 }
@@ -104,9 +110,17 @@ impl Rates {
         let mut widths = [0.0; BINS];
         let bounds = (0..BINS).map(|bin| (begin(bin), begin(bin + 1)));
         widths.iter_mut().zip(bounds).for_each(|(width, (from, to))| *width = to - from);
-        let mut rates = Self { kinds: vec![none; Kind::ALL], widths, since_learned: 0, since_faded: 0 };
+        let mut rates =
+            Self { kinds: vec![none; Kind::ALL], widths, request_blocks: 1.0, since_learned: 0, since_faded: 0 };
         rates.conclude();
         rates
+    }
+
+    /// A request has touched or stored so many blocks.
+    pub(super) fn ended(&mut self, blocks: u32) {
+        if blocks > 0 {
+            self.request_blocks += LATEST * (float(blocks) - self.request_blocks);
+        }
     }
 
     /// A block of this kind was used again at this age; it stands for `weight` blocks.
@@ -158,16 +172,17 @@ impl Rates {
     fn conclude(&mut self) {
         let mut untaught = [0.0; BINS];
         untaught.iter_mut().enumerate().for_each(|(bin, rate)| *rate = UNTAUGHT / begin(bin));
-        let common = together(&self.kinds, &untaught);
+        let lean = LEAN * self.request_blocks;
+        let common = together(&self.kinds, &untaught, lean);
         for family in self.kinds.chunks_mut(Kind::FAMILY) {
-            let shared = together(family, &common);
-            family.iter_mut().for_each(|sums| sums.conclude(&shared, &self.widths));
+            let shared = together(family, &common, lean);
+            family.iter_mut().for_each(|sums| sums.conclude(&shared, &self.widths, lean));
         }
     }
 }
 
 /// The rates of several kinds taken together.
-fn together(kinds: &[Sums], lean_on: &[f32; BINS]) -> [f32; BINS] {
+fn together(kinds: &[Sums], lean_on: &[f32; BINS], lean: f32) -> [f32; BINS] {
     let (mut uses, mut waited) = ([0.0f32; BINS], [0.0f32; BINS]);
     for sums in kinds {
         uses.iter_mut().zip(&sums.uses).for_each(|(sum, part)| *sum += part);
@@ -177,7 +192,7 @@ fn together(kinds: &[Sums], lean_on: &[f32; BINS]) -> [f32; BINS] {
     rates
         .iter_mut()
         .zip(uses.iter().zip(&waited))
-        .for_each(|(rate, (uses, waited))| *rate = leaning(*uses, *waited, *rate));
+        .for_each(|(rate, (uses, waited))| *rate = leaning(*uses, *waited, *rate, lean));
     rates
 }
 
@@ -193,12 +208,12 @@ struct Stretch {
 impl Sums {
     /// From the oldest age down: a stretch is joined with the one behind it while that one is
     /// worth more, so that each is worth the best that any further waiting promises.
-    fn conclude(&mut self, common: &[f32; BINS], widths: &[f32; BINS]) {
+    fn conclude(&mut self, common: &[f32; BINS], widths: &[f32; BINS], lean: f32) {
         let mut behind = [Stretch { uses: 0.0, time: 1.0, left: 0.0 }; BINS];
         let mut depth: usize = 0;
         let sums = self.uses.iter().zip(&self.waited).zip(&mut self.worth);
         for (((uses, waited), worth), (common, width)) in sums.zip(common.iter().zip(widths)).rev() {
-            let rate = leaning(*uses, *waited, *common);
+            let rate = leaning(*uses, *waited, *common, lean);
             let left = (-rate * width).exp();
             let mut here = Stretch { uses: 1.0 - left, time: (1.0 - left) / rate, left };
             while let Some(next) = depth.checked_sub(1).and_then(|top| behind.get(top)) {
@@ -221,9 +236,9 @@ impl Sums {
     }
 }
 
-/// A rate that is leant on another one until enough uses are known.
-fn leaning(uses: f32, waited: f32, rate: f32) -> f32 {
-    (uses + LEAN) / (waited + LEAN / rate)
+/// A rate that is leant on another one as if that one had been seen for `lean` uses.
+fn leaning(uses: f32, waited: f32, rate: f32, lean: f32) -> f32 {
+    (uses + lean) / (waited + lean / rate)
 }
 
 fn bin(age: u32) -> usize {

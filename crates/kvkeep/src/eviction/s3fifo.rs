@@ -1,6 +1,8 @@
 //! S3-FIFO (Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023): a small
 //! queue that newcomers pass through, a main queue for what was used again meanwhile, and a
 //! memory of what left the small queue unused.
+//!
+//! The cache's capacity is what was resident when the last request began.
 
 use super::ghosts::{Ghosts, tag};
 use super::list::{Links, List, Slots};
@@ -21,6 +23,9 @@ pub(crate) struct S3Fifo {
     small: List,
     main: List,
     ghosts: Ghosts,
+    capacity: usize,
+    /// The main queue got one more than it holds: it gives next.
+    main_gives: bool,
     /// Held entries of each queue.
     held_small: usize,
     held_main: usize,
@@ -49,6 +54,8 @@ impl S3Fifo {
             small: List::new(),
             main: List::new(),
             ghosts: Ghosts::new(),
+            capacity: 0,
+            main_gives: false,
             held_small: 0,
             held_main: 0,
         }
@@ -56,6 +63,11 @@ impl S3Fifo {
 
     fn len(&self) -> usize {
         self.small.len() + self.main.len()
+    }
+
+    /// What the small queue should hold.
+    fn small_capacity(&self) -> usize {
+        self.capacity / SMALL_PART
     }
 
     fn push(&mut self, id: EntryId, queue: Queue) {
@@ -85,6 +97,10 @@ impl S3Fifo {
 }
 
 impl Policy for S3Fifo {
+    fn tick(&mut self) {
+        self.capacity = self.len();
+    }
+
     fn insert(&mut self, id: EntryId, arrival: &Arrival) {
         let known = self.ghosts.take(tag(arrival.fingerprint));
         let empty = Slot { tag: 0, uses: 0, queue: Queue::None, held: false };
@@ -124,17 +140,22 @@ impl Policy for S3Fifo {
         let Some(slot) = self.slots.get(id).copied() else { return };
         self.release(id);
         self.unlink(id);
+        self.main_gives = false;
         if why == Departure::Evicted && slot.queue == Queue::Small {
             self.ghosts.add(slot.tag);
-            self.ghosts.shrink(self.len() * (SMALL_PART - 1) / SMALL_PART);
+            self.ghosts.shrink(self.capacity - self.small_capacity());
         }
     }
 
     fn victim(&mut self) -> Option<EntryId> {
+        if self.capacity == 0 {
+            self.capacity = self.len();
+        }
         loop {
             let small_can = self.small.len() > self.held_small;
             let main_can = self.main.len() > self.held_main;
-            let from_small = small_can && (!main_can || self.small.len() * SMALL_PART >= self.len());
+            let small_gives = self.small.len() > self.small_capacity() && !self.main_gives;
+            let from_small = small_can && (!main_can || small_gives);
             if !small_can && !main_can {
                 return None;
             }
@@ -148,6 +169,7 @@ impl Policy for S3Fifo {
             } else if from_small && slot.uses >= PROMOTING_USES {
                 slot.uses = 0;
                 self.requeue(id, Queue::Main);
+                self.main_gives = self.main.len() > self.capacity - self.small_capacity();
             } else if !from_small && slot.uses > 0 {
                 slot.uses -= 1;
                 self.requeue(id, Queue::Main);

@@ -597,6 +597,25 @@ impl State {
         Some(Held { id, queued: true, grant: entry.extent.grant(), spec: entry.spec.clone() })
     }
 
+    /// A request begins that holds none of its blocks while it is served: [`State::touch`],
+    /// [`State::seal_all`], and then [`State::shrink_to`].
+    pub(crate) fn tick(&mut self) {
+        self.policy.tick();
+    }
+
+    /// Uses one entry of such a request, if it is there.
+    pub(crate) fn touch(&mut self, key: &ObjectKey, place: Place) -> bool {
+        let Some(held) = self.index.find(key).and_then(|id| self.hold(id)) else { return false };
+        self.policy.touch(held.id, place);
+        self.release(vec![held]);
+        true
+    }
+
+    /// Evicts until there are so many entries.
+    pub(crate) fn shrink_to(&mut self, entries: usize) {
+        while self.index.len() > entries && self.evict_one(0, 0, 0).is_ok() {}
+    }
+
     /// Counts a request that found this run.
     pub(crate) fn count(&mut self, request: Request, run: &[Held]) {
         if request == Request::Uncounted {

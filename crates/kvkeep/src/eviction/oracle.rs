@@ -1,0 +1,365 @@
+//! The adaptive policy written a second time, as plainly as can be: no lists, no packed bytes, no
+//! counts that are kept up to date; whatever is asked is searched for. Both make the same draws,
+//! so every victim has to be the same. What a block is worth is checked apart from that, against
+//! all ages at which one could stop waiting.
+
+use std::collections::HashMap;
+
+use super::ghosts::tag;
+use super::rates::{Kind, Rates};
+use super::{Arrival, Departure, EntryId, Place, Policy, PolicyKind};
+
+const DRAWN: usize = 8;
+const KEPT: usize = 8;
+const BUCKET: usize = 8;
+const SAMPLED: u32 = 4;
+
+#[derive(Clone, Copy)]
+struct Block {
+    tag: u32,
+    /// The slot of the block before it, and which of that slot's tenants it is.
+    parent: Option<(usize, u64)>,
+    kind: Kind,
+    touches: u8,
+    last: u32,
+    held: bool,
+}
+
+#[derive(Clone, Copy)]
+struct Ghost {
+    tag: u32,
+    kind: Kind,
+    last: u32,
+}
+
+#[derive(Default)]
+struct Plain {
+    rates: Option<Rates>,
+    slots: Vec<Option<Block>>,
+    /// How many tenants each slot has lost.
+    tenants: HashMap<usize, u64>,
+    leaves: Vec<usize>,
+    buckets: Vec<[Option<Ghost>; BUCKET]>,
+    ghost_cursor: usize,
+    cursor: usize,
+    clock: u32,
+    now: u32,
+    random: u64,
+    candidates: Vec<usize>,
+}
+
+impl Plain {
+    fn new() -> Self {
+        Self { rates: Some(Rates::new()), random: 0x9e37_79b9_7f4a_7c15, ..Self::default() }
+    }
+
+    fn rates(&mut self) -> &mut Rates {
+        self.rates.as_mut().unwrap()
+    }
+
+    fn tenant(&self, slot: usize) -> u64 {
+        self.tenants.get(&slot).copied().unwrap_or(0)
+    }
+
+    fn is_leaf(&self, slot: usize) -> bool {
+        let me = (slot, self.tenant(slot));
+        let free = self.slots[slot].is_some_and(|block| !block.held);
+        free && !self.slots.iter().flatten().any(|block| block.parent == Some(me))
+    }
+
+    fn find_leaves(&mut self) {
+        while let Some(at) = self.leaves.iter().position(|slot| !self.is_leaf(*slot)) {
+            self.leaves.swap_remove(at);
+        }
+        let new = (0..self.slots.len()).filter(|slot| self.is_leaf(*slot) && !self.leaves.contains(slot));
+        self.leaves.extend(new.collect::<Vec<_>>());
+    }
+
+    fn tick(&mut self) {
+        let blocks = self.clock - self.now;
+        self.rates().ended(blocks);
+        self.now = self.clock;
+    }
+
+    fn look_around(&mut self) {
+        let (now, all) = (self.now, self.slots.len());
+        self.clock += 1;
+        self.cursor = if self.cursor + 1 < all { self.cursor + 1 } else { 0 };
+        if let Some(block) = self.slots.get(self.cursor).copied().flatten() {
+            self.rates().waits(block.kind, now - block.last, u32::try_from(all).unwrap());
+        }
+        let places = self.buckets.len() * BUCKET;
+        self.ghost_cursor = if self.ghost_cursor + 1 < places { self.ghost_cursor + 1 } else { 0 };
+        let (bucket, place) = (self.ghost_cursor / BUCKET, self.ghost_cursor % BUCKET);
+        if let Some(ghost) = self.buckets.get(bucket).and_then(|bucket| bucket[place]) {
+            self.rates().waits(ghost.kind, now - ghost.last, u32::try_from(places).unwrap() * SAMPLED);
+        }
+        let known = self.slots.iter().flatten().count() + places * SAMPLED as usize;
+        self.rates().learn(known);
+    }
+
+    fn bucket(&mut self, tag: u32) -> Option<&mut [Option<Ghost>; BUCKET]> {
+        let number = (u64::from(tag.wrapping_mul(0x9e37_79b1)) * self.buckets.len() as u64) >> 32;
+        self.buckets.get_mut(usize::try_from(number).unwrap())
+    }
+
+    fn insert_run(&mut self, run: &[(EntryId, Arrival)]) {
+        let (mut known_blocks, mut known_touches) = (0, 0);
+        for (_, arrival) in run {
+            let tag = tag(arrival.fingerprint);
+            let ghost = self.bucket(tag).and_then(|bucket| {
+                bucket.iter_mut().find(|ghost| ghost.is_some_and(|ghost| ghost.tag == tag)).and_then(Option::take)
+            });
+            if let Some(ghost) = ghost {
+                let age = self.now - ghost.last;
+                self.rates().reused(ghost.kind, age, SAMPLED);
+                (known_blocks, known_touches) = (arrival.place.depth + 1, ghost.kind.touches() + 1);
+            }
+        }
+        for (id, arrival) in run.iter().rev() {
+            self.look_around();
+            let place = Place { found: arrival.place.found.max(known_blocks), ..arrival.place };
+            let touches = if place.depth < known_blocks { known_touches } else { 0 };
+            let parent = arrival.parent.map(|parent| (parent as usize, self.tenant(parent as usize)));
+            let (tag, kind, last) = (tag(arrival.fingerprint), Kind::of(touches, place), self.now);
+            let slot = *id as usize;
+            self.slots.resize(self.slots.len().max(slot + 1), None);
+            self.slots[slot] = Some(Block { tag, parent, kind, touches, last, held: false });
+            self.find_leaves();
+        }
+    }
+
+    fn touch(&mut self, id: EntryId, place: Place) {
+        self.look_around();
+        let block = self.slots[id as usize].unwrap();
+        let age = self.now - block.last;
+        self.rates().reused(block.kind, age, 1);
+        let touches = (block.touches + 1).min(15);
+        let kind = Kind::of(touches, place);
+        self.slots[id as usize] = Some(Block { touches, kind, last: self.now, ..block });
+    }
+
+    fn set_held(&mut self, id: EntryId, held: bool) {
+        self.slots[id as usize].as_mut().unwrap().held = held;
+        self.find_leaves();
+    }
+
+    fn remove(&mut self, id: EntryId) {
+        let gone = self.slots[id as usize].take().unwrap();
+        *self.tenants.entry(id as usize).or_default() += 1;
+        self.find_leaves();
+        if gone.tag.is_multiple_of(SAMPLED) {
+            self.remember(Ghost { tag: gone.tag, kind: gone.kind, last: gone.last / 64 * 64 });
+        }
+        if let Some((slot, _)) = gone.parent.filter(|(slot, tenant)| self.tenant(*slot) == *tenant) {
+            self.candidates.truncate(KEPT);
+            self.candidates.push(slot);
+        }
+    }
+
+    fn remember(&mut self, ghost: Ghost) {
+        let wanted = self.slots.iter().flatten().count().div_ceil(BUCKET).max(1) * BUCKET;
+        let places = self.buckets.len() * BUCKET;
+        if wanted > places + places / 4 {
+            self.buckets = vec![[None; BUCKET]; wanted / BUCKET];
+            self.ghost_cursor = 0;
+        }
+        let bucket = self.bucket(ghost.tag).unwrap();
+        let end = bucket.iter().position(Option::is_none).unwrap_or(BUCKET - 1);
+        bucket[..=end].rotate_right(1);
+        bucket[0] = Some(ghost);
+    }
+
+    fn draw(&mut self) -> usize {
+        self.random ^= self.random << 13;
+        self.random ^= self.random >> 7;
+        self.random ^= self.random << 17;
+        let place = ((self.random >> 32) * self.leaves.len() as u64) >> 32;
+        self.leaves[usize::try_from(place).unwrap()]
+    }
+
+    fn victim(&mut self) -> Option<EntryId> {
+        if self.leaves.len() <= KEPT + DRAWN {
+            self.candidates.clone_from(&self.leaves);
+        } else {
+            for _ in 0..DRAWN {
+                let leaf = self.draw();
+                self.candidates.push(leaf);
+            }
+        }
+        let mut judged: Vec<(f32, u32, usize)> = Vec::new();
+        for slot in std::mem::take(&mut self.candidates) {
+            if self.leaves.contains(&slot) && judged.iter().all(|(.., other)| *other != slot) {
+                let Block { kind, last, .. } = self.slots[slot].unwrap();
+                let age = self.now - last;
+                judged.push((self.rates().worth(kind, age), age, slot));
+            }
+        }
+        judged.sort_by(|a, b| a.0.total_cmp(&b.0).then(b.1.cmp(&a.1)));
+        self.candidates = judged.into_iter().map(|(.., slot)| slot).take(KEPT).collect();
+        let any = || self.slots.iter().position(|slot| slot.is_some_and(|block| !block.held));
+        let chosen = self.candidates.first().copied().or_else(any)?;
+        Some(EntryId::try_from(chosen).unwrap())
+    }
+}
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, end: u64) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % end
+    }
+}
+
+/// Both policies, as the store drives them: what a request finds is held until the rest is stored.
+struct Pair {
+    policy: Box<dyn Policy>,
+    plain: Plain,
+    index: HashMap<u64, EntryId>,
+    free: Vec<EntryId>,
+    evicted: usize,
+}
+
+impl Pair {
+    fn request(&mut self, blocks: &[u64]) {
+        self.policy.tick();
+        self.plain.tick();
+        let found: Vec<EntryId> = blocks.iter().map_while(|block| self.index.get(block).copied()).collect();
+        let place = |depth| Place::of(depth, blocks.len(), found.len());
+        found.iter().for_each(|id| self.set_held(*id, true));
+        for (depth, id) in found.iter().enumerate() {
+            self.policy.touch(*id, place(depth));
+            self.plain.touch(*id, place(depth));
+        }
+        let mut run = Vec::new();
+        let mut parent = found.last().copied();
+        for (depth, block) in blocks.iter().enumerate().skip(found.len()) {
+            // What is there behind a gap keeps its parent.
+            let id = match self.index.get(block) {
+                Some(id) => *id,
+                None => {
+                    let Some(id) = self.room() else { break };
+                    let fingerprint = (block + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                    run.push((id, *block, Arrival { fingerprint, parent, place: place(depth) }));
+                    id
+                }
+            };
+            parent = Some(id);
+        }
+        self.index.extend(run.iter().map(|(id, block, _)| (*block, *id)));
+        let run: Vec<(EntryId, Arrival)> = run.into_iter().map(|(id, _, arrival)| (id, arrival)).collect();
+        self.policy.insert_run(&run);
+        self.plain.insert_run(&run);
+        found.iter().rev().for_each(|id| self.set_held(*id, false));
+    }
+
+    fn set_held(&mut self, id: EntryId, held: bool) {
+        if held {
+            self.policy.hold(id)
+        } else {
+            self.policy.release(id)
+        }
+        self.plain.set_held(id, held);
+    }
+
+    fn room(&mut self) -> Option<EntryId> {
+        if let Some(id) = self.free.pop() {
+            return Some(id);
+        }
+        let victim = self.policy.victim();
+        assert_eq!(victim, self.plain.victim(), "after {} evictions", self.evicted);
+        let id = victim?;
+        self.policy.remove(id, Departure::Evicted);
+        self.plain.remove(id);
+        self.index.retain(|_, other| *other != id);
+        self.evicted += 1;
+        Some(id)
+    }
+}
+
+#[test]
+fn every_victim_of_the_adaptive_policy_is_that_of_a_plain_one() {
+    for seed in 0..4 {
+        let mut random = Random(seed);
+        let capacity: EntryId = [12, 30, 45, 60][usize::try_from(seed).unwrap()];
+        let mut pair = Pair {
+            policy: PolicyKind::Adaptive.make(),
+            plain: Plain::new(),
+            index: HashMap::new(),
+            free: (0..capacity).rev().collect(),
+            evicted: 0,
+        };
+        for _ in 0..500 {
+            // Sessions that grow, under a few prompts that they share; some never come back.
+            let sessions = 40 + 8 * random.below(6);
+            let session = random.below(sessions);
+            let length = 2 + random.below(4) + session % 5;
+            let shared = (0..2).map(|depth| (session % 3) << 8 | depth);
+            let own = (2..length).map(|depth| (session + 1) << 16 | depth);
+            pair.request(&shared.chain(own).collect::<Vec<_>>());
+        }
+        assert!(pair.evicted > 300, "{}", pair.evicted);
+    }
+}
+
+/// Where the bins of ages begin: two for each doubling from 16 touches on.
+fn begins() -> Vec<f64> {
+    let later = (1..=40).map(|bin| 16.0 * 2f64.powi(bin / 2) * if bin % 2 == 1 { 1.5 } else { 1.0 });
+    std::iter::once(1.0).chain(later).collect()
+}
+
+/// The best uses per time over all bins at whose end one could stop waiting.
+fn best(rates: &[f64], begins: &[f64]) -> f64 {
+    let (mut uses, mut time, mut left, mut best) = (0.0, 0.0, 1.0, 0.0f64);
+    for (rate, bounds) in rates.iter().zip(begins.windows(2)) {
+        let stays = (-rate * (bounds[1] - bounds[0])).exp();
+        uses += left * (1.0 - stays);
+        time += left * (1.0 - stays) / rate;
+        left *= stays;
+        best = best.max(uses / time);
+    }
+    best
+}
+
+#[test]
+fn what_a_block_is_worth_is_the_best_of_all_ages_at_which_to_stop_waiting() {
+    let begins = begins();
+    let (mut random, mut rates) = (Random(3), Rates::new());
+    // Two kinds of one family: they differ in the length of the request alone.
+    let kinds = [6, 100].map(|blocks| Kind::of(1, Place { depth: 0, blocks, found: blocks }));
+    let mut sums = [[(0.0f64, 0.0f64); 40]; 2];
+    let mut blocks = 1.0;
+    for _ in 0..3_000 {
+        let which = usize::try_from(random.below(2)).unwrap();
+        // Ages below 32 are one bin, so the second stays empty.
+        let bin = usize::try_from(2 + random.below(if which == 0 { 22 } else { 28 })).unwrap();
+        let (weight, waited) =
+            (u32::try_from(1 + random.below(5)).unwrap(), u32::try_from(random.below(9_000)).unwrap());
+        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an age below 2^20")]
+        let age = begins[bin] as u32;
+        rates.reused(kinds[which], age, weight);
+        rates.waits(kinds[which], age, waited);
+        rates.ended(30);
+        blocks += 0.02 * (30.0 - blocks);
+        sums[which][bin].0 += f64::from(weight);
+        sums[which][bin].1 += f64::from(waited);
+    }
+    (0..600).for_each(|_| rates.learn(1_000_000));
+    let lean = 0.5 * blocks;
+    let leaning = |(uses, waited): (f64, f64), rate: f64| (uses + lean) / (waited + lean / rate);
+    let both = |bin: usize| (sums[0][bin].0 + sums[1][bin].0, sums[0][bin].1 + sums[1][bin].1);
+    for (which, kind) in kinds.into_iter().enumerate() {
+        let of_bin = |bin: usize| {
+            let common = leaning(both(bin), 0.1 / begins[bin]);
+            leaning(sums[which][bin], leaning(both(bin), common))
+        };
+        let expected: Vec<f64> = (0..40).map(of_bin).collect();
+        for bin in 2..36 {
+            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an age below 2^24")]
+            let worth = f64::from(rates.worth(kind, begins[bin] as u32));
+            let best = best(&expected[bin..], &begins[bin..]);
+            assert!((worth - best).abs() < 0.01 * best, "kind {which}, bin {bin}: {worth} for {best}");
+        }
+    }
+}

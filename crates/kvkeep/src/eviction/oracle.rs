@@ -329,7 +329,6 @@ fn what_a_block_is_worth_is_the_best_of_all_ages_at_which_to_stop_waiting() {
     // Two kinds of one family: they differ in the length of the request alone.
     let kinds = [6, 100].map(|blocks| Kind::of(1, Place { depth: 0, blocks, found: blocks }));
     let mut sums = [[(0.0f64, 0.0f64); 40]; 2];
-    let mut blocks = 1.0;
     for _ in 0..3_000 {
         let which = usize::try_from(random.below(2)).unwrap();
         // Ages below 32 are one bin, so the second stays empty.
@@ -341,12 +340,11 @@ fn what_a_block_is_worth_is_the_best_of_all_ages_at_which_to_stop_waiting() {
         rates.reused(kinds[which], age, weight);
         rates.waits(kinds[which], age, waited);
         rates.ended(30);
-        blocks += 0.02 * (30.0 - blocks);
         sums[which][bin].0 += f64::from(weight);
         sums[which][bin].1 += f64::from(waited);
     }
     (0..600).for_each(|_| rates.learn(1_000_000));
-    let lean = 0.5 * blocks;
+    let lean = 0.5 * 30.0;
     let leaning = |(uses, waited): (f64, f64), rate: f64| (uses + lean) / (waited + lean / rate);
     let both = |bin: usize| (sums[0][bin].0 + sums[1][bin].0, sums[0][bin].1 + sums[1][bin].1);
     for (which, kind) in kinds.into_iter().enumerate() {

@@ -40,7 +40,7 @@ pub(super) struct Kind(u8);
 pub(super) struct Rates {
     kinds: Vec<Sums>,
     widths: [f32; BINS],
-    /// Blocks that a request touches or stores, on average.
+    /// Blocks that a request touches or stores, on average; 0 before the first.
     request_blocks: f32,
     since_learned: u32,
     since_faded: usize,
@@ -111,7 +111,7 @@ impl Rates {
         let bounds = (0..BINS).map(|bin| (begin(bin), begin(bin + 1)));
         widths.iter_mut().zip(bounds).for_each(|(width, (from, to))| *width = to - from);
         let mut rates =
-            Self { kinds: vec![none; Kind::ALL], widths, request_blocks: 1.0, since_learned: 0, since_faded: 0 };
+            Self { kinds: vec![none; Kind::ALL], widths, request_blocks: 0.0, since_learned: 0, since_faded: 0 };
         rates.conclude();
         rates
     }
@@ -119,7 +119,8 @@ impl Rates {
     /// A request has touched or stored so many blocks.
     pub(super) fn ended(&mut self, blocks: u32) {
         if blocks > 0 {
-            self.request_blocks += LATEST * (float(blocks) - self.request_blocks);
+            let part = if self.request_blocks > 0.0 { LATEST } else { 1.0 };
+            self.request_blocks += part * (float(blocks) - self.request_blocks);
         }
     }
 
@@ -172,7 +173,7 @@ impl Rates {
     fn conclude(&mut self) {
         let mut untaught = [0.0; BINS];
         untaught.iter_mut().enumerate().for_each(|(bin, rate)| *rate = UNTAUGHT / begin(bin));
-        let lean = LEAN * self.request_blocks;
+        let lean = LEAN * self.request_blocks.max(1.0);
         let common = together(&self.kinds, &untaught, lean);
         for family in self.kinds.chunks_mut(Kind::FAMILY) {
             let shared = together(family, &common, lean);

@@ -191,7 +191,7 @@ fn traces() -> Option<std::path::PathBuf> {
 }
 
 /// What a replay says of one policy and capacity, in percent.
-fn replayed(arguments: &[&str]) -> impl Fn(&str, u64, &str) -> f64 {
+fn replayed(arguments: &[&str]) -> impl Fn(&str, u64, &str) -> f64 + use<> {
     let output = kvkeep(&[&["replay", "--json"], arguments].concat());
     let json: Value = serde_json::from_str(stdout(&output)).unwrap();
     move |policy, capacity, key| {

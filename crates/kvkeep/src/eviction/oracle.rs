@@ -256,9 +256,9 @@ impl Pair {
 
     fn set_held(&mut self, id: EntryId, held: bool) {
         if held {
-            self.policy.hold(id)
+            self.policy.hold(id);
         } else {
-            self.policy.release(id)
+            self.policy.release(id);
         }
         self.plain.set_held(id, held);
     }

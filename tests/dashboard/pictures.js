@@ -66,7 +66,7 @@ try {
     await page.fill("#key", KEYS.operator);
     await page.locator('#key-form button[type="submit"]').click();
     await live(page);
-    for (const [turn, question] of ["What is gravity?", "Is it the same on the Moon?"].entries()) {
+    for (const [turn, question] of ["What is gravity?", "Why is the sky blue?"].entries()) {
       await page.fill("#message", question);
       await page.keyboard.press("Enter");
       await page.waitForFunction((n) => /cached/.test(document.querySelectorAll(".turn.model .facts")[n]?.textContent ?? ""), turn, { timeout: 120_000 });

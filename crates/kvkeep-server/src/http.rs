@@ -32,7 +32,7 @@ use crate::state::AppState;
 use crate::worker::Workers;
 use crate::{dashboard, guard, openai, operator};
 
-/// Bytes of a request's headers.
+/// Of a request's headers, about: hyper lets its buffer grow to some times this.
 const HEADER_BYTES: usize = 64 << 10;
 /// After a failed accept, such as one file too many.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);

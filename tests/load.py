@@ -9,18 +9,19 @@ a second. Prints what was checked and `N passed, N failed`.
 import collections
 import http.client
 import json
+import multiprocessing
 import random
 import sys
 import threading
 import time
 
-from serving import Checks, Server
+from serving import Checks, Server, rss_bytes
 
 CONTEXT_TOKENS, PARALLEL, RAM_MB = 2048, 4, 256
 # Model, buffers and queues: what a server that has answered one request takes, with room for the arena to fill.
 GROWTH_MB = 96
-# Tests run on machines that do other work too; docs/benchmarks.md has the figure of a quiet one.
-METRICS_P99_MS = 50
+# Compute threads and clients take all cores, and tests run beside other work. docs/benchmarks.md has what was measured alone.
+METRICS_P99_MS = 500
 SYSTEMS = [f"You are assistant number {n}. " + "You answer politely, briefly and truthfully, and say so if you do not know. " * (4 + 12 * n) for n in range(6)]
 
 
@@ -79,14 +80,17 @@ def percentile(values, percent):
     return values[min(len(values) - 1, len(values) * percent // 100)] if values else 0.0
 
 
-def watch(server, until):
+def watch(pid, port, until):
     """Times of /metrics, and memory, until then."""
     times, memory = [], []
     while time.monotonic() < until:
         begin = time.monotonic()
-        server.get("/metrics")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/metrics")
+        connection.getresponse().read()
+        connection.close()
         times.append((time.monotonic() - begin) * 1e3)
-        memory.append(server.rss_bytes() / 2**20)
+        memory.append(rss_bytes(pid) / 2**20)
         time.sleep(0.1)
     return times, memory
 
@@ -100,9 +104,12 @@ def main():
         before = server.rss_bytes() / 2**20
         until = time.monotonic() + seconds
         clients = [Client(server, number, until) for number in range(count)]
-        for client in clients:
-            client.start()
-        times, memory = watch(server, until)
+        # A process of its own: in this one it would wait for the clients' threads.
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            watched = pool.apply_async(watch, (server.process.pid, server.port, until))
+            for client in clients:
+                client.start()
+            times, memory = watched.get(seconds + 60)
         for client in clients:
             client.join(150)
         outcomes = sum((client.outcomes for client in clients), collections.Counter())

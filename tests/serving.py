@@ -61,8 +61,7 @@ class Server:
         return [line for line in lines if line.get("message") == message]
 
     def rss_bytes(self):
-        status = pathlib.Path(f"/proc/{self.process.pid}/status").read_text()
-        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
+        return rss_bytes(self.process.pid)
 
     def get(self, path, key=None, timeout=60):
         request = urllib.request.Request(self.url + path)
@@ -70,6 +69,12 @@ class Server:
             request.add_header("Authorization", f"Bearer {key}")
         with urllib.request.urlopen(request, timeout=timeout) as response:
             return response.read().decode()
+
+
+def rss_bytes(pid):
+    """Memory that a process has in RAM."""
+    status = pathlib.Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmRSS:"))
 
 
 class Checks:

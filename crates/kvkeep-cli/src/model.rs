@@ -7,16 +7,20 @@ use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvkeep_engine::{DEFAULT_MODEL, Engine, EngineOptions, default_model_path, user_cache_dir};
 
+/// How to run it: on so many threads, or one for each core.
+pub(crate) fn options(threads: Option<u16>) -> EngineOptions {
+    threads.map_or_else(EngineOptions::default, |threads| EngineOptions::default().threads(threads.into()))
+}
+
 /// Loads the given model, or the default one, which is downloaded on first use.
-pub(crate) fn load(model: Option<&Path>, threads: Option<usize>) -> Result<Engine> {
+pub(crate) fn load(model: Option<&Path>, options: &EngineOptions) -> Result<Engine> {
     let path = match model {
         Some(path) => path.to_owned(),
         None => fetch()?,
     };
     let bar = ProgressBar::new_spinner().with_message(format!("loading {}", path.display()));
     bar.enable_steady_tick(Duration::from_millis(100));
-    let options = threads.map_or_else(EngineOptions::default, |threads| EngineOptions::default().threads(threads));
-    let engine = Engine::load(&path, &options).with_context(|| format!("cannot load the model {}", path.display()));
+    let engine = Engine::load(&path, options).with_context(|| format!("cannot load the model {}", path.display()));
     bar.finish_and_clear();
     engine
 }

@@ -19,6 +19,10 @@ use crate::simd::Kernels;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
 
+/// A tenth of the weight of a thread of usual priority.
+#[cfg(target_os = "linux")]
+const BACKGROUND_NICE: i32 = 10;
+
 /// What computes KV here, as far as its bits depend on it. Change it with the arithmetic.
 const ARITHMETIC: &str = "kvkeep-engine 1: f16 weights and KV, batch-invariant f32 chains";
 
@@ -48,6 +52,9 @@ pub struct EngineOptions {
     pub threads: Option<usize>,
     /// Use the portable kernels: same bits, many times slower. For tests.
     pub portable: bool,
+    /// Compute threads give way to the machine's other threads (nice 10): for a server, whose
+    /// other threads have little to do and should do it at once.
+    pub background: bool,
     /// Tokens that a prefill computes at once; `None` takes the fastest. Changes no bit.
     pub batch_tokens: Option<usize>,
 }
@@ -57,6 +64,13 @@ pub struct EngineOptions {
 pub struct Logits(pub(crate) Vec<f32>);
 
 impl EngineOptions {
+    /// With compute threads that give way to others, or not.
+    #[must_use]
+    pub fn background(mut self, background: bool) -> Self {
+        self.background = background;
+        self
+    }
+
     /// With this many compute threads.
     #[must_use]
     pub fn threads(mut self, threads: usize) -> Self {
@@ -96,7 +110,15 @@ impl Engine {
             Some(threads) => threads.max(1),
             None => std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
         };
-        let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kvkeep-{i}")).build()?;
+        let background = options.background;
+        let pool = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kvkeep-{i}"));
+        let pool = pool
+            .start_handler(move |_| {
+                if background {
+                    give_way()
+                }
+            })
+            .build()?;
         let kernels = if options.portable { Kernels::scalar() } else { Kernels::detect() };
         let gguf = Gguf::open(path.as_ref())?;
         let config = Config::read(&gguf)?;
@@ -303,6 +325,13 @@ impl Engine {
             rows.by_ref().take(wanted).for_each(|row| work.logits.extend_from_slice(row));
         }
     }
+}
+
+/// Lowers the priority of this thread. Where that is refused it stays as it is: nothing depends on it.
+fn give_way() {
+    // On Linux a nice value belongs to a thread; elsewhere this would be the whole process.
+    #[cfg(target_os = "linux")]
+    let _ = rustix::process::setpriority_process(None, BACKGROUND_NICE);
 }
 
 fn segment(share: &mut Share) -> Segment<'_> {

@@ -5,7 +5,10 @@
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use kvkeep::{CacheConfig, DType, KvCache, KvLayout, LayerView, LayerViewMut, Namespace, TensorView, TensorViewMut};
+use kvkeep::{
+    CacheConfig, DType, KvCache, KvLayout, LayerView, LayerViewMut, Namespace, PolicyKind, Simulation, TensorView,
+    TensorViewMut,
+};
 
 /// A cache, a namespace whose blocks have `layers` layers of `layer_bytes` each for K and for V, and its KV.
 struct Setup {
@@ -135,9 +138,43 @@ fn threads(c: &mut Criterion) {
     }
 }
 
+/// Chats that grow turn by turn, a random one of 1,000 each time: block numbers of each request.
+fn chats() -> Vec<Vec<u64>> {
+    let mut turns = vec![0u64; 1000];
+    let mut state = 1u64;
+    let request = |_| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        // Some chats are far more often continued than others.
+        let draw = (state >> 33) % 1_000_000;
+        let chat = draw * draw / 1_000_000_000;
+        let turn = turns.get_mut(usize::try_from(chat).expect("small")).expect("below 1,000");
+        *turn = (*turn + 1) % 12;
+        (0..8 + 4 * *turn).map(|block| chat << 32 | block).collect()
+    };
+    (0..4000).map(request).collect()
+}
+
+/// All of a touch: index, policy, accounting. What a policy costs is what it takes more than another one.
+fn policies(c: &mut Criterion) {
+    let requests = chats();
+    let touches: usize = requests.iter().map(Vec::len).sum();
+    let mut group = c.benchmark_group("touches");
+    group.sample_size(20).throughput(Throughput::Elements(touches as u64));
+    for capacity in [1000, 5000] {
+        for policy in PolicyKind::ALL {
+            group.bench_function(BenchmarkId::new(policy.name(), capacity), |b| {
+                b.iter(|| {
+                    let mut simulation = Simulation::new(capacity, policy).expect("a simulation");
+                    requests.iter().map(|blocks| simulation.request(blocks).total()).sum::<usize>()
+                });
+            });
+        }
+    }
+}
+
 criterion_group! {
     name = cache;
     config = Criterion::default().sample_size(30).measurement_time(std::time::Duration::from_secs(3));
-    targets = ram_hit, copies, lookup, threads
+    targets = ram_hit, copies, lookup, threads, policies
 }
 criterion_main!(cache);

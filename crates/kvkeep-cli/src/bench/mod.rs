@@ -74,8 +74,8 @@ const MEASURES: [(&str, Measure); 7] = [
 /// Measures and prints.
 pub(crate) fn run(options: &BenchOptions) -> Result<ExitCode> {
     let effort = Effort { quick: options.quick };
-    let threads = options.threads.map(usize::from);
-    let engine = options.engine.then(|| model::load(options.model.as_deref(), threads)).transpose()?;
+    let load = || model::load(options.model.as_deref(), &model::options(options.threads));
+    let engine = options.engine.then(load).transpose()?;
     let bar = measure_bar(MEASURES.len() + usize::from(options.engine) + usize::from(options.disk.is_some()));
     let mut figures = Vec::new();
     for (name, measure) in MEASURES {

@@ -76,7 +76,7 @@ pub(crate) fn run(command: &DemoCommand) -> Result<ExitCode> {
     if let Some(Which::Restart(restart)) = &command.which {
         return restart::run(restart, options);
     }
-    let engine = model::load(options.model.as_deref(), options.threads.map(usize::from))?;
+    let engine = model::load(options.model.as_deref(), &model::options(options.threads))?;
     let lab = Lab { engine: &engine, options };
     let requests = |otherwise| options.requests.map_or(otherwise, usize::from);
     let outcomes = match &command.which {

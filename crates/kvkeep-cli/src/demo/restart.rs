@@ -133,7 +133,7 @@ fn process(salt: &str, dir: &Path, restart: &RestartOptions, options: &DemoOptio
 
 /// Answers the prompt, in a process of its own.
 fn answer(salt: &str, dir: &Path, restart: &RestartOptions, options: &DemoOptions) -> Result<Half> {
-    let engine = model::load(options.model.as_deref(), options.threads.map(usize::from))?;
+    let engine = model::load(options.model.as_deref(), &model::options(options.threads))?;
     let prompt = prompt(&engine, restart.documents)?;
     let needed = prompt.len() + usize::from(options.max_tokens);
     ensure!(

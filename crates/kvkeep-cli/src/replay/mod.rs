@@ -47,10 +47,10 @@ pub(crate) struct ReplayOptions {
     /// A disk tier behind the RAM, in blocks
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub(crate) disk_capacity: Option<u32>,
-    /// What is written to disk: all, second-use, or worth:R (kinds of blocks that are read at least
-    /// R times for each write)
-    #[arg(long, value_name = "RULE", default_value = "all")]
-    pub(crate) admission: Admission,
+    /// What is written to disk, several with commas: all, second-use, or worth:R (kinds of blocks
+    /// that are read at least R times for each write)
+    #[arg(long, value_name = "RULE,...", value_delimiter = ',', default_value = "all")]
+    pub(crate) admission: Vec<Admission>,
     /// Say how much RAM, and how much disk behind each --capacity, reaches this block hit rate
     #[arg(long, value_name = "RATE", value_parser = rate)]
     pub(crate) target_hit_rate: Option<f64>,
@@ -64,7 +64,8 @@ pub(crate) struct ReplayOptions {
     /// The engine's prefill rate, to show the prefill time that hits save
     #[arg(long, value_name = "TOKENS_PER_S", value_parser = positive)]
     pub(crate) prefill_tokens_per_s: Option<f64>,
-    /// Draw hit rate against capacity, one line a policy
+    /// Draw hit rate against capacity, one line a policy; with several --admission, hit rate against
+    /// blocks written to disk, one point a rule
     #[arg(long, value_name = "FILE.svg", value_parser = crate::cli::svg_file)]
     pub(crate) plot: Option<PathBuf>,
     /// Print one JSON object instead of tables
@@ -79,6 +80,8 @@ pub(crate) struct Row {
     pub(crate) policy: &'static str,
     pub(crate) capacity_blocks: u32,
     pub(crate) disk_capacity_blocks: u32,
+    /// What is written to disk; null without one.
+    pub(crate) admission: Option<String>,
     pub(crate) block_hit_rate: f64,
     pub(crate) token_hit_rate: f64,
     pub(crate) disk_block_hit_rate: f64,
@@ -98,6 +101,8 @@ pub(crate) struct Row {
 pub(crate) struct Answer {
     pub(crate) trace: String,
     pub(crate) policy: &'static str,
+    /// What is written to disk; null without one.
+    pub(crate) admission: Option<String>,
     pub(crate) target_block_hit_rate: f64,
     pub(crate) unbounded_block_hit_rate: f64,
     pub(crate) ram_blocks: Option<u32>,
@@ -113,6 +118,7 @@ struct Job<'a> {
     trace: &'a Trace,
     limits: &'a Limits,
     policy: PolicyKind,
+    admission: Admission,
     capacity: u32,
 }
 
@@ -125,6 +131,14 @@ struct Limits {
     optimum: Vec<(u32, usize)>,
 }
 
+impl ReplayOptions {
+    /// What is written to disk. Without a disk one rule is as good as another.
+    fn rules(&self) -> impl Iterator<Item = Admission> {
+        let rules = if self.disk_capacity.is_some() { self.admission.len() } else { 1 };
+        self.admission.iter().copied().take(rules)
+    }
+}
+
 pub(crate) fn run(options: &ReplayOptions) -> Result<ExitCode> {
     let traces: Vec<Trace> =
         options.traces.iter().map(|source| Trace::open(source, options.block_tokens)).collect::<Result<_>>()?;
@@ -133,20 +147,16 @@ pub(crate) fn run(options: &ReplayOptions) -> Result<ExitCode> {
     let limits = in_parallel(&traces, &bar, |trace| Ok(limits(trace, &capacities(options, trace))))?;
     let mut jobs = Vec::new();
     for (trace, limits) in traces.iter().zip(&limits) {
-        for policy in &policies {
-            jobs.extend(limits.optimum.iter().map(|(capacity, _)| Job {
-                trace,
-                limits,
-                policy: *policy,
-                capacity: *capacity,
-            }));
+        for (policy, admission) in policies.iter().flat_map(|policy| options.rules().map(move |rule| (*policy, rule))) {
+            let job = |(capacity, _): &(u32, usize)| Job { trace, limits, policy, admission, capacity: *capacity };
+            jobs.extend(limits.optimum.iter().map(job));
         }
     }
     let bar = progress("replays", jobs.len());
     let rows = in_parallel(&jobs, &bar, |job| row(job, options))?;
     let answers = match options.target_hit_rate {
         Some(target) => {
-            jobs.dedup_by_key(|job| (job.trace.name.clone(), job.policy));
+            jobs.dedup_by(|a, b| a.trace.name == b.trace.name && a.policy == b.policy && a.admission == b.admission);
             let bar = progress("searches", jobs.len());
             let answers = in_parallel(&jobs, &bar, |job| answers(job, target, options))?;
             answers.into_iter().flatten().collect()
@@ -154,7 +164,7 @@ pub(crate) fn run(options: &ReplayOptions) -> Result<ExitCode> {
         None => Vec::new(),
     };
     if let Some(path) = &options.plot {
-        plot::hit_rates(path, &rows)?;
+        if options.rules().count() > 1 { plot::writes(path, &rows)? } else { plot::hit_rates(path, &rows)? }
     }
     report::print(&traces, &rows, &answers, options)?;
     Ok(ExitCode::SUCCESS)
@@ -184,10 +194,9 @@ fn capacities(options: &ReplayOptions, trace: &Trace) -> Vec<u32> {
 }
 
 fn row(job: &Job<'_>, options: &ReplayOptions) -> Result<Row> {
-    let Job { trace, limits, policy, capacity } = *job;
+    let Job { trace, limits, policy, admission, capacity } = *job;
     let disk_blocks = options.disk_capacity.unwrap_or(0);
-    let setup =
-        Setup { policy, ram_blocks: capacity, unpinned: options.unpinned, disk_blocks, admission: options.admission };
+    let setup = Setup { policy, ram_blocks: capacity, unpinned: options.unpinned, disk_blocks, admission };
     let outcome = replay(trace, setup)?;
     let best = limits.optimum.iter().find(|(at, _)| *at == capacity).map_or(0, |(_, hits)| *hits);
     let of_blocks = |hits: usize| ratio(float(hits), float(trace.blocks()));
@@ -198,6 +207,7 @@ fn row(job: &Job<'_>, options: &ReplayOptions) -> Result<Row> {
         policy: policy.name(),
         capacity_blocks: capacity,
         disk_capacity_blocks: disk_blocks,
+        admission: (disk_blocks > 0).then(|| admission.to_string()),
         block_hit_rate: of_blocks(outcome.hit_blocks),
         token_hit_rate: ratio(tokens(hit_tokens), tokens(trace.tokens())),
         disk_block_hit_rate: of_blocks(outcome.disk_hit_blocks),
@@ -213,14 +223,15 @@ fn row(job: &Job<'_>, options: &ReplayOptions) -> Result<Row> {
 
 /// RAM alone that reaches the target; with a disk, also what each RAM asked for needs behind it.
 fn answers(job: &Job<'_>, target: f64, options: &ReplayOptions) -> Result<Vec<Answer>> {
-    let Job { trace, limits, policy, .. } = *job;
+    let Job { trace, limits, policy, admission, .. } = *job;
     let enough = |ram_blocks: u32, disk_blocks: u32| -> Result<bool> {
-        let setup = Setup { policy, ram_blocks, unpinned: options.unpinned, disk_blocks, admission: options.admission };
+        let setup = Setup { policy, ram_blocks, unpinned: options.unpinned, disk_blocks, admission };
         Ok(ratio(float(replay(trace, setup)?.hit_blocks), float(trace.blocks())) >= target)
     };
     let answer = |ram_blocks: Option<u32>, disk_blocks: u32| Answer {
         trace: trace.name.clone(),
         policy: policy.name(),
+        admission: (disk_blocks > 0).then(|| admission.to_string()),
         target_block_hit_rate: target,
         unbounded_block_hit_rate: ratio(float(limits.unbounded_hits), float(trace.blocks())),
         ram_blocks,

@@ -1,4 +1,5 @@
-//! Hit rate against capacity: one panel a trace, one line a policy, the optimum on top.
+//! Hit rate against capacity: one panel a trace, one line a policy, the optimum on top. Or against
+//! what is written to disk: one panel a trace, one line a policy and capacity, one point a rule.
 
 use std::path::Path;
 
@@ -24,6 +25,18 @@ const COLORS: [(&str, RGBColor); 5] = [
 type Drawn<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
 
 pub(super) fn hit_rates(path: &Path, rows: &[Row]) -> Result<()> {
+    panels(path, rows, draw)
+}
+
+pub(super) fn writes(path: &Path, rows: &[Row]) -> Result<()> {
+    panels(path, rows, draw_writes)
+}
+
+fn panels(
+    path: &Path,
+    rows: &[Row],
+    draw: for<'a> fn(&DrawingArea<SVGBackend<'a>, Shift>, &str, &[&Row]) -> Drawn<'a>,
+) -> Result<()> {
     let mut traces: Vec<&str> = rows.iter().map(|row| row.trace.as_str()).collect();
     traces.dedup();
     let height = PANEL_HEIGHT * u32::try_from(traces.len())?;
@@ -83,6 +96,60 @@ fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows: &[&Row
         .background_style(WHITE.mix(0.9))
         .border_style(INK.mix(0.3))
         .draw()
+}
+
+fn draw_writes<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows: &[&Row]) -> Drawn<'a> {
+    let point = |row: &&Row| (thousands(row.disk_written_blocks), row.block_hit_rate * 100.0);
+    let right = rows.iter().map(|row| point(row).0).fold(1.0, f64::max);
+    let top = rows.iter().map(|row| point(row).1).fold(1.0, f64::max);
+    let disk = rows.first().map_or(0, |row| row.disk_capacity_blocks);
+    let mut chart = ChartBuilder::on(area)
+        .margin(16)
+        .caption(format!("{trace}, {disk} blocks of disk"), (FONT, 20, &INK))
+        .x_label_area_size(46)
+        .y_label_area_size(70)
+        .build_cartesian_2d(0.0..right * 1.18, 0.0..(top * 1.12).min(100.0))?;
+    chart
+        .configure_mesh()
+        .x_desc("blocks written to disk (thousands)")
+        .y_desc("block hit rate (%)")
+        .axis_desc_style((FONT, 15, &INK))
+        .label_style((FONT, 13, &INK))
+        .x_label_formatter(&|blocks| format!("{blocks:.0}"))
+        .y_label_formatter(&|rate| format!("{rate:.0}"))
+        .bold_line_style(INK.mix(0.18))
+        .light_line_style(INK.mix(0.05))
+        .draw()?;
+    for (policy, color) in COLORS {
+        let mut capacities: Vec<u32> =
+            rows.iter().filter(|row| row.policy == policy).map(|row| row.capacity_blocks).collect();
+        capacities.dedup();
+        for capacity in capacities {
+            let mut rules: Vec<&Row> = rows.iter().copied().filter(|row| row.policy == policy).collect();
+            rules.retain(|row| row.capacity_blocks == capacity);
+            rules.sort_by_key(|row| row.disk_written_blocks);
+            chart.draw_series(LineSeries::new(rules.iter().map(point), color.stroke_width(2)))?;
+            chart
+                .draw_series(rules.iter().map(|row| Circle::new(point(row), 4, color.filled())))?
+                .label(format!("{policy}, {capacity} blocks of RAM"))
+                .legend(move |(x, y)| Rectangle::new([(x, y - 2), (x + 14, y + 2)], color.filled()));
+            chart.draw_series(rules.iter().map(|row| {
+                let rule = row.admission.clone().unwrap_or_default();
+                EmptyElement::at(point(row)) + Text::new(rule, (8, 4), (FONT, 13).into_font().color(&INK))
+            }))?;
+        }
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::LowerRight)
+        .label_font((FONT, 14, &INK))
+        .background_style(WHITE.mix(0.9))
+        .border_style(INK.mix(0.3))
+        .draw()
+}
+
+fn thousands(blocks: u64) -> f64 {
+    crate::stats::float(usize::try_from(blocks).unwrap_or(usize::MAX)) / 1e3
 }
 
 /// 1, 2 and 5 of each decade: the others run into each other.

@@ -46,7 +46,7 @@ fn table(rows: &[&Row]) -> String {
     let saved = rows.iter().any(|row| row.prefill_seconds_saved.is_some());
     let mut head = vec!["capacity", "policy", "blocks", "tokens", "optimum", "unbounded"];
     if disk {
-        head.extend(["from disk", "written"]);
+        head.extend(["admission", "from disk", "written"]);
     }
     if saved {
         head.push("prefill saved");
@@ -79,7 +79,8 @@ fn table(rows: &[&Row]) -> String {
         ];
         if disk {
             let written = row.disk_written_bytes.map_or(format!("{} blocks", row.disk_written_blocks), size);
-            cells.extend([right(percent(row.disk_block_hit_rate)), right(written)]);
+            let rule = Cell::new(row.admission.as_deref().unwrap_or_default());
+            cells.extend([rule, right(percent(row.disk_block_hit_rate)), right(written)]);
         }
         if let Some(seconds) = row.prefill_seconds_saved {
             cells.push(right(format!("{seconds:.0} s")));

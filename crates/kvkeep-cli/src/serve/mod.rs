@@ -49,7 +49,7 @@ pub(crate) fn run(options: ServeOptions) -> Result<ExitCode> {
     log(&settings);
     let mut config = config(&settings)?;
     let cache = cache(&settings)?;
-    let engine = model::load(settings.model.as_deref(), settings.threads.map(usize::from))?;
+    let engine = model::load(settings.model.as_deref(), &model::options(settings.threads).background(true))?;
     config.context_tokens = config.context_tokens.min(engine.context_tokens());
     serve(engine, cache, config)?;
     Ok(ExitCode::SUCCESS)

@@ -5,6 +5,7 @@
 //! The alternatives: write what is used a second time, or what blocks of its kind have proved
 //! to be worth.
 
+use std::fmt;
 use std::str::FromStr;
 
 use super::Place;
@@ -49,6 +50,17 @@ impl FromStr for Admission {
             None if rule == "second-use" => Ok(Self::SecondUse),
             Some(("worth", least)) => Self::Worth(least.parse().map_err(|_| unknown())?).check(),
             _ => Err(unknown()),
+        }
+    }
+}
+
+/// As it is read.
+impl fmt::Display for Admission {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::All => f.write_str("all"),
+            Self::SecondUse => f.write_str("second-use"),
+            Self::Worth(least) => write!(f, "worth:{least}"),
         }
     }
 }
@@ -153,6 +165,9 @@ mod tests {
         assert_eq!(read("worth:0.25").unwrap(), Admission::Worth(0.25));
         for wrong in ["", "some", "worth", "worth:", "worth:x", "worth:-1", "worth:NaN", "all:1"] {
             assert!(read(wrong).unwrap_err().to_string().contains("give"), "{wrong}");
+        }
+        for rule in ["all", "second-use", "worth:0.25"] {
+            assert_eq!(read(rule).unwrap().to_string(), rule);
         }
     }
 }

@@ -21,7 +21,7 @@ CONTEXT_TOKENS, PARALLEL, RAM_MB = 2048, 4, 256
 # Model, buffers and queues: what a server that has answered one request takes, with room for the arena to fill.
 GROWTH_MB = 96
 # Compute threads and clients take all cores, and tests run beside other work. docs/benchmarks.md has what was measured alone.
-METRICS_P99_MS = 500
+METRICS_P99_MS = 100
 SYSTEMS = [f"You are assistant number {n}. " + "You answer politely, briefly and truthfully, and say so if you do not know. " * (4 + 12 * n) for n in range(6)]
 
 

@@ -115,7 +115,7 @@ impl Engine {
         let pool = pool
             .start_handler(move |_| {
                 if background {
-                    give_way()
+                    give_way();
                 }
             })
             .build()?;

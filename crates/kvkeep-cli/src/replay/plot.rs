@@ -133,9 +133,10 @@ fn draw_writes<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows:
                 .draw_series(rules.iter().map(|row| Circle::new(point(row), 4, color.filled())))?
                 .label(format!("{policy}, {capacity} blocks of RAM"))
                 .legend(move |(x, y)| Rectangle::new([(x, y - 2), (x + 14, y + 2)], color.filled()));
-            chart.draw_series(rules.iter().map(|row| {
-                let rule = row.admission.clone().unwrap_or_default();
-                EmptyElement::at(point(row)) + Text::new(rule, (8, 4), (FONT, 13).into_font().color(&INK))
+            // Above and below in turn: neighbours are often close.
+            chart.draw_series(rules.iter().enumerate().map(|(n, row)| {
+                let (rule, down) = (row.admission.clone().unwrap_or_default(), if n % 2 == 0 { -20 } else { 8 });
+                EmptyElement::at(point(row)) + Text::new(rule, (4, down), (FONT, 13).into_font().color(&INK))
             }))?;
         }
     }

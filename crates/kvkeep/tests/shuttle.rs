@@ -94,6 +94,8 @@ fn open(home: &Path, write_policy: WritePolicy) -> KvCache {
     KvCache::new(CacheConfig::new(3 * PAGE).disk(disk)).unwrap()
 }
 
+/// A load that had found its record just before that was removed brought it back, once in some thousand runs.
+///
 /// The writer, the readers and four callers: two look up what comes from the disk, one stores and flushes, one
 /// removes what another looks up. Then the cache is closed and opened again.
 #[test]

@@ -41,6 +41,10 @@ pub(crate) use state::{Request, Wanted};
 use state::{State, Written};
 use tiering::{Decision, Tiering};
 
+/// So often a store waits for queued writes to give their pages back: what it evicts on its way is
+/// queued too.
+const WAYS: usize = 4;
+
 /// Keyed, sealed objects in RAM and, if configured, on a disk, each under a cap. Cheap to clone:
 /// clones share everything. Dropping the last clone closes the disk tier.
 ///
@@ -349,8 +353,9 @@ impl Store {
 
     /// Layers of a named cache: one more than the highest one stored.
     pub(crate) fn layers(&self, id: NamespaceId) -> u32 {
-        let below = self.tiering.as_ref().map_or(0, |tiering| tiering.disk().layers(id));
-        self.shared.state.lock().index().namespaces().layers(id).max(below)
+        // In this order: meanwhile something may go down, and is then found there.
+        let here = self.shared.state.lock().index().namespaces().layers(id);
+        self.tiering.as_ref().map_or(here, |tiering| here.max(tiering.disk().layers(id)))
     }
 
     /// The length that goes with the first of these prefixes of which any layer is there.
@@ -374,7 +379,10 @@ impl Store {
     pub(crate) fn reserve_all(&self, namespace: NamespaceId, sizes_bytes: &[usize]) -> Result<Vec<Pending>, Rejection> {
         let now_ms = self.now_ms();
         let mut reserved = self.shared.state.lock().reserve_all(namespace, sizes_bytes, now_ms);
-        if matches!(reserved, Err(Rejection::AllPinned { .. })) && self.make_way() {
+        for _ in 0..WAYS {
+            if !matches!(reserved, Err(Rejection::AllPinned { .. })) || !self.make_way() {
+                break;
+            }
             reserved = self.shared.state.lock().reserve_all(namespace, sizes_bytes, now_ms);
         }
         let extents = reserved.inspect_err(|_| self.shared.state.lock().count_rejection())?;
@@ -385,7 +393,10 @@ impl Store {
     /// missing before the first position given cannot be written and ends it.
     pub(crate) fn reserve(&self, namespace: NamespaceId, keys: &[ObjectKey], wanted: Wanted) -> Reserved {
         let mut reserved = self.try_reserve(namespace, keys, wanted);
-        if matches!(reserved.rejection, Some(Rejection::AllPinned { .. })) && self.make_way() {
+        for _ in 0..WAYS {
+            if !matches!(reserved.rejection, Some(Rejection::AllPinned { .. })) || !self.make_way() {
+                break;
+            }
             drop(reserved);
             reserved = self.try_reserve(namespace, keys, wanted);
         }

@@ -218,19 +218,20 @@ impl Tiering {
         let shared = &self.shared;
         let mut loads = Vec::new();
         for (position, key) in keys.iter().enumerate().take(wanted.end).skip(wanted.start) {
-            let Some(found) = self.disk.find(key) else { continue };
-            let load = {
+            let (load, found) = {
+                // What is found under this lock is cancelled by every removal that comes after.
                 let mut flying = self.loads.flying.lock();
                 if let Some(load) = flying.get(key) {
                     loads.push(Arc::clone(load));
                     continue;
                 }
+                let Some(found) = self.disk.find(key) else { continue };
                 if shared.state.lock().resident(std::slice::from_ref(key)) == [true] {
                     continue;
                 }
                 let load = Arc::new(Load::new(found.namespace, keys, position));
                 flying.insert(*key, Arc::clone(&load));
-                load
+                (load, found)
             };
             let bytes = found.slot.payload_pages as usize * PAGE_BYTES;
             let now_ms = shared.clock.now_ms();

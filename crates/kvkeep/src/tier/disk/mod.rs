@@ -155,7 +155,7 @@ impl Disk {
                 && state.writes.allows(now_ms));
         let taken = room && !state.closed;
         if taken {
-            state.queue.push(meta, mark, content, payload());
+            state.queue.push(meta, mark, content, payload(), &self.shared);
         } else {
             state.counters.dropped_total += 1;
         }
@@ -197,12 +197,7 @@ impl Disk {
         let writes = state.queue.cancel_writes();
         state.counters.dropped_total += writes.len() as u64;
         drop(state);
-        let cancelled = writes.len();
-        let bytes = writes.iter().map(|write| write.payload.bytes().len() as u64).sum();
-        drop(writes);
-        self.shared.state.lock().queue.released(bytes);
-        self.shared.made_room();
-        cancelled
+        writes.len()
     }
 
     /// The record of a key, if it is on the disk and the disk can be read.
@@ -377,7 +372,7 @@ impl Disk {
 
     /// One more than the highest layer of a namespace.
     pub(crate) fn layers(&self, id: NamespaceId) -> u32 {
-        self.shared.state.lock().index.namespaces().layers(id)
+        self.shared.state.lock().layers(id)
     }
 
     /// Lengths of the prefix texts of a namespace, shortest first.

@@ -82,6 +82,14 @@ pub(crate) struct Write {
     pub(crate) sums: Arc<Sums>,
 }
 
+/// A payload in the queue. It counts until its last holder has dropped it: the writer, or whoever
+/// makes its checksums. Who waits for its pages goes by that.
+struct Counted {
+    payload: Option<Arc<dyn Payload>>,
+    bytes: u64,
+    shared: Weak<Shared>,
+}
+
 /// The checksums of a queued payload: made by whoever needs or has time for them first.
 pub(crate) type Sums = OnceLock<Vec<u8>>;
 
@@ -101,8 +109,16 @@ pub(crate) struct Queue {
     pub(crate) sums_ahead: bool,
     pub(crate) bytes: u64,
     /// The newest write of each key that is queued or under way: others are of no use.
-    wanted: HashMap<Fingerprint, (u64, NamespaceId)>,
+    wanted: HashMap<Fingerprint, Wanted>,
     last_ticket: u64,
+}
+
+/// What is known of a write by its key alone.
+#[derive(Debug, Clone, Copy)]
+struct Wanted {
+    ticket: u64,
+    namespace: NamespaceId,
+    layer: u32,
 }
 
 /// Where the writer answers. Comes after the state's lock.
@@ -147,11 +163,6 @@ impl Shared {
         let mut state = self.state.lock();
         state.progress += 1;
         state.stalled_for = Duration::ZERO;
-    }
-
-    /// Something left the queue.
-    pub(crate) fn made_room(&self) {
-        self.room.notify_all();
     }
 
     pub(crate) fn answer(&self, reply: &Reply, result: io::Result<()>) {
@@ -218,6 +229,11 @@ impl DiskState {
         true
     }
 
+    /// One more than the highest layer of a namespace that is on the disk, or on its way there.
+    pub(crate) fn layers(&self, id: NamespaceId) -> u32 {
+        self.index.namespaces().layers(id).max(self.queue.layers(id))
+    }
+
     /// What is on the disk under a key, or on its way there, is not to be found any more.
     pub(crate) fn hide(&mut self, key: &ObjectKey) {
         let (known, queued) = (self.index.remove(key), self.queue.forget(key));
@@ -254,10 +270,19 @@ impl DiskState {
 
 impl Queue {
     /// Queues a write, in place of an earlier one of its key.
-    pub(crate) fn push(&mut self, meta: RecordMeta, mark: u8, content: Content, payload: Arc<dyn Payload>) {
+    pub(crate) fn push(
+        &mut self,
+        meta: RecordMeta,
+        mark: u8,
+        content: Content,
+        payload: Arc<dyn Payload>,
+        shared: &Arc<Shared>,
+    ) {
+        let payload: Arc<dyn Payload> = Arc::new(Counted::new(payload, shared));
         self.last_ticket += 1;
         let ticket = self.last_ticket;
-        self.wanted.insert(Fingerprint::of(&meta.key), (ticket, meta.namespace));
+        let wanted = Wanted { ticket, namespace: meta.namespace, layer: meta.key.layer() };
+        self.wanted.insert(Fingerprint::of(&meta.key), wanted);
         self.bytes += payload.bytes().len() as u64;
         let sums = Arc::<Sums>::default();
         if self.sums_ahead {
@@ -271,22 +296,21 @@ impl Queue {
         self.wanted.contains_key(&Fingerprint::of(key))
     }
 
-    /// Is this the newest write of its key?
-    pub(crate) fn is_wanted(&self, key: &ObjectKey, ticket: u64) -> bool {
-        self.wanted.get(&Fingerprint::of(key)).is_some_and(|(newest, _)| *newest == ticket)
+    /// One more than the highest layer of a namespace that is queued or under way.
+    fn layers(&self, id: NamespaceId) -> u32 {
+        self.wanted.values().filter(|wanted| wanted.namespace == id).map(|wanted| wanted.layer + 1).max().unwrap_or(0)
     }
 
-    /// A write is done with, one way or the other. [`Queue::released`] follows when its payload is
-    /// dropped.
+    /// Is this the newest write of its key?
+    pub(crate) fn is_wanted(&self, key: &ObjectKey, ticket: u64) -> bool {
+        self.wanted.get(&Fingerprint::of(key)).is_some_and(|newest| newest.ticket == ticket)
+    }
+
+    /// A write is done with, one way or the other. Its payload counts until it is dropped.
     pub(crate) fn finish(&mut self, key: &ObjectKey, ticket: u64) {
         if self.is_wanted(key, ticket) {
             self.wanted.remove(&Fingerprint::of(key));
         }
-    }
-
-    /// The pages of a payload are free: who waits for them goes by `bytes`, so not before.
-    pub(crate) fn released(&mut self, payload_bytes: u64) {
-        self.bytes -= payload_bytes;
     }
 
     /// Nobody wants this key to be written any more; says whether it was to be.
@@ -296,11 +320,10 @@ impl Queue {
 
     /// Nobody wants anything of a namespace, or anything at all.
     pub(crate) fn forget_all(&mut self, namespace: Option<NamespaceId>) {
-        self.wanted.retain(|_, (_, id)| namespace.is_some_and(|namespace| namespace != *id));
+        self.wanted.retain(|_, wanted| namespace.is_some_and(|namespace| namespace != wanted.namespace));
     }
 
-    /// Takes out all writes that have not begun; the caller drops them without the lock, and then
-    /// says that they are released.
+    /// Takes out all writes that have not begun; the caller drops them without the lock.
     pub(crate) fn cancel_writes(&mut self) -> Vec<Write> {
         let (mut writes, mut kept) = (Vec::new(), VecDeque::new());
         for op in self.ops.drain(..) {
@@ -314,6 +337,29 @@ impl Queue {
             self.finish(&write.meta.key, write.ticket);
         }
         writes
+    }
+}
+
+impl Counted {
+    fn new(payload: Arc<dyn Payload>, shared: &Arc<Shared>) -> Self {
+        Self { bytes: payload.bytes().len() as u64, payload: Some(payload), shared: Arc::downgrade(shared) }
+    }
+}
+
+impl Payload for Counted {
+    fn bytes(&self) -> &[u8] {
+        self.payload.as_ref().map_or(&[], |payload| payload.bytes())
+    }
+}
+
+impl Drop for Counted {
+    /// The pages first, then what is said of them.
+    fn drop(&mut self) {
+        drop(self.payload.take());
+        if let Some(shared) = self.shared.upgrade() {
+            shared.state.lock().queue.bytes -= self.bytes;
+            shared.room.notify_all();
+        }
     }
 }
 

@@ -226,8 +226,6 @@ impl Writer {
             state.queue.finish(&meta.key, ticket);
         }
         drop(payload);
-        self.shared.state.lock().queue.released(bytes);
-        self.shared.made_room();
     }
 
     /// Tries something on the disk; a failure is latched.

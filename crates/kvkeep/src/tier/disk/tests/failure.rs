@@ -253,3 +253,22 @@ fn a_flush_waits_for_a_slow_disk_for_as_long_as_it_gets_on() {
     });
     assert!(!shared.wait_while(Duration::from_millis(1), |_| true), "nothing gets on any more");
 }
+
+/// Evicting a prefix looked for its layers in RAM and on the disk, not in the queue between them: what was just
+/// on its way came back.
+#[test]
+fn what_is_on_its_way_to_the_disk_counts_among_the_layers_that_are_there() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    sim.hang(true);
+    let thing = named(4, 1, 1);
+    let namespace = thing.meta().namespace;
+    assert_eq!(disk.layers(namespace), 0);
+    assert!(thing.store(&disk));
+    assert_eq!(disk.layers(namespace), 5);
+    sim.hang(false);
+    disk.flush().unwrap();
+    assert_eq!(disk.layers(namespace), 5);
+    disk.remove(&[thing.key()]);
+    assert_eq!(disk.layers(namespace), 0);
+}

@@ -72,15 +72,15 @@ class LMCache:
     """LMCache's backends for the local disk and for the CPU's memory, as its engine puts them together."""
 
     def __init__(self, folder: Path) -> None:
-        from lmcache.utils import CacheEngineKey
-        from lmcache.v1.config import LMCacheEngineConfig
-        from lmcache.v1.memory_management import MemoryFormat
-        from lmcache.v1.metadata import LMCacheMetadata
-        from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend
-        from lmcache.v1.storage_backend.local_disk_backend import LocalDiskBackend
+        from lmcache.utils import CacheEngineKey  # type: ignore[import-not-found]
+        from lmcache.v1.config import LMCacheEngineConfig  # type: ignore[import-not-found]
+        from lmcache.v1.memory_management import MemoryFormat  # type: ignore[import-not-found]
+        from lmcache.v1.metadata import LMCacheMetadata  # type: ignore[import-not-found]
+        from lmcache.v1.storage_backend.local_cpu_backend import LocalCPUBackend  # type: ignore[import-not-found]
+        from lmcache.v1.storage_backend.local_disk_backend import LocalDiskBackend  # type: ignore[import-not-found]
 
         self._folder, self._format = folder, MemoryFormat.KV_2LTD
-        self._key = lambda number: CacheEngineKey("bench", 1, 0, number, torch.float16)
+        self._key: Callable[[int], Any] = lambda number: CacheEngineKey("bench", 1, 0, number, torch.float16)
         config = LMCacheEngineConfig.from_defaults(
             chunk_size=BLOCK_TOKENS,
             local_cpu=False,
@@ -158,7 +158,7 @@ def figures(report: Report, folder: str, rounds: int) -> None:
 def stores(report: Report, folder: Path, theirs: LMCache | None, rounds: int) -> None:
     ours, name = Ours(folder), "disk: store of 2 MiB blocks, durable"
     if theirs is None:
-        add(report, name, *turns([ours.store], rounds))
+        add(report, name, turns([ours.store], rounds)[0])
     else:
         synced, plain = (lambda number: theirs.store_durable(2 * number), lambda number: theirs.store(2 * number + 1))
         mine, durable, unsafe = turns([ours.store, synced, plain], rounds)
@@ -171,7 +171,7 @@ def loads(report: Report, folder: Path, theirs: LMCache | None, rounds: int) -> 
     # Opened again: nothing is in RAM.
     ours, name = Ours(folder), "disk: cold load of 2 MiB blocks"
     if theirs is None:
-        add(report, name, *turns([ours.load], rounds))
+        add(report, name, turns([ours.load], rounds)[0])
     else:
         mine, other = turns([ours.load, lambda number: theirs.load(2 * number)], rounds)
         add(report, name, mine, "LMCache", other)

@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use anyhow::{Result, anyhow};
-use plotters::coord::Shift;
+use plotters::coord::{CoordTranslate, Shift};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
@@ -29,8 +29,8 @@ pub(crate) struct Bar {
 
 const WIDTH: u32 = 900;
 const PANEL_HEIGHT: u32 = 420;
-const FONT: &str = "sans-serif";
-const INK: RGBColor = RGBColor(40, 40, 40);
+pub(crate) const FONT: &str = "sans-serif";
+pub(crate) const INK: RGBColor = RGBColor(40, 40, 40);
 /// Told apart by people who do not tell red from green.
 const WITHOUT: RGBColor = RGBColor(213, 94, 0);
 const WITH: RGBColor = RGBColor(0, 114, 178);
@@ -48,7 +48,8 @@ pub(crate) fn ttft(path: &Path, panels: &[Panel]) -> Result<()> {
     root.present().map_err(|error| anyhow!("{error}"))
 }
 
-type Drawn<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
+/// What drawing on an SVG returns.
+pub(crate) type Drawn<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
 
 fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, panel: &Panel) -> Drawn<'a> {
     let all = || panel.without_ms.iter().chain(&panel.with_ms).copied();
@@ -81,6 +82,11 @@ fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, panel: &Panel) -> Drawn<'
             .label(name)
             .legend(move |(x, y)| Circle::new((x + 8, y), 4, color.filled()));
     }
+    legend(&mut chart)
+}
+
+/// Says in the lower right what the lines are.
+pub(crate) fn legend<'a, 'b: 'a, CT: CoordTranslate>(chart: &mut ChartContext<'a, SVGBackend<'b>, CT>) -> Drawn<'b> {
     chart
         .configure_series_labels()
         .position(SeriesLabelPosition::LowerRight)

@@ -8,11 +8,10 @@ use plotters::coord::Shift;
 use plotters::prelude::*;
 
 use super::Row;
+use crate::plot::{Drawn, FONT, INK, legend};
 
 const WIDTH: u32 = 900;
 const PANEL_HEIGHT: u32 = 460;
-const FONT: &str = "sans-serif";
-const INK: RGBColor = RGBColor(40, 40, 40);
 /// Told apart by people who do not tell red from green (Okabe and Ito 2008).
 const COLORS: [(&str, RGBColor); 5] = [
     ("lru", RGBColor(213, 94, 0)),
@@ -21,8 +20,6 @@ const COLORS: [(&str, RGBColor); 5] = [
     ("lru2", RGBColor(230, 159, 0)),
     ("adaptive", RGBColor(0, 114, 178)),
 ];
-
-type Drawn<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
 
 pub(super) fn hit_rates(path: &Path, rows: &[Row]) -> Result<()> {
     panels(path, rows, draw)
@@ -89,13 +86,7 @@ fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows: &[&Row
             .label(name)
             .legend(move |(x, y)| Rectangle::new([(x, y - 2), (x + 14, y + 2)], color.filled()));
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
-        .label_font((FONT, 14, &INK))
-        .background_style(WHITE.mix(0.9))
-        .border_style(INK.mix(0.3))
-        .draw()
+    legend(&mut chart)
 }
 
 fn draw_writes<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows: &[&Row]) -> Drawn<'a> {
@@ -140,13 +131,7 @@ fn draw_writes<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows:
             }))?;
         }
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
-        .label_font((FONT, 14, &INK))
-        .background_style(WHITE.mix(0.9))
-        .border_style(INK.mix(0.3))
-        .draw()
+    legend(&mut chart)
 }
 
 fn thousands(blocks: u64) -> f64 {

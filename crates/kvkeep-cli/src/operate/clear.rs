@@ -8,7 +8,7 @@ use clap::Args;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Client, ServerOptions};
+use super::{Client, Namespace, Namespaces, ServerOptions};
 use crate::style::{self, count, size};
 
 /// Removes everything that a running server has cached, or one namespace.
@@ -22,24 +22,6 @@ pub(crate) struct ClearOptions {
     /// Do not ask first
     #[arg(long)]
     yes: bool,
-}
-
-#[derive(Debug, Deserialize)]
-struct Namespaces {
-    namespaces: Vec<Namespace>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Namespace {
-    id: String,
-    ram: Usage,
-    disk: Usage,
-}
-
-#[derive(Debug, Deserialize)]
-struct Usage {
-    entries: u64,
-    bytes: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -108,10 +90,12 @@ fn say(client: &Client, answer: &Value, json: bool) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Usage;
     use super::*;
 
     fn namespace(id: &str) -> Namespace {
-        Namespace { id: id.to_owned(), ram: Usage { entries: 2, bytes: 2048 }, disk: Usage { entries: 3, bytes: 3072 } }
+        let (ram, disk) = (Usage { entries: 2, bytes: 2048 }, Usage { entries: 3, bytes: 3072 });
+        Namespace { id: id.to_owned(), tenant: None, cache_salt: false, known: true, ram, disk }
     }
 
     #[test]

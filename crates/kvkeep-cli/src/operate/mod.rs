@@ -59,6 +59,28 @@ struct ErrorDetail {
     message: String,
 }
 
+/// What `/cache/namespaces` answers.
+#[derive(Debug, Deserialize)]
+struct Namespaces {
+    namespaces: Vec<Namespace>,
+}
+
+#[derive(Debug, Deserialize)]
+struct Namespace {
+    id: String,
+    tenant: Option<String>,
+    cache_salt: bool,
+    known: bool,
+    ram: Usage,
+    disk: Usage,
+}
+
+#[derive(Debug, Deserialize)]
+struct Usage {
+    entries: u64,
+    bytes: u64,
+}
+
 impl Client {
     fn new(options: &ServerOptions) -> Result<Self> {
         let config = Agent::config_builder().http_status_as_error(false).proxy(None);

@@ -8,7 +8,7 @@ use comfy_table::{Cell, CellAlignment};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{Client, ServerOptions};
+use super::{Client, Namespace, Namespaces, ServerOptions};
 use crate::stats::{float, ratio};
 use crate::style::{self, count, size, span};
 
@@ -77,27 +77,6 @@ struct Requests {
     cancelled: u64,
     rejected: u64,
     failed: u64,
-}
-
-#[derive(Debug, Deserialize)]
-struct Namespaces {
-    namespaces: Vec<Namespace>,
-}
-
-#[derive(Debug, Deserialize)]
-struct Namespace {
-    id: String,
-    tenant: Option<String>,
-    cache_salt: bool,
-    known: bool,
-    ram: Usage,
-    disk: Usage,
-}
-
-#[derive(Debug, Deserialize)]
-struct Usage {
-    entries: u64,
-    bytes: u64,
 }
 
 pub(crate) fn run(options: &StatsOptions) -> Result<ExitCode> {

@@ -26,3 +26,11 @@ pub(crate) fn seconds(seconds: Option<f64>, what: &str) -> PyResult<Option<Durat
     }
     Err(raise("ConfigError", &format!("{what} is {seconds}: give a number of seconds from 0 on, or None")))
 }
+
+/// Seconds that are to be waited: some, and not for ever.
+pub(crate) fn some_seconds(seconds: f64, what: &str) -> PyResult<Duration> {
+    if seconds > 0.0 && seconds.is_finite() {
+        return Ok(Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX));
+    }
+    Err(raise("ConfigError", &format!("{what} is {seconds}: give a finite number of seconds above 0")))
+}

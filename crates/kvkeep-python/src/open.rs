@@ -9,12 +9,13 @@ use std::sync::{Mutex, PoisonError};
 use kvkeep::{CacheConfig, DiskConfig, WritePolicy};
 use pyo3::prelude::*;
 
-use crate::convert::seconds;
+use crate::convert::{seconds, some_seconds};
 use crate::error::{raise, to_python};
 use crate::fork::Here;
 
-/// Directory, GiB, when it is written (`through` or `back`), what is admitted, key file.
-pub(crate) type RawDisk = (PathBuf, f64, String, String, Option<PathBuf>);
+/// Directory, GiB, when it is written (`through` or `back`), what is admitted, key file, seconds to wait for a disk
+/// that gets nothing done.
+pub(crate) type RawDisk = (PathBuf, f64, String, String, Option<PathBuf>, f64);
 
 /// A cache of the process that made it, until it is closed.
 #[derive(Debug)]
@@ -56,7 +57,7 @@ impl<T: Clone + Send> Open<T> {
     }
 }
 
-fn disk_config((dir, size_gb, write, admission, key_file): RawDisk) -> PyResult<DiskConfig> {
+fn disk_config((dir, size_gb, write, admission, key_file, flush_timeout): RawDisk) -> PyResult<DiskConfig> {
     let write_policy = match write.as_str() {
         "through" => WritePolicy::Through,
         "back" => WritePolicy::Back,
@@ -64,7 +65,8 @@ fn disk_config((dir, size_gb, write, admission, key_file): RawDisk) -> PyResult<
     };
     let admission = admission.parse().map_err(|error| to_python(&error))?;
     let config = DiskConfig::from_gib(dir, size_gb).map_err(|error| to_python(&error))?;
-    let config = config.write_policy(write_policy).admission(admission);
+    let flush_timeout = some_seconds(flush_timeout, "disk_flush_timeout_seconds")?;
+    let config = config.write_policy(write_policy).admission(admission).flush_timeout(flush_timeout);
     Ok(match key_file {
         Some(key_file) => config.key_file(key_file),
         None => config,

@@ -149,6 +149,30 @@ def test_settings_that_make_no_disk_tier_are_refused(tmp_path: Path) -> None:
         KVCache(0.01, disk_path=tmp_path / "file", disk_size_gb=0.1)
 
 
+@pytest.mark.parametrize("seconds", [0, -1, -1e-300, float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("door", [SimpleKVCache, KVCache])
+def test_a_flush_timeout_that_is_no_time_to_wait_is_refused(
+    tmp_path: Path, door: type[SimpleKVCache | KVCache], seconds: float
+) -> None:
+    with pytest.raises(kvkeep.ConfigError, match="disk_flush_timeout_seconds is .*: give a finite number"):
+        door(0.01, disk_path=tmp_path / "kv", disk_size_gb=0.1, disk_flush_timeout_seconds=seconds)
+    assert not (tmp_path / "kv").exists()
+
+
+def test_a_flush_waits_no_longer_than_it_was_told_to(tmp_path: Path) -> None:
+    cache = SimpleKVCache(0.1, disk_path=tmp_path / "kv", disk_size_gb=0.1, disk_flush_timeout_seconds=1e-9)
+    k = np.ones(1 << 20)
+    cache.cache_kv("p", 0, k, k)
+    # No disk gets anything done in a billionth of a second.
+    with pytest.raises(kvkeep.DiskError, match="nothing done for 1ns.*flush_timeout"):
+        cache.flush()
+    with SimpleKVCache(0.1, disk_path=tmp_path / "patient", disk_size_gb=0.1, disk_flush_timeout_seconds=1e300) as cache:
+        cache.cache_kv("p", 0, k, k)
+        cache.flush()
+        disk = cache.get_stats()["disk"]
+        assert disk is not None and disk["entries"] == 1
+
+
 @pytest.mark.parametrize("write", ["through", "back"])
 def test_what_is_not_admitted_is_in_ram_and_not_on_the_disk(tmp_path: Path, write: Literal["through", "back"]) -> None:
     disk = {"disk_path": tmp_path / "kv", "disk_size_gb": 0.1, "disk_admission": "second-use"}

@@ -116,7 +116,7 @@ impl DiskConfig {
 
     /// How long flushing and closing wait for a disk that gets nothing done, not one record and not
     /// one sync, before they end with an error; 30 s unless said otherwise. A disk that is slow
-    /// and gets on is waited for as long as it takes.
+    /// and gets on is waited for as long as it takes. Zero is refused when the cache is made.
     #[must_use]
     pub fn flush_timeout(mut self, flush_timeout: Duration) -> Self {
         self.flush_timeout = flush_timeout;

@@ -16,10 +16,12 @@ def raw_disk(
     write: DiskWrite,
     admission: str,
     key_file: str | os.PathLike[str] | None,
-) -> tuple[str, float, str, str, str | None] | None:
+    flush_timeout_seconds: float,
+) -> tuple[str, float, str, str, str | None, float] | None:
     """What the extension takes; None without a path."""
     if path is None:
         if key_file is not None:
             raise ConfigError("disk_key_file without disk_path: there is nothing to encrypt")
         return None
-    return os.fspath(path), size_gb, write, admission, None if key_file is None else os.fspath(key_file)
+    key = None if key_file is None else os.fspath(key_file)
+    return os.fspath(path), size_gb, write, admission, key, flush_timeout_seconds

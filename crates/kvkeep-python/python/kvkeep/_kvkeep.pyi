@@ -13,7 +13,7 @@ DTYPES: list[str]
 
 _RawTensor: TypeAlias = tuple[int, int, tuple[int, ...]]
 _RawTokens: TypeAlias = tuple[int, int]
-_RawDisk: TypeAlias = tuple[str, float, str, str, str | None]
+_RawDisk: TypeAlias = tuple[str, float, str, str, str | None, float]
 
 def before_fork() -> None: ...
 def after_fork_in_child() -> None: ...

@@ -32,6 +32,8 @@ class SimpleKVCache(NamedCache):
     - `disk_admission`: what is written at all: `"all"`, `"second-use"` (what was used again), or `"worth:R"` (kinds
       of entries that are read from the disk at least R times for each write). The rest stays in RAM only.
     - `disk_key_file`: encrypts the disk tier under the key in this file (32 bytes, or 64 hexadecimal digits).
+    - `disk_flush_timeout_seconds`: how long `flush` and `close` wait for a disk that gets nothing done, before they
+      raise `DiskError`. A slow disk that gets on is waited for.
 
     Use it in a `with` statement, or call `close`, so that the disk tier is complete. Safe from many threads.
     Raises `ConfigError`, `DeviceError`, `OutOfMemoryError`, `DiskError`, `DiskLockedError`, `DiskRefusedError`.
@@ -48,8 +50,11 @@ class SimpleKVCache(NamedCache):
         disk_write: DiskWrite = "through",
         disk_admission: str = "all",
         disk_key_file: str | os.PathLike[str] | None = None,
+        disk_flush_timeout_seconds: float = 30.0,
     ) -> SimpleKVCache:
-        disk = raw_disk(disk_path, disk_size_gb, disk_write, disk_admission, disk_key_file)
+        disk = raw_disk(
+            disk_path, disk_size_gb, disk_write, disk_admission, disk_key_file, disk_flush_timeout_seconds
+        )
         return super().__new__(cls, max_size_gb, default_ttl_seconds, _mover(device), disk)
 
     def __init__(
@@ -63,6 +68,7 @@ class SimpleKVCache(NamedCache):
         disk_write: DiskWrite = "through",
         disk_admission: str = "all",
         disk_key_file: str | os.PathLike[str] | None = None,
+        disk_flush_timeout_seconds: float = 30.0,
     ) -> None:
         self.device = str(device)
 

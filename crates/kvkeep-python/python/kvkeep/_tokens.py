@@ -210,7 +210,8 @@ class KVCache:
 
     - `max_size_gb`: the cap in GiB. Memory is taken as it is used, never more than this.
     - `default_ttl_seconds`: how long blocks live; None keeps them until they are evicted.
-    - `disk_path`, `disk_size_gb`, `disk_write`, `disk_admission`, `disk_key_file`: a disk tier, as in `SimpleKVCache`.
+    - `disk_path`, `disk_size_gb`, `disk_write`, `disk_admission`, `disk_key_file`, `disk_flush_timeout_seconds`: a disk
+      tier, as in `SimpleKVCache`.
 
     Token ids are a list of ints, or a numpy array or torch tensor of one dimension. Safe from many
     threads; the GIL is released while it hashes, copies and waits. Use it in a `with` statement, or call `close`,
@@ -228,8 +229,11 @@ class KVCache:
         disk_write: DiskWrite = "through",
         disk_admission: str = "all",
         disk_key_file: str | os.PathLike[str] | None = None,
+        disk_flush_timeout_seconds: float = 30.0,
     ) -> None:
-        disk = raw_disk(disk_path, disk_size_gb, disk_write, disk_admission, disk_key_file)
+        disk = raw_disk(
+            disk_path, disk_size_gb, disk_write, disk_admission, disk_key_file, disk_flush_timeout_seconds
+        )
         self._raw = _kvkeep.TokenCache(max_size_gb, default_ttl_seconds, disk)
 
     def __enter__(self) -> KVCache:

@@ -112,6 +112,9 @@ impl Disk {
                 log::MIN_CAPACITY_BYTES
             )));
         }
+        if flush_timeout.is_zero() {
+            return Err(Error::Config("a flush_timeout of zero lets no flush end well: give some time".into()));
+        }
         let shared = Arc::new(Shared::new(clock));
         shared.state.lock().counters.capacity_bytes = capacity_bytes;
         let log = recover::open(backend, cipher.clone(), capacity_bytes, &shared)

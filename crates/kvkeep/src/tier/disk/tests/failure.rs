@@ -235,6 +235,18 @@ fn flushing_and_closing_end_with_a_clear_error_on_a_disk_that_hangs() {
 }
 
 #[test]
+fn settings_with_which_nothing_could_be_written_are_refused() {
+    let (sim, some) = (Sim::default(), Duration::from_secs(1));
+    for (capacity_bytes, flush_timeout, says) in [(MIB - 1, some, "too small"), (MIB, Duration::ZERO, "flush_timeout")]
+    {
+        let options = Options { flush_timeout, ..options(Path::new("sim"), capacity_bytes) };
+        let error = super::super::sim::open(&sim, &options, None, clock()).unwrap_err();
+        assert!(matches!(error, Error::Config(_)) && error.to_string().contains(says), "{error}");
+    }
+    assert!(sim.names().is_empty());
+}
+
+#[test]
 fn a_flush_waits_for_a_slow_disk_for_as_long_as_it_gets_on() {
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
     let (shared, looks, ended) = (Shared::new(clock()), AtomicUsize::new(0), AtomicBool::new(false));

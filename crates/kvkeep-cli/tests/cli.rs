@@ -461,6 +461,31 @@ fn export_chooses_by_namespace_key_and_limit_and_leaves_out_what_is_damaged() {
     }
 }
 
+/// A directory whose manifest had a flipped bit passed as whole: every byte is what was stored.
+#[test]
+fn verify_says_how_the_manifest_is_and_a_cache_writes_a_new_one() {
+    let home = stored();
+    let (dir, file) = (text(home.path()), home.path().join("MANIFEST"));
+    let manifest = std::fs::read(&file).unwrap();
+    let damage: [(&str, &dyn Fn()); 3] = [
+        ("damaged", &|| {
+            std::fs::write(&file, [&manifest[..80], &[manifest[80] ^ 1], &manifest[81..]].concat()).unwrap()
+        }),
+        ("damaged", &|| std::fs::write(&file, b"").unwrap()),
+        ("missing", &|| std::fs::remove_file(&file).unwrap()),
+    ];
+    for (state, damage) in damage {
+        damage();
+        let output = kvkeep(&["verify", dir]);
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(output.status.code() == Some(4) && said.contains(&format!("the manifest is {state}:")), "{said}");
+        assert_eq!(json(&kvkeep(&["verify", dir, "--json"]))["manifest"], state);
+        drop(store(home.path(), None));
+        let output = kvkeep(&["verify", dir, "--json"]);
+        assert!(output.status.success() && json(&output)["manifest"] == "whole", "{}", stderr(&output));
+    }
+}
+
 #[test]
 fn looking_at_a_directory_changes_nothing_in_it() {
     let (home, elsewhere) = (stored(), tempfile::tempdir().unwrap());

@@ -51,7 +51,7 @@ pub use simulation::{Hits, Simulation};
 pub use stats::{DiskStats, Stats};
 pub use store::{Removed, Store};
 pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};
-pub use tier::disk::{Archive, Contents, RecordInfo, RecordState, Verified};
+pub use tier::disk::{Archive, Contents, ManifestState, RecordInfo, RecordState, Verified};
 
 /// Feeds bytes to every decoder of the disk format. For `fuzz/` alone.
 #[cfg(feature = "fuzzing")]

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use comfy_table::{Attribute, Cell, CellAlignment, Color};
-use kvkeep::{Archive, RecordInfo, RecordState, Verified};
+use kvkeep::{Archive, ManifestState, RecordInfo, RecordState, Verified};
 use serde::Serialize;
 
 use super::{count, hex, open, record_bar, size};
@@ -26,6 +26,8 @@ struct Report {
     /// Is every byte what it was?
     whole: bool,
     encrypted: bool,
+    /// `whole`, `missing`, `damaged` or `unreadable`.
+    manifest: &'static str,
     segments: Segments,
     records: Records,
     /// Of good records, whatever their state.
@@ -47,7 +49,7 @@ struct Segments {
     /// Of these, without an index: the cache was not closed.
     unsealed: u64,
     damaged: u64,
-    /// The disk fails to read what says which records lie there. The manifest counts as one, too.
+    /// The disk fails to read what says which records lie there.
     unreadable: u64,
     missing: u64,
 }
@@ -97,6 +99,7 @@ impl Report {
             dir: dir.to_owned(),
             whole: verified.is_whole(),
             encrypted: archive.is_encrypted(),
+            manifest: manifest_name(verified.manifest),
             segments: Segments {
                 read: verified.segments,
                 unsealed: verified.unsealed_segments,
@@ -164,6 +167,15 @@ impl Report {
         if names.is_empty() { String::new() } else { format!("({}{more})", names.join(", ")) }
     }
 
+    fn manifest_words(&self) -> String {
+        let then = match self.manifest {
+            "whole" => return String::new(),
+            "unreadable" => "a cache opens the directory once it can be read, or once the file MANIFEST is removed",
+            _ => "the segments speak for themselves, and a cache that opens the directory writes a new one",
+        };
+        format!("\n  the manifest is {}: {then}", self.manifest)
+    }
+
     fn damage(&self) -> String {
         let line = |record: &Damaged| {
             let name = |text: &str| text.get(..12).unwrap_or(text).to_owned();
@@ -177,7 +189,7 @@ impl Report {
             )
         };
         let head = "DAMAGED: to a cache that opens this directory, what is damaged or cannot be read is a miss.";
-        let mut text = head.to_owned();
+        let mut text = format!("{head}{}", self.manifest_words());
         let lost = self.damaged.iter().chain(&self.unreadable);
         lost.take(LISTED).for_each(|record| text += &line(record));
         let more = (self.damaged.len() + self.unreadable.len()).saturating_sub(LISTED);
@@ -185,6 +197,15 @@ impl Report {
             text += &format!("\n  and {more} more: --json lists all");
         }
         text
+    }
+}
+
+fn manifest_name(state: ManifestState) -> &'static str {
+    match state {
+        ManifestState::Whole => "whole",
+        ManifestState::Missing => "missing",
+        ManifestState::Unreadable => "unreadable",
+        _ => "damaged",
     }
 }
 

@@ -11,8 +11,9 @@ use std::time::Duration;
 use super::crypt::Cipher;
 use super::format::{Content, Kind, PAGE_BYTES, RecordMeta};
 use super::io::{Access, Backend, Directory, Pages};
-use super::recover::{self, Records, Survey};
+use super::recover::Records;
 use super::segment::{Expected, ReadError, Segment};
+use super::survey::{Listed, ManifestState, Seen, Survey, survey};
 use super::{open_error, refused};
 use crate::error::{Error, Result};
 use crate::key::{NamespaceId, ObjectKey};
@@ -27,6 +28,7 @@ pub struct Archive {
     segments: Vec<Part>,
     records: Vec<RecordInfo>,
     foreign: Vec<String>,
+    manifest: ManifestState,
     lost_segments: u64,
     damaged_segments: u64,
     unreadable_segments: u64,
@@ -120,14 +122,15 @@ pub struct Verified {
     /// Records that were not durable yet and not wholly written when the process ended. They are
     /// not listed, and opening the cache drops them.
     pub torn_records: u64,
+    /// What says which segments there should be.
+    pub manifest: ManifestState,
     /// Segments read.
     pub segments: u64,
     /// Segments without an index: the cache was not closed, which harms nothing.
     pub unsealed_segments: u64,
     /// Segments of which something durable is missing, or whose header is damaged.
     pub damaged_segments: u64,
-    /// Segments of which the disk fails to read what says which records lie there. The manifest counts
-    /// as one, too.
+    /// Segments of which the disk fails to read what says which records lie there.
     pub unreadable_segments: u64,
     /// Segments that should be there and are not.
     pub lost_segments: u64,
@@ -140,7 +143,8 @@ impl Verified {
     #[must_use]
     pub fn is_whole(&self) -> bool {
         let segments = self.damaged_segments + self.unreadable_segments + self.lost_segments;
-        self.damaged.is_empty() && self.unreadable.is_empty() && segments == 0
+        let manifest = self.manifest == ManifestState::Whole;
+        manifest && self.damaged.is_empty() && self.unreadable.is_empty() && segments == 0
     }
 }
 
@@ -161,10 +165,11 @@ impl Archive {
 
     /// Looks at whatever lies in a backend.
     pub(super) fn over(directory: Arc<dyn Backend>, dir: PathBuf, cipher: Option<Cipher>, now_ms: u64) -> Result<Self> {
-        let survey = recover::survey(directory.as_ref(), cipher.as_ref(), false);
+        let survey = survey(directory.as_ref(), cipher.as_ref(), false);
         let survey = survey.map_err(|refusal| refused(&dir, "read", refusal))?;
-        let nothing = !survey.has_manifest && survey.segments.is_empty();
-        if nothing && survey.unreadable > 0 {
+        let is_known = |listed: &Listed| !matches!(listed.seen, Seen::Unreadable(_));
+        let nothing = survey.manifest != ManifestState::Whole && !survey.segments.iter().any(is_known);
+        if nothing && (survey.manifest == ManifestState::Unreadable || !survey.segments.is_empty()) {
             let source = std::io::Error::other("neither its manifest nor the beginning of a segment can be read");
             return Err(Error::Disk { dir, doing: "read", source });
         }
@@ -176,17 +181,23 @@ impl Archive {
     }
 
     fn of(dir: PathBuf, directory: Arc<dyn Backend>, cipher: Option<Cipher>, survey: Survey, now_ms: u64) -> Self {
-        let Survey { segments, foreign, leftovers, damaged, unreadable, .. } = survey;
-        let (mut parts, mut lost_segments) = (Vec::with_capacity(segments.len()), 0);
-        let mut torn_records = 0;
+        let Survey { segments, foreign, manifest, .. } = survey;
+        let mut parts = Vec::with_capacity(segments.len());
+        let (mut lost_segments, mut damaged_segments, mut unreadable_segments, mut torn_records) = (0, 0, 0, 0);
         let mut replay = Replay::default();
         let mut used_bytes = super::log::OVERHEAD_BYTES;
-        for (id, surveyed) in segments {
-            let Some(surveyed) = surveyed else {
-                // One whose header is damaged or cannot be read is counted as that.
-                lost_segments += u64::from(!leftovers.contains(&super::log::segment_name(id)));
-                replay.lose_named();
-                continue;
+        for Listed { seen, .. } in segments {
+            let surveyed = match seen {
+                Seen::Ours(surveyed) => surveyed,
+                other => {
+                    match other {
+                        Seen::Damaged => damaged_segments += 1,
+                        Seen::Unreadable(_) => unreadable_segments += 1,
+                        Seen::Missing | Seen::Ours(_) => lost_segments += 1,
+                    }
+                    replay.lose_named();
+                    continue;
+                }
             };
             let (records, torn) = surveyed.read_whole(cipher.as_ref());
             torn_records += torn as u64;
@@ -200,9 +211,10 @@ impl Archive {
             segments: parts,
             records: replay.records,
             foreign,
+            manifest,
             lost_segments,
-            damaged_segments: damaged as u64,
-            unreadable_segments: unreadable as u64,
+            damaged_segments,
+            unreadable_segments,
             torn_records,
             used_bytes,
             _directory: directory,
@@ -257,6 +269,7 @@ impl Archive {
     pub fn verify(&self, mut progress: impl FnMut(u64)) -> Verified {
         let mut verified = Verified {
             foreign: self.foreign.clone(),
+            manifest: self.manifest,
             lost_segments: self.lost_segments,
             damaged_segments: self.damaged_segments,
             unreadable_segments: self.unreadable_segments,
@@ -265,7 +278,7 @@ impl Archive {
             ..Verified::default()
         };
         for part in &self.segments {
-            verified.damaged_segments += u64::from(part.records.lost);
+            verified.damaged_segments += u64::from(part.records.lost && !part.records.unreadable);
             verified.unreadable_segments += u64::from(part.records.unreadable);
             verified.unsealed_segments += u64::from(part.records.index_end.is_none() && !part.records.lost);
         }

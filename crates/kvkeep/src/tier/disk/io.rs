@@ -180,10 +180,16 @@ fn lock(dir: &OwnedFd, access: Access) -> Result<Option<File>, OpenError> {
         return Err(OpenError::Locked(holder.trim().parse().ok()));
     }
     if access == Access::Exclusive {
+        // On a full disk it stays empty: it is locked all the same.
         file.set_len(0)?;
-        write!(file, "{}", std::process::id())?;
+        let _ = write!(file, "{}", std::process::id());
     }
     Ok(Some(file))
+}
+
+/// Is what was opened a directory or a link, and so no file of ours?
+pub(crate) fn is_no_file(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::IsADirectory || error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error())
 }
 
 impl Backend for Directory {

@@ -36,6 +36,8 @@ const SEGMENTS: u64 = 32;
 const SYNC_BYTES: u64 = 256 << 20;
 /// Of a new segment, the part that hot records of an old one may take.
 const REINSERT_DIVISOR: u32 = 2;
+/// No process lives to write so many.
+const MAX_SEGMENT: u64 = u64::MAX >> 1;
 /// Encrypted and copied this many pages at a time.
 const BOUNCE_PAGES: usize = 256;
 
@@ -48,6 +50,14 @@ pub(crate) struct Line {
     pub(crate) entries: u32,
     pub(crate) pages: u32,
     pub(crate) allocated_bytes: u64,
+}
+
+/// A segment that the manifest names and nobody reads: lost, or not to be read for now.
+#[derive(Debug)]
+pub(crate) struct Aside {
+    pub(crate) line: SegmentLine,
+    /// Of the file, if there is one.
+    pub(crate) bytes: u64,
 }
 
 /// The segment that is being written: the last line.
@@ -72,6 +82,8 @@ pub(crate) struct Log {
     pub(crate) capacity_bytes: u64,
     pub(crate) next_segment: u64,
     pub(crate) lines: Vec<Line>,
+    /// Oldest first. They go in turn with the lines.
+    pub(crate) aside: Vec<Aside>,
     /// Evicted segments whose files are not gone yet, and their bytes.
     doomed: Vec<(u64, u64)>,
     active: Option<Active>,
@@ -120,11 +132,12 @@ pub(crate) fn segment_name(id: u64) -> String {
     format!("segment-{id:016x}")
 }
 
-/// The number in a segment's name.
+/// The number in a segment's name. One above all that are ever used is not ours, so that numbers behind it are not
+/// used up.
 pub(crate) fn segment_id(name: &str) -> Option<u64> {
     let digits = name.strip_prefix("segment-")?;
     let id = u64::from_str_radix(digits, 16).ok()?;
-    (segment_name(id) == name).then_some(id)
+    (segment_name(id) == name && id <= MAX_SEGMENT).then_some(id)
 }
 
 impl Log {
@@ -145,6 +158,7 @@ impl Log {
             capacity_bytes,
             next_segment,
             lines,
+            aside: Vec::new(),
             doomed: Vec::new(),
             active: None,
             shared,
@@ -330,16 +344,26 @@ impl Log {
 
     /// Bytes on the disk once everything evicted is gone.
     fn kept_bytes(&self) -> u64 {
-        OVERHEAD_BYTES + self.lines.iter().map(|line| line.allocated_bytes).sum::<u64>()
+        let aside: u64 = self.aside.iter().map(|aside| aside.bytes).sum();
+        OVERHEAD_BYTES + aside + self.lines.iter().map(|line| line.allocated_bytes).sum::<u64>()
     }
 
     /// Evicts until what lies here fits the cap; for opening.
     pub(crate) fn shrink(&mut self) -> io::Result<()> {
-        while self.kept_bytes() > self.capacity_bytes && !self.lines.is_empty() {
+        while self.kept_bytes() > self.capacity_bytes && self.segments() > 0 {
             self.forget_oldest();
         }
-        self.write_manifest()?;
+        // A full disk has no room for a manifest until something is gone. The oldest segments can go first: nothing is
+        // older than they are that their loss could put in doubt.
+        if self.write_manifest().is_err() {
+            self.remove_doomed()?;
+            self.write_manifest()?;
+        }
         self.remove_doomed()
+    }
+
+    fn segments(&self) -> usize {
+        self.lines.len() + self.aside.len()
     }
 
     /// Writes down which segments there are.
@@ -354,7 +378,9 @@ impl Log {
             entries: line.entries,
             pages: line.pages,
         };
-        let segments = self.lines.iter().map(line).collect();
+        let aside = self.aside.iter().map(|aside| aside.line);
+        let mut segments: Vec<SegmentLine> = self.lines.iter().map(line).chain(aside).collect();
+        segments.sort_unstable_by_key(|line| line.segment);
         Manifest { identity: self.identity, next_segment: self.next_segment, segments }
     }
 
@@ -382,11 +408,11 @@ impl Log {
         if OVERHEAD_BYTES + bytes > self.capacity_bytes {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
-        while self.kept_bytes() + bytes > self.capacity_bytes && !self.lines.is_empty() {
+        while self.kept_bytes() + bytes > self.capacity_bytes && self.segments() > 0 {
             self.forget_oldest();
         }
         self.begin(bytes)?;
-        while self.kept_bytes() + ordinary > self.capacity_bytes && self.lines.len() > 1 {
+        while self.kept_bytes() + ordinary > self.capacity_bytes && self.segments() > 1 {
             self.evict_oldest()?;
         }
         Ok(())
@@ -450,14 +476,26 @@ impl Log {
 
     /// Evicts the oldest segment, after what is hot in it has been written again.
     fn evict_oldest(&mut self) -> io::Result<()> {
-        self.reinsert_hot()?;
+        if !self.is_aside_oldest() {
+            self.reinsert_hot()?;
+        }
         self.forget_oldest();
         self.write_manifest()?;
         self.remove_doomed()
     }
 
+    fn is_aside_oldest(&self) -> bool {
+        let aside = self.aside.first().map(|aside| aside.line.segment);
+        aside.is_some_and(|aside| self.lines.first().is_none_or(|line| aside < line.segment.id))
+    }
+
     /// Takes the oldest segment out of everything but the directory.
     fn forget_oldest(&mut self) {
+        if self.is_aside_oldest() {
+            let aside = self.aside.remove(0);
+            self.doomed.push((aside.line.segment, aside.bytes));
+            return;
+        }
         let line = self.lines.remove(0);
         self.doomed.push((line.segment.id, line.allocated_bytes));
         let mut state = self.shared.state.lock();

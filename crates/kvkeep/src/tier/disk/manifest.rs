@@ -14,8 +14,8 @@ const MAX_BYTES: u64 = 4 << 20;
 #[derive(Debug)]
 pub(crate) enum Read {
     Whole(Manifest),
-    /// Missing or damaged: the segments speak for themselves.
-    None,
+    Missing,
+    Damaged,
     /// Written by another release.
     OtherVersion(u32),
 }
@@ -39,7 +39,7 @@ pub(crate) fn write(backend: &dyn Backend, manifest: &Manifest) -> io::Result<()
 pub(crate) fn read(backend: &dyn Backend) -> io::Result<Read> {
     let file = match backend.open(NAME, false) {
         Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Read::None),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Read::Missing),
         Err(error) => return Err(error),
     };
     let bytes = file.size()?.bytes.min(MAX_BYTES);
@@ -49,5 +49,5 @@ pub(crate) fn read(backend: &dyn Backend) -> io::Result<Read> {
     if let Some(version) = Manifest::other_version(buffer.bytes()) {
         return Ok(Read::OtherVersion(version));
     }
-    Ok(Manifest::decode(buffer.bytes()).map_or(Read::None, Read::Whole))
+    Ok(Manifest::decode(buffer.bytes()).map_or(Read::Damaged, Read::Whole))
 }

@@ -3,7 +3,7 @@
 //!
 //! - `format` says what every byte means and does no I/O; docs/format.md describes it.
 //! - `io` makes the system calls, behind a trait that tests put a simulated disk behind.
-//! - `segment` reads and checks records, `log` writes and evicts them, `recover` opens.
+//! - `segment` reads and checks records, `log` writes and evicts them; `survey` looks what is there, `recover` opens.
 //! - `shared` is what callers, readers and the writer share; `writer` is the one thread that
 //!   writes.
 //!
@@ -22,6 +22,7 @@ mod segment;
 mod shared;
 #[cfg(test)]
 pub(crate) mod sim;
+mod survey;
 #[cfg(test)]
 mod tests;
 mod writer;
@@ -46,10 +47,11 @@ pub(crate) use format::{Content, Kind, RecordHeader, RecordMeta};
 pub(crate) use index::Found;
 pub(crate) use io::Pages;
 use io::{Access, Backend, Directory, OpenError};
-use recover::Refusal;
 use segment::{Expected, ReadError};
 use shared::{DiskState, Op, Reply, Shared};
 pub(crate) use shared::{Payload, Resident};
+pub use survey::ManifestState;
+use survey::Refusal;
 
 /// Failed reads in a row that make the disk a failing one.
 const BAD_READS: u32 = 3;
@@ -292,7 +294,7 @@ impl Disk {
         let found = keys.iter().map(|key| {
             let live = state.index.contains(key, now_ms);
             let (known, queued) = (state.index.remove(key), state.queue.forget(key));
-            if state.settle(key) || known || queued {
+            if state.settle(key) || known || queued || state.aside {
                 written.push(*key);
             }
             live || queued
@@ -425,6 +427,14 @@ fn refused(dir: &Path, doing: &'static str, refusal: Refusal) -> Error {
     let dir = dir.to_owned();
     let reason = match refusal {
         Refusal::Io(source) => return Error::Disk { dir, doing, source },
+        Refusal::Manifest(error) => {
+            let text = format!(
+                "its manifest cannot be read ({error}): try again; if it stays so, remove the file {}, and the segments \
+                 are read without it",
+                manifest::NAME
+            );
+            return Error::Disk { dir, doing, source: std::io::Error::new(error.kind(), text) };
+        }
         Refusal::OtherVersion(version) => {
             let ours = format::VERSION;
             format!("its format is version {version}, this release reads version {ours}: use another directory")

@@ -8,43 +8,21 @@
 //!
 //! Files that are not ours are left alone and counted.
 
-use std::collections::BTreeMap;
 use std::io;
 use std::sync::Arc;
 
-use super::crypt::{self, Cipher};
-use super::format::{
-    CipherKind, Identity, Kind, Manifest, PAGE_BYTES, RecordHeader, RecordMeta, SegmentHeader, StoreId, Trailer,
-    decode_index,
-};
-use super::io::{Backend, DiskFile, Pages};
-use super::log::{Line, Log, seal_segment, segment_id, segment_name};
-use super::manifest;
-use super::segment::{Expected, ReadError, Segment, offset};
+use super::crypt::Cipher;
+use super::format::{Kind, PAGE_BYTES, RecordHeader, RecordMeta, SegmentLine, Trailer, decode_index};
+use super::index::SegmentNumber;
+use super::io::{Backend, Pages};
+use super::log::{Aside, Line, Log, seal_segment};
+use super::segment::{Expected, ReadError, Segment, offset, read_if_there};
 use super::shared::Shared;
+use super::survey::{Listed, Refusal, Seen, Survey, Surveyed, survey};
+use crate::key::ObjectKey;
 
 /// Pages read at once where a header is searched for.
 const SEARCH_PAGES: usize = 256;
-
-/// Why a directory cannot be used as it is asked for.
-#[derive(Debug)]
-pub(crate) enum Refusal {
-    Io(io::Error),
-    /// Another release wrote it.
-    OtherVersion(u32),
-    /// It is encrypted with another key.
-    WrongKey,
-    /// It is encrypted, and no key was given.
-    KeyMissing,
-    /// It is not encrypted, and a key was given.
-    NotEncrypted,
-}
-
-impl From<io::Error> for Refusal {
-    fn from(error: io::Error) -> Self {
-        Self::Io(error)
-    }
-}
 
 /// What is in a segment.
 #[derive(Debug, Default)]
@@ -61,44 +39,13 @@ pub(crate) struct Records {
     pub(crate) unreadable: bool,
 }
 
-/// What lies in a directory.
-#[derive(Debug)]
-pub(crate) struct Survey {
-    pub(crate) identity: Identity,
-    pub(crate) next_segment: u64,
-    /// Oldest first; `None` for one that is lost.
-    pub(crate) segments: Vec<(u64, Option<Surveyed>)>,
-    /// Not ours, left alone.
-    pub(crate) foreign: Vec<String>,
-    /// Ours and of no use: evicted, or damaged beyond use.
-    pub(crate) leftovers: Vec<String>,
-    /// Of those, damaged.
-    pub(crate) damaged: usize,
-    /// Of those, with a first page that cannot be read. The manifest counts too.
-    pub(crate) unreadable: usize,
-    /// Is there a whole manifest?
-    pub(crate) has_manifest: bool,
-}
-
-/// What stands in the first page of a segment's file; an error if it cannot be read.
-type Header = io::Result<Option<SegmentHeader>>;
-
-/// A segment whose header is ours.
-#[derive(Debug)]
-pub(crate) struct Surveyed {
-    pub(crate) segment: Arc<Segment>,
-    /// Lines of its index, if the manifest knows it as sealed.
-    pub(crate) listed_entries: Option<u32>,
-    /// Must it have an index? A power cut leaves the newest segment without one; but it does
-    /// not leave a directory without a manifest.
-    pub(crate) must_be_sealed: bool,
-}
-
 impl Surveyed {
     /// Its records.
     pub(crate) fn read(&self) -> Records {
         let mut records = read_segment(&self.segment, self.listed_entries);
-        records.lost |= self.must_be_sealed && records.index_end.is_none();
+        let all = self.listed_entries.is_some_and(|listed| listed as usize == records.entries.len());
+        let unsealed = self.must_be_sealed && records.index_end.is_none();
+        records.lost |= unsealed || (records.unreadable && !all);
         records
     }
 
@@ -114,7 +61,24 @@ impl Surveyed {
     }
 }
 
-/// Opens a directory for writing: afterwards the index is filled, every segment sealed, and
+/// A directory that is being opened.
+struct Opening<'a> {
+    cipher: Option<Arc<Cipher>>,
+    shared: &'a Arc<Shared>,
+    lines: Vec<Line>,
+    /// What the manifest goes on to name until it is settled: lost segments, and such as cannot be read.
+    aside: Vec<Aside>,
+    /// Segments in which something is lost, to be given an index of what is left.
+    unsealed: Vec<(Arc<Segment>, Records)>,
+    /// Keys of all named records so far.
+    named: Vec<ObjectKey>,
+    /// Those of them that are older than a loss.
+    unsure: Vec<ObjectKey>,
+    lost: usize,
+    unreadable: usize,
+}
+
+/// Opens a directory for writing: afterwards the index is filled, every segment that is wholly known sealed, and
 /// what lies there fits the cap.
 pub(crate) fn open(
     backend: Arc<dyn Backend>,
@@ -122,234 +86,173 @@ pub(crate) fn open(
     capacity_bytes: u64,
     shared: &Arc<Shared>,
 ) -> Result<Log, Refusal> {
-    let Survey { identity, next_segment, segments, foreign, leftovers, damaged, unreadable, .. } =
+    let Survey { identity, next_segment, segments, foreign, leftovers, .. } =
         survey(backend.as_ref(), cipher.as_deref(), true)?;
     for name in &leftovers {
         backend.remove(name)?;
     }
-    let mut lines = Vec::with_capacity(segments.len());
     shared.state.lock().counters.foreign_files = foreign.len() as u64;
-    shared.state.lock().counters.damaged_total += (damaged + unreadable) as u64;
-    for (_, surveyed) in segments {
-        match surveyed {
-            Some(surveyed) => lines.extend(replay(&surveyed, cipher.as_deref(), shared)?),
-            None => drop_unsure(shared),
-        }
+    let mut opening = Opening::new(cipher.clone(), shared);
+    for listed in segments {
+        opening.take(listed)?;
     }
-    let mut log = Log::new(backend, identity, cipher, capacity_bytes, next_segment, lines, Arc::clone(shared));
-    log.shrink()?;
-    Ok(log)
+    let lines = std::mem::take(&mut opening.lines);
+    let log = Log::new(backend, identity, cipher, capacity_bytes, next_segment, lines, Arc::clone(shared));
+    opening.finish(log)
 }
 
-/// Puts a segment's records into the index, and an index at its end if it has none.
-fn replay(surveyed: &Surveyed, cipher: Option<&Cipher>, shared: &Arc<Shared>) -> Result<Option<Line>, Refusal> {
-    let segment = &surveyed.segment;
-    let (records, _) = surveyed.read_whole(cipher);
-    let now_ms = shared.now_ms();
-    let mut state = shared.state.lock();
-    let number = state.index.add_segment(Arc::clone(segment)).ok_or(io::Error::from(io::ErrorKind::StorageFull))?;
-    state.index.reserve(records.entries.len());
-    for (page, meta) in &records.entries {
-        match meta.kind {
-            Kind::Block | Kind::Named if meta.expires_at_ms > now_ms => state.index.insert(meta, number, *page, 0),
-            // An expired one still replaces what was before it.
-            Kind::Block | Kind::Named | Kind::Removal => drop(state.index.remove(&meta.key)),
-            Kind::NamespaceCleared => drop(state.index.remove_namespace(meta.namespace)),
-            Kind::Cleared => drop(state.index.clear()),
-        }
+impl<'a> Opening<'a> {
+    fn new(cipher: Option<Arc<Cipher>>, shared: &'a Arc<Shared>) -> Self {
+        let (lines, aside, unsealed, named, unsure) = Default::default();
+        Self { cipher, shared, lines, aside, unsealed, named, unsure, lost: 0, unreadable: 0 }
     }
-    drop(state);
-    if records.lost {
-        drop_unsure(shared);
-    }
-    let (sealed, pages) = match records.index_end {
-        Some(pages) => (true, pages),
-        None => match seal_segment(segment, records.end_page, &records.entries) {
-            Ok((_, pages, _)) => (true, pages),
-            Err(_) => (false, records.end_page),
-        },
-    };
-    let size = segment.file.size()?;
-    let entries = u32::try_from(records.entries.len()).unwrap_or(u32::MAX);
-    let allocated_bytes = size.allocated_bytes.max(size.bytes);
-    Ok(Some(Line { segment: Arc::clone(segment), number, sealed, entries, pages, allocated_bytes }))
-}
 
-fn drop_unsure(shared: &Shared) {
-    let mut state = shared.state.lock();
-    let dropped = state.index.remove_named();
-    state.counters.damaged_total += 1 + dropped as u64;
-}
-
-/// Looks at every file. Nothing is changed. Whoever only reads goes on without a manifest that cannot
-/// be read; to write without it would be to forget what it says.
-pub(crate) fn survey(backend: &dyn Backend, cipher: Option<&Cipher>, write: bool) -> Result<Survey, Refusal> {
-    let mut unreadable = 0;
-    let manifest = match manifest::read(backend) {
-        Ok(manifest::Read::Whole(manifest)) => Some(manifest),
-        Ok(manifest::Read::None) => None,
-        Ok(manifest::Read::OtherVersion(version)) => return Err(Refusal::OtherVersion(version)),
-        Err(error) if write => return Err(error.into()),
-        Err(_) => {
-            unreadable += 1;
-            None
-        }
-    };
-    let (mut foreign, mut leftovers) = (Vec::new(), Vec::new());
-    let mut found = BTreeMap::new();
-    for name in backend.list()? {
-        match segment_id(&name) {
-            Some(id) => match open_segment(backend, &name, write) {
-                // A directory by that name.
-                Ok((Err(error), _)) if error.kind() == io::ErrorKind::IsADirectory => foreign.push(name),
-                Ok(opened) => drop(found.insert(id, opened)),
-                Err(_) => foreign.push(name),
-            },
-            None if name == manifest::NAME => {}
-            None if name == manifest::TEMPORARY => leftovers.push(name),
-            None => foreign.push(name),
-        }
-    }
-    let identity = match &manifest {
-        Some(manifest) => manifest.identity,
-        None => identity_of(&found).map_or_else(|| new_identity(cipher), Ok)?,
-    };
-    check_key(&identity, cipher)?;
-    let last = found.keys().next_back().map_or(0, |last| last + 1);
-    let next_segment = manifest.as_ref().map_or(1, |manifest| manifest.next_segment).max(last);
-    let mut survey = Survey {
-        identity,
-        next_segment,
-        segments: Vec::new(),
-        foreign,
-        leftovers,
-        damaged: 0,
-        unreadable,
-        has_manifest: manifest.is_some(),
-    };
-    let mut ours = survey.sort(found, manifest.as_ref());
-    let expected: Vec<u64> = match &manifest {
-        Some(manifest) => manifest.segments.iter().map(|line| line.segment).collect(),
-        None => ours.first_key_value().map_or_else(Vec::new, |(first, _)| (*first..last).collect()),
-    };
-    for id in expected {
-        let surveyed = ours.remove(&id);
-        // The newest one may have been named and not made when the process ended.
-        let newest_open = manifest.as_ref().is_some_and(|manifest| manifest.is_newest_open(id));
-        let unmade = surveyed.is_none() && newest_open && survey.damaged + survey.unreadable == 0;
-        if !unmade {
-            survey.segments.push((id, surveyed));
-        }
-    }
-    Ok(survey)
-}
-
-impl Survey {
-    /// Keeps the segments that are ours and tells the others apart.
-    fn sort(
-        &mut self,
-        found: BTreeMap<u64, (Header, Arc<Segment>)>,
-        manifest: Option<&Manifest>,
-    ) -> BTreeMap<u64, Surveyed> {
-        let mut ours = BTreeMap::new();
-        for (id, (header, segment)) in found {
-            let line = manifest.and_then(|manifest| manifest.segments.iter().find(|line| line.segment == id));
-            let known = manifest.is_none() || line.is_some();
-            match header {
-                Ok(Some(header)) if header.identity == self.identity && header.segment == id => {
-                    if known {
-                        let listed_entries = line.filter(|line| line.sealed).map(|line| line.entries);
-                        let segment = Segment { id, store_id: self.identity.store_id, file: Arc::clone(&segment.file) };
-                        let must_be_sealed = manifest.is_none();
-                        ours.insert(id, Surveyed { segment: Arc::new(segment), listed_entries, must_be_sealed });
-                    } else {
-                        self.leftovers.push(segment_name(id));
-                    }
-                }
-                Err(_) if known => {
-                    self.unreadable += 1;
-                    let listed = line.is_some();
-                    if listed { &mut self.leftovers } else { &mut self.foreign }.push(segment_name(id));
-                }
-                Ok(None) if line.is_some() => {
-                    let unfinished = is_blank(&segment) && manifest.is_some_and(|manifest| manifest.is_newest_open(id));
-                    self.damaged += usize::from(!unfinished);
-                    self.leftovers.push(segment_name(id));
-                }
-                _ => self.foreign.push(segment_name(id)),
+    /// Takes the next segment.
+    fn take(&mut self, listed: Listed) -> io::Result<()> {
+        let Listed { line, seen } = listed;
+        match seen {
+            Seen::Ours(surveyed) => return self.replay(&surveyed, line),
+            Seen::Missing | Seen::Damaged => {
+                self.aside.push(Aside { line, bytes: 0 });
+                self.lose();
+            }
+            Seen::Unreadable(bytes) => {
+                self.aside.push(Aside { line, bytes });
+                self.leave_aside();
             }
         }
-        ours
+        Ok(())
     }
-}
 
-impl Manifest {
-    fn is_newest_open(&self, id: u64) -> bool {
-        self.segments.last().is_some_and(|line| line.segment == id && !line.sealed)
+    /// Puts a segment's records into the index, and an index at its end if it has none and nothing of it is lost.
+    fn replay(&mut self, surveyed: &Surveyed, listed: SegmentLine) -> io::Result<()> {
+        let segment = Arc::clone(&surveyed.segment);
+        let (records, _) = surveyed.read_whole(self.cipher.as_deref());
+        let number = self.index(&segment, &records)?;
+        let named = records.entries.iter().filter(|(_, meta)| meta.kind == Kind::Named);
+        self.named.extend(named.map(|(_, meta)| meta.key));
+        let size = segment.file.size()?;
+        let allocated_bytes = size.allocated_bytes.max(size.bytes);
+        let SegmentLine { sealed, entries, pages, .. } = listed;
+        let mut line = Line { segment: Arc::clone(&segment), number, sealed, entries, pages, allocated_bytes };
+        match (records.index_end, records.lost, records.unreadable) {
+            (Some(pages), ..) => line.index_is_whole(pages, records.entries.len()),
+            (None, false, _) => line.seal(&records),
+            // What is there now is all that there will ever be.
+            (None, true, false) => {
+                self.lose();
+                self.unsealed.push((segment, records));
+            }
+            (None, true, true) => self.leave_aside(),
+        }
+        self.lines.push(line);
+        Ok(())
     }
-}
 
-fn open_segment(backend: &dyn Backend, name: &str, write: bool) -> io::Result<(Header, Arc<Segment>)> {
-    let file = backend.open(name, write)?;
-    let mut head = Pages::new(1);
-    let header = read_if_there(file.as_ref(), head.bytes_mut(), 0);
-    let header = header.map(|there| if there { SegmentHeader::decode(head.bytes()) } else { None });
-    let (id, store_id) = match &header {
-        Ok(Some(header)) => (header.segment, header.identity.store_id),
-        _ => (0, [0; 16]),
-    };
-    Ok((header, Arc::new(Segment { id, store_id, file })))
-}
-
-/// Says whether the file is as long as that; an error is one of the disk.
-fn read_if_there(file: &dyn DiskFile, into: &mut [u8], at: u64) -> io::Result<bool> {
-    match file.read(&mut [into], at) {
-        Ok(()) => Ok(true),
-        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
-        Err(error) => Err(error),
+    fn index(&self, segment: &Arc<Segment>, records: &Records) -> io::Result<SegmentNumber> {
+        let now_ms = self.shared.now_ms();
+        let mut state = self.shared.state.lock();
+        let number = state.index.add_segment(Arc::clone(segment)).ok_or(io::ErrorKind::StorageFull)?;
+        state.index.reserve(records.entries.len());
+        for (page, meta) in &records.entries {
+            match meta.kind {
+                Kind::Block | Kind::Named if meta.expires_at_ms > now_ms => state.index.insert(meta, number, *page, 0),
+                // An expired one still replaces what was before it.
+                Kind::Block | Kind::Named | Kind::Removal => drop(state.index.remove(&meta.key)),
+                Kind::NamespaceCleared => drop(state.index.remove_namespace(meta.namespace)),
+                Kind::Cleared => drop(state.index.clear()),
+            }
+        }
+        Ok(number)
     }
-}
 
-/// Was the process killed after it had made the file, and before it wrote the header?
-fn is_blank(segment: &Segment) -> bool {
-    let mut head = Pages::new(1);
-    segment.file.read(&mut [head.bytes_mut()], 0).is_err() || head.bytes().iter().all(|byte| *byte == 0)
-}
+    /// Something is lost that may have replaced or removed any named record before it.
+    fn lose(&mut self) {
+        self.lost += 1;
+        self.unsure.append(&mut self.named);
+        let mut state = self.shared.state.lock();
+        let dropped = state.index.remove_named();
+        state.counters.damaged_total += 1 + dropped as u64;
+    }
 
-/// What most segments say that they belong to.
-fn identity_of(found: &BTreeMap<u64, (Header, Arc<Segment>)>) -> Option<Identity> {
-    let mut votes: BTreeMap<StoreId, (usize, Identity)> = BTreeMap::new();
-    for (id, (header, _)) in found {
-        if let Ok(Some(header)) = header
-            && header.segment == *id
-        {
-            votes.entry(header.identity.store_id).or_insert((0, header.identity)).0 += 1;
+    /// Something cannot be read now. As long as that is so, it may as well be lost.
+    fn leave_aside(&mut self) {
+        self.unreadable += 1;
+        let mut state = self.shared.state.lock();
+        state.index.remove_named();
+        state.counters.read_errors_total += 1;
+    }
+
+    /// Settles what is lost: what may have been replaced or removed there is removed for good, before the manifest
+    /// stops to name what is lost. Not while something cannot be read, which may hold more of it.
+    fn finish(mut self, mut log: Log) -> Result<Log, Refusal> {
+        let shared = self.shared;
+        log.aside = std::mem::take(&mut self.aside);
+        self.unsure.retain(|key| !shared.state.lock().index.contains(key, 0));
+        let settled = self.unreadable == 0 && (self.unsure.is_empty() || self.remove_unsure(&mut log));
+        if settled {
+            log.aside.clear();
+            for (segment, records) in &self.unsealed {
+                let line = log.lines.iter_mut().find(|line| line.segment.id == segment.id);
+                line.into_iter().for_each(|line| line.seal(records));
+            }
+        }
+        shared.state.lock().aside = !settled;
+        self.say();
+        match log.shrink() {
+            Err(error) if is_forbidden(&error) => return Err(error.into()),
+            Err(error) => shared.write_failed(&error),
+            Ok(()) => {}
+        }
+        Ok(log)
+    }
+
+    fn say(&self) {
+        let Self { lost, unreadable, .. } = *self;
+        if lost > 0 {
+            tracing::warn!(
+                segments = lost,
+                "the disk tier has lost segments or parts of them: what was there is a miss"
+            );
+        }
+        if unreadable > 0 {
+            tracing::warn!(
+                segments = unreadable,
+                "the disk tier cannot read some segments: left aside until it is opened again"
+            );
         }
     }
-    votes.into_values().max_by_key(|(votes, _)| *votes).map(|(_, identity)| identity)
-}
 
-fn new_identity(cipher: Option<&Cipher>) -> io::Result<Identity> {
-    let random = crypt::random_nonce()?;
-    let store_id = random.first_chunk::<16>().copied().unwrap_or([0; 16]);
-    Ok(match cipher {
-        Some(cipher) => {
-            Identity { store_id, cipher: CipherKind::XChaCha20Poly1305, key_check: cipher.check(&store_id) }
+    /// Says whether it got there to stay.
+    fn remove_unsure(&self, log: &mut Log) -> bool {
+        match log.append_removals(&self.unsure, self.shared.now_ms()).and_then(|()| log.sync()) {
+            Ok(()) => true,
+            Err(error) => {
+                self.shared.write_failed(&error);
+                log.abandon();
+                false
+            }
         }
-        None => Identity { store_id, cipher: CipherKind::None, key_check: [0; 16] },
-    })
-}
-
-fn check_key(identity: &Identity, cipher: Option<&Cipher>) -> Result<(), Refusal> {
-    match (identity.cipher, cipher) {
-        (CipherKind::None, None) => Ok(()),
-        (CipherKind::None, Some(_)) => Err(Refusal::NotEncrypted),
-        (CipherKind::XChaCha20Poly1305, None) => Err(Refusal::KeyMissing),
-        (CipherKind::XChaCha20Poly1305, Some(cipher)) if cipher.check(&identity.store_id) == identity.key_check => {
-            Ok(())
-        }
-        (CipherKind::XChaCha20Poly1305, Some(_)) => Err(Refusal::WrongKey),
     }
+}
+
+impl Line {
+    fn index_is_whole(&mut self, pages: u32, entries: usize) {
+        (self.sealed, self.pages, self.entries) = (true, pages, u32::try_from(entries).unwrap_or(u32::MAX));
+    }
+
+    /// Writes an index of these records. Where that fails, the next opening does it.
+    fn seal(&mut self, records: &Records) {
+        if let Ok((size, pages, _)) = seal_segment(&self.segment, records.end_page, &records.entries) {
+            self.index_is_whole(pages, records.entries.len());
+            self.allocated_bytes = size.allocated_bytes.max(size.bytes);
+        }
+    }
+}
+
+/// Trying again would not help.
+fn is_forbidden(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem)
 }
 
 /// The records of a segment, from its index, or page by page where that is not whole.

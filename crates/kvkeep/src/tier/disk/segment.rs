@@ -104,6 +104,15 @@ pub(crate) fn offset(page: u32) -> u64 {
     u64::from(page) * PAGE_BYTES as u64
 }
 
+/// Says whether the file is as long as that; an error is one of the disk.
+pub(crate) fn read_if_there(file: &dyn DiskFile, into: &mut [u8], at: u64) -> io::Result<bool> {
+    match file.read(&mut [into], at) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
 /// Checks pieces from number `first` on, and decrypts them in place.
 pub(crate) fn check_pieces(
     header: &RecordHeader,

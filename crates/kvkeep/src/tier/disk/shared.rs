@@ -46,6 +46,9 @@ pub(crate) struct DiskState {
     progress: u64,
     /// How long somebody has waited for the writer in vain since it last got something done.
     pub(crate) stalled_for: Duration,
+    /// There are segments that cannot be read for now. Anything may be in them: what is removed or replaced is removed
+    /// there too, known or not.
+    pub(crate) aside: bool,
     /// Nothing is taken any more.
     pub(crate) closed: bool,
 }
@@ -165,6 +168,16 @@ impl Shared {
         state.stalled_for = Duration::ZERO;
     }
 
+    /// The disk has failed to write: counted, latched, and said the first time.
+    pub(crate) fn write_failed(&self, error: &io::Error) {
+        let now_ms = self.now_ms();
+        let mut state = self.state.lock();
+        state.counters.write_errors_total += 1;
+        if state.writes.fail(now_ms) {
+            tracing::warn!(%error, "the disk tier cannot be written: going on without");
+        }
+    }
+
     pub(crate) fn answer(&self, reply: &Reply, result: io::Result<()>) {
         {
             let _state = self.state.lock();
@@ -237,7 +250,7 @@ impl DiskState {
     /// What is on the disk under a key, or on its way there, is not to be found any more.
     pub(crate) fn hide(&mut self, key: &ObjectKey) {
         let (known, queued) = (self.index.remove(key), self.queue.forget(key));
-        if known || queued {
+        if known || queued || self.aside {
             self.hidden.insert(*key);
         }
         if self.hidden.len() > MAX_HIDDEN {

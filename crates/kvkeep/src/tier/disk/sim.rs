@@ -37,6 +37,8 @@ struct Image {
     fail_reads: bool,
     /// Pages of a file that cannot be read.
     bad_pages: BTreeSet<(String, u64)>,
+    /// Files that cannot be opened.
+    shut: BTreeSet<String>,
     fail_writes: bool,
     /// What is written gets there, and an error is returned all the same.
     fail_behind_writes: bool,
@@ -84,6 +86,11 @@ impl Sim {
     /// This page of a file cannot be read from now on.
     pub(crate) fn lose_page(&self, name: &str, page: u64) {
         self.image().bad_pages.insert((name.to_owned(), page));
+    }
+
+    /// This file cannot be opened from now on.
+    pub(crate) fn shut(&self, name: &str) {
+        self.image().shut.insert(name.to_owned());
     }
 
     pub(crate) fn fail_writes(&self, fail: bool) {
@@ -268,7 +275,11 @@ impl Backend for Sim {
     }
 
     fn open(&self, name: &str, _write: bool) -> io::Result<Arc<dyn DiskFile>> {
-        let inode = self.image().live.get(name).copied().ok_or(io::ErrorKind::NotFound)?;
+        let image = self.image();
+        let inode = image.live.get(name).copied().ok_or(io::ErrorKind::NotFound)?;
+        if image.shut.contains(name) {
+            return Err(io::ErrorKind::PermissionDenied.into());
+        }
         Ok(Arc::new(SimFile(self.clone(), inode)))
     }
 

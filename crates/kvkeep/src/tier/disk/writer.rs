@@ -234,18 +234,12 @@ impl Writer {
             self.reopen_if_gone();
         }
         let result = action(self);
-        let now_ms = self.shared.now_ms();
-        let mut state = self.shared.state.lock();
         match &result {
             // One record that no segment can hold says nothing about the disk.
             Err(error) if error.kind() == io::ErrorKind::FileTooLarge => {}
             Ok(_) => {}
             Err(error) => {
-                state.counters.write_errors_total += 1;
-                if state.writes.fail(now_ms) {
-                    tracing::warn!(%error, "the disk tier cannot be written: going on without");
-                }
-                drop(state);
+                self.shared.write_failed(error);
                 self.log.abandon();
             }
         }

@@ -2,11 +2,13 @@
 
 #![allow(clippy::cast_possible_truncation, clippy::allow_attributes, reason = "a test that panics fails")]
 
+mod archive;
 mod corruption;
 mod failure;
 mod format;
 mod power_cut;
 mod recovery;
+mod unreadable;
 mod writing;
 
 use std::collections::BTreeMap;

@@ -3,12 +3,12 @@
 use super::super::io::{Access, Directory};
 use super::super::log::segment_name;
 use super::super::manifest;
-use super::super::{Archive, RecordHeader, RecordState};
+use super::super::{Archive, RecordHeader};
 use super::*;
 use crate::error::Error;
 
 /// A closed directory of several segments: blocks 0..n, and named records of two versions.
-fn filled() -> (Sim, Vec<Thing>) {
+pub(super) fn filled() -> (Sim, Vec<Thing>) {
     let sim = Sim::default();
     let disk = open(&sim, 4 * MIB);
     let mut things = Vec::new();
@@ -27,12 +27,12 @@ fn filled() -> (Sim, Vec<Thing>) {
     (sim, things)
 }
 
-fn segments(sim: &Sim) -> Vec<String> {
+pub(super) fn segments(sim: &Sim) -> Vec<String> {
     sim.names().into_iter().filter(|name| name.starts_with("segment")).collect()
 }
 
 /// How many of the things are there; whatever is there is right.
-fn count(sim: &Sim, things: &[Thing]) -> usize {
+pub(super) fn count(sim: &Sim, things: &[Thing]) -> usize {
     let disk = open(sim, 4 * MIB);
     things.iter().filter(|thing| thing.is_there(&disk)).count()
 }
@@ -148,6 +148,78 @@ fn a_lost_segment_brings_back_nothing_that_it_replaced() {
             let there = count(&left, &things);
             assert!(there > things.len() / 2 && there < things.len(), "{damage} {name}: {there}");
         }
+    }
+}
+
+/// What was dropped for a loss when the directory was opened came back when it was opened once more: the manifest had
+/// stopped to name what was lost.
+#[test]
+fn what_a_loss_puts_in_doubt_does_not_come_back_at_the_second_opening() {
+    let (old, new) = (named(1, 1, 2), named(1, 2, 2));
+    let (sim, lost) = replaced_later(&old, &new);
+    for damage in ["missing", "header", "cut", "missing and no manifest", "cut and no manifest"] {
+        let left = sim.copy();
+        let mut bytes = left.get(&lost).unwrap();
+        match damage.split(' ').next() {
+            Some("missing") => left.delete(&lost),
+            Some("header") => {
+                bytes[100] ^= 4;
+                left.put(&lost, bytes);
+            }
+            _ => left.put(&lost, bytes[..2 * 4096].to_vec()),
+        }
+        if damage.ends_with("no manifest") {
+            left.delete(manifest::NAME);
+        }
+        // The power may go at any operation of the first opening.
+        for cut in 1..60 {
+            let left = left.copy();
+            left.cut_at(cut);
+            let _ = open_with(&left, 4 * MIB, None, clock());
+            let left = left.after_power_cut(|| cut % 2 == 0);
+            for opening in 0..3 {
+                let disk = open(&left, 4 * MIB);
+                assert!(old.load(&disk).is_none(), "{damage}, cut at {cut}, opening {opening}");
+                assert!(block(0, 4).is_there(&disk) && block(31, 4).is_there(&disk));
+                assert!(sim.peak_bytes() <= 4 * MIB);
+            }
+            // What is stored anew is there to stay.
+            let disk = open(&left, 4 * MIB);
+            assert_eq!(disk.stats().damaged_total, 0, "{damage}: it is settled");
+            assert!(new.store(&disk));
+            drop(disk);
+            assert!(new.is_there(&open(&left, 4 * MIB)));
+        }
+    }
+}
+
+/// Closed, with an old version in the first segment and a newer one in a later one, whose name is returned. Blocks 0 to
+/// 11 and 20 to 31 stand around it.
+pub(super) fn replaced_later(old: &Thing, new: &Thing) -> (Sim, String) {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    old.store(&disk);
+    disk.flush().unwrap();
+    (0..12).for_each(|number| assert!(block(number, 4).store(&disk)));
+    new.store(&disk);
+    (20..32).for_each(|number| assert!(block(number, 4).store(&disk)));
+    drop(disk);
+    let id = (2..20).find(|id| sim.get(&segment_name(*id)).is_some() && is_in(&sim, *id, new)).unwrap();
+    (sim, segment_name(id))
+}
+
+/// A directory without a manifest was opened segment number by segment number up to the highest that any file had in its
+/// name.
+#[test]
+fn a_file_with_an_absurd_number_in_its_name_harms_nothing() {
+    for number in [u64::MAX, u64::MAX - 1, 1 << 63] {
+        let (sim, things) = filled();
+        sim.put(&segment_name(number), b"mine".to_vec());
+        assert_eq!(count(&sim, &things), things.len());
+        sim.delete(manifest::NAME);
+        let blocks: Vec<Thing> = things.iter().copied().filter(|thing| !thing.named).collect();
+        assert_eq!(count(&sim, &blocks), blocks.len());
+        assert!(sim.names().contains(&segment_name(number)));
     }
 }
 
@@ -275,7 +347,7 @@ fn encrypted_payloads_cannot_be_read_or_swapped_on_the_disk() {
 
 // On a real file system.
 
-fn real(dir: &Path) -> Result<Disk> {
+pub(super) fn real(dir: &Path) -> Result<Disk> {
     Disk::open(&options(dir, 4 * MIB), clock())
 }
 
@@ -332,143 +404,10 @@ fn a_path_that_is_no_directory_or_may_not_be_written_is_a_clear_error() {
     assert!(Directory::open(&home.path().join("none"), Access::ReadOnly).is_err());
 }
 
-#[test]
-fn an_archive_lists_every_record_and_what_became_of_it_and_checks_it() {
-    let home = tempfile::tempdir().unwrap();
-    let dir = home.path();
-    let disk = real(dir).unwrap();
-    let things = [block(1, 3), named(2, 1, 2), named(2, 2, 2), block(3, 1), block(4, 1)];
-    for thing in &things {
-        thing.store(&disk);
-        disk.flush().unwrap();
-    }
-    Thing { expires_at_ms: NOW_MS + 5, ..block(5, 1) }.store(&disk);
-    disk.flush().unwrap();
-    disk.remove(&[block(3, 1).key()]);
-    drop(disk);
-    let archive = Archive::open(dir, None, NOW_MS + 5).unwrap();
-    let states: Vec<RecordState> = archive.records().iter().map(|record| record.state).collect();
-    use RecordState::{Expired, Gone, Live};
-    assert_eq!(states, [Live, Gone, Live, Gone, Live, Expired]);
-    let (contents, payload) = archive.load(&archive.records()[0]).unwrap().unwrap();
-    assert_eq!(payload, things[0].bytes()[..things[0].payload_bytes()]);
-    assert!(matches!(contents, super::super::Contents::Block { model, .. } if model == "model"));
-    let verified = archive.verify(|_| {});
-    assert!(verified.is_whole() && verified.records == 6, "{verified:?}");
-    // A flipped bit in a payload is found.
-    let name = segment_name(1);
-    let mut bytes = std::fs::read(dir.join(&name)).unwrap();
-    bytes[2 * 4096 + 17] ^= 1;
-    std::fs::write(dir.join(&name), bytes).unwrap();
-    let verified = Archive::open(dir, None, NOW_MS).unwrap().verify(|_| {});
-    assert_eq!(verified.damaged.len(), 1);
-    assert_eq!(verified.damaged[0].key, *things[0].key().hash());
-}
-
-/// Verifying ended with the first error of the disk, and said nothing of what lies behind it.
-#[test]
-fn verifying_goes_on_behind_what_cannot_be_read_and_counts_it() {
-    let sim = Sim::default();
-    let disk = open(&sim, 4 * MIB);
-    // 32 records of three pages a segment.
-    let things: Vec<Thing> = (0..100).map(|number| block(number, 2)).collect();
-    things.iter().for_each(|thing| assert!(thing.store(&disk)));
-    drop(disk);
-    let verify = |sim: &Sim| {
-        let archive = Archive::over(Arc::new(sim.clone()), "sim".into(), None, NOW_MS).unwrap();
-        let verified = archive.verify(|_| {});
-        let good = verified.records - (verified.damaged.len() + verified.unreadable.len()) as u64;
-        (good, verified.unreadable.len(), verified.unreadable_segments, verified.is_whole())
-    };
-    assert_eq!(verify(&sim), (100, 0, 0, true));
-    // A payload's page: one record.
-    sim.lose_page(&segment_name(1), 2);
-    assert_eq!(verify(&sim), (99, 1, 0, false));
-    // The whole index: every header is found one by one, and the payload that is lost again.
-    let indexed = sim.get(&segment_name(2)).unwrap().len() as u64 / 4096;
-    sim.lose_page(&segment_name(2), indexed - 1);
-    assert_eq!(verify(&sim), (99, 1, 1, false));
-    // And one of the headers: what lies behind it is found.
-    sim.lose_page(&segment_name(2), 4);
-    assert_eq!(verify(&sim), (98, 1, 1, false));
-    // The first page of a segment: nothing says whose it is.
-    let of_third = things.iter().filter(|thing| is_in(&sim, 3, thing)).count() as u64;
-    sim.lose_page(&segment_name(3), 0);
-    assert_eq!(verify(&sim), (98 - of_third, 1, 2, false));
-    // The manifest.
-    sim.lose_page("MANIFEST", 0);
-    let (good, unreadable, segments, whole) = verify(&sim);
-    assert_eq!((good, unreadable, segments, whole), (98 - of_third, 1, 3, false));
-    // A cache makes misses of the rest, and does not forget what a manifest says that it cannot read.
-    assert!(matches!(open_with(&sim, 4 * MIB, None, clock()), Err(Error::Disk { .. })));
-}
-
 /// Does this segment hold the record?
-fn is_in(sim: &Sim, segment: u64, thing: &Thing) -> bool {
+pub(super) fn is_in(sim: &Sim, segment: u64, thing: &Thing) -> bool {
     let bytes = sim.get(&segment_name(segment)).unwrap();
     bytes.chunks(4096).any(|page| page.starts_with(b"KVKRECRD") && page[48..80] == *thing.key().hash())
-}
-
-/// The newest segment was being written and is not in order any more: what the disk fails to read is
-/// not taken for torn.
-#[test]
-fn a_record_that_cannot_be_read_is_not_taken_for_a_torn_one() {
-    let sim = Sim::default();
-    let disk = open(&sim, 4 * MIB);
-    (0..3).for_each(|number| assert!(block(number, 2).store(&disk)));
-    disk.flush().unwrap();
-    let copy = sim.copy();
-    copy.lose_page(&segment_name(1), 5);
-    let archive = Archive::over(Arc::new(copy.clone()), "sim".into(), None, NOW_MS).unwrap();
-    let verified = archive.verify(|_| {});
-    assert_eq!((verified.records, verified.torn_records, verified.unreadable.len()), (3, 0, 1));
-    let disk = open(&copy, 4 * MIB);
-    let there = [0, 1, 2].map(|number| block(number, 2).is_there(&disk));
-    assert_eq!((there, disk.stats().read_errors_total), ([true, false, true], 1));
-}
-
-#[test]
-fn an_archive_of_a_directory_in_which_no_disk_tier_lies_is_a_clear_error() {
-    let home = tempfile::tempdir().unwrap();
-    std::fs::write(home.path().join("letter.txt"), b"not ours").unwrap();
-    let error = Archive::open(home.path(), None, NOW_MS).unwrap_err();
-    assert!(matches!(error, Error::DiskRefused { .. }) && error.to_string().contains("nothing of a disk tier"));
-    // One that was opened and closed is a disk tier, if an empty one.
-    drop(real(home.path()).unwrap());
-    let archive = Archive::open(home.path(), None, NOW_MS).unwrap();
-    assert_eq!((archive.records().len(), archive.is_encrypted()), (0, false));
-    assert_eq!(archive.verify(|_| {}).foreign, ["letter.txt"]);
-}
-
-/// The process is killed while a record is being written: the cache that opens the directory
-/// drops the record and finds what it would have replaced, and an archive must say the same.
-#[test]
-fn an_archive_leaves_out_a_torn_record_as_the_cache_does() {
-    let (home, copy) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-    let disk = real(home.path()).unwrap();
-    named(1, 1, 2).store(&disk);
-    disk.flush().unwrap();
-    named(1, 2, 2).store(&disk);
-    while disk.stats().queued_bytes > 0 {
-        std::thread::yield_now();
-    }
-    for entry in std::fs::read_dir(home.path()).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), copy.path().join(entry.file_name())).unwrap();
-    }
-    let segment = copy.path().join(segment_name(1));
-    let mut bytes = std::fs::read(&segment).unwrap();
-    // Behind the segment's header and the first record; the last page of the second.
-    bytes[(1 + 3 + 2) * 4096 + 100] ^= 1;
-    std::fs::write(&segment, bytes).unwrap();
-    let archive = Archive::open(copy.path(), None, NOW_MS).unwrap();
-    let verified = archive.verify(|_| {});
-    assert_eq!((verified.torn_records, verified.records, verified.segments), (1, 1, 1));
-    assert!(verified.is_whole(), "{verified:?}");
-    assert_eq!(archive.records()[0].state, RecordState::Live);
-    drop(archive);
-    let disk = real(copy.path()).unwrap();
-    assert_eq!(named(1, 1, 2).load(&disk).unwrap(), *named(1, 1, 2).bytes());
 }
 
 #[test]

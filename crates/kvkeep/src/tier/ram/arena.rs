@@ -1,5 +1,5 @@
 //! One contiguous, lazily committed mapping, and the tokens that give access to
-//! parts of it. All `unsafe` of the RAM tier is in this file and in `lanes`.
+//! parts of it. All `unsafe` of the RAM tier is in this file, in `huge` and in `lanes`.
 //!
 //! Soundness rests on two rules that the types enforce:
 //! 1. An [`Extent`] is unique: it cannot be cloned, only [`super::Pages`] makes one,
@@ -19,21 +19,27 @@ use std::slice;
 use rustix::fd::OwnedFd;
 use rustix::mm::{MapFlags, ProtFlags};
 
+use super::huge::{HUGE_BYTES, HugePages};
 use super::lanes::{Lanes, Source, View};
 use super::{PAGE_BYTES, page_bytes};
 use crate::error::{Error, Result};
 
-/// The base is aligned to this, for huge pages and for pinning by GPU drivers.
-const ALIGN_BYTES: usize = 2 << 20;
-
-/// The mapping.
+/// The memory, and who may see which part of it.
 #[derive(Debug)]
 pub(crate) struct Arena {
-    mapping: NonNull<u8>,
-    mapping_bytes: usize,
+    _mapping: Mapping,
+    /// Aligned to a huge page.
     base: NonNull<u8>,
     bytes: usize,
+    huge: HugePages,
     lanes: Lanes,
+}
+
+/// Address space that is given back when this goes.
+#[derive(Debug)]
+struct Mapping {
+    start: NonNull<u8>,
+    bytes: usize,
 }
 
 /// Pages of the arena that belong to whoever holds this value. Dropping it leaks the
@@ -71,14 +77,13 @@ impl Arena {
         let too_large = || Error::Config(format!("a capacity of {capacity_bytes} bytes is more than 16 TiB"));
         let pages = u32::try_from(pages).map_err(|_| too_large())?;
         let bytes = usize::try_from(page_bytes(pages)).map_err(|_| too_large())?;
-        let mapping_bytes = bytes + ALIGN_BYTES;
-        let (mapping, memfd) =
-            map(mapping_bytes).map_err(|source| Error::Memory { bytes: page_bytes(pages), source })?;
-        let skip = mapping.align_offset(ALIGN_BYTES);
-        // SAFETY: `skip` is below `ALIGN_BYTES`, so `skip + bytes` lies inside the mapping.
-        let base = unsafe { mapping.add(skip) };
-        let lanes = Lanes::of(memfd.map(|memfd| Source { memfd, offset_bytes: skip as u64, bytes }));
-        Ok((Self { mapping, mapping_bytes, base, bytes, lanes }, pages))
+        let mapped = Mapping::aligned(bytes).and_then(|mapping| {
+            let base = mapping.base();
+            Ok((fill(base, bytes)?, base, mapping))
+        });
+        let (memfd, base, mapping) = mapped.map_err(|source| Error::Memory { bytes: page_bytes(pages), source })?;
+        let lanes = Lanes::of(memfd.map(|memfd| Source { memfd, bytes }));
+        Ok((Self { _mapping: mapping, base, bytes, huge: HugePages::of(bytes), lanes }, pages))
     }
 
     /// The bytes of an extent that is being read.
@@ -94,6 +99,7 @@ impl Arena {
     pub(crate) fn bytes_mut<'a>(&'a self, extent: &'a mut Extent) -> &'a mut [u8] {
         assert!(!extent.is_read(), "an extent is written before it is read");
         let (start, len) = self.bounds(extent.first_page, extent.pages);
+        self.huge.touch(self.base, start..start + len);
         // SAFETY: inside the mapping as above. The extent is unique and exclusively borrowed
         // and has no grants, so these bytes are reachable through this borrow alone.
         unsafe { slice::from_raw_parts_mut(self.base.as_ptr().add(start), len) }
@@ -130,6 +136,11 @@ impl Arena {
         Ok(view)
     }
 
+    #[cfg(test)]
+    pub(super) fn base(&self) -> NonNull<u8> {
+        self.base
+    }
+
     fn bounds(&self, first_page: u32, pages: u32) -> (usize, usize) {
         let (start, len) = (first_page as usize * PAGE_BYTES, pages as usize * PAGE_BYTES);
         assert!(start + len <= self.bytes, "an extent of another arena");
@@ -137,11 +148,29 @@ impl Arena {
     }
 }
 
-impl Drop for Arena {
+impl Mapping {
+    /// Reserves address space with room to align so many bytes in it; there is no memory behind it yet.
+    fn aligned(bytes: usize) -> io::Result<Self> {
+        let bytes = bytes + HUGE_BYTES;
+        let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+        // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
+        let start = unsafe { rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::empty(), flags)? };
+        let start = NonNull::new(start.cast()).ok_or_else(|| io::Error::other("mmap gave a null address"))?;
+        Ok(Self { start, bytes })
+    }
+
+    /// The first aligned address in it.
+    fn base(&self) -> NonNull<u8> {
+        // SAFETY: less than `HUGE_BYTES` are skipped, and the mapping is at least that long.
+        unsafe { self.start.add(self.start.align_offset(HUGE_BYTES)) }
+    }
+}
+
+impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping was made by `map` with this length and nothing borrows it any more.
+        // SAFETY: the mapping was made with this length and nothing borrows it any more.
         // A failure leaves it mapped, which harms nobody.
-        let _ = unsafe { rustix::mm::munmap(self.mapping.as_ptr().cast(), self.mapping_bytes) };
+        let _ = unsafe { rustix::mm::munmap(self.start.as_ptr().cast(), self.bytes) };
     }
 }
 
@@ -193,29 +222,28 @@ impl ReadGrant {
     }
 }
 
+/// Puts memory behind reserved addresses, which nothing else uses: a memfd, whose beginning is aligned as `base` is.
 #[cfg(target_os = "linux")]
-fn map(bytes: usize) -> io::Result<(NonNull<u8>, Option<OwnedFd>)> {
+fn fill(base: NonNull<u8>, bytes: usize) -> io::Result<Option<OwnedFd>> {
     use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
     let memfd = memfd_create("kvkeep", MemfdFlags::CLOEXEC)?;
     ftruncate(&memfd, bytes as u64)?;
-    let flags = MapFlags::SHARED | MapFlags::NORESERVE;
-    // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory.
-    // The descriptor is not shared, so nobody else can shrink or write the file.
-    let mapping =
-        unsafe { rustix::mm::mmap(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, flags, &memfd, 0)? };
-    let mapping = NonNull::new(mapping.cast()).ok_or_else(|| io::Error::other("mmap gave a null address"))?;
-    Ok((mapping, Some(memfd)))
+    let (access, flags) =
+        (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED);
+    // SAFETY: these addresses were reserved for this. The descriptor is not shared, so nobody else can
+    // shrink or write the file.
+    unsafe { rustix::mm::mmap(base.as_ptr().cast(), bytes, access, flags, &memfd, 0)? };
+    Ok(Some(memfd))
 }
 
+/// Puts memory behind reserved addresses, which nothing else uses.
 #[cfg(not(target_os = "linux"))]
-fn map(bytes: usize) -> io::Result<(NonNull<u8>, Option<OwnedFd>)> {
-    // SAFETY: a new private mapping at an address of the kernel's choice touches no existing memory.
-    let mapping = unsafe {
-        rustix::mm::mmap_anonymous(std::ptr::null_mut(), bytes, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)?
-    };
-    let mapping = NonNull::new(mapping.cast()).ok_or_else(|| io::Error::other("mmap gave a null address"))?;
-    Ok((mapping, None))
+fn fill(base: NonNull<u8>, bytes: usize) -> io::Result<Option<OwnedFd>> {
+    let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED);
+    // SAFETY: these addresses were reserved for this.
+    unsafe { rustix::mm::mmap_anonymous(base.as_ptr().cast(), bytes, access, flags)? };
+    Ok(None)
 }
 
 #[cfg(test)]

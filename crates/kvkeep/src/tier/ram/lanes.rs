@@ -46,9 +46,8 @@ pub(super) struct Lanes {
 /// What lanes are mappings of.
 #[derive(Debug)]
 pub(super) struct Source {
+    /// The arena, and nothing else.
     pub(super) memfd: OwnedFd,
-    /// Where the arena begins in it, and how long it is.
-    pub(super) offset_bytes: u64,
     pub(super) bytes: usize,
 }
 
@@ -135,9 +134,7 @@ impl Source {
         let access = ProtFlags::READ | ProtFlags::WRITE;
         // SAFETY: a new mapping at an address of the kernel's choice touches no existing memory,
         // and a private one cannot change the file.
-        let base = unsafe {
-            rustix::mm::mmap(std::ptr::null_mut(), self.bytes, access, flags, &self.memfd, self.offset_bytes)?
-        };
+        let base = unsafe { rustix::mm::mmap(std::ptr::null_mut(), self.bytes, access, flags, &self.memfd, 0)? };
         NonNull::new(base.cast()).ok_or_else(|| io::Error::other("mmap gave a null address"))
     }
 }

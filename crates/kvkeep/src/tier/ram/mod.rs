@@ -7,6 +7,7 @@
 
 mod arena;
 mod extents;
+mod huge;
 mod lanes;
 
 use crate::error::Result;

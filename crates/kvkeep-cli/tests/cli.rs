@@ -466,16 +466,13 @@ fn export_chooses_by_namespace_key_and_limit_and_leaves_out_what_is_damaged() {
 fn verify_says_how_the_manifest_is_and_a_cache_writes_a_new_one() {
     let home = stored();
     let (dir, file) = (text(home.path()), home.path().join("MANIFEST"));
-    let manifest = std::fs::read(&file).unwrap();
-    let damage: [(&str, &dyn Fn()); 3] = [
-        ("damaged", &|| {
-            std::fs::write(&file, [&manifest[..80], &[manifest[80] ^ 1], &manifest[81..]].concat()).unwrap()
-        }),
-        ("damaged", &|| std::fs::write(&file, b"").unwrap()),
-        ("missing", &|| std::fs::remove_file(&file).unwrap()),
-    ];
-    for (state, damage) in damage {
-        damage();
+    let mut flipped = std::fs::read(&file).unwrap();
+    flipped[80] ^= 1;
+    for (state, bytes) in [("damaged", Some(flipped)), ("damaged", Some(Vec::new())), ("missing", None)] {
+        match bytes {
+            Some(bytes) => std::fs::write(&file, bytes).unwrap(),
+            None => std::fs::remove_file(&file).unwrap(),
+        }
         let output = kvkeep(&["verify", dir]);
         let said = String::from_utf8_lossy(&output.stdout).into_owned();
         assert!(output.status.code() == Some(4) && said.contains(&format!("the manifest is {state}:")), "{said}");

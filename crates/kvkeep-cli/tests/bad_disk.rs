@@ -1,9 +1,10 @@
-//! `kvkeep verify`, `inspect` and `export` on a real file system whose disk fails to read a part of it: ext4
+//! `kvkeep verify`, `inspect`, `export` and a cache on a real file system whose disk fails to read a part of it: ext4
 //! on a loop device whose file was cut off. It takes root; without that the test says so and passes.
 
 #![cfg(target_os = "linux")]
 #![expect(clippy::unwrap_used, reason = "a test that panics fails")]
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -78,8 +79,8 @@ fn verify_inspect_and_export_go_on_behind_what_a_disk_fails_to_read() {
         return;
     };
     let dir = image.mount().join("kv");
-    let config = CacheConfig::new(4 * MIB).disk(DiskConfig::new(&dir, 1024 * MIB));
-    let cache = KvCache::new(config).unwrap();
+    let open = || KvCache::new(CacheConfig::new(4 * MIB).disk(DiskConfig::new(&dir, 1024 * MIB)));
+    let cache = open().unwrap();
     // Blocks of 1 MiB.
     let layout = KvLayout::new(1, 8, 1024, DType::U8).unwrap().with_block_tokens(64).unwrap();
     let bytes = vec![7; 512 << 10];
@@ -113,4 +114,17 @@ fn verify_inspect_and_export_go_on_behind_what_a_disk_fails_to_read() {
     let output = kvkeep(&["export", text(&dir), "--out", text(&out), "--json"]);
     assert!(output.status.code() == Some(4) || output.status.success(), "{output:?}");
     assert!(json(&output)["entries"].as_u64().unwrap() > 5, "{output:?}");
+
+    // A cache goes on without what it cannot read, and keeps it.
+    let before = segments(&dir);
+    match open() {
+        Ok(cache) => assert!(cache.stats().disk.unwrap().read_errors_total > 0),
+        Err(error) => assert!(error.to_string().contains("remove the file MANIFEST"), "{error}"),
+    }
+    assert_eq!(segments(&dir), before);
+}
+
+fn segments(dir: &Path) -> BTreeSet<String> {
+    let names = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.starts_with("segment")).collect()
 }

@@ -1,6 +1,5 @@
 //! Opening what is not as it was left.
 
-use super::super::io::{Access, Directory};
 use super::super::log::segment_name;
 use super::super::manifest;
 use super::super::{Archive, RecordHeader};
@@ -395,13 +394,17 @@ fn files_and_directories_are_for_their_owner_alone_and_stay_under_the_cap() {
 #[test]
 fn a_path_that_is_no_directory_or_may_not_be_written_is_a_clear_error() {
     let home = tempfile::tempdir().unwrap();
-    let file = home.path().join("file");
+    let (file, link) = (home.path().join("file"), home.path().join("link"));
     std::fs::write(&file, b"x").unwrap();
-    for path in [file.clone(), file.join("below")] {
+    std::os::unix::fs::symlink(home.path().join("nowhere"), &link).unwrap();
+    for path in [file.clone(), file.join("below"), link.clone()] {
         let error = real(&path).unwrap_err();
         assert!(matches!(error, Error::Disk { doing: "open", .. }), "{error}");
+        assert!(error.to_string().contains("give a directory"), "{error}");
+        let error = Archive::open(&path, None, NOW_MS).unwrap_err();
+        assert!(error.to_string().contains("give a directory"), "{error}");
     }
-    assert!(Directory::open(&home.path().join("none"), Access::ReadOnly).is_err());
+    assert!(std::fs::read_link(&link).is_ok() && !home.path().join("nowhere").exists());
 }
 
 /// Does this segment hold the record?

@@ -40,8 +40,32 @@ fn main() -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("kvkeep: {error:#}");
+            eprintln!("kvkeep: {}", whole(&error));
             ExitCode::from(cli::FAILED)
         }
+    }
+}
+
+/// What went wrong and why. A cause that is named already is not said twice.
+fn whole(error: &anyhow::Error) -> String {
+    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
+        "" => cause,
+        said if said.contains(&cause) => text,
+        said => format!("{said}: {cause}"),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use anyhow::anyhow;
+
+    use super::*;
+
+    /// What the server could not write at its end was said three times.
+    #[test]
+    fn a_cause_is_said_once() {
+        let error =
+            anyhow!("the disk is full").context("cannot flush: the disk is full").context("the server has ended");
+        assert_eq!(whole(&error), "the server has ended: cannot flush: the disk is full");
     }
 }

@@ -10,7 +10,7 @@ mod verify;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use kvkeep::{Archive, Contents, KvLayout, RecordInfo, RecordState};
 
@@ -23,8 +23,7 @@ pub(crate) use verify::run as verify;
 
 /// Opens the directory as of now.
 fn open(options: &DirOptions) -> Result<Archive> {
-    // The messages of the library name their sources; the chain would say them twice.
-    Archive::open(&options.dir, options.key_file.as_deref(), now_ms()?).map_err(|error| anyhow!("{error}"))
+    Ok(Archive::open(&options.dir, options.key_file.as_deref(), now_ms()?)?)
 }
 
 /// Milliseconds since the Unix epoch.

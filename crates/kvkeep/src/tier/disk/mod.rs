@@ -28,7 +28,7 @@ mod tests;
 mod writer;
 
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -59,7 +59,6 @@ const BAD_READS: u32 = 3;
 /// The open tier. Dropping it closes it.
 #[derive(Debug)]
 pub(crate) struct Disk {
-    dir: PathBuf,
     shared: Arc<Shared>,
     cipher: Option<Arc<Cipher>>,
     queue_bytes: u64,
@@ -117,20 +116,12 @@ impl Disk {
         if flush_timeout.is_zero() {
             return Err(Error::Config("a flush_timeout of zero lets no flush end well: give some time".into()));
         }
-        let shared = Arc::new(Shared::new(clock));
+        let shared = Arc::new(Shared::new(dir, clock));
         shared.state.lock().counters.capacity_bytes = capacity_bytes;
         let log = recover::open(backend, cipher.clone(), capacity_bytes, &shared)
             .map_err(|refusal| refused(dir, "open", refusal))?;
         let writer = writer::spawn(log, opener, at_once_bytes, Arc::clone(&shared));
-        Ok(Self {
-            dir: dir.to_owned(),
-            shared,
-            cipher,
-            queue_bytes,
-            flush_timeout,
-            writer: Mutex::new(Some(writer)),
-            bad_reads: 0.into(),
-        })
+        Ok(Self { shared, cipher, queue_bytes, flush_timeout, writer: Mutex::new(Some(writer)), bad_reads: 0.into() })
     }
 
     /// Says who knows what is in RAM: that is hot, and kept when its segment goes.
@@ -248,7 +239,7 @@ impl Disk {
                 state.counters.read_bytes_total += bytes as u64;
                 state.index.heat(key);
                 if state.reads.heal() {
-                    tracing::info!(dir = %self.dir.display(), "the disk tier can be read again");
+                    tracing::info!(dir = %self.shared.dir.display(), "the disk tier can be read again");
                 }
                 return Some(read);
             }
@@ -261,7 +252,7 @@ impl Disk {
         };
         state.counters.read_errors_total += 1;
         if self.bad_reads.fetch_add(1, Relaxed) + 1 >= BAD_READS && state.reads.fail(now_ms) {
-            tracing::warn!(dir = %self.dir.display(), %error, "the disk tier cannot be read: going on without");
+            tracing::warn!(dir = %self.shared.dir.display(), %error, "the disk tier cannot be read: going on without");
         }
         None
     }
@@ -272,7 +263,7 @@ impl Disk {
         state.counters.timeouts_total += 1;
         state.hung_reads += 1;
         if state.hung_reads == 1 {
-            tracing::warn!(dir = %self.dir.display(), "the disk tier does not answer: going on without");
+            tracing::warn!(dir = %self.shared.dir.display(), "the disk tier does not answer: going on without");
         }
     }
 
@@ -281,7 +272,7 @@ impl Disk {
         let mut state = self.shared.state.lock();
         state.hung_reads = state.hung_reads.saturating_sub(1);
         if state.hung_reads == 0 {
-            tracing::info!(dir = %self.dir.display(), "the disk tier answers again");
+            tracing::info!(dir = %self.shared.dir.display(), "the disk tier answers again");
         }
     }
 
@@ -366,7 +357,7 @@ impl Disk {
     }
 
     fn error(&self, doing: &'static str, source: std::io::Error) -> Error {
-        Error::Disk { dir: self.dir.clone(), doing, source }
+        Error::Disk { dir: self.shared.dir.clone(), doing, source }
     }
 
     /// Drops what has expired from the index; says how many.

@@ -208,15 +208,17 @@ impl<'a> Opening<'a> {
     }
 
     fn say(&self) {
-        let Self { lost, unreadable, .. } = *self;
+        let Self { shared, lost, unreadable, .. } = *self;
         if lost > 0 {
             tracing::warn!(
+                dir = %shared.dir.display(),
                 segments = lost,
                 "the disk tier has lost segments or parts of them: what was there is a miss"
             );
         }
         if unreadable > 0 {
             tracing::warn!(
+                dir = %shared.dir.display(),
                 segments = unreadable,
                 "the disk tier cannot read some segments: left aside until it is opened again"
             );

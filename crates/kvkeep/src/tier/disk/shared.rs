@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
@@ -54,6 +55,8 @@ pub(crate) struct DiskState {
 }
 
 pub(crate) struct Shared {
+    /// For what is said of it.
+    pub(crate) dir: PathBuf,
     /// Comes after the store's lock.
     pub(crate) state: Mutex<DiskState>,
     /// Something is queued.
@@ -136,8 +139,9 @@ pub(crate) struct Latch {
 }
 
 impl Shared {
-    pub(crate) fn new(clock: Arc<dyn Clock>) -> Self {
+    pub(crate) fn new(dir: &Path, clock: Arc<dyn Clock>) -> Self {
         Self {
+            dir: dir.to_owned(),
             state: Mutex::new(DiskState::default()),
             work: Condvar::default(),
             room: Condvar::default(),
@@ -174,7 +178,7 @@ impl Shared {
         let mut state = self.state.lock();
         state.counters.write_errors_total += 1;
         if state.writes.fail(now_ms) {
-            tracing::warn!(%error, "the disk tier cannot be written: going on without");
+            tracing::warn!(dir = %self.dir.display(), %error, "the disk tier cannot be written: going on without");
         }
     }
 

@@ -185,6 +185,8 @@ impl Writer {
         });
         let records: Vec<Record<'_>> = records.collect();
         let written = self.attempt(|writer| {
+            // A file whose directory is gone can still be written: nobody would find it again.
+            writer.log.backend.check()?;
             writer.pay()?;
             let written = writer.log.append(&records)?;
             writer.heal();
@@ -262,7 +264,7 @@ impl Writer {
     /// Something was written: if the disk was failing, it is not any more.
     fn heal(&self) {
         if self.shared.state.lock().writes.heal() {
-            tracing::info!("the disk tier can be written again");
+            tracing::info!(dir = %self.shared.dir.display(), "the disk tier can be written again");
         }
     }
 

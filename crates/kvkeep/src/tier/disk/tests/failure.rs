@@ -144,6 +144,30 @@ fn a_directory_that_was_gone_and_is_back_is_used_again() {
     assert!(block(2, 4).is_there(&disk) && kept.is_there(&disk) && !disk.stats().failing);
 }
 
+/// A file that is open is written also when nobody can find it any more: that went on unseen until the next segment was
+/// begun.
+#[test]
+fn a_directory_that_is_deleted_is_seen_with_the_next_write_and_made_again() {
+    let (home, clock) = (tempfile::tempdir().unwrap(), Arc::new(ManualClock::at(NOW_MS)));
+    let dir = home.path().join("kv");
+    let disk = Disk::open(&options(&dir, 4 * MIB), clock.clone()).unwrap();
+    let settle = || assert!(disk.wait_for_writer(Duration::from_secs(60)));
+    block(0, 4).store(&disk);
+    settle();
+    std::fs::remove_dir_all(&dir).unwrap();
+    block(1, 4).store(&disk);
+    settle();
+    let stats = disk.stats();
+    assert!(stats.failing && stats.write_errors_total == 1 && !dir.exists(), "{stats:?}");
+    clock.advance(Duration::from_secs(100));
+    block(2, 4).store(&disk);
+    settle();
+    assert!(!disk.stats().failing && block(2, 4).is_there(&disk) && !block(0, 4).is_there(&disk));
+    drop(disk);
+    let disk = Disk::open(&options(&dir, 4 * MIB), clock).unwrap();
+    assert!(block(2, 4).is_there(&disk) && disk.stats().entries == 1);
+}
+
 #[test]
 fn a_full_queue_drops_what_comes_and_says_so() {
     let sim = Sim::default();
@@ -249,7 +273,7 @@ fn settings_with_which_nothing_could_be_written_are_refused() {
 #[test]
 fn a_flush_waits_for_a_slow_disk_for_as_long_as_it_gets_on() {
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-    let (shared, looks, ended) = (Shared::new(clock()), AtomicUsize::new(0), AtomicBool::new(false));
+    let (shared, looks, ended) = (Shared::new(Path::new("sim"), clock()), AtomicUsize::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !ended.load(Ordering::SeqCst) {

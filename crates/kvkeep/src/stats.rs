@@ -80,7 +80,8 @@ pub struct DiskStats {
     pub read_errors_total: u64,
     /// Writes that the disk failed.
     pub write_errors_total: u64,
-    /// Reads that took longer than the request would wait.
+    /// Reads that took longer than the request would wait, and times that writing got nothing done for as long as
+    /// anybody waits.
     pub timeouts_total: u64,
     /// Tokens on the disk that were not loaded because computing them again is faster.
     pub not_worth_tokens_total: u64,

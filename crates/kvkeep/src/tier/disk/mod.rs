@@ -151,9 +151,13 @@ impl Disk {
                 && state.writes.allows(now_ms));
         let taken = room && !state.closed;
         if taken {
+            if state.queue.bytes == 0 {
+                state.progress_at_ms = now_ms;
+            }
             state.queue.push(meta, mark, content, payload(), &self.shared);
         } else {
             state.counters.dropped_total += 1;
+            self.shared.look_for_stall(&mut state, now_ms, self.flush_timeout);
         }
         drop(state);
         self.shared.work.notify_all();

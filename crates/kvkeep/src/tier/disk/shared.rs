@@ -45,6 +45,8 @@ pub(crate) struct DiskState {
     hidden: HashSet<ObjectKey>,
     /// Counts what the writer gets done on the disk.
     progress: u64,
+    /// When it last got something done, or had nothing to do.
+    pub(crate) progress_at_ms: u64,
     /// How long somebody has waited for the writer in vain since it last got something done.
     pub(crate) stalled_for: Duration,
     /// There are segments that cannot be read for now. Anything may be in them: what is removed or replaced is removed
@@ -167,9 +169,13 @@ impl Shared {
 
     /// The writer has got something done on the disk.
     pub(crate) fn progress(&self) {
+        let now_ms = self.now_ms();
         let mut state = self.state.lock();
         state.progress += 1;
-        state.stalled_for = Duration::ZERO;
+        state.progress_at_ms = now_ms;
+        if !std::mem::take(&mut state.stalled_for).is_zero() {
+            tracing::info!(dir = %self.dir.display(), "the disk tier gets on again");
+        }
     }
 
     /// The disk has failed to write: counted, latched, and said the first time.
@@ -209,10 +215,28 @@ impl Shared {
             let (again, timed_out) = self.room.wait_timeout(state, at_most);
             state = again;
             if timed_out && state.progress == before && so(&state) {
-                state.stalled_for = at_most;
+                self.stalls(&mut state, at_most);
             }
         }
         true
+    }
+
+    /// The queue has no room: is it because the writer has got nothing done for so long?
+    pub(crate) fn look_for_stall(&self, state: &mut DiskState, now_ms: u64, at_most: Duration) {
+        let idle = Duration::from_millis(now_ms.saturating_sub(state.progress_at_ms));
+        let waits = state.queue.bytes > 0 && !state.writes.is_failing();
+        if waits && idle >= at_most && state.stalled_for.is_zero() {
+            self.stalls(state, at_most);
+        }
+    }
+
+    /// Nothing was done for so long: counted, and said the first time.
+    fn stalls(&self, state: &mut DiskState, waited: Duration) {
+        if state.stalled_for.is_zero() {
+            state.counters.timeouts_total += 1;
+            tracing::warn!(dir = %self.dir.display(), "the disk tier gets nothing done: going on without");
+        }
+        state.stalled_for = waited;
     }
 }
 

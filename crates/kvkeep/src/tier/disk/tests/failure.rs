@@ -192,6 +192,26 @@ fn a_full_queue_drops_what_comes_and_says_so() {
     assert!(block(50, 1_100).offer(&disk, false));
 }
 
+/// Where nobody flushed and RAM had room, nobody waited for a disk that hung, and nothing said so.
+#[test]
+fn a_disk_that_hangs_while_writing_is_seen_by_its_full_queue_and_counted_once() {
+    let (sim, clock) = (Sim::default(), Arc::new(ManualClock::at(NOW_MS)));
+    let disk = open_with(&sim, 8 * MIB, None, clock.clone()).unwrap();
+    sim.hang(true);
+    let offer =
+        |numbers: std::ops::Range<u32>| numbers.filter(|number| block(*number, 100).offer(&disk, false)).count();
+    assert!(offer(0..20) < 20 && !disk.stats().failing, "it has only just begun");
+    clock.advance(Duration::from_secs(59));
+    assert_eq!((offer(20..30), disk.stats().failing), (0, false));
+    clock.advance(Duration::from_secs(1));
+    assert_eq!(offer(30..40), 0);
+    assert_eq!((disk.stats().failing, disk.stats().timeouts_total), (true, 1));
+    sim.hang(false);
+    assert!(disk.wait_for_writer(Duration::from_secs(61)));
+    disk.flush().unwrap();
+    assert!(!disk.stats().failing && offer(50..51) == 1);
+}
+
 #[test]
 fn a_disk_that_cannot_be_made_fails_softly_when_full_from_the_start() {
     let sim = Sim::default();

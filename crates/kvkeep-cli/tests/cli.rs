@@ -575,6 +575,17 @@ fn after_a_restart_the_answer_is_the_same_and_comes_from_the_disk() {
     assert!(warm["cached_tokens"].as_u64().unwrap() > prompt_tokens - 64, "{report}");
     assert_eq!(warm["loaded_bytes"], warm["cached_tokens"].as_u64().unwrap() * 23_040);
     assert!(report["speedup"].as_f64().unwrap() > 1.0, "{report}");
+    // The engine has said what its prefill took, and the cache what that and the rate of the disk come to.
+    let inspected = json(&kvkeep(&["inspect", dir, "--json"]));
+    let computed_s: f64 =
+        inspected["namespaces"].as_array().unwrap().iter().map(|one| one["compute_s"].as_f64().unwrap()).sum();
+    let computed_ms = [cold, warm].map(|half| half["ttft_ms"].as_f64().unwrap()).iter().sum::<f64>();
+    assert!(computed_s > 0.0 && computed_s * 1e3 < computed_ms + 1e4, "{computed_s} s of {report}");
+    assert!(
+        warm["worth_tokens"].as_u64() >= warm["cached_tokens"].as_u64() && warm["not_worth_tokens"] == 0,
+        "{report}"
+    );
+    assert!(warm["load_bytes_per_s"].as_f64().unwrap() > 0.0, "{report}");
     // The demo leaves a directory that others can look at, and may use it again.
     assert!(kvkeep(&["verify", dir]).status.success());
 }

@@ -4,6 +4,7 @@
 
 mod archive;
 mod corruption;
+mod encryption;
 mod failure;
 mod format;
 mod power_cut;

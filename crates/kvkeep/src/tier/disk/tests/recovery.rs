@@ -305,45 +305,6 @@ fn another_version_is_refused_and_a_flipped_version_is_not_taken_for_one() {
     assert!(error.to_string().contains("version 9"), "{error}");
 }
 
-#[test]
-fn a_wrong_missing_or_needless_key_is_a_clear_error() {
-    let (sim, plain) = (Sim::default(), Sim::default());
-    let open = |sim: &Sim, key: Option<u8>| open_with(sim, 4 * MIB, key.map(|key| Cipher::new(&[key; 32])), clock());
-    block(1, 3).store(&open(&sim, Some(1)).unwrap());
-    block(1, 3).store(&open(&plain, None).unwrap());
-    assert!(block(1, 3).is_there(&open(&sim, Some(1)).unwrap()));
-    for (sim, key, says) in
-        [(&sim, Some(2), "another key"), (&sim, None, "give the key"), (&plain, Some(1), "not encrypted")]
-    {
-        let error = open(sim, key).unwrap_err();
-        assert!(matches!(error, Error::DiskRefused { .. }) && error.to_string().contains(says), "{error}");
-    }
-    assert!(block(1, 3).is_there(&open(&sim, Some(1)).unwrap()), "and nothing is lost by trying");
-}
-
-#[test]
-fn encrypted_payloads_cannot_be_read_or_swapped_on_the_disk() {
-    let sim = Sim::default();
-    let open = || open_with(&sim, 4 * MIB, Some(Cipher::new(&[7; 32])), clock()).unwrap();
-    let (one, two) = (block(1, 2), block(2, 2));
-    let disk = open();
-    one.store(&disk);
-    two.store(&disk);
-    drop(disk);
-    let name = segments(&sim)[0].clone();
-    let mut bytes = sim.get(&name).unwrap();
-    let plain = &one.bytes()[..64];
-    assert!(!bytes.windows(64).any(|window| window == plain));
-    // Payloads change places; the headers, with all their checksums, stay.
-    let (a, b) = (bytes[2 * 4096..4 * 4096].to_vec(), bytes[5 * 4096..7 * 4096].to_vec());
-    bytes[2 * 4096..4 * 4096].copy_from_slice(&b);
-    bytes[5 * 4096..7 * 4096].copy_from_slice(&a);
-    sim.put(&name, bytes);
-    let disk = open();
-    assert!(!one.is_there(&disk) && !two.is_there(&disk));
-    assert_eq!(disk.stats().damaged_total, 2);
-}
-
 // On a real file system.
 
 pub(super) fn real(dir: &Path) -> Result<Disk> {
@@ -411,27 +372,4 @@ fn a_path_that_is_no_directory_or_may_not_be_written_is_a_clear_error() {
 pub(super) fn is_in(sim: &Sim, segment: u64, thing: &Thing) -> bool {
     let bytes = sim.get(&segment_name(segment)).unwrap();
     bytes.chunks(4096).any(|page| page.starts_with(b"KVKRECRD") && page[48..80] == *thing.key().hash())
-}
-
-#[test]
-fn a_key_file_is_read_as_bytes_or_digits_and_must_be_private() {
-    use std::os::unix::fs::PermissionsExt;
-    let home = tempfile::tempdir().unwrap();
-    let file = home.path().join("key");
-    let write = |bytes: &[u8], mode: u32| {
-        std::fs::write(&file, bytes).unwrap();
-        std::fs::set_permissions(&file, std::fs::Permissions::from_mode(mode)).unwrap();
-    };
-    let id = [3; 16];
-    let right = Cipher::new(&[0xab; 32]).check(&id);
-    write(&[0xab; 32], 0o600);
-    assert_eq!(Cipher::from_file(&file).unwrap().check(&id), right);
-    write(format!("{}\n", "ab".repeat(32)).as_bytes(), 0o400);
-    assert_eq!(Cipher::from_file(&file).unwrap().check(&id), right);
-    for (bytes, mode, says) in [(&b"short"[..], 0o600, "32 bytes"), (&[7; 32][..], 0o644, "chmod 600")] {
-        std::fs::remove_file(&file).unwrap();
-        write(bytes, mode);
-        let error = Cipher::from_file(&file).unwrap_err();
-        assert!(error.to_string().contains(says), "{error}");
-    }
 }

@@ -196,11 +196,18 @@ impl Log {
         Ok(())
     }
 
-    /// Appends that a namespace, or everything, was cleared.
-    pub(crate) fn append_cleared(&mut self, namespace: Option<NamespaceId>, now_ms: u64) -> io::Result<()> {
-        let kind = if namespace.is_some() { Kind::NamespaceCleared } else { Kind::Cleared };
-        let namespace = namespace.unwrap_or(NamespaceId::from_bytes([0; 32]));
-        self.append_marker(&marker(kind, namespace, now_ms), &[])
+    /// Appends that a namespace was cleared.
+    pub(crate) fn append_cleared(&mut self, namespace: NamespaceId, now_ms: u64) -> io::Result<()> {
+        self.append_marker(&marker(Kind::NamespaceCleared, namespace, now_ms), &[])
+    }
+
+    /// Removes everything, files too: a full disk has room then.
+    pub(crate) fn clear(&mut self) -> io::Result<()> {
+        self.active = None;
+        while self.segments() > 0 {
+            self.forget_oldest();
+        }
+        self.shrink()
     }
 
     fn append_marker(&mut self, meta: &RecordMeta, keys: &[ObjectKey]) -> io::Result<()> {
@@ -348,7 +355,7 @@ impl Log {
         OVERHEAD_BYTES + aside + self.lines.iter().map(|line| line.allocated_bytes).sum::<u64>()
     }
 
-    /// Evicts until what lies here fits the cap; for opening.
+    /// Evicts until what lies here fits the cap.
     pub(crate) fn shrink(&mut self) -> io::Result<()> {
         while self.kept_bytes() > self.capacity_bytes && self.segments() > 0 {
             self.forget_oldest();

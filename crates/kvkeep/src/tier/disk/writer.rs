@@ -282,11 +282,11 @@ impl Writer {
             return Ok(());
         }
         if self.owed.all {
-            self.log.append_cleared(None, now_ms)?;
+            self.log.clear()?;
             self.owed.all = false;
         }
         while let Some(namespace) = self.owed.namespaces.last() {
-            self.log.append_cleared(Some(*namespace), now_ms)?;
+            self.log.append_cleared(*namespace, now_ms)?;
             self.owed.namespaces.pop();
         }
         if !self.owed.keys.is_empty() {

@@ -109,6 +109,32 @@ fn many_small_records_are_written_with_few_writes() {
     assert!((0..200).all(|number| block(number, 1).is_there(&disk)));
 }
 
+/// What was to say that all is gone found no room on a full disk: after a restart everything was back.
+#[test]
+fn a_full_disk_is_cleared_and_has_room_then() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    let things: Vec<Thing> = (0..60).map(|number| block(number, 8)).collect();
+    things.iter().for_each(|thing| assert!(thing.store(&disk)));
+    disk.flush().unwrap();
+    sim.space_bytes(Some(sim.used_bytes()));
+    (100..160).for_each(|number| _ = block(number, 8).store(&disk));
+    assert!(disk.flush().is_err() && disk.stats().failing);
+    let evicted = disk.stats().evictions;
+    disk.clear(None);
+    disk.flush().unwrap();
+    let stats = disk.stats();
+    assert!(!stats.failing && stats.entries == 0 && stats.evictions == evicted, "{stats:?}");
+    assert!(sim.used_bytes() < MIB && stats.used_bytes < MIB, "{stats:?}");
+    let after = block(200, 8);
+    assert!(after.store(&disk));
+    disk.flush().unwrap();
+    drop(disk);
+    sim.space_bytes(None);
+    let disk = open(&sim, 4 * MIB);
+    assert!(after.is_there(&disk) && disk.stats().entries == 1);
+}
+
 #[test]
 fn reads_that_fail_are_misses_and_soon_nobody_asks_any_more() {
     let (sim, clock) = (Sim::default(), Arc::new(ManualClock::at(NOW_MS)));

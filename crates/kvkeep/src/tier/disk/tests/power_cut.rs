@@ -12,7 +12,8 @@ use super::*;
 enum Step {
     Store(Thing),
     Remove(Thing),
-    ClearNamespace(u32),
+    /// A namespace, or everything.
+    Clear(Option<u32>),
     Flush,
 }
 
@@ -31,7 +32,8 @@ fn workload(rounds: u32, most_pages: usize) -> Vec<Step> {
         }
         match random.below(4) {
             0 => steps.push(Step::Remove(named(random.below(12) as u32, 0, 1))),
-            1 if round % 9 == 8 => steps.push(Step::ClearNamespace(random.below(3) as u32)),
+            1 if round % 9 == 8 => steps.push(Step::Clear(Some(random.below(3) as u32))),
+            _ if round == 7 => steps.push(Step::Clear(None)),
             _ => {}
         }
         if random.coin() {
@@ -77,9 +79,11 @@ fn run(steps: &[Step], sim: &Sim, cipher: bool, capacity: u64) -> Known {
                 disk.remove(&[thing.key()]);
                 known.note(&thing, None);
             }
-            Step::ClearNamespace(number) => {
-                disk.clear(Some(namespace(number)));
-                let of = |thing: &Option<Thing>| thing.is_some_and(|thing| thing.number % 3 == number);
+            Step::Clear(number) => {
+                disk.clear(number.map(namespace));
+                let of = |thing: &Option<Thing>| {
+                    thing.is_some_and(|thing| number.is_none_or(|number| thing.number % 3 == number))
+                };
                 for versions in known.0.values_mut() {
                     if versions.iter().any(of) {
                         versions.push(None);

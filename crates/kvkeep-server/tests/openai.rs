@@ -159,6 +159,39 @@ fn log_probabilities_are_those_of_the_tokens_in_the_answer() {
 }
 
 #[test]
+fn a_completion_says_the_log_probabilities_of_its_tokens_and_where_they_begin() {
+    let Some(server) = Running::start(|_| ()) else { return };
+    let mut body = json!({"prompt": "One, two, three,", "max_tokens": 6, "temperature": 0, "logprobs": 2});
+    let choice = server.answer(COMPLETIONS, &body)["choices"][0].clone();
+    let (text, logprobs) = (choice["text"].as_str().unwrap(), &choice["logprobs"]);
+    let list = |name: &str| logprobs[name].as_array().unwrap().clone();
+    let tokens: Vec<String> = list("tokens").iter().map(|token| token.as_str().unwrap().to_owned()).collect();
+    assert_eq!((tokens.len(), tokens.concat().as_str()), (6, text));
+    let picked: Vec<f64> = list("token_logprobs").iter().map(|logprob| logprob.as_f64().unwrap()).collect();
+    let mut offset = 0;
+    for (number, token) in tokens.iter().enumerate() {
+        assert_eq!(list("text_offset")[number], offset);
+        offset += token.chars().count();
+        let top = list("top_logprobs")[number].as_object().unwrap().clone();
+        assert!(top.len() == 2 && picked[number] <= 0.0, "{top:?}");
+        assert!(top.values().all(|other| other.as_f64().unwrap() <= picked[number]), "greedy: {top:?}");
+        assert_eq!(top[token], picked[number]);
+    }
+    // The picked one alone.
+    body["logprobs"] = 0.into();
+    let alone = &server.answer(COMPLETIONS, &body)["choices"][0]["logprobs"];
+    assert_eq!(alone["token_logprobs"], logprobs["token_logprobs"]);
+    assert!(alone["top_logprobs"].as_array().unwrap().iter().all(|top| top.as_object().unwrap().len() == 1));
+    // And piece by piece.
+    (body["logprobs"], body["stream"]) = (2.into(), true.into());
+    let parts = server.post(COMPLETIONS, &body).events();
+    for name in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        let streamed = parts.iter().filter_map(|part| part["choices"][0]["logprobs"][name].as_array()).flatten();
+        assert_eq!(streamed.cloned().collect::<Vec<Value>>(), list(name), "{name}");
+    }
+}
+
+#[test]
 fn prompts_come_as_texts_parts_or_tokens() {
     let Some(server) = Running::start(|_| ()) else { return };
     let parts = json!([{"type": "text", "text": "Say "}, {"type": "text", "text": "yes."}]);
@@ -228,9 +261,14 @@ fn what_does_not_fit_or_cannot_be_done_is_refused_by_name() {
         body[name] = value;
         cases.push((CHAT, body, Some(name), ""));
     }
-    for (name, value) in
-        [("echo", json!(true)), ("suffix", json!("x")), ("best_of", json!(3)), ("logprobs", json!(2)), ("n", json!(0))]
-    {
+    for (name, value) in [
+        ("echo", json!(true)),
+        ("suffix", json!("x")),
+        ("best_of", json!(3)),
+        ("logprobs", json!(6)),
+        ("logprobs", json!(true)),
+        ("n", json!(0)),
+    ] {
         cases.push((COMPLETIONS, json!({"prompt": "Hi", name: value}), Some(name), ""));
     }
     for (path, body, param, says) in cases {

@@ -33,9 +33,9 @@ pub(super) trait Shape: Send + Sync + 'static {
 
     /// Before the first piece.
     fn begin(&self) -> Option<Self::Part>;
-    fn part(&self, piece: Piece, engine: &Engine) -> Self::Part;
+    fn part(&mut self, piece: Piece, engine: &Engine) -> Self::Part;
     fn end(&self, reason: &'static str) -> Self::Part;
-    fn whole(&self, all: Piece, reason: &'static str, engine: &Engine) -> Self::Whole;
+    fn whole(&mut self, all: Piece, reason: &'static str, engine: &Engine) -> Self::Whole;
 }
 
 /// An answer, or one event of it.
@@ -125,7 +125,7 @@ pub(super) async fn answer<S: Shape>(
     };
     let arrived = job.arrived.since;
     let mut ticket = state.submit(job)?;
-    let Some(options) = stream else { return whole(&state, ticket, &head, &shape).await };
+    let Some(options) = stream else { return whole(&state, ticket, &head, shape).await };
     let first = match ticket.next().await {
         Event::End(Err(error)) => return Err(error),
         first => first,
@@ -144,7 +144,12 @@ pub(super) async fn answer<S: Shape>(
     Ok(with_ttft(Sse::new(messages).into_response(), ttft))
 }
 
-async fn whole<S: Shape>(state: &AppState, mut ticket: Ticket, head: &Head, shape: &S) -> Result<Response, ApiError> {
+async fn whole<S: Shape>(
+    state: &AppState,
+    mut ticket: Ticket,
+    head: &Head,
+    mut shape: S,
+) -> Result<Response, ApiError> {
     let mut all = Piece::default();
     let served = loop {
         match ticket.next().await {

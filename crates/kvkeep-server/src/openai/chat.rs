@@ -277,7 +277,7 @@ impl Shape for Chat {
         Some(ChatPart { index: 0, delta, logprobs: None, finish_reason: None })
     }
 
-    fn part(&self, piece: Piece, engine: &Engine) -> ChatPart {
+    fn part(&mut self, piece: Piece, engine: &Engine) -> ChatPart {
         let logprobs = self.logprobs(piece.logprobs, engine);
         let delta = Delta { role: None, content: Some(piece.text) };
         ChatPart { index: 0, delta, logprobs, finish_reason: None }
@@ -287,7 +287,7 @@ impl Shape for Chat {
         ChatPart { index: 0, delta: Delta::default(), logprobs: None, finish_reason: Some(reason) }
     }
 
-    fn whole(&self, all: Piece, reason: &'static str, engine: &Engine) -> ChatChoice {
+    fn whole(&mut self, all: Piece, reason: &'static str, engine: &Engine) -> ChatChoice {
         let logprobs = self.logprobs(all.logprobs, engine);
         let message = Reply { role: "assistant", content: all.text, refusal: None };
         ChatChoice { index: 0, message, logprobs, finish_reason: reason }

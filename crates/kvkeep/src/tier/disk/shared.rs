@@ -278,11 +278,11 @@ impl DiskState {
     /// What is on the disk under a key, or on its way there, is not to be found any more.
     pub(crate) fn hide(&mut self, key: &ObjectKey) {
         let (known, queued) = (self.index.remove(key), self.queue.forget(key));
-        if known || queued || self.aside {
-            self.hidden.insert(*key);
-        }
-        if self.hidden.len() > MAX_HIDDEN {
-            self.queue.ops.push_back(Op::Remove(self.hidden.drain().collect()));
+        let newly = (known || queued || self.aside) && self.hidden.insert(*key);
+        // Those with a successor in the queue stay.
+        if newly && self.hidden.len().is_multiple_of(MAX_HIDDEN) {
+            let hidden = self.take_hidden();
+            self.queue.ops.push_back(Op::Remove(hidden));
         }
     }
 

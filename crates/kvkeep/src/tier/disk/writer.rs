@@ -88,10 +88,11 @@ impl Writer {
                     self.take_more(&mut writes);
                     self.write(writes);
                 }
-                Op::Remove(keys) => {
+                // In parts: only what cannot be paid adds up.
+                Op::Remove(keys) => keys.chunks(MAX_OWED_KEYS / 2).for_each(|keys| {
                     self.owed.add(keys, &self.shared);
                     self.pay_if_due();
-                }
+                }),
                 Op::Clear(namespace) => {
                     self.owed.clear(namespace, &self.shared);
                     self.pay_if_due();
@@ -124,7 +125,7 @@ impl Writer {
     /// What was replaced, and whose successor did not get here, is removed.
     fn owe_hidden(&mut self) {
         let hidden = self.shared.state.lock().take_hidden();
-        self.owed.add(hidden, &self.shared);
+        self.owed.add(&hidden, &self.shared);
     }
 
     fn next(&self) -> Op {
@@ -307,8 +308,8 @@ impl Owed {
         self.keys.is_empty() && self.namespaces.is_empty() && !self.all
     }
 
-    fn add(&mut self, keys: Vec<ObjectKey>, shared: &Shared) {
-        self.keys.extend(keys);
+    fn add(&mut self, keys: &[ObjectKey], shared: &Shared) {
+        self.keys.extend_from_slice(keys);
         if self.keys.len() > MAX_OWED_KEYS {
             self.clear(None, shared);
         }

@@ -70,6 +70,30 @@ fn what_is_removed_or_replaced_while_its_segment_cannot_be_read_does_not_come_ba
     }
 }
 
+/// So many removals at once were taken for too many to remember, and removed everything.
+#[test]
+fn many_removals_at_once_remove_what_they_name_and_nothing_else() {
+    let (sim, things) = filled();
+    sim.lose_page(&segments(&sim)[0], 0);
+    let disk = open(&sim, 128 * MIB);
+    let kept = named(3_000_000, 1, 1);
+    let kept_block = things.iter().rev().find(|thing| !thing.named && thing.is_there(&disk)).unwrap();
+    // Nobody knows what is in that segment: all of these are removed there.
+    let unknown: Vec<ObjectKey> = (1_000_000..1_070_000).map(|number| named(number, 1, 1).key()).collect();
+    sim.hang(true);
+    assert!(kept.store(&disk));
+    disk.hide(&unknown);
+    sim.hang(false);
+    disk.flush().unwrap();
+    assert!(kept.is_there(&disk) && kept_block.is_there(&disk));
+    disk.remove(&unknown);
+    disk.flush().unwrap();
+    assert!(kept.is_there(&disk) && kept_block.is_there(&disk), "{:?}", disk.stats());
+    drop(disk);
+    let disk = open(&sim, 128 * MIB);
+    assert!(kept.is_there(&disk), "its own removal is not behind it");
+}
+
 #[test]
 fn a_segment_that_cannot_be_read_counts_under_the_cap_and_goes_in_its_turn() {
     let (sim, things) = filled();

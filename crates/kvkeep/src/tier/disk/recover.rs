@@ -1,12 +1,14 @@
-//! Opening a directory: what is there, what of it is whole, and what it means.
+//! Opening a directory: what of it is whole, and what it means.
 //!
 //! Segments are replayed oldest first: a later record wins over an earlier one, a removal
 //! over what it names. Where something that was durable has been lost (a segment that the
 //! manifest names, an index that does not check, a header in front of durable ones), the
 //! lost part may have replaced a named entry or removed it: named entries older than the
-//! loss are dropped. Blocks stay: under a block's key there are never other bytes.
+//! loss are dropped, and removals of them are durable before the manifest stops to name what
+//! is lost. Blocks stay: under a block's key there are never other bytes.
 //!
-//! Files that are not ours are left alone and counted.
+//! What the disk fails to read counts as lost until the next opening, and is kept. Removing it
+//! was the alternative: an error that passes would have cost a segment.
 
 use std::io;
 use std::sync::Arc;

@@ -87,6 +87,8 @@ pub(crate) struct Log {
     /// Evicted segments whose files are not gone yet, and their bytes.
     doomed: Vec<(u64, u64)>,
     active: Option<Active>,
+    /// Did an append get as far as to write records since this was last taken back?
+    pub(crate) touched: bool,
     shared: Arc<Shared>,
     bounce: Pages,
 }
@@ -161,6 +163,7 @@ impl Log {
             aside: Vec::new(),
             doomed: Vec::new(),
             active: None,
+            touched: false,
             shared,
             bounce,
         }
@@ -222,6 +225,7 @@ impl Log {
     /// There is room for all of them.
     fn append_here(&mut self, records: &[Record<'_>]) -> io::Result<Vec<Written>> {
         let active = self.active.as_ref().ok_or(io::ErrorKind::StorageFull)?;
+        self.touched = true;
         let (first, segment, number) = (active.end_page, Arc::clone(&active.segment), active.number);
         let durable_pages = active.durable_pages;
         let mut written = Vec::with_capacity(records.len());
@@ -367,6 +371,17 @@ impl Log {
             self.write_manifest()?;
         }
         self.remove_doomed()
+    }
+
+    /// Evicts the oldest segment from a disk that is full before the cap is reached; says whether there was one.
+    pub(crate) fn evict_to_make_room(&mut self) -> io::Result<bool> {
+        self.abandon();
+        if self.segments() == 0 {
+            return Ok(false);
+        }
+        self.forget_oldest();
+        self.shrink()?;
+        Ok(true)
     }
 
     fn segments(&self) -> usize {

@@ -39,7 +39,7 @@ enum Outcome {
     Unwanted,
     /// The disk is failing, or no segment can hold it.
     Dropped,
-    /// The disk failed while it was written.
+    /// The disk failed while it was written: it may be there.
     Failed,
 }
 
@@ -100,7 +100,7 @@ impl Writer {
                 Op::Flush(reply) => {
                     self.owe_hidden();
                     let flushed = self.attempt(|writer| {
-                        writer.pay()?;
+                        writer.pay_or_evict()?;
                         writer.log.sync()?;
                         writer.log.backend.check()
                     });
@@ -110,7 +110,7 @@ impl Writer {
                 Op::Close(reply) => {
                     self.owe_hidden();
                     let closed = self.attempt(|writer| {
-                        writer.pay()?;
+                        writer.pay_or_evict()?;
                         writer.log.close()
                     });
                     self.publish_sizes();
@@ -185,6 +185,7 @@ impl Writer {
             sums: Some(&write.sums),
         });
         let records: Vec<Record<'_>> = records.collect();
+        self.log.touched = false;
         let written = self.attempt(|writer| {
             // A file whose directory is gone can still be written: nobody would find it again.
             writer.log.backend.check()?;
@@ -199,7 +200,7 @@ impl Writer {
             Err(error) if error.kind() == io::ErrorKind::FileTooLarge => vec![Outcome::Dropped],
             Err(error) => {
                 self.lost = Some((error.kind(), error.to_string()));
-                vec![Outcome::Failed; writes.len()]
+                vec![if self.log.touched { Outcome::Failed } else { Outcome::Dropped }; writes.len()]
             }
         }
     }
@@ -276,6 +277,16 @@ impl Writer {
         }
     }
 
+    /// Writes the removals that are owed. On a full disk the oldest segments make room for them: a cache may forget.
+    fn pay_or_evict(&mut self) -> io::Result<()> {
+        loop {
+            match self.pay() {
+                Err(error) if is_full(&error) && self.log.evict_to_make_room()? => {}
+                paid => return paid,
+            }
+        }
+    }
+
     /// Writes the removals that are owed.
     fn pay(&mut self) -> io::Result<()> {
         let now_ms = self.shared.now_ms();
@@ -301,6 +312,10 @@ impl Writer {
     fn publish_sizes(&self) {
         self.shared.state.lock().counters.used_bytes = self.log.used_bytes();
     }
+}
+
+fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 impl Owed {

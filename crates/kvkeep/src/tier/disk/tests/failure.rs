@@ -109,6 +109,28 @@ fn many_small_records_are_written_with_few_writes() {
     assert!((0..200).all(|number| block(number, 1).is_there(&disk)));
 }
 
+/// A removal that found no room on a full disk was lost with the process: after a restart the entry was back.
+#[test]
+fn on_a_full_disk_the_oldest_segment_makes_room_for_removals() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    let things: Vec<Thing> = (0..60).map(|number| block(number, 8)).collect();
+    things.iter().for_each(|thing| assert!(thing.store(&disk)));
+    disk.flush().unwrap();
+    sim.space_bytes(Some(sim.used_bytes()));
+    (100..160).for_each(|number| _ = block(number, 8).store(&disk));
+    assert!(disk.flush().is_err());
+    let before = disk.stats().entries;
+    disk.remove(&[things[55].key()]);
+    disk.clear(Some(things[57].meta().namespace));
+    drop(disk);
+    sim.space_bytes(None);
+    let disk = open(&sim, 4 * MIB);
+    assert!(!things[55].is_there(&disk) && !things[57].is_there(&disk) && things[58].is_there(&disk));
+    // A third was cleared, and a segment of three made room.
+    assert!(disk.stats().entries >= before * 2 / 3 - 5, "{} of {before}", disk.stats().entries);
+}
+
 /// What was to say that all is gone found no room on a full disk: after a restart everything was back.
 #[test]
 fn a_full_disk_is_cleared_and_has_room_then() {

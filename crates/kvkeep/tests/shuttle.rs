@@ -170,3 +170,24 @@ fn a_store_gets_the_pages_of_what_is_being_written() {
     };
     shuttle::check_random(explore, ROUNDS);
 }
+
+/// A store was refused while a reader had said that something had come from the disk, and had not let go of it yet.
+#[test]
+fn a_store_gets_the_pages_of_what_has_just_been_read() {
+    let explore = || {
+        let home = tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap();
+        let (cache, namespace) = (open(home.path(), WritePolicy::Through), namespace("m"));
+        let (first, second) = ((0..12).collect::<Vec<u32>>(), (100..112).collect::<Vec<u32>>());
+        for tokens in [&first, &second] {
+            store(&cache, &namespace, tokens);
+            cache.flush().unwrap();
+        }
+        // All of RAM is read, and then stored anew.
+        assert_eq!(cache.lookup(&namespace, &first).unwrap().cached_tokens(), 12);
+        let report = store(&cache, &namespace, &(200..212).collect::<Vec<u32>>());
+        assert_eq!((report.rejected_blocks, report.rejection), (0, None));
+        cache.close().unwrap();
+    };
+    // By priorities: the reader has to be passed over for long.
+    shuttle::check_pct(explore, ROUNDS, 3);
+}

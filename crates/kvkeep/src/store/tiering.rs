@@ -66,7 +66,13 @@ type Models = Mutex<HashMap<NamespaceId, (KvLayout, String)>>;
 #[derive(Default)]
 pub(super) struct Loads {
     flying: Mutex<HashMap<ObjectKey, Arc<Load>>>,
+    /// Readers that have said that a record has come, and may still hold it. Held together with no other lock.
+    landing: Mutex<usize>,
+    let_go: Condvar,
 }
+
+/// A reader that lets something land, until it holds nothing of it any more.
+struct Landing(Arc<Loads>);
 
 /// One record under way.
 pub(super) struct Load {
@@ -253,10 +259,15 @@ impl Tiering {
         let (load, shared) = (Arc::clone(load), Arc::clone(&self.shared));
         self.readers.submit(Box::new(move || {
             let header = disk.read(&key, &found, pending.bytes_mut());
+            // In this order: the load, and the pages that it pins, are let go of first.
+            let landing = Landing::new(&loads);
+            let load = load;
             if header.is_some() {
                 shared.state.lock().read_below(found.slot.mark);
             }
             let overdue = loads.finish(&key, &load, header, pending, &shared, &models);
+            drop(load);
+            drop(landing);
             if overdue {
                 disk.read_returns();
             }
@@ -369,9 +380,10 @@ impl Tiering {
         self.disk.flush()
     }
 
-    /// Gives up what is queued, and waits for what is being written: pages are needed. Says
+    /// Gives up what is queued, and waits for what is being written and for readers that hold what has come: pages are needed. Says
     /// whether that may have helped, as it may if all was written since they were missing.
     pub(super) fn make_way(&self) -> bool {
+        self.loads.wait_until_let_go();
         let cancelled = self.disk.cancel_writes() > 0;
         self.disk.wait_for_writer(self.read_timeout) || cancelled
     }
@@ -470,9 +482,31 @@ impl Loads {
         overdue
     }
 
+    /// Nothing is read or written meanwhile.
+    fn wait_until_let_go(&self) {
+        let mut landing = self.landing.lock();
+        while *landing > 0 {
+            landing = self.let_go.wait(landing);
+        }
+    }
+
     fn land(&self, key: &ObjectKey, load: &Load, state: LoadState) {
         self.flying.lock().remove(key);
         load.land(state);
+    }
+}
+
+impl Landing {
+    fn new(loads: &Arc<Loads>) -> Self {
+        *loads.landing.lock() += 1;
+        Self(Arc::clone(loads))
+    }
+}
+
+impl Drop for Landing {
+    fn drop(&mut self) {
+        *self.0.landing.lock() -= 1;
+        self.0.let_go.notify_all();
     }
 }
 

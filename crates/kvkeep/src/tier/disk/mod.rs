@@ -188,7 +188,7 @@ impl Disk {
     pub(crate) fn holds(&self, key: &ObjectKey) -> bool {
         let now_ms = self.shared.now_ms();
         let state = self.shared.state.lock();
-        state.index.contains(key, now_ms) || state.queue.wants(key)
+        state.index.contains(key, now_ms) || state.queue.wants(key, now_ms)
     }
 
     /// Gives up writes that have not begun, so that their payloads are free; says how many.

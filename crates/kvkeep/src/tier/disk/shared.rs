@@ -127,6 +127,7 @@ struct Wanted {
     ticket: u64,
     namespace: NamespaceId,
     layer: u32,
+    expires_at_ms: u64,
 }
 
 /// Where the writer answers. Comes after the state's lock.
@@ -264,7 +265,7 @@ impl DiskState {
     /// longer be found.
     pub(crate) fn needs(&mut self, meta: &RecordMeta, now_ms: u64) -> bool {
         if meta.kind == Kind::Block {
-            return !self.index.contains(&meta.key, now_ms) && !self.queue.wants(&meta.key);
+            return !self.index.contains(&meta.key, now_ms) && !self.queue.wants(&meta.key, now_ms);
         }
         self.hide(&meta.key);
         true
@@ -300,7 +301,7 @@ impl DiskState {
     /// Hidden records without a successor that is queued: to be removed for good.
     pub(crate) fn take_hidden(&mut self) -> Vec<ObjectKey> {
         let Self { hidden, queue, .. } = self;
-        hidden.extract_if(|key| !queue.wants(key)).collect()
+        hidden.extract_if(|key| !queue.has(key)).collect()
     }
 
     /// Everything is gone, what was hidden too.
@@ -322,7 +323,8 @@ impl Queue {
         let payload: Arc<dyn Payload> = Arc::new(Counted::new(payload, shared));
         self.last_ticket += 1;
         let ticket = self.last_ticket;
-        let wanted = Wanted { ticket, namespace: meta.namespace, layer: meta.key.layer() };
+        let wanted =
+            Wanted { ticket, namespace: meta.namespace, layer: meta.key.layer(), expires_at_ms: meta.expires_at_ms };
         self.wanted.insert(Fingerprint::of(&meta.key), wanted);
         self.bytes += payload.bytes().len() as u64;
         let sums = Arc::<Sums>::default();
@@ -333,8 +335,13 @@ impl Queue {
     }
 
     /// Is a write of this key queued or under way?
-    pub(crate) fn wants(&self, key: &ObjectKey) -> bool {
+    fn has(&self, key: &ObjectKey) -> bool {
         self.wanted.contains_key(&Fingerprint::of(key))
+    }
+
+    /// And has what is written not expired?
+    pub(crate) fn wants(&self, key: &ObjectKey, now_ms: u64) -> bool {
+        self.wanted.get(&Fingerprint::of(key)).is_some_and(|wanted| wanted.expires_at_ms > now_ms)
     }
 
     /// One more than the highest layer of a namespace that is queued or under way.

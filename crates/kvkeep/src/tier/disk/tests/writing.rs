@@ -87,6 +87,24 @@ fn an_expiry_means_the_same_after_a_restart() {
 }
 
 /// An expired record replaced an older one that lives longer: that one must not come back.
+/// What expired while it waited to be written was there until it had been its turn.
+#[test]
+fn what_expires_in_the_queue_is_gone() {
+    let (sim, clock) = (Sim::default(), Arc::new(ManualClock::at(NOW_MS)));
+    let disk = open_with(&sim, 4 * MIB, None, clock.clone()).unwrap();
+    sim.hang(true);
+    let short = Thing { expires_at_ms: NOW_MS + 10, ..block(1, 1) };
+    assert!(block(0, 1).store(&disk) && short.store(&disk));
+    assert!(disk.holds(&short.key()));
+    clock.advance(Duration::from_millis(10));
+    assert!(disk.holds(&block(0, 1).key()) && !disk.holds(&short.key()));
+    let again = block(1, 1);
+    assert!(again.store(&disk), "and it is written again");
+    sim.hang(false);
+    disk.flush().unwrap();
+    assert!(again.is_there(&disk));
+}
+
 #[test]
 fn an_older_record_does_not_come_back_when_the_newer_one_expires() {
     let sim = Sim::default();

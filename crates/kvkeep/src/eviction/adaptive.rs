@@ -13,19 +13,17 @@ use super::rates::{Kind, Rates};
 use super::{Arrival, Departure, EntryId, Place, Policy};
 
 /// Leaves that are drawn for each victim, and the worst of earlier draws that are compared again:
-/// as good as 32 new ones each time, at half the cost.
-const DRAWN: usize = 8;
-const KEPT: usize = 8;
+/// 8 of each gain 0.1 points on chats and cost 80 ns a touch more.
+const DRAWN: usize = 4;
+const KEPT: usize = 6;
 const MAX_TOUCHES: u8 = 15;
-/// One eviction in so many is remembered, as many as there are residents: so the memory reaches
-/// back over four times as many evictions as there are residents.
-const SAMPLED: u32 = 4;
+/// Evictions that are remembered for each resident.
+const REMEMBERED: usize = 2;
 
 #[derive(Debug)]
 pub(crate) struct Adaptive {
     slots: Slots<Slot>,
     leaves: Vec<EntryId>,
-    /// A sample: one key in [`SAMPLED`].
     ghosts: Buckets<8>,
     rates: Rates,
     resident: usize,
@@ -126,7 +124,7 @@ impl Adaptive {
             cursor: 0,
             end: 0,
             random: 0x9e37_79b9_7f4a_7c15,
-            candidates: Vec::with_capacity(KEPT + DRAWN + 1),
+            candidates: Vec::with_capacity(KEPT + 1),
             chosen: None,
             ticked: false,
         }
@@ -147,26 +145,21 @@ impl Adaptive {
             self.rates.waits(slot.kind, self.now.wrapping_sub(slot.last), self.end);
         }
         if let Some(ghost) = self.ghosts.look() {
-            let stands_for = u32::try_from(self.covered()).unwrap_or(u32::MAX);
+            let stands_for = u32::try_from(self.ghosts.places()).unwrap_or(u32::MAX);
             let (kind, last) = opened(ghost);
             self.rates.waits(kind, self.now.wrapping_sub(last), stands_for);
         }
-        self.rates.learn(self.resident + self.covered());
-    }
-
-    /// Evictions that the sample stands for when it is full.
-    fn covered(&self) -> usize {
-        self.ghosts.places() * SAMPLED as usize
+        self.rates.learn(self.resident + self.ghosts.places());
     }
 
     /// Which of a run were here before? A block that was seen was seen with all before it, so
-    /// the deepest memory speaks for the rest, most of which are in no sample.
+    /// the deepest memory speaks for the rest, some of which may be forgotten.
     fn recall(&mut self, run: &[(EntryId, Arrival)]) -> Known {
         let mut known = Known::default();
         for (_, arrival) in run {
             let Some(ghost) = self.ghosts.take(tag(arrival.fingerprint)) else { continue };
             let (kind, last) = opened(ghost);
-            self.rates.reused(kind, self.now.wrapping_sub(last), SAMPLED);
+            self.rates.reused(kind, self.now.wrapping_sub(last));
             known = Known { blocks: arrival.place.depth + 1, touches: kind.touches() + 1 };
         }
         known
@@ -244,16 +237,17 @@ impl Adaptive {
     }
 
     fn choose(&mut self) -> Option<EntryId> {
-        let mut drawn = std::mem::take(&mut self.candidates);
-        if self.leaves.len() <= KEPT + DRAWN {
-            drawn.clone_from(&self.leaves);
-        } else {
-            drawn.extend((0..DRAWN).filter_map(|_| self.random_leaf()));
-        }
         let mut worst = Worst::default();
-        drawn.drain(..).filter_map(|id| self.judge(id)).for_each(|judged| worst.add(judged));
-        drawn.extend(worst.ids());
-        self.candidates = drawn;
+        if self.leaves.len() <= KEPT + DRAWN {
+            self.leaves.iter().filter_map(|id| self.judge(*id)).for_each(|judged| worst.add(judged));
+        } else {
+            self.candidates.iter().filter_map(|id| self.judge(*id)).for_each(|judged| worst.add(judged));
+            for _ in 0..DRAWN {
+                self.random_leaf().and_then(|id| self.judge(id)).into_iter().for_each(|judged| worst.add(judged));
+            }
+        }
+        self.candidates.clear();
+        self.candidates.extend(worst.ids());
         self.candidates.first().copied().or_else(|| self.any())
     }
 
@@ -353,7 +347,7 @@ impl Policy for Adaptive {
         self.chosen = None;
         self.look_around();
         let Some(slot) = self.slots.get_mut(id) else { return };
-        self.rates.reused(slot.kind, self.now.wrapping_sub(slot.last), 1);
+        self.rates.reused(slot.kind, self.now.wrapping_sub(slot.last));
         slot.state.touch();
         slot.kind = Kind::of(slot.state.touches(), place);
         slot.last = self.now;
@@ -374,8 +368,8 @@ impl Policy for Adaptive {
         let gone = *slot;
         *slot = Slot { generation: gone.generation.wrapping_add(1), ..EMPTY };
         self.resident -= 1;
-        if why == Departure::Evicted && gone.tag.is_multiple_of(SAMPLED) {
-            self.ghosts.add(gone.tag, closed(gone.kind, gone.last), self.resident);
+        if why == Departure::Evicted {
+            self.ghosts.add(gone.tag, closed(gone.kind, gone.last), REMEMBERED * self.resident);
         }
         self.leave(gone.parent, gone.parent_generation);
     }

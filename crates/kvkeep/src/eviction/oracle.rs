@@ -9,10 +9,10 @@ use super::ghosts::tag;
 use super::rates::{Kind, Rates};
 use super::{Arrival, Departure, EntryId, Place, Policy, PolicyKind};
 
-const DRAWN: usize = 8;
-const KEPT: usize = 8;
+const DRAWN: usize = 4;
+const KEPT: usize = 6;
 const BUCKET: usize = 8;
-const SAMPLED: u32 = 4;
+const REMEMBERED: usize = 2;
 
 #[derive(Clone, Copy)]
 struct Block {
@@ -92,9 +92,9 @@ impl Plain {
         self.ghost_cursor = if self.ghost_cursor + 1 < places { self.ghost_cursor + 1 } else { 0 };
         let (bucket, place) = (self.ghost_cursor / BUCKET, self.ghost_cursor % BUCKET);
         if let Some(ghost) = self.buckets.get(bucket).and_then(|bucket| bucket[place]) {
-            self.rates().waits(ghost.kind, now - ghost.last, u32::try_from(places).unwrap() * SAMPLED);
+            self.rates().waits(ghost.kind, now - ghost.last, u32::try_from(places).unwrap());
         }
-        let known = self.slots.iter().flatten().count() + places * SAMPLED as usize;
+        let known = self.slots.iter().flatten().count() + places;
         self.rates().learn(known);
     }
 
@@ -112,7 +112,7 @@ impl Plain {
             });
             if let Some(ghost) = ghost {
                 let age = self.now - ghost.last;
-                self.rates().reused(ghost.kind, age, SAMPLED);
+                self.rates().reused(ghost.kind, age);
                 (known_blocks, known_touches) = (arrival.place.depth + 1, ghost.kind.touches() + 1);
             }
         }
@@ -133,7 +133,7 @@ impl Plain {
         self.look_around();
         let block = self.slots[id as usize].unwrap();
         let age = self.now - block.last;
-        self.rates().reused(block.kind, age, 1);
+        self.rates().reused(block.kind, age);
         let touches = (block.touches + 1).min(15);
         let kind = Kind::of(touches, place);
         self.slots[id as usize] = Some(Block { touches, kind, last: self.now, ..block });
@@ -148,9 +148,7 @@ impl Plain {
         let gone = self.slots[id as usize].take().unwrap();
         *self.tenants.entry(id as usize).or_default() += 1;
         self.find_leaves();
-        if gone.tag.is_multiple_of(SAMPLED) {
-            self.remember(Ghost { tag: gone.tag, kind: gone.kind, last: gone.last / 64 * 64 });
-        }
+        self.remember(Ghost { tag: gone.tag, kind: gone.kind, last: gone.last / 64 * 64 });
         if let Some((slot, _)) = gone.parent.filter(|(slot, tenant)| self.tenant(*slot) == *tenant) {
             self.candidates.truncate(KEPT);
             self.candidates.push(slot);
@@ -158,7 +156,7 @@ impl Plain {
     }
 
     fn remember(&mut self, ghost: Ghost) {
-        let wanted = self.slots.iter().flatten().count().div_ceil(BUCKET).max(1) * BUCKET;
+        let wanted = (REMEMBERED * self.slots.iter().flatten().count()).div_ceil(BUCKET).max(1) * BUCKET;
         let places = self.buckets.len() * BUCKET;
         if wanted > places + places / 4 {
             self.buckets = vec![[None; BUCKET]; wanted / BUCKET];
@@ -303,10 +301,9 @@ fn every_victim_of_the_adaptive_policy_is_that_of_a_plain_one() {
     }
 }
 
-/// Where the bins of ages begin: two for each doubling from 16 touches on.
+/// Where the bins of ages begin: one for each doubling from 128 touches on.
 fn begins() -> Vec<f64> {
-    let later = (1..=40).map(|bin| 16.0 * 2f64.powi(bin / 2) * if bin % 2 == 1 { 1.5 } else { 1.0 });
-    std::iter::once(1.0).chain(later).collect()
+    std::iter::once(1.0).chain((1..=26).map(|bin| 64.0 * 2f64.powi(bin))).collect()
 }
 
 /// The best uses per time over all bins at whose end one could stop waiting.
@@ -324,40 +321,52 @@ fn best(rates: &[f64], begins: &[f64]) -> f64 {
 
 #[test]
 fn what_a_block_is_worth_is_the_best_of_all_ages_at_which_to_stop_waiting() {
+    const BINS: usize = 26;
     let begins = begins();
     let (mut random, mut rates) = (Random(3), Rates::new());
+    // Bins for all ages.
+    (0..512).for_each(|_| rates.learn(1 << 30));
     // Two kinds of one family: they differ in the length of the request alone.
     let kinds = [6, 100].map(|blocks| Kind::of(1, Place { depth: 0, blocks, found: blocks }));
-    let mut sums = [[(0.0f64, 0.0f64); 40]; 2];
-    for _ in 0..3_000 {
+    let mut sums = [[(0.0f64, 0.0f64); BINS]; 2];
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an age below 2^32")]
+    let age = |bin: usize| begins[bin] as u32;
+    for _ in 0..9_000 {
         let which = usize::try_from(random.below(2)).unwrap();
-        // Ages below 32 are one bin, so the second stays empty.
-        let bin = usize::try_from(2 + random.below(if which == 0 { 22 } else { 28 })).unwrap();
-        let (weight, waited) =
-            (u32::try_from(1 + random.below(5)).unwrap(), u32::try_from(random.below(9_000)).unwrap());
-        #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an age below 2^20")]
-        let age = begins[bin] as u32;
-        rates.reused(kinds[which], age, weight);
-        rates.waits(kinds[which], age, waited);
+        let bin = usize::try_from(random.below(if which == 0 { 13 } else { 16 })).unwrap();
+        let waited = u32::try_from(random.below(9_000)).unwrap();
+        rates.reused(kinds[which], age(bin));
+        rates.waits(kinds[which], age(bin), waited);
         rates.ended(30);
-        sums[which][bin].0 += f64::from(weight);
+        sums[which][bin].0 += 1.0;
         sums[which][bin].1 += f64::from(waited);
     }
-    (0..600).for_each(|_| rates.learn(1_000_000));
+    (0..600).for_each(|_| rates.learn(1 << 30));
     let lean = 0.5 * 30.0;
     let leaning = |(uses, waited): (f64, f64), rate: f64| (uses + lean) / (waited + lean / rate);
-    let both = |bin: usize| (sums[0][bin].0 + sums[1][bin].0, sums[0][bin].1 + sums[1][bin].1);
+    // A quarter of what is seen in a bin counts in each of its neighbours.
+    let spread = |which: usize, bin: usize| {
+        let near = [(Some(bin), 1.0), (bin.checked_sub(1), 0.25), (Some(bin + 1), 0.25)];
+        let near = near.into_iter().filter_map(|(bin, part)| Some((sums[which].get(bin?)?, part)));
+        near.fold((0.0, 0.0), |sum, (seen, part)| (sum.0 + part * seen.0, sum.1 + part * seen.1))
+    };
+    let both = |bin: usize| {
+        let (one, other) = (spread(0, bin), spread(1, bin));
+        (one.0 + other.0, one.1 + other.1)
+    };
     for (which, kind) in kinds.into_iter().enumerate() {
         let of_bin = |bin: usize| {
             let common = leaning(both(bin), 0.1 / begins[bin]);
-            leaning(sums[which][bin], leaning(both(bin), common))
+            leaning(spread(which, bin), leaning(both(bin), common))
         };
-        let expected: Vec<f64> = (0..40).map(of_bin).collect();
-        for bin in 2..36 {
-            #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an age below 2^24")]
-            let worth = f64::from(rates.worth(kind, begins[bin] as u32));
-            let best = best(&expected[bin..], &begins[bin..]);
-            assert!((worth - best).abs() < 0.01 * best, "kind {which}, bin {bin}: {worth} for {best}");
+        let expected: Vec<f64> = (0..BINS).map(of_bin).collect();
+        let near = |worth: f32, best: f64| (f64::from(worth) - best).abs() < 0.01 * best;
+        for bin in 1..BINS - 1 {
+            let (here, next) = (best(&expected[bin..], &begins[bin..]), best(&expected[bin + 1..], &begins[bin + 1..]));
+            let worth = rates.worth(kind, age(bin));
+            assert!(near(worth, here), "kind {which}, bin {bin}: {worth} for {here}");
+            let between = rates.worth(kind, age(bin) + age(bin) / 4);
+            assert!(near(between, 0.75 * here + 0.25 * next), "kind {which}, after bin {bin}: {between}");
         }
     }
 }

@@ -13,13 +13,25 @@
 //! and are one observation, not many: so what is leant on counts as a part of one request of
 //! average length. A fixed number of uses was the alternative: right for one length of
 //! requests only. Old sums fade by half, so that a change of traffic is learned.
+//!
+//! One bin of ages for each doubling, with what a block is worth drawn as a line between them.
+//! Two bins for each, worth a step each, were the alternative: twice the memory, and each
+//! learned from half as much.
+
+use std::ops::Range;
 
 use super::Place;
 
-/// Two for each doubling of age, from [`FINEST`] up.
-const BINS: usize = 40;
-/// Ages are told apart from here on, in touches.
-const FINEST: u32 = 16;
+/// Ages are told apart from here on, in touches: the first bin ends at twice as many.
+const FINEST: u32 = 64;
+/// Before anything is known.
+const FEWEST_BINS: usize = 5;
+/// Enough for every age that can be told.
+const MOST_BINS: usize = 26;
+/// There are bins for ages of up to so many touches for each block known: few blocks are older.
+const REACH: usize = 4;
+/// What is seen in a bin counts by so much in each of its neighbours.
+const SPREAD: f32 = 0.25;
 /// What is leant on counts as so many requests of average length.
 const LEAN: f32 = 0.5;
 /// The weight of one request in the average length.
@@ -38,8 +50,8 @@ pub(super) struct Kind(u8);
 
 #[derive(Debug)]
 pub(super) struct Rates {
-    kinds: Vec<Sums>,
-    widths: [f32; BINS],
+    /// From the youngest age up.
+    bins: Vec<[Sums; Kind::ALL]>,
     /// Blocks that a request touches or stores, on average; 0 before the first.
     request_blocks: f32,
     since_learned: u32,
@@ -48,10 +60,14 @@ pub(super) struct Rates {
 
 #[derive(Debug, Clone, Copy)]
 struct Sums {
-    uses: [f32; BINS],
-    waited: [f32; BINS],
-    worth: [f32; BINS],
+    uses: f32,
+    waited: f32,
+    /// At the age at which the bin begins.
+    worth: f32,
 }
+
+/// Uses per touch of waiting, by age.
+type Curve = [f32; MOST_BINS];
 
 impl Kind {
     pub(super) const FIRST: Self = Self(0);
@@ -106,12 +122,8 @@ impl Kind {
 
 impl Rates {
     pub(super) fn new() -> Self {
-        let none = Sums { uses: [0.0; BINS], waited: [0.0; BINS], worth: [0.0; BINS] };
-        let mut widths = [0.0; BINS];
-        let bounds = (0..BINS).map(|bin| (begin(bin), begin(bin + 1)));
-        widths.iter_mut().zip(bounds).for_each(|(width, (from, to))| *width = to - from);
-        let mut rates =
-            Self { kinds: vec![none; Kind::ALL], widths, request_blocks: 0.0, since_learned: 0, since_faded: 0 };
+        let mut rates = Self { bins: Vec::new(), request_blocks: 0.0, since_learned: 0, since_faded: 0 };
+        rates.reach(0);
         rates.conclude();
         rates
     }
@@ -124,24 +136,28 @@ impl Rates {
         }
     }
 
-    /// A block of this kind was used again at this age; it stands for `weight` blocks.
-    pub(super) fn reused(&mut self, kind: Kind, age: u32, weight: u32) {
-        if let Some(uses) = self.sums(kind).and_then(|sums| sums.uses.get_mut(bin(age))) {
-            *uses += float(weight);
+    /// A block of this kind was used again at this age.
+    pub(super) fn reused(&mut self, kind: Kind, age: u32) {
+        if let Some(sums) = self.sums(kind, age) {
+            sums.uses += 1.0;
         }
     }
 
     /// A block of this kind waits at this age; it stands for `weight` touches of waiting.
     pub(super) fn waits(&mut self, kind: Kind, age: u32, weight: u32) {
-        if let Some(waited) = self.sums(kind).and_then(|sums| sums.waited.get_mut(bin(age))) {
-            *waited += float(weight);
+        if let Some(sums) = self.sums(kind, age) {
+            sums.waited += float(weight);
         }
     }
 
     /// What keeping a block is worth: uses per touch of waiting.
     pub(super) fn worth(&self, kind: Kind, age: u32) -> f32 {
-        let worth = self.kinds.get(kind.0 as usize).and_then(|sums| sums.worth.get(bin(age)));
-        worth.copied().unwrap_or(0.0)
+        let worth = |bin: usize| Some(self.bins.get(bin)?.get(kind.0 as usize)?.worth);
+        let (bin, part) = place(age);
+        match (worth(bin), worth(bin + 1)) {
+            (Some(here), Some(next)) => here + part * (next - here),
+            _ => worth(self.bins.len() - 1).unwrap_or(0.0),
+        }
     }
 
     /// Called at each touch, with the number of blocks that are known, resident or not.
@@ -154,47 +170,90 @@ impl Rates {
         self.since_learned = 0;
         if self.since_faded > FADE_EVERY * known {
             self.since_faded = 0;
-            for sums in &mut self.kinds {
-                sums.uses.iter_mut().chain(&mut sums.waited).for_each(|sum| *sum *= 0.5);
+            for sums in self.bins.iter_mut().flatten() {
+                sums.uses *= 0.5;
+                sums.waited *= 0.5;
             }
         }
+        self.reach(known);
         self.conclude();
     }
 
     pub(super) fn memory_bytes(&self) -> usize {
-        self.kinds.capacity() * size_of::<Sums>()
+        self.bins.capacity() * size_of::<[Sums; Kind::ALL]>()
     }
 
-    fn sums(&mut self, kind: Kind) -> Option<&mut Sums> {
-        self.kinds.get_mut(kind.0 as usize)
+    fn sums(&mut self, kind: Kind, age: u32) -> Option<&mut Sums> {
+        let bin = place(age).0.min(self.bins.len() - 1);
+        self.bins.get_mut(bin)?.get_mut(kind.0 as usize)
+    }
+
+    /// Bins for the ages that so many known blocks come to.
+    fn reach(&mut self, known: usize) {
+        let enough =
+            |bins: &Vec<_>| bins.len() >= FEWEST_BINS && begin(bins.len()) as usize >= REACH.saturating_mul(known);
+        while self.bins.len() < MOST_BINS && !enough(&self.bins) {
+            self.bins.reserve_exact(1);
+            self.bins.push([Sums { uses: 0.0, waited: 0.0, worth: 0.0 }; Kind::ALL]);
+        }
     }
 
     /// From the sums to what each kind is worth at each age.
     fn conclude(&mut self) {
-        let mut untaught = [0.0; BINS];
-        untaught.iter_mut().enumerate().for_each(|(bin, rate)| *rate = UNTAUGHT / begin(bin));
         let lean = LEAN * self.request_blocks.max(1.0);
-        let common = together(&self.kinds, &untaught, lean);
-        for family in self.kinds.chunks_mut(Kind::FAMILY) {
-            let shared = together(family, &common, lean);
-            family.iter_mut().for_each(|sums| sums.conclude(&shared, &self.widths, lean));
+        let mut untaught = [0.0; MOST_BINS];
+        untaught.iter_mut().enumerate().for_each(|(bin, rate)| *rate = UNTAUGHT / float(begin(bin)));
+        let common = self.rates(0..Kind::ALL, &untaught, lean);
+        for family in (0..Kind::ALL).step_by(Kind::FAMILY) {
+            let shared = self.rates(family..family + Kind::FAMILY, &common, lean);
+            for kind in family..family + Kind::FAMILY {
+                let rates = self.rates(kind..kind + 1, &shared, lean);
+                self.judge(kind, &rates);
+            }
         }
     }
-}
 
-/// The rates of several kinds taken together.
-fn together(kinds: &[Sums], lean_on: &[f32; BINS], lean: f32) -> [f32; BINS] {
-    let (mut uses, mut waited) = ([0.0f32; BINS], [0.0f32; BINS]);
-    for sums in kinds {
-        uses.iter_mut().zip(&sums.uses).for_each(|(sum, part)| *sum += part);
-        waited.iter_mut().zip(&sums.waited).for_each(|(sum, part)| *sum += part);
+    /// The rates of several kinds taken together, leant on others as if those had been seen for
+    /// `lean` uses.
+    fn rates(&self, kinds: Range<usize>, lean_on: &Curve, lean: f32) -> Curve {
+        let (mut uses, mut waited) = ([0.0f32; MOST_BINS], [0.0f32; MOST_BINS]);
+        for ((uses, waited), bin) in uses.iter_mut().zip(&mut waited).zip(&self.bins) {
+            for sums in bin.get(kinds.clone()).unwrap_or_default() {
+                *uses += sums.uses;
+                *waited += sums.waited;
+            }
+        }
+        let (uses, waited) = (spread(&uses), spread(&waited));
+        let mut rates = *lean_on;
+        let seen = uses.iter().zip(&waited);
+        rates.iter_mut().zip(seen).for_each(|(rate, (uses, waited))| *rate = (uses + lean) / (waited + lean / *rate));
+        rates
     }
-    let mut rates = *lean_on;
-    rates
-        .iter_mut()
-        .zip(uses.iter().zip(&waited))
-        .for_each(|(rate, (uses, waited))| *rate = leaning(*uses, *waited, *rate, lean));
-    rates
+
+    /// From the oldest age down: a stretch is joined with the one behind it while that one is
+    /// worth more, so that each is worth the best that any further waiting promises.
+    fn judge(&mut self, kind: usize, rates: &Curve) {
+        let mut behind = [Stretch { uses: 0.0, time: 1.0, left: 0.0 }; MOST_BINS];
+        let mut depth: usize = 0;
+        for ((number, bin), rate) in self.bins.iter_mut().enumerate().zip(rates).rev() {
+            let left = (-rate * float(begin(number + 1) - begin(number))).exp();
+            let mut here = Stretch { uses: 1.0 - left, time: (1.0 - left) / rate, left };
+            while let Some(next) = depth.checked_sub(1).and_then(|top| behind.get(top)) {
+                if next.uses * here.time <= here.uses * next.time {
+                    break;
+                }
+                here = here.then(next);
+                depth -= 1;
+            }
+            if let Some(sums) = bin.get_mut(kind) {
+                sums.worth = here.uses / here.time;
+            }
+            if let Some(top) = behind.get_mut(depth) {
+                *top = here;
+            }
+            depth += 1;
+        }
+    }
 }
 
 /// A stretch of waiting: uses it promises, how long it takes on average, and how likely it ends
@@ -206,57 +265,37 @@ struct Stretch {
     left: f32,
 }
 
-impl Sums {
-    /// From the oldest age down: a stretch is joined with the one behind it while that one is
-    /// worth more, so that each is worth the best that any further waiting promises.
-    fn conclude(&mut self, common: &[f32; BINS], widths: &[f32; BINS], lean: f32) {
-        let mut behind = [Stretch { uses: 0.0, time: 1.0, left: 0.0 }; BINS];
-        let mut depth: usize = 0;
-        let sums = self.uses.iter().zip(&self.waited).zip(&mut self.worth);
-        for (((uses, waited), worth), (common, width)) in sums.zip(common.iter().zip(widths)).rev() {
-            let rate = leaning(*uses, *waited, *common, lean);
-            let left = (-rate * width).exp();
-            let mut here = Stretch { uses: 1.0 - left, time: (1.0 - left) / rate, left };
-            while let Some(next) = depth.checked_sub(1).and_then(|top| behind.get(top)) {
-                if next.uses * here.time <= here.uses * next.time {
-                    break;
-                }
-                here = Stretch {
-                    uses: here.uses + here.left * next.uses,
-                    time: here.time + here.left * next.time,
-                    left: here.left * next.left,
-                };
-                depth -= 1;
-            }
-            *worth = here.uses / here.time;
-            if let Some(top) = behind.get_mut(depth) {
-                *top = here;
-            }
-            depth += 1;
+impl Stretch {
+    fn then(self, next: &Self) -> Self {
+        Self {
+            uses: self.uses + self.left * next.uses,
+            time: self.time + self.left * next.time,
+            left: self.left * next.left,
         }
     }
 }
 
-/// A rate that is leant on another one as if that one had been seen for `lean` uses.
-fn leaning(uses: f32, waited: f32, rate: f32, lean: f32) -> f32 {
-    (uses + lean) / (waited + lean / rate)
+fn spread(sums: &Curve) -> Curve {
+    let mut wider = *sums;
+    wider.iter_mut().skip(1).zip(sums).for_each(|(sum, before)| *sum += SPREAD * before);
+    wider.iter_mut().zip(sums.iter().skip(1)).for_each(|(sum, after)| *sum += SPREAD * after);
+    wider
 }
 
-fn bin(age: u32) -> usize {
-    let age = (age / FINEST).max(1);
-    let doublings = age.ilog2();
-    let half = if doublings == 0 { 0 } else { (age >> (doublings - 1)) & 1 };
-    ((2 * doublings + half) as usize).min(BINS - 1)
+/// The bin that an age is in, and the part of it that lies behind.
+fn place(age: u32) -> (usize, f32) {
+    let age = age.max(FINEST);
+    let bin = (age / FINEST).ilog2();
+    let from = FINEST << bin;
+    (bin as usize, float(age - from) / float(from))
 }
 
-/// The age at which a bin begins.
-fn begin(bin: usize) -> f32 {
-    if bin == 0 {
-        return 1.0;
+/// The age at which a bin begins; the first one holds all younger ages too.
+fn begin(bin: usize) -> u32 {
+    match bin {
+        0 => 1,
+        _ => u32::try_from(u64::from(FINEST) << bin.min(32)).unwrap_or(u32::MAX),
     }
-    let doublings = i32::try_from(bin / 2).unwrap_or(i32::MAX);
-    let half = if bin % 2 == 1 { 1.5 } else { 1.0 };
-    float(FINEST) * 2f32.powi(doublings) * half
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a statistic")]

@@ -380,8 +380,8 @@ impl Tiering {
         self.disk.flush()
     }
 
-    /// Gives up what is queued, and waits for what is being written and for readers that hold what has come: pages are needed. Says
-    /// whether that may have helped, as it may if all was written since they were missing.
+    /// Gives up what is queued, and waits for what is being written and for readers that hold what has come: pages are
+    /// needed. Says whether that may have helped, as it may if all was written since they were missing.
     pub(super) fn make_way(&self) -> bool {
         self.loads.wait_until_let_go();
         let cancelled = self.disk.cancel_writes() > 0;

@@ -192,8 +192,8 @@ fn expected(manifest: &Manifest, mut seen: BTreeMap<u64, Seen>) -> Vec<Listed> {
     listed.collect()
 }
 
-/// What is there, and one that is missing for each gap in the numbers before `end`: what is there by such a name may have been a
-/// segment.
+/// What is there, and one that is missing for each gap in the numbers before `end`: a foreign file by such a name may
+/// have taken a segment's place.
 fn without_manifest(seen: BTreeMap<u64, Seen>, end: u64) -> Vec<Listed> {
     let mut listed: Vec<Listed> = Vec::new();
     let gap = |listed: &[Listed], id| {

@@ -102,12 +102,13 @@ impl Rejection {
 
 #[pymethods]
 impl Rejection {
-    /// `larger_than_capacity`, `all_pinned` or `prefix_gone`.
+    /// `larger_than_capacity`, `all_pinned`, `over_quota` or `prefix_gone`.
     #[getter]
     fn reason(&self) -> &'static str {
         match self.rejection {
             kvkeep::Rejection::LargerThanCapacity { .. } => "larger_than_capacity",
             kvkeep::Rejection::AllPinned { .. } => "all_pinned",
+            kvkeep::Rejection::OverQuota { .. } => "over_quota",
             kvkeep::Rejection::PrefixGone { .. } => "prefix_gone",
             _ => "other",
         }

@@ -171,7 +171,9 @@ impl CacheConfig {
     /// A share of the capacity for a namespace: its weight over the sum of all weights, in which
     /// all namespaces without a quota together count as 1. When room is needed, the share that
     /// is furthest over what it is due gives; so nobody loses what is within its share to
-    /// others, and what nobody else needs may be used by all. Works with every policy.
+    /// others, and what nobody else needs may be used by all. Of what is larger than its share
+    /// the rest is refused once nobody else has more than theirs:
+    /// [`Rejection::OverQuota`](crate::Rejection::OverQuota). Works with every policy.
     ///
     /// # Errors
     /// [`Error::Config`] if the weight is not a positive, finite number, or the namespace has a

@@ -184,6 +184,18 @@ pub enum Rejection {
         /// Bytes that cannot be evicted now.
         held_bytes: u64,
     },
+    /// Its namespace's share is in use by this very request, pinned or being written, and no other namespace has
+    /// more than its own.
+    #[error(
+        "it needs {needed_bytes} bytes more, its namespace's share of {share_bytes} bytes is in use, and no other one \
+         has more than its own: drop pins, or raise the quota or the capacity"
+    )]
+    OverQuota {
+        /// Bytes it needs, in whole pages.
+        needed_bytes: u64,
+        /// What the namespace's weight comes to.
+        share_bytes: u64,
+    },
     /// A block before the first token given is not in the cache (any more), so what comes
     /// behind it could never be found.
     #[error("the block at token {token} is not in the cache and was not given: store from there on")]

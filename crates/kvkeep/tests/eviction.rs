@@ -7,7 +7,10 @@ mod common;
 use std::sync::Arc;
 
 use common::{Kv, namespace, store};
-use kvkeep::{Admission, CacheConfig, Error, KvCache, PolicyKind, Priority, Simulation, StoreOptions, TraceRecorder};
+use kvkeep::{
+    Admission, CacheConfig, Error, KvCache, Namespace, PolicyKind, Priority, Rejection, Simulation, StoreOptions,
+    TokenId, TraceRecorder,
+};
 use proptest::prelude::*;
 
 const PAGE: u64 = 4096;
@@ -58,14 +61,40 @@ fn points_lost(policy: PolicyKind, share: u32, sessions: u64, flood: u64) -> Vec
 }
 
 /// One greedy and nine modest tenants with equal weights: each modest tenant hits, within two
-/// points, what it hits alone with its share, be that large or small. The greedy one's requests fit its own share.
+/// points, what it hits alone with its share, be that large or small.
 #[test]
 fn a_greedy_tenant_cannot_push_others_below_their_shares() {
     for policy in PolicyKind::ALL {
-        for (share, sessions, flood) in [(80, 12, 30), (20, 5, 20)] {
+        for (share, sessions, flood) in [(80, 12, 30), (20, 5, 20), (80, 12, 100)] {
             let lost = points_lost(policy, share, sessions, flood);
-            assert!(lost.iter().all(|points| *points < 2.0), "{} with {share}: {lost:.1?} lost", policy.name());
+            let case = format!("{} with {share}, floods of {flood}", policy.name());
+            assert!(lost.iter().all(|points| *points < 2.0), "{case}: {lost:.1?} lost");
         }
+    }
+}
+
+/// A request of 100 blocks from a tenant with a share of 40 held all of its blocks while it was stored, so
+/// there was nothing of its own to evict, and others gave what was within their shares: up to 7 points of hits.
+#[test]
+fn a_request_larger_than_its_share_takes_nothing_that_is_within_the_shares_of_others() {
+    let (one, two) = (namespace("one"), namespace("two"));
+    let config = CacheConfig::new(20 * PAGE).quota(one.id(), 1.0).unwrap().quota(two.id(), 3.0).unwrap();
+    for policy in PolicyKind::ALL {
+        // Shares of 4 blocks for `one`, 12 for `two`, 4 for all others.
+        let cache = KvCache::new(config.clone().policy(policy)).unwrap();
+        store(&cache, &two, &prompt(0, 48));
+        store(&cache, &namespace("others"), &prompt(0, 16));
+        let tokens = prompt(500, 40);
+        let report = cache.store(&one, &tokens, &Kv::of(&tokens, 0).views()).unwrap();
+        assert_eq!(report.stored_blocks, 4, "{}", policy.name());
+        assert!(matches!(report.rejection, Some(Rejection::OverQuota { .. })), "{report:?}");
+        let text = report.rejection.unwrap().to_string();
+        assert!(text.contains(&format!("share of {} bytes", 4 * PAGE)), "{text}");
+        let blocks = |namespace: &Namespace, tokens: &[TokenId]| cache.pin(namespace, tokens).unwrap().blocks();
+        assert_eq!((blocks(&two, &prompt(0, 48)), blocks(&one, &tokens)), (12, 4), "{}", policy.name());
+        // A request within its share is stored whole, in place of the last one.
+        store(&cache, &one, &prompt(900, 16));
+        assert_eq!((blocks(&two, &prompt(0, 48)), blocks(&one, &prompt(900, 16))), (12, 4), "{}", policy.name());
     }
 }
 

@@ -26,7 +26,7 @@ class Rejection:
     """Why something was not admitted. A stated result, not an exception: the cache works on."""
     @property
     def reason(self) -> str:
-        """`larger_than_capacity`, `all_pinned` or `prefix_gone`."""
+        """`larger_than_capacity`, `all_pinned`, `over_quota` or `prefix_gone`."""
 
 class Outcome:
     """What became of a store: true if it was admitted."""

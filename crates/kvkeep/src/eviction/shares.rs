@@ -2,7 +2,8 @@
 //! are in a pool, each pool has a policy of its own, and this layer chooses the pool that gives.
 //!
 //! First comes the share that is furthest over what it is due, counting the newcomer for its own
-//! share; so a tenant at or under its share loses nothing to another one. In it, what is to be
+//! share. Whoever is at or under its share loses nothing to one that is over its own: a request
+//! that is larger than its share is refused what it lacks. In the share that gives, what is to be
 //! dropped first goes before what is normal, and that before what is to be kept longer.
 //!
 //! A chain's blocks never have a lower priority than the ones behind them: storing raises what
@@ -159,15 +160,29 @@ impl Shares {
         if self.pools.len() == 1 {
             return self.pools.first_mut()?.policy.victim();
         }
-        let all: f64 = self.shares.iter().map(|share| share.weight).sum();
-        let over = |(number, each): (usize, &Share)| {
-            let coming = if number == share { pages } else { 0 };
-            let due = f64::from(capacity_pages) * each.weight / all;
-            (pages_as_float(each.pages + u64::from(coming)) - due, number)
-        };
-        let mut order: Vec<(f64, ShareId)> = self.shares.iter().enumerate().map(over).collect();
+        let coming = |number| if number == share { pages } else { 0 };
+        let over = |number| (self.over(number, coming(number), capacity_pages), number);
+        let mut order: Vec<(f64, ShareId)> = (0..self.shares.len()).map(over).collect();
         order.sort_by(|a, b| b.0.total_cmp(&a.0));
-        order.into_iter().find_map(|(_, share)| self.victim_of(share))
+        let is_due = self.over(share, pages, capacity_pages) <= 0.0;
+        order.into_iter().filter(|(over, _)| is_due || *over > 0.0).find_map(|(_, share)| self.victim_of(share))
+    }
+
+    /// The pages that a share is due, if `pages` more of it would be too many.
+    pub(crate) fn exceeded(&self, share: ShareId, pages: u32, capacity_pages: u32) -> Option<f64> {
+        let is_over = self.shares.len() > 1 && self.over(share, pages, capacity_pages) > 0.0;
+        is_over.then(|| self.due(share, capacity_pages))
+    }
+
+    fn due(&self, share: ShareId, capacity_pages: u32) -> f64 {
+        let all: f64 = self.shares.iter().map(|share| share.weight).sum();
+        f64::from(capacity_pages) * self.shares.get(share).map_or(0.0, |share| share.weight) / all
+    }
+
+    /// Pages by which a share is over its due once it has `coming` more.
+    fn over(&self, share: ShareId, coming: u32, capacity_pages: u32) -> f64 {
+        let pages = self.shares.get(share).map_or(0, |share| share.pages) + u64::from(coming);
+        pages_as_float(pages) - self.due(share, capacity_pages)
     }
 
     pub(crate) fn memory_bytes(&self) -> usize {

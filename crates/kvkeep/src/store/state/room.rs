@@ -54,11 +54,21 @@ impl State {
     /// `pages` are wanted now.
     pub(super) fn evict_one(&mut self, share: ShareId, pending: u32, pages: u32) -> Result<(), Rejection> {
         let victim = self.policy.victim(share, pending, self.pages.capacity_pages());
-        let victim = victim.ok_or(self.all_pinned(u64::from(pages)))?;
+        let victim = victim.ok_or_else(|| self.no_victim(share, pending, pages))?;
         self.demote_entry(victim, false);
         self.drop_entry(victim, Departure::Evicted);
         self.counters.evictions += 1;
         Ok(())
+    }
+
+    fn no_victim(&self, share: ShareId, pending: u32, pages: u32) -> Rejection {
+        let capacity_pages = self.pages.capacity_pages();
+        match self.policy.exceeded(share, pending, capacity_pages) {
+            Some(due_pages) => {
+                Rejection::OverQuota { needed_bytes: page_bytes(pages), share_bytes: due_bytes(due_pages) }
+            }
+            None => self.all_pinned(u64::from(pages)),
+        }
     }
 
     fn sweep_when_due(&mut self, now_ms: u64) {
@@ -157,4 +167,9 @@ impl State {
             kind: 0,
         })
     }
+}
+
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a part of the capacity in pages")]
+fn due_bytes(pages: f64) -> u64 {
+    pages as u64 * PAGE_BYTES as u64
 }

@@ -35,6 +35,8 @@ pub(crate) struct Shares {
     kind: PolicyKind,
     pools: Vec<Pool>,
     shares: Vec<Share>,
+    /// Of all shares together.
+    weight: f64,
     /// Where entries outside the first pool are; nothing is kept while that is the only one.
     homes: Slots<Home>,
 }
@@ -73,7 +75,8 @@ impl Shares {
             first.pools = [None, Some(0), None];
         }
         let first = Pool::new(kind, 0, Priority::Normal);
-        Self { kind, pools: vec![first], shares, homes: Slots::new() }
+        let weight = shares.iter().map(|share| share.weight).sum();
+        Self { kind, pools: vec![first], shares, weight, homes: Slots::new() }
     }
 
     pub(crate) fn tick(&mut self) {
@@ -175,8 +178,7 @@ impl Shares {
     }
 
     fn due(&self, share: ShareId, capacity_pages: u32) -> f64 {
-        let all: f64 = self.shares.iter().map(|share| share.weight).sum();
-        f64::from(capacity_pages) * self.shares.get(share).map_or(0.0, |share| share.weight) / all
+        f64::from(capacity_pages) * self.shares.get(share).map_or(0.0, |share| share.weight) / self.weight
     }
 
     /// Pages by which a share is over its due once it has `coming` more.

@@ -1,7 +1,7 @@
 //! Making room in RAM: what is refused, what is evicted, and what goes to the tier below.
 //!
-//! Invariant: a request that cannot be served by evicting everything that may go is refused before
-//! anything is evicted.
+//! Invariant: what would not fit if everything that can go went is refused before anything is evicted. Only
+//! what a quota refuses may have cost entries before: its own share's, and what others had beyond theirs.
 
 use super::{Object, State};
 use crate::error::Rejection;

@@ -109,16 +109,22 @@ fn many_small_records_are_written_with_few_writes() {
     assert!((0..200).all(|number| block(number, 1).is_there(&disk)));
 }
 
-/// A removal that found no room on a full disk was lost with the process: after a restart the entry was back.
-#[test]
-fn on_a_full_disk_the_oldest_segment_makes_room_for_removals() {
-    let sim = Sim::default();
-    let disk = open(&sim, 4 * MIB);
+/// 60 things on a disk without room for the others that were stored after them.
+fn full(sim: &Sim) -> (Disk, Vec<Thing>) {
+    let disk = open(sim, 4 * MIB);
     let things: Vec<Thing> = (0..60).map(|number| block(number, 8)).collect();
     things.iter().for_each(|thing| assert!(thing.store(&disk)));
     disk.flush().unwrap();
     sim.space_bytes(Some(sim.used_bytes()));
     (100..160).for_each(|number| _ = block(number, 8).store(&disk));
+    (disk, things)
+}
+
+/// A removal that found no room on a full disk was lost with the process: after a restart the entry was back.
+#[test]
+fn on_a_full_disk_the_oldest_segment_makes_room_for_removals() {
+    let sim = Sim::default();
+    let (disk, things) = full(&sim);
     assert!(disk.flush().is_err());
     let before = disk.stats().entries;
     disk.remove(&[things[55].key()]);
@@ -135,12 +141,7 @@ fn on_a_full_disk_the_oldest_segment_makes_room_for_removals() {
 #[test]
 fn a_full_disk_is_cleared_and_has_room_then() {
     let sim = Sim::default();
-    let disk = open(&sim, 4 * MIB);
-    let things: Vec<Thing> = (0..60).map(|number| block(number, 8)).collect();
-    things.iter().for_each(|thing| assert!(thing.store(&disk)));
-    disk.flush().unwrap();
-    sim.space_bytes(Some(sim.used_bytes()));
-    (100..160).for_each(|number| _ = block(number, 8).store(&disk));
+    let (disk, _) = full(&sim);
     assert!(disk.flush().is_err() && disk.stats().failing);
     let evicted = disk.stats().evictions;
     disk.clear(None);

@@ -8,7 +8,7 @@ MINUTES ?= 30
 # And `make fuzz`.
 SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-python crash-test test-integrations soak load fuzz wheel bench bench-disk bench-foyer bench-python lint fmt clean
+.PHONY: help demo test test-rust test-python crash-test test-integrations soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -60,10 +60,22 @@ load: ## 32 clients at a server for a minute
 	$(CARGO) build --release --locked -p kvkeep-cli
 	$(PYTHON) tests/load.py $${CARGO_TARGET_DIR:-target}/release/kvkeep 60 32
 
-wheel: ## The Python wheel, into dist/: one for CPython 3.10 and later
+wheel: command ## The Python wheel with the command kvkeep in it, into dist/: one for CPython 3.10 and later
 	$(VENV) .venv-build "maturin>=1.16,<2"
 	rm -f dist/kvkeep-*.whl
 	.venv-build/bin/maturin build --release --locked --manifest-path crates/kvkeep-python/Cargo.toml --out dist
+
+command:
+	$(CARGO) build --release --locked -p kvkeep-cli
+	install -D $${CARGO_TARGET_DIR:-target}/release/kvkeep crates/kvkeep-python/kvkeep.data/scripts/kvkeep
+
+release-wheel: ## The wheel for every Linux with glibc 2.28 or later (2018): zig links it, from the package ziglang
+	$(VENV) .venv-release "maturin[zig]>=1.16,<2" "cargo-zigbuild>=0.20"
+	PATH="$$PWD/.venv-release/bin:$$PATH" cargo-zigbuild zigbuild --release --locked -p kvkeep-cli --target $$(uname -m)-unknown-linux-gnu.2.28
+	install -D $${CARGO_TARGET_DIR:-target}/$$(uname -m)-unknown-linux-gnu/release/kvkeep crates/kvkeep-python/kvkeep.data/scripts/kvkeep
+	rm -f dist/kvkeep-*.whl
+	.venv-release/bin/maturin build --release --locked --zig --compatibility manylinux_2_28 --target $$(uname -m)-unknown-linux-gnu \
+		--manifest-path crates/kvkeep-python/Cargo.toml --out dist
 
 bench-disk: ## The disk tier against fio in DIR (target)
 	$(CARGO) run --release --locked -p kvkeep-cli -- bench --disk $${DIR:-target}
@@ -84,4 +96,4 @@ fmt: ## Format everything
 
 clean: ## Remove what was built
 	$(CARGO) clean
-	rm -rf dist .venv-build .venv-empty .venv-server .venv-test .venv-torch
+	rm -rf dist .venv-build .venv-empty .venv-release .venv-server .venv-test .venv-torch

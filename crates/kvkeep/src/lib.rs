@@ -59,3 +59,12 @@ pub use tier::disk::{Archive, Contents, ManifestState, RecordInfo, RecordState, 
 pub fn fuzz_disk_format(bytes: &[u8]) {
     tier::disk::decode_anything(bytes);
 }
+
+/// The snippets that people paste: compiled and run.
+#[cfg(doctest)]
+mod readmes {
+    #[doc = include_str!("../../../README.md")]
+    struct Repository;
+    #[doc = include_str!("../README.md")]
+    struct Crate;
+}

@@ -23,6 +23,8 @@ echo "-- types"
 # From a folder of its own: in the repository pyright takes crates/kvkeep for the package.
 mkdir -p "$out/types" && cp crates/kvkeep-python/tests/sample.py "$out/types"
 (cd "$out/types" && basedpyright --level error --pythonpath "$(command -v python)" sample.py && python sample.py)
+echo "-- README's snippets"
+python tests/readme.py
 echo "-- examples"
 for example in examples/*.py; do python "$example"; done
 echo "-- demos"

@@ -1,0 +1,27 @@
+"""README's Python snippets, run as they stand: what people paste works.
+
+    python tests/readme.py
+
+What a snippet takes for granted (`model`, `input_ids`) is made here; the one that asks a server is run by tests/server.py.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+
+import torch
+import transformers
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+
+config = transformers.LlamaConfig(
+    vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)
+given = {"model": transformers.AutoModelForCausalLM.from_config(config).eval(), "input_ids": torch.randint(3, 200, (1, 40))}
+snippets = re.findall(r"^```python\n(.*?)^```", README.read_text(), flags=re.M | re.S)
+run = [snippet for snippet in snippets if "openai" not in snippet]
+assert len(run) >= 2 and len(snippets) - len(run) <= 1, "README no longer has the snippets that this runs"
+for snippet in run:
+    exec(compile(snippet, str(README), "exec"), dict(given))
+print(f"{len(run)} passed, 0 failed")

@@ -1,10 +1,5 @@
 //! TTLs across restarts, under clocks that are right and wrong.
-#![allow(
-    clippy::indexing_slicing,
-    clippy::unwrap_used,
-    clippy::allow_attributes,
-    reason = "a test that panics fails"
-)]
+#![allow(clippy::indexing_slicing, clippy::unwrap_used, clippy::allow_attributes, reason = "a test that panics fails")]
 
 mod common;
 
@@ -13,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use common::{namespace, store};
-use kvkeep::{CacheConfig, DType, DiskConfig, KvCache, ManualClock, SimpleKvCache, TensorView};
+use kvkeep::{CacheConfig, DType, DiskConfig, KvCache, ManualClock, Outcome, SimpleKvCache, TensorView};
 
 const MIB: u64 = 1 << 20;
 const HOUR: Duration = Duration::from_secs(3600);
@@ -38,7 +33,7 @@ fn store_at(dir: &Path, now_ms: u64) {
     store(&cache, &namespace("m"), &tokens());
     let named = SimpleKvCache::over(cache.store_handle().clone(), "named");
     let view = TensorView::new(DType::U8, &[4], &[1, 2, 3, 4]).unwrap();
-    named.cache_kv("prefix", 0, view, view).unwrap();
+    assert_eq!(named.cache_kv("prefix", 0, view, view).unwrap(), Outcome::Stored);
     drop(named);
     cache.close().unwrap();
 }

@@ -395,6 +395,10 @@ impl Drop for Tiering {
     /// What is in RAM is written first: after a restart the cache is as warm as it was. A disk
     /// that hangs is left to itself.
     fn drop(&mut self) {
+        // A child has none of the threads, and the directory is its parent's.
+        if !self.shared.process.is_current() {
+            return;
+        }
         let (flushed, closed) = (self.flush(), self.disk.close());
         if let Err(error) = flushed.and(closed) {
             tracing::warn!(%error, "the disk tier was not closed cleanly");

@@ -8,7 +8,7 @@ MINUTES ?= 30
 # And `make fuzz`.
 SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-python crash-test test-integrations soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint fmt clean
+.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize test-paths crash-test test-integrations soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -16,15 +16,26 @@ help: ## List the targets
 demo: ## A real model answering repeated prompts, without and with the cache
 	$(CARGO) run --release --locked -p kvkeep-cli -- demo
 
-test: test-rust test-python ## All tests that need no service
+test: ## All tests that need no service. One part that fails keeps no other from running
+	@$(MAKE) --no-print-directory --keep-going $(RUST_TESTS) test-python
+
+# Each stands alone.
+RUST_TESTS = test-rust-all test-rust-doc test-rust-shuttle
 
 test-rust: ## The Rust tests (nextest where it is installed)
+	@$(MAKE) --no-print-directory --keep-going $(RUST_TESTS)
+
+test-rust-all:
 	@if $(CARGO) nextest --version >/dev/null 2>&1; then \
 		$(CARGO) nextest run --locked --workspace $${CI:+--profile ci}; \
 	else \
 		echo "cargo-nextest is not installed: using cargo test"; $(CARGO) test --locked --workspace --lib --bins --tests; \
 	fi
+
+test-rust-doc:
 	$(CARGO) test --locked --doc -p kvkeep
+
+test-rust-shuttle:
 	$(CARGO) test --locked -p kvkeep --features shuttle --test shuttle
 
 crash-test: ## Cut the power at every operation, kill a writing process at random moments (ROUNDS=200), check what is left

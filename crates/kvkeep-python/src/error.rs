@@ -5,20 +5,20 @@
 //! one base only.
 
 use kvkeep::Error;
-use pyo3::exceptions::PyRuntimeError;
+use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
 
 /// Why something was not admitted. A stated result, not an exception: the cache works on.
-#[pyclass(frozen, module = "kvkeep")]
-#[derive(Debug, Clone)]
+#[pyclass(frozen, eq, hash, from_py_object, module = "kvkeep")]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) struct Rejection {
     rejection: kvkeep::Rejection,
 }
 
 /// What became of a store: true if it was admitted.
-#[pyclass(frozen, module = "kvkeep")]
-#[derive(Debug)]
+#[pyclass(frozen, eq, hash, module = "kvkeep")]
+#[derive(Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Outcome {
     rejection: Option<kvkeep::Rejection>,
 }
@@ -56,6 +56,14 @@ pub(crate) fn to_python(error: &Error) -> PyErr {
     raise(class_name(error), &error.to_string())
 }
 
+/// As [`to_python`], of a store: one that was stopped raises what the signal's handler raised.
+pub(crate) fn stopped(py: Python<'_>, error: &Error) -> PyErr {
+    match error {
+        Error::Stopped => PyErr::take(py).unwrap_or_else(|| to_python(error)),
+        other => to_python(other),
+    }
+}
+
 /// An exception of a class in `kvkeep._errors`.
 pub(crate) fn raise(class: &str, message: &str) -> PyErr {
     Python::attach(|py| {
@@ -90,6 +98,7 @@ fn class_name(error: &Error) -> &'static str {
         Error::DiskLocked { .. } => "DiskLockedError",
         Error::DiskRefused { .. } => "DiskRefusedError",
         Error::NoDisk => "NoDiskError",
+        Error::Forked => "ForkError",
         _ => "KvkeepError",
     }
 }
@@ -102,6 +111,32 @@ impl Rejection {
 
 #[pymethods]
 impl Rejection {
+    /// As `__reduce__` takes it apart.
+    #[new]
+    fn of_parts(reason: &str, first: u64, second: u64) -> PyResult<Self> {
+        use kvkeep::Rejection::{AllPinned, LargerThanCapacity, OverQuota, PrefixGone};
+        let rejection = match reason {
+            "larger_than_capacity" => LargerThanCapacity { needed_bytes: first, capacity_bytes: second },
+            "all_pinned" => AllPinned { needed_bytes: first, held_bytes: second },
+            "over_quota" => OverQuota { needed_bytes: first, share_bytes: second },
+            "prefix_gone" => PrefixGone { token: usize::try_from(first).unwrap_or(usize::MAX) },
+            other => return Err(PyValueError::new_err(format!("{other:?} is no reason for a rejection"))),
+        };
+        Ok(Self { rejection })
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> (Bound<'py, PyType>, (&'static str, u64, u64)) {
+        use kvkeep::Rejection::{AllPinned, LargerThanCapacity, OverQuota, PrefixGone};
+        let (first, second) = match self.rejection {
+            LargerThanCapacity { needed_bytes, capacity_bytes } => (needed_bytes, capacity_bytes),
+            AllPinned { needed_bytes, held_bytes } => (needed_bytes, held_bytes),
+            OverQuota { needed_bytes, share_bytes } => (needed_bytes, share_bytes),
+            PrefixGone { token } => (token as u64, 0),
+            _ => (0, 0),
+        };
+        (py.get_type::<Self>(), (self.reason(), first, second))
+    }
+
     /// `larger_than_capacity`, `all_pinned`, `over_quota` or `prefix_gone`.
     #[getter]
     fn reason(&self) -> &'static str {
@@ -134,6 +169,17 @@ impl Outcome {
 
 #[pymethods]
 impl Outcome {
+    /// As `__reduce__` takes it apart.
+    #[new]
+    #[pyo3(signature = (rejection))]
+    fn of_parts(rejection: Option<Rejection>) -> Self {
+        Self { rejection: rejection.map(|Rejection { rejection }| rejection) }
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> (Bound<'py, PyType>, (Option<Rejection>,)) {
+        (py.get_type::<Self>(), (self.rejection(),))
+    }
+
     /// Was it admitted?
     #[getter]
     fn stored(&self) -> bool {

@@ -31,7 +31,7 @@ mod _kvkeep {
     #[pymodule_export]
     use crate::error::{Outcome, Rejection};
     #[pymodule_export]
-    use crate::fork::{after_fork_in_child, before_fork};
+    use crate::fork::before_fork;
     #[pymodule_export]
     use crate::named::NamedCache;
     #[pymodule_export]

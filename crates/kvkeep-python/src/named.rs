@@ -10,10 +10,10 @@ use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
 
 use crate::convert::seconds;
-use crate::error::{Outcome, to_python};
+use crate::error::{Outcome, raise, stopped, to_python};
 use crate::fork::Holding;
-use crate::memory::{Lent, RawTensor};
-use crate::open::{Open, RawDisk};
+use crate::memory::{Access, Lent};
+use crate::open::{Open, RawDisk, interrupted};
 use crate::{array, stats, torch};
 
 /// What came in as torch tensors goes out as such; everything else goes out to numpy.
@@ -59,24 +59,25 @@ impl NamedCache {
         &self,
         py: Python<'_>,
         prefix: &str,
-        layers: Vec<(usize, RawTensor, RawTensor)>,
-        tag: u8,
+        layers: Vec<(usize, Bound<'_, PyAny>, Bound<'_, PyAny>)>,
         ttl_seconds: Option<f64>,
         compute_seconds: Option<f64>,
     ) -> PyResult<Outcome> {
         let cache = self.cache.get()?;
-        let mut options = StoreOptions::default().tag(tag);
+        let lent = |(layer, k, v): &(usize, Bound<'_, PyAny>, Bound<'_, PyAny>)| {
+            Ok((*layer, Lent::new(k, Access::Read)?, Lent::new(v, Access::Read)?))
+        };
+        let layers = layers.iter().map(lent).collect::<PyResult<Vec<_>>>()?;
+        let mut options = StoreOptions::default().tag(kind(&layers)?).stop(interrupted);
         options.ttl = seconds(ttl_seconds, "ttl_seconds")?;
         options.compute_time = seconds(compute_seconds, "compute_seconds")?;
-        let lent = |(layer, k, v): &(usize, RawTensor, RawTensor)| Ok((*layer, Lent::new(k)?, Lent::new(v)?));
-        let layers = layers.iter().map(lent).collect::<PyResult<Vec<_>>>()?;
         let bytes: usize = layers.iter().map(|(_, k, v)| k.bytes() + v.bytes()).sum();
         let outcome = detached(py, bytes + prefix.len(), || {
             let views = layers.iter().map(|(layer, k, v)| Ok(LayerKv { layer: *layer, k: k.view()?, v: v.view()? }));
             let views = views.collect::<kvkeep::Result<Vec<_>>>()?;
             cache.cache_all_layers_with(prefix, &views, &options)
         });
-        outcome.map(Outcome::of).map_err(|error| to_python(&error))
+        outcome.map(Outcome::of).map_err(|error| stopped(py, &error))
     }
 
     /// K and V of one layer as they were stored, or None if they are not there (any more).
@@ -157,8 +158,7 @@ impl NamedCache {
     ///
     /// Raises `NoDiskError` without a disk tier, `DiskError` if it fails.
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
-        let cache = self.cache.get()?;
-        py.detach(|| cache.flush()).map_err(|error| to_python(&error))
+        self.cache.flush(py, SimpleKvCache::flush)
     }
 
     /// Ends the cache. A disk tier gets what is in RAM and is let go of, for this or another
@@ -230,6 +230,16 @@ impl Hit {
     fn of(private: kvkeep::Result<PrivateLayers>) -> PyResult<Arc<Self>> {
         let private = private.map_err(|error| to_python(&error))?;
         Ok(Arc::new(Self(Holding::new(private))))
+    }
+}
+
+/// What all of these are: torch tensors or numpy arrays.
+fn kind(layers: &[(usize, Lent, Lent)]) -> PyResult<u8> {
+    let torch = layers.iter().flat_map(|(_, k, v)| [k, v]).filter(|lent| lent.is_torch()).count();
+    match torch {
+        0 => Ok(0),
+        torch if torch == 2 * layers.len() => Ok(TORCH),
+        _ => Err(raise("UnsupportedTensorError", "torch tensors and numpy arrays in one call: give one kind")),
     }
 }
 

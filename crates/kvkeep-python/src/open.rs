@@ -2,9 +2,15 @@
 //!
 //! With a disk tier, closing writes what is in RAM, leaves a clean directory and lets go of it.
 //! Calls under way keep the cache open until they return: each has a clone.
+//!
+//! What may wait for a disk (opening, flushing, closing) is done by a thread of its own, while the caller's looks
+//! for signals: Ctrl-C ends the call at once, and the work goes on behind it. It borrows nothing of the caller's.
 
 use std::path::PathBuf;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
 
 use kvkeep::{CacheConfig, DiskConfig, WritePolicy};
 use pyo3::prelude::*;
@@ -17,6 +23,9 @@ use crate::fork::Here;
 /// that gets nothing done.
 pub(crate) type RawDisk = (PathBuf, f64, String, String, Option<PathBuf>, f64);
 
+/// How often a thread that waits looks for signals.
+const LOOK_EVERY: Duration = Duration::from_millis(50);
+
 /// A cache of the process that made it, until it is closed.
 #[derive(Debug)]
 pub(crate) struct Open<T> {
@@ -26,14 +35,14 @@ pub(crate) struct Open<T> {
     pub(crate) has_disk: bool,
 }
 
-impl<T: Clone + Send> Open<T> {
+impl<T: Clone + Send + 'static> Open<T> {
     /// Opens a cache; a disk tier is read with the GIL released.
     pub(crate) fn new(
         py: Python<'_>,
         max_size_gb: f64,
         default_ttl_seconds: Option<f64>,
         disk: Option<RawDisk>,
-        open: impl FnOnce(CacheConfig) -> kvkeep::Result<T> + Send,
+        open: impl FnOnce(CacheConfig) -> kvkeep::Result<T> + Send + 'static,
     ) -> PyResult<Self> {
         let ttl = seconds(default_ttl_seconds, "default_ttl_seconds")?;
         let mut config = CacheConfig::from_gib(max_size_gb).map_err(|error| to_python(&error))?.ttl(ttl);
@@ -41,7 +50,8 @@ impl<T: Clone + Send> Open<T> {
         if let Some(disk) = disk {
             config = config.disk(disk_config(disk)?);
         }
-        let cache = py.detach(|| open(config)).map_err(|error| to_python(&error))?;
+        let opened = if has_disk { waiting(py, || open(config))? } else { open(config) };
+        let cache = opened.map_err(|error| to_python(&error))?;
         Ok(Self { cache: Here::new(Mutex::new(Some(cache))), has_disk })
     }
 
@@ -51,10 +61,54 @@ impl<T: Clone + Send> Open<T> {
     }
 
     /// Closes it; a second time does nothing.
-    pub(crate) fn close(&self, py: Python<'_>, close: impl FnOnce(T) -> kvkeep::Result<()> + Send) -> PyResult<()> {
+    pub(crate) fn close(
+        &self,
+        py: Python<'_>,
+        close: impl FnOnce(T) -> kvkeep::Result<()> + Send + 'static,
+    ) -> PyResult<()> {
         let cache = self.cache.get()?.lock().unwrap_or_else(PoisonError::into_inner).take();
-        py.detach(|| cache.map_or(Ok(()), close)).map_err(|error| to_python(&error))
+        let Some(cache) = cache else { return Ok(()) };
+        self.waiting(py, || close(cache))?.map_err(|error| to_python(&error))
     }
+
+    /// Makes everything durable.
+    pub(crate) fn flush(
+        &self,
+        py: Python<'_>,
+        flush: impl FnOnce(&T) -> kvkeep::Result<()> + Send + 'static,
+    ) -> PyResult<()> {
+        let cache = self.get()?;
+        self.waiting(py, move || flush(&cache))?.map_err(|error| to_python(&error))
+    }
+
+    fn waiting<R: Send + 'static>(&self, py: Python<'_>, work: impl FnOnce() -> R + Send + 'static) -> PyResult<R> {
+        if self.has_disk { waiting(py, work) } else { Ok(py.detach(work)) }
+    }
+}
+
+/// Runs `work` on another thread and waits for it, unless a signal's handler raises.
+fn waiting<R: Send + 'static>(py: Python<'_>, work: impl FnOnce() -> R + Send + 'static) -> PyResult<R> {
+    let (answer, mut answered) = mpsc::sync_channel(1);
+    // Nobody waits any more for an answer that cannot be sent.
+    let run = move || drop(answer.send(work()));
+    thread::Builder::new().name("kvkeep-wait".to_owned()).spawn(run)?;
+    loop {
+        let (again, answer) = py.detach(move || {
+            let answer = answered.recv_timeout(LOOK_EVERY);
+            (answered, answer)
+        });
+        answered = again;
+        match answer {
+            Ok(answer) => return Ok(answer),
+            Err(RecvTimeoutError::Timeout) => py.check_signals()?,
+            Err(RecvTimeoutError::Disconnected) => return Err(raise("KvkeepError", "a thread of kvkeep panicked")),
+        }
+    }
+}
+
+/// Says whether a signal's handler raised; the exception is set. For [`kvkeep::StoreOptions::stop`].
+pub(crate) fn interrupted() -> bool {
+    Python::attach(|py| py.check_signals().map_err(|raised| raised.restore(py)).is_err())
 }
 
 fn disk_config((dir, size_gb, write, admission, key_file, flush_timeout): RawDisk) -> PyResult<DiskConfig> {

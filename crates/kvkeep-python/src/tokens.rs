@@ -7,17 +7,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kvkeep::{KvCache, KvLayout, LayerView, LayerViewMut, StoreOptions, TokenOrder};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
+use pyo3::types::{PyDict, PyType};
 
 use crate::convert::{dtype, seconds};
-use crate::error::{CallError, Rejection, raise, to_python};
+use crate::error::{CallError, Rejection, raise, stopped, to_python};
 use crate::fork::{Here, Holding};
-use crate::memory::{Lent, RawTensor, lent_tokens, no_overlap};
-use crate::open::{Open, RawDisk};
+use crate::memory::{Access, Lent, Tokens, no_overlap};
+use crate::open::{Open, RawDisk, interrupted};
 use crate::stats;
 
-/// Address and count of `uint32` token ids.
-type RawTokens = (usize, usize);
+/// (k, v) of each layer.
+type Layers<'py> = Vec<(Bound<'py, PyAny>, Bound<'py, PyAny>)>;
 
 /// What makes KV reusable: model, revision, engine, LoRA, tenant's salt, and the layout of a block.
 #[pyclass(frozen, module = "kvkeep._kvkeep")]
@@ -39,8 +39,8 @@ pub(crate) struct Match {
 }
 
 /// What became of the blocks of one store.
-#[pyclass(frozen, get_all, module = "kvkeep")]
-#[derive(Debug)]
+#[pyclass(frozen, eq, hash, get_all, module = "kvkeep")]
+#[derive(Debug, PartialEq, Eq, Hash)]
 pub(crate) struct StoreReport {
     /// Blocks stored now.
     stored_blocks: usize,
@@ -94,13 +94,13 @@ impl TokenCache {
     }
 
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
-        let cache = self.0.get()?;
-        py.detach(|| cache.flush()).map_err(|error| to_python(&error))
+        self.0.flush(py, KvCache::flush)
     }
 
-    fn prefetch(&self, py: Python<'_>, namespace: &Namespace, tokens: RawTokens) -> PyResult<usize> {
+    fn prefetch(&self, py: Python<'_>, namespace: &Namespace, tokens: &Bound<'_, PyAny>) -> PyResult<usize> {
         let cache = self.0.get()?;
-        let under_way = py.detach(|| cache.prefetch(&namespace.0, lent_tokens(tokens.0, tokens.1)));
+        let tokens = Tokens::new(tokens)?;
+        let under_way = py.detach(|| cache.prefetch(&namespace.0, tokens.ids()));
         under_way.map_err(|error| to_python(&error))
     }
 
@@ -108,15 +108,17 @@ impl TokenCache {
         self.0.close(py, KvCache::close)
     }
 
-    fn lookup(&self, py: Python<'_>, namespace: &Namespace, tokens: RawTokens) -> PyResult<Match> {
+    fn lookup(&self, py: Python<'_>, namespace: &Namespace, tokens: &Bound<'_, PyAny>) -> PyResult<Match> {
         let cache = self.0.get()?;
-        let found = py.detach(|| cache.lookup(&namespace.0, lent_tokens(tokens.0, tokens.1)));
+        let tokens = Tokens::new(tokens)?;
+        let found = py.detach(|| cache.lookup(&namespace.0, tokens.ids()));
         found.map(Match::of).map_err(|error| to_python(&error))
     }
 
-    fn pin(&self, py: Python<'_>, namespace: &Namespace, tokens: RawTokens) -> PyResult<Match> {
+    fn pin(&self, py: Python<'_>, namespace: &Namespace, tokens: &Bound<'_, PyAny>) -> PyResult<Match> {
         let cache = self.0.get()?;
-        let found = py.detach(|| cache.pin(&namespace.0, lent_tokens(tokens.0, tokens.1)));
+        let tokens = Tokens::new(tokens)?;
+        let found = py.detach(|| cache.pin(&namespace.0, tokens.ids()));
         found.map(Match::of).map_err(|error| to_python(&error))
     }
 
@@ -125,24 +127,23 @@ impl TokenCache {
         &self,
         py: Python<'_>,
         namespace: &Namespace,
-        tokens: RawTokens,
+        tokens: &Bound<'_, PyAny>,
         first_token: usize,
-        layers: Vec<(RawTensor, RawTensor)>,
+        layers: Layers<'_>,
         ttl_seconds: Option<f64>,
         compute_seconds: Option<f64>,
     ) -> PyResult<StoreReport> {
         let cache = self.0.get()?;
-        let mut options = StoreOptions::default();
+        let mut options = StoreOptions::default().stop(interrupted);
         options.ttl = seconds(ttl_seconds, "ttl_seconds")?;
         options.compute_time = seconds(compute_seconds, "compute_seconds")?;
-        let layers = lent_layers(&layers)?;
+        let (tokens, layers) = (Tokens::new(tokens)?, lent_layers(&layers, Access::Read)?);
         let report = py.detach(|| {
             let views = layers.iter().map(|(k, v)| Ok(LayerView { k: k.view()?, v: v.view()? }));
             let views = views.collect::<kvkeep::Result<Vec<_>>>()?;
-            let tokens = lent_tokens(tokens.0, tokens.1);
-            cache.store_from(&namespace.0, tokens, first_token, &views, &options)
+            cache.store_from(&namespace.0, tokens.ids(), first_token, &views, &options)
         });
-        report.map(StoreReport::of).map_err(|error| to_python(&error))
+        report.map(StoreReport::of).map_err(|error| stopped(py, &error))
     }
 
     /// Calls `prefill(first_token, cached)` if blocks are missing and nobody else computes them.
@@ -150,12 +151,12 @@ impl TokenCache {
         &self,
         py: Python<'_>,
         namespace: &Namespace,
-        tokens: RawTokens,
+        tokens: &Bound<'_, PyAny>,
         prefill: Py<PyAny>,
     ) -> PyResult<Match> {
         let cache = self.0.get()?;
         // A copy: Python code runs in between.
-        let tokens = lent_tokens(tokens.0, tokens.1).to_vec();
+        let tokens = Tokens::new(tokens)?.ids().to_vec();
         let found = py.detach(|| {
             cache.get_or_prefill(&namespace.0, &tokens, |missing| {
                 let first_token = missing.first_token();
@@ -168,9 +169,10 @@ impl TokenCache {
         Ok(Match::of(found?))
     }
 
-    fn remove(&self, py: Python<'_>, namespace: &Namespace, tokens: RawTokens) -> PyResult<u64> {
+    fn remove(&self, py: Python<'_>, namespace: &Namespace, tokens: &Bound<'_, PyAny>) -> PyResult<u64> {
         let cache = self.0.get()?;
-        let removed = py.detach(|| cache.remove(&namespace.0, lent_tokens(tokens.0, tokens.1)));
+        let tokens = Tokens::new(tokens)?;
+        let removed = py.detach(|| cache.remove(&namespace.0, tokens.ids()));
         removed.map(|removed| removed.entries).map_err(|error| to_python(&error))
     }
 
@@ -222,10 +224,11 @@ impl Match {
         self.held().is_err()
     }
 
-    /// Copies these layers into tensors, one (k, v) for each layer from `first_layer` on.
-    fn load(&self, py: Python<'_>, first_layer: usize, into: Vec<(RawTensor, RawTensor)>) -> PyResult<()> {
+    /// Copies these layers into tensors, one (k, v) for each layer from `first_layer` on. `new` says that nobody
+    /// else has them yet.
+    fn load(&self, py: Python<'_>, first_layer: usize, into: Layers<'_>, new: bool) -> PyResult<()> {
         let held = self.held()?;
-        let mut into = lent_layers(&into)?;
+        let mut into = lent_layers(&into, if new { Access::WriteNew } else { Access::Write })?;
         no_overlap(into.iter().flat_map(|(k, v)| [k, v]))?;
         let loaded = py.detach(|| {
             let layers = first_layer..first_layer + into.len();
@@ -259,6 +262,23 @@ impl StoreReport {
 
 #[pymethods]
 impl StoreReport {
+    /// As `__reduce__` takes it apart.
+    #[new]
+    #[pyo3(signature = (stored_blocks, present_blocks, rejected_blocks, rejection))]
+    fn of_parts(
+        stored_blocks: usize,
+        present_blocks: usize,
+        rejected_blocks: usize,
+        rejection: Option<Rejection>,
+    ) -> Self {
+        Self { stored_blocks, present_blocks, rejected_blocks, rejection }
+    }
+
+    fn __reduce__<'py>(&self, py: Python<'py>) -> (Bound<'py, PyType>, (usize, usize, usize, Option<Rejection>)) {
+        let parts = (self.stored_blocks, self.present_blocks, self.rejected_blocks, self.rejection.clone());
+        (py.get_type::<Self>(), parts)
+    }
+
     fn __repr__(&self) -> String {
         let Self { stored_blocks, present_blocks, rejected_blocks, rejection } = self;
         let why = rejection.as_ref().map(|why| format!(": {why:?}")).unwrap_or_default();
@@ -266,6 +286,6 @@ impl StoreReport {
     }
 }
 
-fn lent_layers(layers: &[(RawTensor, RawTensor)]) -> PyResult<Vec<(Lent, Lent)>> {
-    layers.iter().map(|(k, v)| Ok((Lent::new(k)?, Lent::new(v)?))).collect()
+fn lent_layers(layers: &Layers<'_>, access: Access) -> PyResult<Vec<(Lent, Lent)>> {
+    layers.iter().map(|(k, v)| Ok((Lent::new(k, access)?, Lent::new(v, access)?))).collect()
 }

@@ -20,6 +20,9 @@ use crate::tensor::TensorView;
 
 /// KV of prompts, by tokens. Cheap to clone: clones share everything.
 ///
+/// It belongs to the process that made it: in a forked child its calls end with [`Error::Forked`], or find and
+/// do nothing where they return no error; what was borrowed from it before must not be read there.
+///
 /// ```
 /// use kvkeep::{CacheConfig, DType, KvCache, KvLayout, LayerView, Namespace, TensorView};
 ///
@@ -126,6 +129,7 @@ impl KvCache {
     /// [`Error::EmptyTokens`].
     pub fn lookup(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Match> {
         let layout = namespace.layout();
+        self.store.here()?;
         let request = Request::Tokens { requested: tokens.len(), block_tokens: layout.block_tokens() };
         let keys = keys(namespace, tokens)?;
         self.store.record(tokens.len(), &keys);
@@ -138,7 +142,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::EmptyTokens`].
     pub fn look(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Look> {
-        let found = self.store.look(&keys(namespace, tokens)?);
+        let found = self.store.here()?.look(&keys(namespace, tokens)?);
         let block_tokens = namespace.layout().block_tokens();
         Ok(Look {
             ram_tokens: found.ram * block_tokens,
@@ -154,7 +158,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::EmptyTokens`].
     pub fn prefetch(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<usize> {
-        Ok(self.store.prefetch(&keys(namespace, tokens)?) * namespace.layout().block_tokens())
+        Ok(self.store.here()?.prefetch(&keys(namespace, tokens)?) * namespace.layout().block_tokens())
     }
 
     /// Copies K and V of these layers of the longest run of blocks into an engine's tensors,
@@ -175,7 +179,7 @@ impl KvCache {
         let room = check_targets(layout, &layers, into, keys.len() * layout.block_tokens())?;
         let first = layout.range(layers.start, Side::K).start;
         let part = first..layout.range(layers.end - 1, Side::V).end;
-        let blocks = self.store.read_parts(&keys, &part, |block, bytes| {
+        let blocks = self.store.here()?.read_parts(&keys, &part, |block, bytes| {
             for ((layer, target), room) in layers.clone().zip(&mut *into).zip(&room) {
                 for (side, tensor, room) in [(Side::K, &mut target.k, room.0), (Side::V, &mut target.v, room.1)] {
                     let range = layout.range(layer, side);
@@ -209,6 +213,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::EmptyTokens`].
     pub fn pin(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Match> {
+        self.store.here()?;
         Ok(self.pinned(namespace, &keys(namespace, tokens)?, Request::Uncounted))
     }
 
@@ -226,7 +231,7 @@ impl KvCache {
     /// must be in the cache already, or the report says [`Rejection::PrefixGone`].
     ///
     /// # Errors
-    /// As [`KvCache::store`].
+    /// As [`KvCache::store`], and [`Error::Stopped`].
     pub fn store_from(
         &self,
         namespace: &Namespace,
@@ -237,7 +242,7 @@ impl KvCache {
     ) -> Result<StoreReport> {
         let layout = namespace.layout();
         let keys = keys(namespace, tokens)?;
-        self.store.describe(namespace);
+        self.store.here()?.describe(namespace);
         let source = Source::checked(layout, layers, first_token, keys.len() * layout.block_tokens())?;
         let first_block = first_token.div_ceil(layout.block_tokens());
         let wanted = Wanted { bytes_each: layout.block_bytes(), first_given: first_block, priority: options.priority };
@@ -249,9 +254,10 @@ impl KvCache {
             ..StoreReport::default()
         };
         let found = missing.first().map_or(keys.len(), |(position, _)| *position);
-        let mut objects = Vec::with_capacity(missing.len());
+        let (mut objects, mut copied) = (Vec::with_capacity(missing.len()), options.copied());
         for (position, mut pending) in missing {
             source.write_block(position * layout.block_tokens(), pending.bytes_mut());
+            copied.add(layout.block_bytes())?;
             if let Some(key) = keys.get(position) {
                 let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
                 objects.push(Sealing {
@@ -285,6 +291,7 @@ impl KvCache {
         tokens: &[TokenId],
         prefill: impl FnOnce(&Missing<'_>) -> Result<(), E>,
     ) -> Result<Match, E> {
+        self.store.here()?;
         let hashes = namespace.block_hashes(tokens)?;
         let keys: Vec<ObjectKey> = hashes.iter().map(|hash| hash.key()).collect();
         self.store.record(tokens.len(), &keys);
@@ -327,7 +334,7 @@ impl KvCache {
     pub fn remove_from(&self, namespace: &Namespace, tokens: &[TokenId], first_token: usize) -> Result<Removed> {
         let keys = keys(namespace, tokens)?;
         let first = first_token.div_ceil(namespace.layout().block_tokens());
-        Ok(self.store.remove(keys.get(first..).unwrap_or_default()).0)
+        Ok(self.store.here()?.remove(keys.get(first..).unwrap_or_default()).0)
     }
 
     /// Removes everything in a namespace; its id is enough, as for one that an earlier process left
@@ -411,6 +418,7 @@ impl Match {
     /// [`Error::LayerOutOfRange`] for a layer that the layout does not have,
     /// [`Error::BlockOutOfRange`] for a block that was not matched.
     pub fn layer(&self, block: usize, layer: usize) -> Result<LayerView<'_>> {
+        self.pin.check()?;
         self.layout.check_layers(&(layer..layer + 1))?;
         if block >= self.blocks() {
             return Err(Error::BlockOutOfRange { block, blocks: self.blocks() });
@@ -426,6 +434,7 @@ impl Match {
     /// [`Error::ZeroLayers`], [`Error::LayerOutOfRange`], [`Error::LayerCount`],
     /// [`Error::DTypeMismatch`], [`Error::ShapeMismatch`]; then nothing is written.
     pub fn load(&self, layers: Range<usize>, into: &mut [LayerViewMut<'_>]) -> Result<()> {
+        self.pin.check()?;
         let room = check_targets(&self.layout, &layers, into, self.cached_tokens())?;
         for ((layer, target), room) in layers.zip(into).zip(room) {
             for (side, tensor, room) in [(Side::K, &mut target.k, room.0), (Side::V, &mut target.v, room.1)] {

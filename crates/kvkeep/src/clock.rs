@@ -19,11 +19,13 @@ pub trait Clock: Send + Sync + fmt::Debug {
     }
 }
 
-/// Wall-clock time at creation, carried forward by the monotonic clock, so that a
-/// step of the system clock neither expires everything nor keeps it for ever.
+/// Wall-clock time at creation, carried forward by a clock that only runs forward, so that a
+/// step of the system clock neither expires everything nor keeps it for ever. Time that the
+/// machine sleeps counts, on Linux.
 #[derive(Debug)]
 pub struct SystemClock {
     base_ms: u64,
+    started_ms: u64,
     started: Instant,
 }
 
@@ -38,7 +40,7 @@ impl SystemClock {
     #[must_use]
     pub fn new() -> Self {
         let since_epoch = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        Self { base_ms: duration_ms(since_epoch), started: Instant::now() }
+        Self { base_ms: duration_ms(since_epoch), started_ms: running_ms(), started: Instant::now() }
     }
 }
 
@@ -50,7 +52,7 @@ impl Default for SystemClock {
 
 impl Clock for SystemClock {
     fn now_ms(&self) -> u64 {
-        self.base_ms.saturating_add(duration_ms(self.started.elapsed()))
+        self.base_ms.saturating_add(running_ms().saturating_sub(self.started_ms))
     }
 
     fn now_us(&self) -> u64 {
@@ -76,6 +78,21 @@ impl Clock for ManualClock {
     fn now_ms(&self) -> u64 {
         self.now_ms.load(Ordering::SeqCst)
     }
+}
+
+/// Milliseconds since the machine was started.
+#[cfg(target_os = "linux")]
+fn running_ms() -> u64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+    let (seconds, nanos) = (u64::try_from(now.tv_sec).unwrap_or(0), u64::try_from(now.tv_nsec).unwrap_or(0));
+    seconds.saturating_mul(1000).saturating_add(nanos / 1_000_000)
+}
+
+/// Milliseconds since some moment of this process.
+#[cfg(not(target_os = "linux"))]
+fn running_ms() -> u64 {
+    static FIRST: std::sync::OnceLock<Instant> = std::sync::OnceLock::new();
+    duration_ms(FIRST.get_or_init(Instant::now).elapsed())
 }
 
 /// A duration in whole milliseconds, saturating: a TTL of a million years never expires.

@@ -236,6 +236,47 @@ pub struct StoreOptions {
     pub tag: u8,
     /// How long what is stored now, and the blocks before it, are kept compared to others.
     pub priority: Priority,
+    /// Asked now and then while much is copied.
+    pub stop: Option<Stop>,
+}
+
+/// Says whether a store should end now, with [`Error::Stopped`] and nothing stored. Asked each time 64 MiB have been
+/// copied. A binding looks here whether somebody pressed Ctrl-C.
+#[derive(Debug, Clone, Copy)]
+pub struct Stop(pub fn() -> bool);
+
+impl PartialEq for Stop {
+    fn eq(&self, other: &Self) -> bool {
+        std::ptr::fn_addr_eq(self.0, other.0)
+    }
+}
+
+impl Eq for Stop {}
+
+/// Counts what was copied, and asks whether to go on.
+#[derive(Debug)]
+pub(crate) struct Copied {
+    stop: Option<Stop>,
+    bytes: usize,
+}
+
+impl Copied {
+    /// Bytes copied between two questions: some 20 ms.
+    pub(crate) const STEP_BYTES: usize = 64 << 20;
+
+    /// # Errors
+    /// [`Error::Stopped`].
+    pub(crate) fn add(&mut self, bytes: usize) -> Result<()> {
+        self.bytes = self.bytes.saturating_add(bytes);
+        if self.bytes < Self::STEP_BYTES {
+            return Ok(());
+        }
+        self.bytes = 0;
+        match self.stop {
+            Some(Stop(stop)) if stop() => Err(Error::Stopped),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl StoreOptions {
@@ -258,6 +299,17 @@ impl StoreOptions {
     pub fn compute_time(mut self, compute_time: Duration) -> Self {
         self.compute_time = Some(compute_time);
         self
+    }
+
+    /// Options that say when to stop.
+    #[must_use]
+    pub fn stop(mut self, stop: fn() -> bool) -> Self {
+        self.stop = Some(Stop(stop));
+        self
+    }
+
+    pub(crate) fn copied(&self) -> Copied {
+        Copied { stop: self.stop, bytes: 0 }
     }
 
     /// Options with a mark of the caller's own.

@@ -132,7 +132,7 @@ pub enum Error {
     /// Another process has the directory.
     #[error(
         "the disk tier at {} is in use by {}: close it there, or give this one a directory of its own",
-        .dir.display(), .pid.map_or_else(|| "another process".into(), |pid| format!("process {pid}"))
+        .dir.display(), holder(*.pid)
     )]
     DiskLocked {
         /// The directory.
@@ -148,6 +148,15 @@ pub enum Error {
         /// Why, and what to do.
         reason: String,
     },
+    /// A child of the process that made the cache.
+    #[error(
+        "this cache belongs to the process that made it and cannot be used after a fork: \
+         make one in the child, or spawn processes instead of forking them"
+    )]
+    Forked,
+    /// Whoever stored said that it should stop.
+    #[error("the store was stopped: nothing of it was stored")]
+    Stopped,
     /// There is no disk tier.
     #[error("the cache has no disk tier: configure one")]
     NoDisk,
@@ -161,11 +170,19 @@ pub enum Error {
     },
 }
 
+fn holder(pid: Option<u32>) -> String {
+    match pid {
+        None => "another process".into(),
+        Some(pid) if pid == std::process::id() => format!("process {pid}, which is this one"),
+        Some(pid) => format!("process {pid}"),
+    }
+}
+
 /// Shorthand for results of this crate.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Why something was not admitted. A stated result, not an error: the cache works on.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
 #[non_exhaustive]
 pub enum Rejection {
     /// It is larger than the whole cache.

@@ -10,6 +10,7 @@
 use std::collections::HashMap;
 
 use crate::key::BlockHash;
+use crate::process::Process;
 use crate::sync::thread::{self, ThreadId};
 use crate::sync::{Condvar, Mutex};
 
@@ -26,6 +27,7 @@ pub(crate) struct Lead<'a> {
     flights: &'a Flights,
     /// None where this thread leads the same flight already, further up its stack.
     block: Option<BlockHash>,
+    process: Process,
 }
 
 impl Flights {
@@ -36,10 +38,10 @@ impl Flights {
         match leaders.get(&block) {
             None => {
                 leaders.insert(block, me);
-                Some(Lead { flights: self, block: Some(block) })
+                Some(Lead { flights: self, block: Some(block), process: Process::current() })
             }
             // A closure that asks for what it is computing must not wait for itself.
-            Some(leader) if *leader == me => Some(Lead { flights: self, block: None }),
+            Some(leader) if *leader == me => Some(Lead { flights: self, block: None, process: Process::current() }),
             Some(_) => {
                 while leaders.contains_key(&block) {
                     leaders = self.landed.wait(leaders);
@@ -52,7 +54,10 @@ impl Flights {
 
 impl Drop for Lead<'_> {
     fn drop(&mut self) {
-        if let Some(block) = self.block {
+        // The others that wait are threads of the process that made it: in a child there are none.
+        if let Some(block) = self.block
+            && self.process.is_current()
+        {
             self.flights.leaders.lock().remove(&block);
             self.flights.landed.notify_all();
         }

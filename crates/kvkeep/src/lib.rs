@@ -26,6 +26,7 @@ mod key;
 mod layout;
 mod named;
 mod namespaces;
+mod process;
 mod record;
 mod simulation;
 mod stats;
@@ -36,7 +37,7 @@ mod tier;
 
 pub use cache::{KvCache, Look, Match, Missing, StoreReport};
 pub use clock::{Clock, ManualClock, SystemClock};
-pub use config::{CacheConfig, DiskConfig, StoreOptions, WritePolicy};
+pub use config::{CacheConfig, DiskConfig, Stop, StoreOptions, WritePolicy};
 pub use error::{Error, Rejection, Result};
 pub use eviction::{Admission, PolicyKind, Priority};
 pub use key::{BlockHash, Namespace, NamespaceId, TokenId};
@@ -46,6 +47,7 @@ pub use named::{
     PrivateLayers, PrivateTensor, SimpleKvCache,
 };
 pub use namespaces::NamespaceUsage;
+pub use process::Process;
 pub use record::TraceRecorder;
 pub use simulation::{Hits, Simulation};
 pub use stats::{DiskStats, Stats};

@@ -9,12 +9,12 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::config::{CacheConfig, StoreOptions};
+use crate::config::{CacheConfig, Copied, StoreOptions};
 use crate::error::{Error, Rejection, Result};
 use crate::eviction::Place;
 use crate::key::{NamespaceId, ObjectKey, PrefixHash, PrefixHasher};
 use crate::stats::Stats;
-use crate::store::{OnPresent, Pin, PrivatePin, Removed, Request, Sealing, Store};
+use crate::store::{OnPresent, Pending, Pin, PrivatePin, Removed, Request, Sealing, Store};
 use crate::tensor::{DType, PairSpec, Shape, TensorView};
 
 /// Layers run from 0 to below this.
@@ -185,7 +185,7 @@ impl SimpleKvCache {
     /// layers together) of its own.
     ///
     /// # Errors
-    /// As [`SimpleKvCache::cache_all_layers`].
+    /// As [`SimpleKvCache::cache_all_layers`], and [`Error::Stopped`].
     pub fn cache_all_layers_with(
         &self,
         prefix: &str,
@@ -195,15 +195,14 @@ impl SimpleKvCache {
         let hash = self.hash(prefix)?;
         let plans = plan(prefix, hash, layers, options.tag)?;
         let sizes: Vec<usize> = plans.iter().map(|plan| plan.bytes).collect();
-        let pages = match self.store.reserve_all(self.namespace, &sizes) {
+        let pages = match self.store.here()?.reserve_all(self.namespace, &sizes) {
             Ok(pages) => pages,
             Err(rejection) => return Ok(Outcome::Rejected(rejection)),
         };
-        let mut objects = Vec::with_capacity(layers.len());
+        let (mut objects, mut copied) = (Vec::with_capacity(layers.len()), options.copied());
         for ((plan, mut pending), layer) in plans.into_iter().zip(pages).zip(layers) {
-            let bytes = pending.bytes_mut();
-            copy_to(bytes, 0, layer.k.bytes());
-            copy_to(bytes, plan.v_start, layer.v.bytes());
+            copy_to(&mut pending, 0, layer.k.bytes(), &mut copied)?;
+            copy_to(&mut pending, plan.v_start, layer.v.bytes(), &mut copied)?;
             let place = Place::of(0, layers.len(), 0);
             objects.push(Sealing {
                 key: plan.key,
@@ -240,7 +239,7 @@ impl SimpleKvCache {
     /// [`Error::LayerOutOfRange`].
     pub fn get_hashed(&self, prefix: &HashedPrefix, layer: usize) -> Result<Option<CachedKv>> {
         let key = prefix.0.key(checked_layer(layer)?);
-        let pin = self.store.pin_all(&[key], Request::Named);
+        let pin = self.store.here()?.pin_all(&[key], Request::Named);
         Ok(pin.map(|pin| CachedKv(CachedLayers { pin })))
     }
 
@@ -260,13 +259,14 @@ impl SimpleKvCache {
     pub fn get_all_hashed(&self, prefix: &HashedPrefix, num_layers: usize) -> Result<Option<CachedLayers>> {
         let last = checked_layer(num_layers.checked_sub(1).ok_or(Error::ZeroLayers)?)?;
         let keys: Vec<ObjectKey> = (0..=last).map(|layer| prefix.0.key(layer)).collect();
-        Ok(self.store.pin_all(&keys, Request::Named).map(|pin| CachedLayers { pin }))
+        Ok(self.store.here()?.pin_all(&keys, Request::Named).map(|pin| CachedLayers { pin }))
     }
 
     /// The longest prefix of `text` under which at least one layer is stored. Each byte of
     /// the text is hashed once. Not a request: nothing is counted or touched.
     #[must_use]
     pub fn longest_prefix<'t>(&self, text: &'t str) -> Option<&'t str> {
+        self.store.here().ok()?;
         let mut hasher = PrefixHasher::new(self.namespace);
         let mut hashed = 0;
         let mut candidates = Vec::new();
@@ -286,6 +286,7 @@ impl SimpleKvCache {
     /// # Errors
     /// [`Error::EmptyPrefix`], [`Error::LayerOutOfRange`].
     pub fn evict(&self, prefix: &str, layer: Option<usize>) -> Result<Evicted> {
+        self.store.here()?;
         let hash = self.hash(prefix)?;
         let layers = match layer {
             Some(layer) => {
@@ -379,6 +380,7 @@ impl CachedLayers {
     /// # Errors
     /// [`Error::LayerOutOfRange`].
     pub fn layer(&self, layer: usize) -> Result<(TensorView<'_>, TensorView<'_>)> {
+        self.pin.check()?;
         if layer >= self.len() {
             return Err(Error::LayerOutOfRange { layer, layers: self.len() });
         }
@@ -396,7 +398,7 @@ impl CachedLayers {
             let end = start + shape.size_bytes(dtype).unwrap_or(0);
             TensorView::trusted(dtype, shape, bytes.get(start..end).unwrap_or_default())
         };
-        match self.pin.spec(layer) {
+        match self.pin.spec(layer).filter(|_| self.pin.check().is_ok()) {
             Some(spec) => (view(spec.k, 0), view(spec.v, spec.v_start().unwrap_or(0))),
             None => (TensorView::empty(), TensorView::empty()),
         }
@@ -502,10 +504,14 @@ fn offset(address: NonNull<u8>, bytes: usize) -> Option<NonNull<u8>> {
     NonNull::new(address.as_ptr().wrapping_add(bytes))
 }
 
-fn copy_to(bytes: &mut [u8], start: usize, from: &[u8]) {
-    if let Some(to) = bytes.get_mut(start..start + from.len()) {
-        to.copy_from_slice(from);
+/// In steps, so that it can be stopped.
+fn copy_to(pending: &mut Pending, start: usize, from: &[u8], copied: &mut Copied) -> Result<()> {
+    for (step, from) in from.chunks(Copied::STEP_BYTES).enumerate() {
+        let start = start + step * Copied::STEP_BYTES;
+        pending.part_mut(start..start + from.len()).copy_from_slice(from);
+        copied.add(from.len())?;
     }
+    Ok(())
 }
 
 fn checked_layer(layer: usize) -> Result<u32> {

@@ -13,6 +13,8 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use crate::process::Process;
+
 /// Requests that may wait to be written.
 const QUEUE: usize = 1024;
 /// Of a block's hash, so many bits are its number: JSON's numbers are exact up to here, and two of
@@ -26,6 +28,7 @@ pub struct TraceRecorder {
     writer: Mutex<Option<JoinHandle<()>>>,
     counts: Arc<Counts>,
     started_ms: AtomicU64,
+    process: Process,
 }
 
 #[derive(Debug, Default)]
@@ -59,7 +62,7 @@ impl TraceRecorder {
             .name("kvkeep-trace".to_owned())
             .spawn(move || write_all(BufWriter::new(file), &receiver, &counting))?;
         let (queue, writer) = (Mutex::new(Some(sender)), Mutex::new(Some(writer)));
-        Ok(Self { queue, writer, counts, started_ms: AtomicU64::new(u64::MAX) })
+        Ok(Self { queue, writer, counts, started_ms: AtomicU64::new(u64::MAX), process: Process::current() })
     }
 
     /// Requests written so far.
@@ -76,6 +79,10 @@ impl TraceRecorder {
 
     /// Writes what waits and ends the trace; later requests are lost.
     pub fn finish(&self) {
+        // A child of the process that made it has no such thread.
+        if !self.process.is_current() {
+            return;
+        }
         self.queue.lock().unwrap_or_else(PoisonError::into_inner).take();
         let writer = self.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
         if let Some(writer) = writer {

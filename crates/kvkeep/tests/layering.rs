@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 
 /// Lower ranks first; modules of one rank do not use each other.
 const RANKS: &[&[&str]] = &[
-    &["sync", "clock", "tensor", "record"],
-    &["error"],
+    &["sync", "clock", "tensor", "process"],
+    &["error", "record"],
     &["stats", "layout", "eviction"],
     &["key"],
     &["namespaces"],

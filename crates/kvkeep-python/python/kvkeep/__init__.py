@@ -43,8 +43,8 @@ from kvkeep._simple import SimpleKVCache
 from kvkeep._stats import DiskStats, Stats
 from kvkeep._tokens import KVCache, Match, Missing, Namespace
 
-# So that a child that is born by fork gets a clear error instead of a locked lock.
-_os.register_at_fork(before=_kvkeep.before_fork, after_in_child=_kvkeep.after_fork_in_child)
+# So that what a child sees of a result keeps its bytes.
+_os.register_at_fork(before=_kvkeep.before_fork)
 
 __all__ = [
     "BlockOutOfRangeError",

@@ -7,14 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvkeep._disk import DiskWrite, raw_disk
-from kvkeep._errors import DeviceError, UnsupportedTensorError
+from kvkeep._errors import DeviceError
 from kvkeep._kvkeep import NamedCache, Outcome
-from kvkeep._tensors import lend
 
 if TYPE_CHECKING:
     import torch
 
-    from kvkeep._tensors import RawTensor, Tensor
+    from kvkeep._tensors import Tensor
 
 
 class SimpleKVCache(NamedCache):
@@ -113,18 +112,8 @@ class SimpleKVCache(NamedCache):
 
         Otherwise as `cache_kv`. Raises `ZeroLayersError` too.
         """
-        layers: list[tuple[int, RawTensor, RawTensor]] = []
-        kinds: set[int] = set()
-        alive: list[object] = []
-        for layer, (k, v) in kv_dict.items():
-            k_kind, raw_k, k_alive = lend(k)
-            v_kind, raw_v, v_alive = lend(v)
-            layers.append((layer, raw_k, raw_v))
-            kinds |= {k_kind, v_kind}
-            alive += (k_alive, v_alive)
-        if len(kinds) > 1:
-            raise UnsupportedTensorError("torch tensors and numpy arrays in one call: give one kind")
-        return self._store(prefix, layers, max(kinds, default=0), ttl_seconds, compute_seconds)
+        layers = [(layer, k, v) for layer, (k, v) in kv_dict.items()]
+        return self._store(prefix, layers, ttl_seconds, compute_seconds)
 
     def print_stats(self) -> None:
         """Prints counters and sizes."""

@@ -1,10 +1,11 @@
-"""Tensors of numpy and torch as the extension takes them: address, dtype code, shape.
+"""Tensors of numpy and torch as the extension takes them. Arrays of numpy it asks itself.
 
 Torch is never imported from here unless a tensor of it was given.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,10 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     Tensor: TypeAlias = np.ndarray[Any, Any] | torch.Tensor
-
-RawTensor: TypeAlias = tuple[int, int, tuple[int, ...]]
-
-NUMPY, TORCH = 0, 1
 
 _CODES: Mapping[str, int] = {name: code for code, name in enumerate(DTYPES)}
 """kvkeep's dtype names to their codes."""
@@ -44,7 +41,6 @@ _NAMES: Mapping[str, str] = {
 _FULL_NAMES: Mapping[str, str] = {short: name for name, short in _NAMES.items()}
 
 # Filled as dtypes are met: a look-up by dtype object is all that a call pays.
-_numpy_codes: dict[Any, int] = {}
 _torch_codes: dict[Any, int] = {}
 
 
@@ -92,51 +88,64 @@ def numpy_dtype(code: int) -> np.dtype[Any]:
     return np.dtype(name)
 
 
-def lend(tensor: Tensor) -> tuple[int, RawTensor, object]:
-    """Kind, raw form, and what must stay alive while the raw form is used: the tensor itself,
-    or a contiguous copy on the CPU.
+def lend_torch(tensor: Any, write: bool, new: bool) -> tuple[int, int, tuple[int, ...], object]:
+    """Address, dtype code, shape, and the storage that owns the memory: of the tensor itself or, to be read, of a
+    contiguous copy on the CPU. While the storage is held the memory stays where it is, whatever becomes of the tensor:
+    it is no longer resizable, as after `Tensor.numpy`, unless nobody else has it (`new`, or a copy).
 
-    Raises `UnsupportedTensorError`.
+    Raises `UnsupportedTensorError` for anything else, and for what cannot be read, or written in place.
     """
-    if is_torch(tensor):
-        return TORCH, *_lend_torch(tensor)
-    if isinstance(tensor, np.ndarray):
-        array = np.ascontiguousarray(tensor) if tensor.ndim else tensor
-        return NUMPY, (array.ctypes.data, _numpy_code(array), array.shape), array
-    raise UnsupportedTensorError(f"a {type(tensor).__name__} is no tensor: give a torch tensor or a numpy array")
-
-
-def lend_to_write(tensor: Tensor) -> RawTensor:
-    """The raw form of a tensor that is to be written, in place.
-
-    Raises `UnsupportedTensorError` if it is not contiguous, not on the CPU or read-only.
-    """
-    if is_torch(tensor):
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():  # type: ignore[union-attr]
-            raise UnsupportedTensorError("a tensor to be written must be contiguous and on the CPU")
-        return _lend_torch(tensor)[0]
-    if not isinstance(tensor, np.ndarray):
+    if not is_torch(tensor):
         raise UnsupportedTensorError(f"a {type(tensor).__name__} is no tensor: give a torch tensor or a numpy array")
-    if not tensor.flags.c_contiguous or not tensor.flags.writeable:
-        raise UnsupportedTensorError("an array to be written must be contiguous and writeable")
-    return tensor.ctypes.data, _numpy_code(tensor), tensor.shape
-
-
-def _lend_torch(tensor: Any) -> tuple[RawTensor, object]:
     code = _torch_codes.get(tensor.dtype)
     if code is None:
-        code = _torch_codes[tensor.dtype] = dtype_code(tensor.dtype)
-    if tensor.layout is not sys.modules["torch"].strided:
-        raise UnsupportedTensorError(f"a tensor of layout {tensor.layout} is not kept: make it dense")
-    if tensor.device.type != "cpu" or tensor.is_neg() or tensor.is_conj() or not tensor.is_contiguous():
-        tensor = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous()
-    return (tensor.data_ptr(), code, tuple(tensor.shape)), tensor
+        code = _torch_code(tensor)
+    if tensor.layout is not _torch().strided:
+        raise UnsupportedTensorError(f"a tensor of layout {tensor.layout} is not kept: make it dense with to_dense()")
+    if tensor.device.type == "meta":
+        raise UnsupportedTensorError(
+            "a tensor on the device meta has no data: it is offloaded or was never loaded; give one that is on the "
+            "CPU or a GPU"
+        )
+    if write:
+        _check_writable(tensor)
+    elif tensor.device.type != "cpu" or tensor.is_neg() or tensor.is_conj() or not tensor.is_contiguous():
+        tensor, new = tensor.detach().to("cpu").resolve_conj().resolve_neg().contiguous(), True
+    try:
+        storage = tensor.untyped_storage()
+        if not new and storage.resizable():
+            # The way to say so that torch has: a numpy array over the storage, here of no elements.
+            _torch().empty(0, dtype=_torch().uint8).set_(storage, 0, (0,)).numpy()
+        offset, shape = tensor.storage_offset() * tensor.itemsize, tuple(tensor.shape)
+        address, size = storage.data_ptr() + offset, offset + math.prod(shape) * tensor.itemsize
+    except (RuntimeError, NotImplementedError, AttributeError) as error:
+        raise UnsupportedTensorError(
+            f"a {type(tensor).__name__} without plain memory is not kept: give a plain tensor ({error})"
+        ) from error
+    if size > storage.nbytes():
+        raise UnsupportedTensorError("the tensor's memory was taken away: its storage is smaller than its shape says")
+    return address, code, shape, storage
 
 
-def _numpy_code(array: np.ndarray[Any, Any]) -> int:
-    code = _numpy_codes.get(array.dtype)
-    if code is None:
-        if not array.dtype.isnative:
-            raise UnsupportedTensorError("a byte-swapped array is not kept: convert it to native byte order")
-        code = _numpy_codes[array.dtype] = dtype_code(array.dtype)
+def _check_writable(tensor: Any) -> None:
+    """Raises `UnsupportedTensorError` for a tensor that cannot be written in place."""
+    if tensor.device.type != "cpu":
+        problem = f"on the CPU, and this one is on {tensor.device}: load into one there and copy it over"
+    elif not tensor.is_contiguous() or tensor.is_neg() or tensor.is_conj():
+        problem = "contiguous: load into one of its own and copy from there"
+    elif tensor.requires_grad:
+        problem = "free of gradients, which writing would make wrong: give tensor.detach()"
+    else:
+        return
+    raise UnsupportedTensorError(f"a tensor to be written must be {problem}")
+
+
+def _torch_code(tensor: Any) -> int:
+    if tensor.is_quantized:
+        raise UnsupportedTensorError(f"a quantised tensor ({tensor.dtype}) is not kept: give tensor.dequantize()")
+    code = _torch_codes[tensor.dtype] = dtype_code(tensor.dtype)
     return code
+
+
+def _torch() -> Any:
+    return sys.modules["torch"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -14,12 +15,12 @@ from kvkeep._disk import DiskWrite, raw_disk
 from kvkeep._errors import LayoutError, TokenIdError
 from kvkeep._kvkeep import DTYPES
 from kvkeep._stats import Stats
-from kvkeep._tensors import dtype_code, is_torch, lend, lend_to_write, numpy_dtype, torch_dtype
+from kvkeep._tensors import dtype_code, is_torch, numpy_dtype, torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
-    from kvkeep._tensors import RawTensor, Tensor
+    from kvkeep._tensors import Tensor
 
     Tokens: TypeAlias = Sequence[int] | np.ndarray[Any, Any] | torch.Tensor
     Layers: TypeAlias = Sequence[tuple[Tensor, Tensor]]
@@ -36,6 +37,8 @@ class Namespace:
     - `block_tokens`: tokens in a block, the unit that is stored and found.
     - `order`: a layer's K and V are `[tokens, kv_heads, head_dim]` (`"token_head"`) or
       `[kv_heads, tokens, head_dim]` (`"head_token"`, as transformers has them).
+
+    Two with equal parts are equal. It can be copied and pickled.
 
     Raises `LayoutError`, `SizeOverflowError`, `UnsupportedTensorError`.
     """
@@ -66,9 +69,8 @@ class Namespace:
         )  # fmt: skip
         self.k_head_dim, self.v_head_dim = dims[2], dims[3]
         self.dtype_code = dtype_code(dtype)
-        self.raw = _kvkeep.Namespace(
-            model, dims, self.dtype_code, order == "head_token", (revision, engine, lora, salt)
-        )
+        self._parts = (revision, engine, lora, salt)
+        self.raw = _kvkeep.Namespace(model, dims, self.dtype_code, order == "head_token", self._parts)
 
     @property
     def id(self) -> str:
@@ -90,6 +92,22 @@ class Namespace:
         if self.order == "head_token":
             return (self.kv_heads, tokens, head_dim)
         return (tokens, self.kv_heads, head_dim)
+
+    def __eq__(self, other: object) -> bool:
+        return self.id == other.id if isinstance(other, Namespace) else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.id)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For `copy` and `pickle`. The salt goes along: who has the bytes has the tenant's secret."""
+        revision, engine, lora, salt = self._parts
+        rest = {
+            "layers": self.layers, "kv_heads": self.kv_heads, "head_dim": self.k_head_dim, "dtype": self.dtype,
+            "v_head_dim": self.v_head_dim, "block_tokens": self.block_tokens, "order": self.order,
+            "revision": revision, "engine": engine, "lora": lora, "salt": salt,
+        }  # fmt: skip
+        return functools.partial(type(self), self.model, **rest), ()
 
     def __repr__(self) -> str:
         return (
@@ -126,14 +144,14 @@ class Match:
         Raises `ZeroLayersError`, `LayerOutOfRangeError`, `DTypeMismatchError`, `ShapeMismatchError`,
         `UnsupportedTensorError`, `OverlapError`, `ClosedError`; then nothing was written.
         """
-        self._raw.load(first_layer, [(lend_to_write(k), lend_to_write(v)) for k, v in into])
+        self._raw.load(first_layer, [(k, v) for k, v in into], False)
 
     def to_numpy(self, room_tokens: int | None = None) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
         """New arrays with the matched K and V of every layer, contiguous, with room for `room_tokens`
         tokens (as many as matched if None; what is not matched is not set)."""
         dtype = numpy_dtype(self.namespace.dtype_code)
         layers = self._new(lambda shape: np.empty(shape, dtype), room_tokens)
-        self.load(layers)
+        self._raw.load(0, layers, True)
         return layers
 
     def to_torch(
@@ -144,7 +162,7 @@ class Match:
 
         dtype = torch_dtype(self.namespace.dtype)
         layers = self._new(lambda shape: torch.empty(shape, dtype=dtype, pin_memory=pin_memory), room_tokens)
-        self.load(layers)
+        self._raw.load(0, layers, True)
         return layers
 
     def close(self) -> None:
@@ -248,12 +266,12 @@ class KVCache:
         Raises `EmptyTokensError`, `TokenIdError`.
         """
         ids = token_ids(tokens)
-        return Match(self._raw.lookup(namespace.raw, _raw_tokens(ids)), namespace)
+        return Match(self._raw.lookup(namespace.raw, ids), namespace)
 
     def pin(self, namespace: Namespace, tokens: Tokens) -> Match:
         """As `lookup`, but not a request: keeps a prefix, such as a system prompt, until it is closed."""
         ids = token_ids(tokens)
-        return Match(self._raw.pin(namespace.raw, _raw_tokens(ids)), namespace)
+        return Match(self._raw.pin(namespace.raw, ids), namespace)
 
     def store(
         self,
@@ -275,10 +293,8 @@ class KVCache:
         `ShapeMismatchError`, `UnsupportedTensorError`; then nothing was stored.
         """
         ids = token_ids(tokens)
-        raw, _alive = _lend_layers(layers)
-        return self._raw.store(
-            namespace.raw, _raw_tokens(ids), first_token, raw, ttl_seconds, compute_seconds
-        )
+        pairs = [(k, v) for k, v in layers]
+        return self._raw.store(namespace.raw, ids, first_token, pairs, ttl_seconds, compute_seconds)
 
     def get_or_prefill(
         self, namespace: Namespace, tokens: Tokens, prefill: Callable[[Missing], Layers | None]
@@ -303,13 +319,13 @@ class KVCache:
                 if missing.cached is not None:
                     missing.cached.close()
 
-        return Match(self._raw.get_or_prefill(namespace.raw, _raw_tokens(ids), run), namespace)
+        return Match(self._raw.get_or_prefill(namespace.raw, ids, run), namespace)
 
     def remove(self, namespace: Namespace, tokens: Tokens) -> int:
         """Removes the blocks of this prompt; returns how many. Blocks of longer prompts that begin with
         it can then no longer be found either, and age out."""
         ids = token_ids(tokens)
-        return self._raw.remove(namespace.raw, _raw_tokens(ids))
+        return self._raw.remove(namespace.raw, ids)
 
     def clear(self, namespace: Namespace | None = None) -> int:
         """Removes everything in a namespace, or everything; returns how many blocks."""
@@ -319,7 +335,7 @@ class KVCache:
         """Begins to bring a prompt's blocks from the disk into RAM, as far as that is worth it, and does
         not wait: for a request that is known to come. Returns of how many tokens; 0 without a disk tier."""
         ids = token_ids(tokens)
-        return self._raw.prefetch(namespace.raw, _raw_tokens(ids))
+        return self._raw.prefetch(namespace.raw, ids)
 
     def flush(self) -> None:
         """Makes everything stored so far durable: after a crash it is there, unless it was evicted,
@@ -365,17 +381,4 @@ def token_ids(tokens: Any) -> np.ndarray[Any, np.dtype[np.uint32]]:
         if int(ids.min()) < 0 or int(ids.max()) >= 2**32:
             raise TokenIdError("token ids must be from 0 to 2**32 - 1")
         ids = ids.astype(np.uint32)
-    return np.ascontiguousarray(ids)
-
-
-def _raw_tokens(ids: np.ndarray[Any, np.dtype[np.uint32]]) -> tuple[int, int]:
-    return ids.ctypes.data, ids.size
-
-
-def _lend_layers(layers: Iterable[tuple[Tensor, Tensor]]) -> tuple[list[tuple[RawTensor, RawTensor]], list[object]]:
-    raw, alive = [], []
-    for k, v in layers:
-        (_, raw_k, k_alive), (_, raw_v, v_alive) = lend(k), lend(v)
-        raw.append((raw_k, raw_v))
-        alive += [k_alive, v_alive]
-    return raw, alive
+    return np.require(ids, requirements=("C", "A"))

@@ -5,6 +5,7 @@
 //! can be found cannot be written. Both give their pages back when dropped.
 
 use std::fmt;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -46,6 +47,17 @@ impl Pending {
         }
     }
 
+    /// A part of them. Huge pages are asked for only where it lies.
+    ///
+    /// # Panics
+    /// If it does not lie in them.
+    pub(crate) fn part_mut(&mut self, part: Range<usize>) -> &mut [u8] {
+        match &mut self.extent {
+            Some(extent) => self.shared.arena.part_mut(extent, part),
+            None => &mut [],
+        }
+    }
+
     /// Clears what lies behind the payload: it was somebody else's, and goes to the disk with it.
     pub(super) fn clear_from(&mut self, bytes: usize) {
         if let Some(rest) = self.bytes_mut().get_mut(bytes..) {
@@ -60,7 +72,9 @@ impl Pending {
 
 impl Drop for Pending {
     fn drop(&mut self) {
-        if let Some(extent) = self.extent.take() {
+        if let Some(extent) = self.extent.take()
+            && self.shared.process.is_current()
+        {
             self.shared.state.lock().abandon(extent);
         }
     }
@@ -76,13 +90,23 @@ impl Pin {
     }
 
     /// The pages of the object at `position`: at least as many bytes as were stored.
+    /// Nothing in a child of the process that made it: there the pages may become others'.
     pub(crate) fn bytes(&self, position: usize) -> &[u8] {
+        if !self.shared.process.is_current() {
+            return &[];
+        }
         self.held.get(position).map_or(&[], |held| self.shared.arena.bytes(&held.grant))
     }
 
     /// What the two tensors of a named object look like.
     pub(crate) fn spec(&self, position: usize) -> Option<&PairSpec> {
         self.held.get(position)?.spec.as_deref()
+    }
+
+    /// # Errors
+    /// [`Error::Forked`] in a child of the process that made it.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.shared.check()
     }
 
     pub(super) fn held(&self) -> &[Held] {
@@ -98,6 +122,9 @@ impl Pin {
     pub(crate) fn truncate(&mut self, len: usize) {
         if len < self.held.len() {
             let rest = self.held.split_off(len);
+            if !self.shared.process.is_current() {
+                return;
+            }
             self.shared.state.lock().release(rest);
         }
     }
@@ -106,6 +133,7 @@ impl Pin {
 impl Pin {
     /// Private memory for what is pinned; the cost does not depend on its size.
     pub(crate) fn into_private(self) -> Result<PrivatePin> {
+        self.check()?;
         let grants: Vec<_> = self.held.iter().map(|held| &held.grant).collect();
         let pages = || grants.iter().map(|grant| grant.pages()).sum();
         let views = self.shared.arena.private_views(&grants);
@@ -132,6 +160,9 @@ impl PrivatePin {
 
 impl Drop for PrivatePin {
     fn drop(&mut self) {
+        if !self.pin.shared.process.is_current() {
+            return;
+        }
         // Before the pin goes: from then on the pages may be written again.
         self.views.drain(..).for_each(|view| self.pin.shared.arena.give_back(view));
     }
@@ -139,7 +170,7 @@ impl Drop for PrivatePin {
 
 impl Drop for Pin {
     fn drop(&mut self) {
-        if !self.held.is_empty() {
+        if !self.held.is_empty() && self.shared.process.is_current() {
             self.shared.state.lock().release(std::mem::take(&mut self.held));
         }
     }

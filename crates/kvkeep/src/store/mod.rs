@@ -9,6 +9,7 @@
 //! and a lookup of 512 blocks takes one lock 512 times over instead of once.
 
 mod gate;
+mod give_back;
 mod guard;
 mod readers;
 pub(crate) mod state;
@@ -29,6 +30,7 @@ use crate::eviction::Place;
 use crate::index::NEVER;
 use crate::key::{Namespace, NamespaceId, ObjectKey, PrefixHash};
 use crate::namespaces::NamespaceUsage;
+use crate::process::Process;
 use crate::record::TraceRecorder;
 use crate::stats::Stats;
 use crate::sync::Mutex;
@@ -36,6 +38,7 @@ use crate::tensor::PairSpec;
 use crate::tier::disk::Disk;
 use crate::tier::ram::{self, Arena};
 
+use give_back::GiveBack;
 pub(crate) use guard::{Pending, Pin, PrivatePin};
 pub(crate) use state::{Request, Wanted};
 use state::{State, Written};
@@ -63,6 +66,9 @@ pub(crate) struct Shared {
     clock: Arc<dyn Clock>,
     default_ttl: Option<Duration>,
     recorder: Option<Arc<TraceRecorder>>,
+    /// The one that may use it.
+    process: Process,
+    given_back: GiveBack,
 }
 
 /// What was taken out of the cache.
@@ -120,6 +126,14 @@ pub(crate) enum OnPresent {
     Keep,
 }
 
+impl Shared {
+    /// # Errors
+    /// [`Error::Forked`] in a child of the process that made it.
+    fn check(&self) -> Result<()> {
+        if self.process.is_current() { Ok(()) } else { Err(Error::Forked) }
+    }
+}
+
 impl Store {
     /// Opens a store. Address space is reserved now, memory is committed as it is used. A disk
     /// tier is read as far as it takes to know what is there.
@@ -136,14 +150,27 @@ impl Store {
             clock: config.clock,
             default_ttl: config.ttl,
             recorder: config.recorder,
+            process: Process::current(),
+            given_back: GiveBack::default(),
         });
         let tiering = config.disk.map(|disk| Tiering::open(&disk, config.capacity_bytes, &shared).map(Arc::new));
         Ok(Self { tiering: tiering.transpose()?, shared })
     }
 
-    /// Counters and sizes as of now. Sweeps what has expired first.
+    /// This store, in the process that made it.
+    ///
+    /// # Errors
+    /// [`Error::Forked`] in a child: see [`Process`].
+    pub(crate) fn here(&self) -> Result<&Self> {
+        self.shared.check().map(|()| self)
+    }
+
+    /// Counters and sizes as of now; all zero in a child of the process that made it. Sweeps what has expired first.
     #[must_use]
     pub fn stats(&self) -> Stats {
+        if self.here().is_err() {
+            return Stats::default();
+        }
         let now_ms = self.now_ms();
         let stats = {
             let mut state = self.shared.state.lock();
@@ -158,6 +185,9 @@ impl Store {
     /// go, so it costs no more than there are namespaces.
     #[must_use]
     pub fn usage(&self) -> Vec<NamespaceUsage> {
+        if self.here().is_err() {
+            return Vec::new();
+        }
         let mut usage = BTreeMap::new();
         for (id, entries, bytes) in self.shared.state.lock().index().namespaces().usage() {
             let of = usage.entry(id).or_insert_with(|| NamespaceUsage::none(id));
@@ -175,9 +205,9 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::NoDisk`] without a disk tier, [`Error::Disk`] if it fails: then some of it may
-    /// be lost in a crash.
+    /// be lost in a crash; [`Error::Forked`] in a child of the process that made it.
     pub fn flush(&self) -> Result<()> {
-        self.tiering.as_ref().ok_or(Error::NoDisk)?.flush()
+        self.here()?.tiering.as_ref().ok_or(Error::NoDisk)?.flush()
     }
 
     /// Flushes a disk tier and ends the use of this clone; the last one to go leaves a clean
@@ -185,28 +215,38 @@ impl Store {
     /// what goes wrong.
     ///
     /// # Errors
-    /// [`Error::Disk`] if it fails: then some of what was stored may not be on the disk.
+    /// [`Error::Disk`] if it fails: then some of what was stored may not be on the disk; [`Error::Forked`] in a
+    /// child of the process that made it, where nothing happens to it.
     pub fn close(self) -> Result<()> {
-        match &self.tiering {
+        match &self.here()?.tiering {
             Some(tiering) => tiering.flush(),
             None => Ok(()),
         }
     }
 
-    /// Removes everything. What is pinned can no longer be found and is freed with its last pin.
+    /// Removes everything, and gives the memory back to the system. What is pinned can no longer be found and is
+    /// freed with its last pin.
     pub fn clear(&self) -> Removed {
-        self.change(
+        if self.here().is_err() {
+            return Removed::default();
+        }
+        let removed = self.change(
             |_, _| true,
             |state, disk| {
                 let (removed, below) = (state.remove_where(|_| true), disk.map_or(0, |disk| disk.clear(None)));
                 Removed { entries: removed.entries.max(below), ..removed }
             },
-        )
+        );
+        self.shared.give_back();
+        removed
     }
 
     /// Drops everything whose TTL has run out and says how many entries of the RAM tier that
     /// were. Stores and [`Store::stats`] do it by themselves; a quiet cache may want a timer.
     pub fn sweep(&self) -> u64 {
+        if self.here().is_err() {
+            return 0;
+        }
         let now_ms = self.now_ms();
         if let Some(tiering) = &self.tiering {
             tiering.disk().sweep();
@@ -216,7 +256,10 @@ impl Store {
 
     /// Removes all entries of one namespace.
     pub(crate) fn clear_namespace(&self, id: NamespaceId) -> Removed {
-        self.change(
+        if self.here().is_err() {
+            return Removed::default();
+        }
+        let removed = self.change(
             |_, namespace| namespace == id,
             |state, disk| {
                 let removed = match state.index().namespaces().known(id) {
@@ -226,7 +269,9 @@ impl Store {
                 let below = disk.map_or(0, |disk| disk.clear(Some(id)));
                 Removed { entries: removed.entries.max(below), ..removed }
             },
-        )
+        );
+        self.shared.give_back();
+        removed
     }
 
     /// Removes these keys; says for each whether it was there.
@@ -378,9 +423,10 @@ impl Store {
     /// Pages for each of `sizes_bytes`, all or nothing.
     pub(crate) fn reserve_all(&self, namespace: NamespaceId, sizes_bytes: &[usize]) -> Result<Vec<Pending>, Rejection> {
         let now_ms = self.now_ms();
+        let gave_back = self.shared.given_back.times();
         let mut reserved = self.shared.state.lock().reserve_all(namespace, sizes_bytes, now_ms);
         for _ in 0..WAYS {
-            if !matches!(reserved, Err(Rejection::AllPinned { .. })) || !self.make_way() {
+            if !matches!(reserved, Err(Rejection::AllPinned { .. })) || !self.make_way(gave_back) {
                 break;
             }
             reserved = self.shared.state.lock().reserve_all(namespace, sizes_bytes, now_ms);
@@ -392,9 +438,10 @@ impl Store {
     /// Pins what is there of a chain and makes room for the rest, head first. What is
     /// missing before the first position given cannot be written and ends it.
     pub(crate) fn reserve(&self, namespace: NamespaceId, keys: &[ObjectKey], wanted: Wanted) -> Reserved {
+        let gave_back = self.shared.given_back.times();
         let mut reserved = self.try_reserve(namespace, keys, wanted);
         for _ in 0..WAYS {
-            if !matches!(reserved.rejection, Some(Rejection::AllPinned { .. })) || !self.make_way() {
+            if !matches!(reserved.rejection, Some(Rejection::AllPinned { .. })) || !self.make_way(gave_back) {
                 break;
             }
             drop(reserved);
@@ -486,9 +533,11 @@ impl Store {
         }
     }
 
-    /// Queued writes pin pages that are needed now.
-    fn make_way(&self) -> bool {
-        self.tiering.as_ref().is_some_and(|tiering| tiering.make_way())
+    /// Queued writes pin pages that are needed now, and so does giving memory back, if any has been under way since
+    /// it was done so many times.
+    fn make_way(&self, gave_back: u64) -> bool {
+        let gave_back = self.shared.given_back.wait_since(gave_back);
+        self.tiering.as_ref().is_some_and(|tiering| tiering.make_way()) || gave_back
     }
 
     fn now_ms(&self) -> u64 {

@@ -21,7 +21,7 @@ use crate::index::{Entry, Index, NEVER};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::stats::Stats;
 use crate::tensor::PairSpec;
-use crate::tier::ram::{Extent, PAGE_BYTES, Pages, ReadGrant, page_bytes};
+use crate::tier::ram::{Arena, Extent, PAGE_BYTES, Pages, ReadGrant, page_bytes};
 
 /// What a lookup counts as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -239,6 +239,13 @@ impl State {
         self.held_pages -= extent.pages();
         // A pending extent has no readers, so this cannot be refused.
         let _ = self.pages.free(extent);
+    }
+
+    /// Free pages at or behind `from` with memory that can be given back to the system: to be abandoned again.
+    pub(super) fn take_committed(&mut self, from: u32, arena: &Arena) -> Option<Extent> {
+        let extent = self.pages.take_committed(from, arena)?;
+        self.held_pages += extent.pages();
+        Some(extent)
     }
 
     /// Room for each size, or for none.

@@ -50,7 +50,15 @@ impl Lab {
         let (arena, pages) = ram::reserve(ram_pages * PAGE).unwrap();
         let clock: Arc<dyn Clock> = self.clock.clone();
         let state = Mutex::new(State::new(pages, crate::PolicyKind::default(), &[]));
-        let shared = Arc::new(Shared { state, arena, clock: Arc::clone(&clock), default_ttl: None, recorder: None });
+        let shared = Arc::new(Shared {
+            state,
+            arena,
+            clock: Arc::clone(&clock),
+            default_ttl: None,
+            recorder: None,
+            process: Process::current(),
+            given_back: GiveBack::default(),
+        });
         let queue_bytes = self.config.queue_bytes.unwrap_or(ram_pages * PAGE / 8);
         let options = Options {
             dir: &self.config.dir,

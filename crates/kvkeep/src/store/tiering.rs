@@ -258,7 +258,9 @@ impl Tiering {
         let (disk, loads, models) = (Arc::clone(&self.disk), Arc::clone(&self.loads), Arc::clone(&self.models));
         let (load, shared) = (Arc::clone(load), Arc::clone(&self.shared));
         self.readers.submit(Box::new(move || {
-            let header = disk.read(&key, &found, pending.bytes_mut());
+            let mut header = disk.read(&key, &found, pending.bytes_mut());
+            // The index knows better than the record, which may be from under a wrong clock.
+            header.iter_mut().for_each(|header| header.meta.expires_at_ms = found.slot.expires_at_ms);
             // In this order: the load, and the pages that it pins, are let go of first.
             let landing = Landing::new(&loads);
             let load = load;
@@ -393,6 +395,10 @@ impl Drop for Tiering {
     /// What is in RAM is written first: after a restart the cache is as warm as it was. A disk
     /// that hangs is left to itself.
     fn drop(&mut self) {
+        // A child has none of the threads, and the directory is its parent's.
+        if !self.shared.process.is_current() {
+            return;
+        }
         let (flushed, closed) = (self.flush(), self.disk.close());
         if let Err(error) = flushed.and(closed) {
             tracing::warn!(%error, "the disk tier was not closed cleanly");

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags};
 
 use super::format::PAGE_BYTES;
+use crate::process::{NotInherited, Process, not_inherited};
 
 const LOCK: &str = "LOCK";
 
@@ -130,7 +131,26 @@ pub(crate) struct Directory {
     path: PathBuf,
     fd: OwnedFd,
     /// Held until the process ends or this value goes.
-    _lock: Option<File>,
+    _lock: Option<Lock>,
+}
+
+/// A lock on a directory: that of an open file. Children of this process inherit open files and would hold the
+/// lock with it for as long as they live, so they let go of the file, and what they may still have of it is unlocked.
+#[derive(Debug)]
+struct Lock {
+    file: File,
+    kept: Option<NotInherited>,
+    process: Process,
+}
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        // A child must not unlock what is its parent's.
+        if self.process.is_current() {
+            drop(self.kept.take());
+            let _ = rustix::fs::flock(&self.file, FlockOperation::Unlock);
+        }
+    }
 }
 
 impl Directory {
@@ -163,7 +183,7 @@ fn create_private_dir(path: &Path) -> io::Result<()> {
 
 /// Takes the lock and writes this process's id into it. A reader of a directory without
 /// a lock file, which it may be unable to make, goes without.
-fn lock(dir: &OwnedFd, access: Access) -> Result<Option<File>, OpenError> {
+fn lock(dir: &OwnedFd, access: Access) -> Result<Option<Lock>, OpenError> {
     let (flags, operation) = match access {
         Access::Exclusive => (OFlags::RDWR | OFlags::CREATE, FlockOperation::NonBlockingLockExclusive),
         Access::ReadOnly => (OFlags::RDONLY, FlockOperation::NonBlockingLockShared),
@@ -184,7 +204,8 @@ fn lock(dir: &OwnedFd, access: Access) -> Result<Option<File>, OpenError> {
         file.set_len(0)?;
         let _ = write!(file, "{}", std::process::id());
     }
-    Ok(Some(file))
+    let kept = not_inherited(file.as_fd());
+    Ok(Some(Lock { file, kept, process: Process::current() }))
 }
 
 /// Is what was opened a directory or a link, and so no file of ours?

@@ -35,6 +35,7 @@ use std::time::Duration;
 use crate::clock::Clock;
 use crate::error::{Error, Result};
 use crate::key::{NamespaceId, ObjectKey};
+use crate::process::Process;
 use crate::stats::DiskStats;
 use crate::sync::{Mutex, thread};
 
@@ -65,6 +66,7 @@ pub(crate) struct Disk {
     flush_timeout: Duration,
     writer: Mutex<Option<thread::JoinHandle<()>>>,
     bad_reads: std::sync::atomic::AtomicU32,
+    process: Process,
 }
 
 /// How a tier is opened.
@@ -121,7 +123,15 @@ impl Disk {
         let log = recover::open(backend, cipher.clone(), capacity_bytes, &shared)
             .map_err(|refusal| refused(dir, "open", refusal))?;
         let writer = writer::spawn(log, opener, at_once_bytes, Arc::clone(&shared));
-        Ok(Self { shared, cipher, queue_bytes, flush_timeout, writer: Mutex::new(Some(writer)), bad_reads: 0.into() })
+        Ok(Self {
+            shared,
+            cipher,
+            queue_bytes,
+            flush_timeout,
+            writer: Mutex::new(Some(writer)),
+            bad_reads: 0.into(),
+            process: Process::current(),
+        })
     }
 
     /// Says who knows what is in RAM: that is hot, and kept when its segment goes.
@@ -337,6 +347,9 @@ impl Disk {
     /// nothing is taken any more. A writer that hangs is left to itself: it does the same when the
     /// disk is back, if the process is still there.
     pub(crate) fn close(&self) -> Result<()> {
+        if !self.process.is_current() {
+            return Ok(());
+        }
         let Some(writer) = self.writer.lock().take() else { return Ok(()) };
         let closed = self.ask("close", Op::Close);
         if !self.hangs() {

@@ -157,8 +157,9 @@ impl<'a> Opening<'a> {
         let number = state.index.add_segment(Arc::clone(segment)).ok_or(io::ErrorKind::StorageFull)?;
         state.index.reserve(records.entries.len());
         for (page, meta) in &records.entries {
+            let meta = RecordMeta { expires_at_ms: meta.expires_at_ms(now_ms), ..*meta };
             match meta.kind {
-                Kind::Block | Kind::Named if meta.expires_at_ms > now_ms => state.index.insert(meta, number, *page, 0),
+                Kind::Block | Kind::Named if meta.expires_at_ms > now_ms => state.index.insert(&meta, number, *page, 0),
                 // An expired one still replaces what was before it.
                 Kind::Block | Kind::Named | Kind::Removal => drop(state.index.remove(&meta.key)),
                 Kind::NamespaceCleared => drop(state.index.remove_namespace(meta.namespace)),

@@ -13,6 +13,7 @@
 #![expect(unsafe_code, reason = "the mapping is raw memory; see the rules above")]
 
 use std::io;
+use std::ops::Range;
 use std::ptr::NonNull;
 use std::slice;
 
@@ -97,8 +98,16 @@ impl Arena {
 
     /// The bytes of an extent that is being written.
     pub(crate) fn bytes_mut<'a>(&'a self, extent: &'a mut Extent) -> &'a mut [u8] {
+        let bytes = extent.pages as usize * PAGE_BYTES;
+        self.part_mut(extent, 0..bytes)
+    }
+
+    /// A part of the bytes of an extent that is being written.
+    pub(crate) fn part_mut<'a>(&'a self, extent: &'a mut Extent, part: Range<usize>) -> &'a mut [u8] {
         assert!(!extent.is_read(), "an extent is written before it is read");
         let (start, len) = self.bounds(extent.first_page, extent.pages);
+        assert!(part.start <= part.end && part.end <= len, "a part of another extent");
+        let (start, len) = (start + part.start, part.len());
         self.huge.touch(self.base, start..start + len);
         // SAFETY: inside the mapping as above. The extent is unique and exclusively borrowed
         // and has no grants, so these bytes are reachable through this borrow alone.
@@ -127,6 +136,36 @@ impl Arena {
     /// Takes a private view back; what was written into it is gone.
     pub(crate) fn give_back(&self, view: View) {
         self.lanes.give(view);
+    }
+
+    /// Is there memory behind this piece of 2 MiB that could be given back?
+    pub(super) fn is_committed(&self, piece: u32) -> bool {
+        self.lanes.memfd().is_some() && self.huge.is_touched(piece as usize)
+    }
+
+    /// Gives the memory behind these pages back to the system; when they are next touched they are new. Where
+    /// that fails they keep it.
+    #[cfg(target_os = "linux")]
+    pub(crate) fn decommit(&self, extent: &mut Extent) {
+        use rustix::fs::{FallocateFlags, fallocate};
+
+        assert!(!extent.is_read(), "pages that are read stay");
+        let (start, len) = self.bounds(extent.first_page, extent.pages);
+        let Some(memfd) = self.lanes.memfd() else { return };
+        let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        // The extent is unique and has no grants, so nobody reads or writes these bytes, in no mapping of them.
+        if fallocate(memfd, punch, start as u64, len as u64).is_ok() {
+            self.huge.forget(start..start + len);
+        }
+    }
+
+    /// Keeps them: there is no file with holes here.
+    #[cfg(not(target_os = "linux"))]
+    pub(crate) fn decommit(&self, _: &mut Extent) {}
+
+    /// Gives memory back that held what was written into private views.
+    pub(crate) fn trim_views(&self) {
+        self.lanes.trim();
     }
 
     fn copy(&self, run: &[&ReadGrant], pages: u32) -> io::Result<View> {
@@ -185,6 +224,11 @@ impl Extent {
 
     pub(super) fn first_page(&self) -> u32 {
         self.first_page
+    }
+
+    /// The page behind it.
+    pub(crate) fn end_page(&self) -> u32 {
+        self.first_page + self.pages
     }
 
     /// One more reader.

@@ -48,6 +48,34 @@ impl FreePages {
         self.insert(first_page, pages);
     }
 
+    /// Takes the first run of free pieces at or behind page `from` that are wanted, at most `most` of them. A piece is
+    /// `piece` pages, aligned to as many; the last one ends with page `end` and may be shorter.
+    pub(super) fn take_pieces(
+        &mut self,
+        from: u32,
+        end: u32,
+        piece: u32,
+        most: usize,
+        wanted: impl Fn(u32) -> bool,
+    ) -> Option<(u32, u32)> {
+        let before = self.by_place.range(..from).next_back();
+        let (hole, hole_pages, first, last) =
+            before.into_iter().chain(self.by_place.range(from..)).find_map(|(&hole, &hole_pages)| {
+                let hole_end = hole + hole_pages;
+                let whole_end = if hole_end == end { end } else { hole_end - hole_end % piece };
+                let begin = hole.max(from).checked_next_multiple_of(piece)?;
+                let pieces = (begin..whole_end).step_by(piece as usize);
+                let mut run = pieces.skip_while(|page| !wanted(page / piece)).take_while(|page| wanted(page / piece));
+                let first = run.next()?;
+                let last = run.take(most.saturating_sub(1)).last().unwrap_or(first);
+                Some((hole, hole_pages, first, last.saturating_add(piece).min(whole_end)))
+            })?;
+        self.remove(hole, hole_pages);
+        self.insert(hole, first - hole);
+        self.insert(last, hole + hole_pages - last);
+        Some((first, last - first))
+    }
+
     fn insert(&mut self, first_page: u32, pages: u32) {
         if pages > 0 {
             self.by_place.insert(first_page, pages);
@@ -74,6 +102,18 @@ mod tests {
         free.give(places[1], 257);
         assert_eq!(free.take(258), None);
         assert_eq!(free.take(257), Some(places[1]));
+    }
+
+    #[test]
+    fn whole_free_pieces_are_taken_in_order_and_nothing_beside_them() {
+        let mut free = FreePages::new(35);
+        assert_eq!(free.take(5), Some(0));
+        // Free are 5 to 35: whole pieces of 8 are 8, 16, 24, and what is behind 32.
+        assert_eq!(free.take_pieces(0, 35, 8, 2, |_| true), Some((8, 16)));
+        assert_eq!(free.take_pieces(24, 35, 8, 2, |piece| piece != 3), Some((32, 3)));
+        assert_eq!(free.take_pieces(0, 35, 8, 2, |piece| piece != 3), None);
+        assert_eq!(free.take_pieces(35, 35, 8, 2, |_| true), None);
+        assert_eq!((free.take(3), free.take(8), free.take(1)), (Some(5), Some(24), None));
     }
 
     proptest! {

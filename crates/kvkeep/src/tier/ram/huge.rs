@@ -30,6 +30,21 @@ impl HugePages {
         Self { asked: (0..whole.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(), whole }
     }
 
+    /// Has this huge page been touched? Not known of what is no whole one.
+    pub(super) fn is_touched(&self, page: usize) -> bool {
+        let asked = self.asked.get(page / 64).map_or(0, |asked| asked.load(Ordering::Relaxed));
+        page >= self.whole || asked & (1 << (page % 64)) != 0
+    }
+
+    /// There is no memory any more behind this part, which is the caller's alone.
+    pub(super) fn forget(&self, part: Range<usize>) {
+        for page in part.start.div_ceil(HUGE_BYTES)..part.end / HUGE_BYTES {
+            if let Some(asked) = self.asked.get(page / 64) {
+                asked.fetch_and(!(1 << (page % 64)), Ordering::Relaxed);
+            }
+        }
+    }
+
     /// A part of the arena at `base`, which is the caller's alone, is about to be written.
     pub(super) fn touch(&self, base: NonNull<u8>, part: Range<usize>) {
         for page in part.start / HUGE_BYTES..part.end.div_ceil(HUGE_BYTES).min(self.whole) {

@@ -104,6 +104,22 @@ impl Lanes {
         Some(View { start, first_page, pages, lane: Some(number) })
     }
 
+    /// The memory that lanes show, if it is a file.
+    pub(super) fn memfd(&self) -> Option<&OwnedFd> {
+        self.source.as_ref().map(|source| &source.memfd)
+    }
+
+    /// Drops what was written into views that were given back.
+    pub(super) fn trim(&self) {
+        let lanes = self.lanes.lock().len();
+        for number in 0..lanes {
+            if let Some(lane) = self.lanes.lock().get_mut(number) {
+                // What cannot be cleaned now stays stale and is tried again before it is viewed.
+                let _ = lane.clean(0, u32::MAX);
+            }
+        }
+    }
+
     /// Takes a view back and drops what was written into it.
     #[expect(clippy::needless_pass_by_value, reason = "consuming the view is the point")]
     pub(super) fn give(&self, view: View) {
@@ -121,7 +137,7 @@ impl Lanes {
 impl Drop for Lanes {
     fn drop(&mut self) {
         let bytes = self.source.as_ref().map_or(0, |source| source.bytes);
-        for lane in self.lanes.lock().drain(..) {
+        for lane in self.lanes.get_mut().drain(..) {
             // SAFETY: mapped by `Source::map` with this length; views keep the arena, and so the lanes, alive.
             let _ = unsafe { rustix::mm::munmap(lane.base.as_ptr().cast(), bytes) };
         }

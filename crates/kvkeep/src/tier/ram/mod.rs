@@ -19,6 +19,9 @@ pub(crate) use lanes::View;
 /// Bytes of one page: the unit of allocation and accounting.
 pub(crate) const PAGE_BYTES: usize = 4096;
 
+/// Huge pages that are given back to the system at once: 32 MiB, which takes about a millisecond.
+const AT_ONCE: usize = 16;
+
 /// Hands out extents of an [`Arena`] and takes them back.
 #[derive(Debug)]
 pub(crate) struct Pages {
@@ -78,6 +81,15 @@ impl Pages {
         self.used_pages -= extent.pages();
         self.free.give(extent.first_page(), extent.pages());
         Ok(())
+    }
+
+    /// Takes some free pages at or behind `from` that have memory which can be given back to the system.
+    pub(crate) fn take_committed(&mut self, from: u32, arena: &Arena) -> Option<Extent> {
+        const HUGE_PAGES: u32 = (huge::HUGE_BYTES / PAGE_BYTES) as u32;
+        let wanted = |piece| arena.is_committed(piece);
+        let (first, pages) = self.free.take_pieces(from, self.capacity_pages, HUGE_PAGES, AT_ONCE, wanted)?;
+        self.used_pages += pages;
+        Some(Extent::new(first, pages))
     }
 
     pub(crate) fn capacity_pages(&self) -> u32 {

@@ -115,6 +115,17 @@ impl Kind {
 }
 
 impl RecordMeta {
+    /// When it expires, as seen at this time. Times of day are trusted no further than this: nothing lives longer
+    /// from now on than it had left when it was written. A record out of the future was written under a clock
+    /// that was wrong, and its expiry is as wrong.
+    pub(crate) fn expires_at_ms(&self, now_ms: u64) -> u64 {
+        if self.expires_at_ms == u64::MAX {
+            return u64::MAX;
+        }
+        let left_ms = self.expires_at_ms.saturating_sub(self.stored_at_ms);
+        self.expires_at_ms.min(now_ms.saturating_add(left_ms))
+    }
+
     /// Pages of the payload; `None` if no segment could hold it.
     pub(crate) fn payload_pages(&self) -> Option<u32> {
         u32::try_from(self.payload_bytes.div_ceil(PAGE_BYTES as u64)).ok()

@@ -118,12 +118,11 @@ impl Log {
         let mut budget = self.active.as_ref().map_or(0, |active| active.capacity_pages / REINSERT_DIVISOR);
         let mut any = false;
         for ((page, meta), resident) in stored.into_iter().zip(resident) {
-            let hot = {
-                let state = self.shared.state.lock();
-                state.index.at(&meta.key, number, page).is_some_and(|slot| slot.is_hot() || resident)
-            };
+            let slot = self.shared.state.lock().index.at(&meta.key, number, page).copied();
+            let Some(slot) = slot.filter(|slot| slot.is_hot() || resident) else { continue };
+            let meta = RecordMeta { expires_at_ms: slot.expires_at_ms, ..meta };
             let pages = meta.pages().unwrap_or(u32::MAX);
-            if !hot || pages > budget || !self.fits(pages) {
+            if pages > budget || !self.fits(pages) {
                 continue;
             }
             budget -= pages;
@@ -136,9 +135,11 @@ impl Log {
     fn reinsert(&mut self, segment: &Segment, number: SegmentNumber, page: u32, meta: &RecordMeta) -> io::Result<bool> {
         let mut payload = Pages::new(meta.payload_pages().unwrap_or(0) as usize);
         let expected = Expected { key: meta.key, namespace: meta.namespace };
-        let Ok(header) = segment.read(page, &expected, self.cipher.as_deref(), payload.bytes_mut()) else {
+        let Ok(mut header) = segment.read(page, &expected, self.cipher.as_deref(), payload.bytes_mut()) else {
             return Ok(false);
         };
+        // What opening found too long stays cut.
+        header.meta.expires_at_ms = meta.expires_at_ms;
         let record =
             Record { meta: &header.meta, content: &header.content, keys: &[], payload: payload.bytes(), sums: None };
         let written = self.append_here(&[record])?;

@@ -41,6 +41,9 @@ _LEFT_BY_A_REQUEST = ("rope_deltas",)
 """Attributes in which models of the mRoPE family keep the offset of the last request's positions. With a state built
 from KV they would take the offset of another request for this one's; None means: count from the first token."""
 
+_LONGEST_WINDOW = 16384
+"""Of windows that are tried out: that takes the state of twice as many tokens."""
+
 _APART = {torch.float64: 1e-6, torch.float32: 1e-3}
 """How far KV may differ, relative to its norm, between ways to read the same tokens: rounding, with room. What depends
 on more than the tokens before it is at 0.1 and more."""
@@ -145,21 +148,29 @@ def layout_of(model: Any) -> Layout:
 
 
 def padding_is_harmless(model: Any) -> bool:
-    """Is the KV of a row the same with padding on its left? Tried out the way `generate` goes."""
+    """Is the KV of a row the same with padding on its left, also behind a rebuilt state? Tried out the way `generate`
+    goes."""
     first, second, third, padding = _probe_tokens(model)
     ids = torch.tensor([[padding, first, second], [first, second, third]], device=model.device)
     mask = torch.tensor([[0, 1, 1], [1, 1, 1]], device=model.device)
-    cache = new_cache(model)
-    record_windows(cache)
     off = dict(max_new_tokens=1, do_sample=False, num_beams=1, num_return_sequences=1, return_dict_in_generate=False)
+    states = []
     try:
         with _left_as_it_was(model):
-            model.generate(ids, attention_mask=mask, **{CACHE_ARGUMENT: cache}, **off)
-        padded = [(layer.keys[0, :, 1:3], layer.values[0, :, 1:3]) for layer in cache.layers]
-        plain = [(layer.keys[1, :, :2], layer.values[1, :, :2]) for layer in cache.layers]
+            for known in (0, 2):
+                forget_requests(model)
+                cache = new_cache(model)
+                if known:
+                    for layer, (k, v) in zip(cache.layers, states[0], strict=True):
+                        layer.update(k[:, :, :known].clone(), v[:, :, :known].clone())
+                record_windows(cache)
+                model.generate(ids, attention_mask=mask, **{CACHE_ARGUMENT: cache}, **off)
+                states.append([(layer.keys, layer.values) for layer in cache.layers])
+        whole, rebuilt = ([(k[:, :, -2:], v[:, :, -2:]) for k, v in state] for state in states)
+        padded, plain = [(k[0, :, 1:], v[0, :, 1:]) for k, v in states[0]], [(k[1, :, :2], v[1, :, :2]) for k, v in states[0]]
     except Exception:
         return False
-    return _worst(padded, plain) <= _tolerance(padded[0][0].dtype)
+    return max(_worst(padded, plain), _worst(rebuilt, whole)) <= _tolerance(padded[0][0].dtype)
 
 
 def _unlike_others(model: Any) -> str | None:
@@ -251,7 +262,42 @@ def _probe(model: Any) -> tuple[Layout | None, str]:
         expected = [(k[:count], v[:count]) for k, v in whole]
         if max(_worst(kv, expected), _worst([(again, again)], [(logits[:count], logits[:count])])) > tolerance:
             return None, f"{known} and {3 - known} tokens leave other KV than 3 at once (a state outside the cache?)"
-    return layout, ""
+    reason = _sees_behind_windows(model, layout)
+    return (layout, "") if reason is None else (None, reason)
+
+
+def _sees_behind_windows(model: Any, layout: Layout) -> str | None:
+    """Reads three tokens behind a made-up past that is longer than the window. Its first entry that the window has kept
+    differs in two rows: the first token may see it, the others may not. A model that shows them more than its state
+    keeps reads a prompt at once in another way than in two pieces."""
+    cache = new_cache(model)
+    windows = [number for number, layer in enumerate(cache.layers) if layer.is_sliding]
+    if not windows:
+        return None
+    window = max(cache.layers[number].sliding_window for number in windows)
+    if window + 8 > (getattr(text_config(model), "max_position_embeddings", None) or window + 8):
+        return None  # no prompt is that long
+    if window > _LONGEST_WINDOW:
+        return f"its window of {window} tokens is too long to be tried out"
+    first, second, third, _ = _probe_tokens(model)
+    for layer, device in zip(cache.layers, layout.devices, strict=True):
+        past = [
+            torch.zeros((2, layout.kv_heads, window + 5, head_dim), dtype=layout.dtype, device=device)
+            for head_dim in (layout.head_dim, layout.v_head_dim)
+        ]
+        layer.update(*past)
+    for number in windows:
+        cache.layers[number].values[1, :, 0] = window  # uniform attention makes one of it
+    record_windows(cache)
+    forget_requests(model)
+    logits = read(model, [[first, second, third]] * 2, cache)
+    shown: list[tuple[Any, Any]] = [(logits, logits)]
+    if windows[0] + 1 < len(cache.layers):
+        after = cache.layers[windows[0] + 1]
+        shown = [(after.keys[:, :, -2:], after.values[:, :, -2:])]
+    if _worst([(k[:1], v[:1]) for k, v in shown], [(k[1:], v[1:]) for k, v in shown]) > _tolerance(layout.dtype) / 10:
+        return "tokens see more than the window of its state keeps, so reading in pieces is not reading at once"
+    return None
 
 
 def _layout(cache: DynamicCache) -> tuple[Layout | None, str]:

@@ -2,7 +2,7 @@
 
     python architectures.py store DIR PART PARTS     cold and warm, in a fresh disk cache under DIR; one JSON line each
     python architectures.py reuse DIR PART PARTS     the same models again in this process, from what is on the disk
-    python architectures.py table DIR                the table of docs/models.md, from what both have printed
+    python architectures.py table DIR FILE           the page docs/models.md, from what both have found
 
 A configuration is made small by the names of its fields (`shrink`), and where that is not enough by `PATCHES`. What
 cannot be built that way, or does not generate from text alone, is listed with the reason, not left out.
@@ -12,7 +12,6 @@ cannot be built that way, or does not generate from text alone, is listed with t
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import logging
 import os
@@ -65,6 +64,13 @@ _SIZES: list[tuple[str, int]] = [
 ]
 """How large fields are made, by name; 0 leaves them."""
 
+_NEEDED = "head_dim|num_key_value_heads|n_group|topk_group|num_experts_per_tok|n_routed_experts|n_shared_experts"
+"""Fields that may be None, where small models need a number."""
+
+_SECTIONS = {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}}
+_HALF_SECTIONS = {
+    "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}}
+}
 _HYBRID = dict(attn_layer_indices=[1, 3])
 PATCHES: dict[str, dict[str, Any]] = {
     "bamba": _HYBRID,
@@ -75,6 +81,8 @@ PATCHES: dict[str, dict[str, Any]] = {
     "reformer": dict(is_decoder=True),
     "nemotron": dict(head_dim=16),
     "glm5_next": dict(num_key_value_heads=4),
+    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl", "paddleocr_vl", "glm46v", "glmga", "glm4v", "glm_ocr"), _SECTIONS),
+    "glm4v_moe": _HALF_SECTIONS,
     "llama4_text": dict(layer_types=["full_attention"] * LAYERS),
 }
 """What the names of the fields do not tell, by model type."""
@@ -85,7 +93,12 @@ def shrink(fields: dict[str, Any], layers: int | None = None) -> dict[str, Any]:
     count = next((fields[name] for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers") if isinstance(fields.get(name), int)), layers)
     small: dict[str, Any] = {}
     for name, value in fields.items():
-        if isinstance(value, dict):
+        if name == "per_layer_config" and value:
+            other = shrink(next(iter(value.values())), count)
+            if "head_dim" in other:
+                other["head_dim"] *= 2  # as in the large ones: layers that differ
+            small[name] = {layer: other for layer in (1, 3)}
+        elif isinstance(value, dict):
             small[name] = shrink(value, count) if name.endswith("config") else _rope(value)
         elif isinstance(value, list) and value and len(value) == count:
             small[name] = _pattern(value)
@@ -93,8 +106,10 @@ def shrink(fields: dict[str, Any], layers: int | None = None) -> dict[str, Any]:
             small[name] = _token(name)
         elif name == "is_decoder":
             small[name] = True  # otherwise BERT and its kin look both ways, and do not generate
-        elif name in ("per_layer_config",) or value is None:
+        elif value is None and not re.fullmatch(_NEEDED, name):
             continue
+        elif value is None:
+            small[name] = next(size for pattern, size in _SIZES if re.fullmatch(pattern, name))
         elif isinstance(value, int) and not isinstance(value, bool):
             small[name] = next((size or value for pattern, size in _SIZES if re.fullmatch(pattern, name)), value)
         else:
@@ -131,12 +146,17 @@ def _token(name: str) -> int | None:
 def config_of(model_type: str) -> Any:
     """A small configuration of this type."""
     kind = transformers.CONFIG_MAPPING[model_type]
-    fields = shrink(kind().to_dict()) | PATCHES.get(model_type, {})
+    fields = _merged(shrink(kind().to_dict()), PATCHES.get(model_type, {}))
     for name in ("model_type", "transformers_version", "architectures", "_name_or_path", "dtype"):
         fields.pop(name, None)
     config = kind(**fields)
     config._name_or_path = ""
     return config
+
+
+def _merged(fields: dict[str, Any], patch: dict[str, Any]) -> dict[str, Any]:
+    nested = {name: _merged(fields[name], value) for name, value in patch.items() if isinstance(value, dict) and isinstance(fields.get(name), dict)}
+    return fields | patch | nested
 
 
 def model_of(model_type: str, class_name: str) -> Any:
@@ -293,5 +313,46 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-if __name__ == "__main__":
+def table(folder: Path) -> str:
+    """docs/models.md: what the sweep found, in words."""
+    reused = {line["type"]: line for path in sorted(folder.glob("reuse-*.jsonl")) for line in read_lines(path)}
+    found = sorted((line for path in folder.glob("store-*.jsonl") for line in read_lines(path)), key=lambda line: str(line["type"]))
+    rows, counts = [], dict.fromkeys(OUTCOMES, 0)
+    for line in found:
+        counts[line["outcome"]] = counts.get(line["outcome"], 0) + 1
+        why = line.get("why") or ""
+        if line["outcome"] == "reuses":
+            apart = max(line["apart"], reused[line["type"]]["apart"], line["padded"].get("apart") or 0.0)
+            why = f"logits within {apart:.0e}" + ("; padded batches run plain" if line["padded"].get("why") else "")
+        why = re.sub(r"[|\n]", " ", why.removeprefix("StrictDataclassClassValidationError: Class validation error for validator "))
+        rows.append(f"| `{line['type']}` | {line['class']} | {line['outcome']} | {why} |")
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+    return _PAGE.format(version=transformers.__version__, summary=summary, rows="\n".join(rows))
+
+
+OUTCOMES = ("reuses", "refused", "does not generate from text alone", "cannot be built")
+
+_PAGE = """# Which architectures kvkeep works with
+
+Every architecture that transformers {version} lists for causal language models, and for images with text, built small with random
+weights: {summary}.
+
+- **reuses**: cold, warm, warm with longer and shorter prompts, in a batch with padding on the left, and warm in a new process from the
+  disk, the answers are the same tokens, and the logits (float32, of the order of ten) are as close as is written here.
+- **refused**: `CachedGenerator` raises an `UnsupportedModelError` with this reason when it is made.
+- **does not generate from text alone**, **cannot be built**: the small model does not, so nothing is known; the error is written here. The
+  probe that runs when a generator is made decides.
+
+The prompts are longer than the small models' sliding windows. `crates/kvkeep-python/tests/architectures.py` makes this page:
+`make test-integrations` fails if it is not what it finds.
+
+| model type | class | kvkeep | |
+|---|---|---|---|
+{rows}
+"""
+
+
+if __name__ == "__main__" and sys.argv[1] == "table":
+    Path(sys.argv[3]).write_text(table(Path(sys.argv[2])))
+elif __name__ == "__main__":
     run(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))

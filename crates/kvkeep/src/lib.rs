@@ -16,6 +16,7 @@
 //! It is synchronous, runs on any number of threads, and knows nothing of models.
 
 mod cache;
+mod chain;
 mod clock;
 mod config;
 mod error;
@@ -35,6 +36,7 @@ mod tensor;
 mod tier;
 
 pub use cache::{KvCache, Look, Match, Missing, StoreReport};
+pub use chain::Chain;
 pub use clock::{Clock, ManualClock, SystemClock};
 pub use config::{CacheConfig, DiskConfig, StoreOptions, WritePolicy};
 pub use error::{Error, Rejection, Result};

@@ -11,7 +11,7 @@ const RANKS: &[&[&str]] = &[
     &["error"],
     &["stats", "layout", "eviction"],
     &["key"],
-    &["namespaces"],
+    &["namespaces", "chain"],
     &["config", "tier", "flight"],
     &["index"],
     &["store"],

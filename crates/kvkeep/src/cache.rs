@@ -13,7 +13,7 @@ use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Error, Rejection, Result};
 use crate::eviction::Place;
 use crate::flight::Flights;
-use crate::key::{Namespace, NamespaceId, ObjectKey, TokenId};
+use crate::key::{Namespace, NamespaceId, TokenId};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
 use crate::stats::Stats;
 use crate::store::{OnPresent, Pin, Removed, Request, Reserved, Sealing, Store, Wanted};
@@ -203,7 +203,8 @@ impl KvCache {
         let room = check_targets(layout, &layers, into, chain.blocks() * layout.block_tokens())?;
         let first = layout.range(layers.start, Side::K).start;
         let part = first..layout.range(layers.end - 1, Side::V).end;
-        let blocks = self.store.read_parts(chain.keys(), &part, |block, bytes| {
+        self.store.record(chain.tokens(), chain.keys());
+        let blocks = self.store.read_parts(chain.keys(), &part, request(chain), |block, bytes| {
             for ((layer, target), room) in layers.clone().zip(&mut *into).zip(&room) {
                 for (side, tensor, room) in [(Side::K, &mut target.k, room.0), (Side::V, &mut target.v, room.1)] {
                     let range = layout.range(layer, side);

@@ -9,7 +9,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::Shared;
-use super::state::Held;
+use super::ledger::Held;
 use crate::error::{Error, Result};
 use crate::tensor::PairSpec;
 use crate::tier::ram::{Extent, View, page_bytes};
@@ -61,7 +61,7 @@ impl Pending {
 impl Drop for Pending {
     fn drop(&mut self) {
         if let Some(extent) = self.extent.take() {
-            self.shared.state.lock().abandon(extent);
+            self.shared.with(|ledger| ledger.abandon(extent));
         }
     }
 }
@@ -94,11 +94,16 @@ impl Pin {
         self.held.extend(more);
     }
 
+    /// Holds what another pin holds, too.
+    pub(super) fn absorb(&mut self, mut other: Self) {
+        self.held.append(&mut other.held);
+    }
+
     /// Lets go of everything from `len` on.
     pub(crate) fn truncate(&mut self, len: usize) {
         if len < self.held.len() {
             let rest = self.held.split_off(len);
-            self.shared.state.lock().release(rest);
+            self.shared.with(|ledger| ledger.release(rest));
         }
     }
 }
@@ -140,7 +145,8 @@ impl Drop for PrivatePin {
 impl Drop for Pin {
     fn drop(&mut self) {
         if !self.held.is_empty() {
-            self.shared.state.lock().release(std::mem::take(&mut self.held));
+            let held = std::mem::take(&mut self.held);
+            self.shared.with(|ledger| ledger.release(held));
         }
     }
 }

@@ -142,6 +142,10 @@ impl Ledger {
     fn hold_queued(&mut self, id: EntryId) -> Option<Held> {
         let entry = self.index.get_mut(id).filter(|entry| !entry.queued)?;
         entry.queued = true;
+        if entry.departing {
+            // It was ready to go, and is offered once more.
+            self.departing_pages += entry.extent.pages();
+        }
         Some(Held { id, queued: true, grant: entry.extent.grant(), spec: None })
     }
 }

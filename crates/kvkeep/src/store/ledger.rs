@@ -106,7 +106,7 @@ pub(crate) struct Ledger {
     offers: Vec<Leaving>,
     /// Departing entries that no write reads any more: the first to go, in this order.
     ready: VecDeque<EntryId>,
-    /// Pages of departing entries that a write still reads.
+    /// Pages that a write still reads, of entries that depart or are gone.
     departing_pages: u32,
     /// What came by prefetch and was not used yet, oldest first, and its pages.
     ahead: VecDeque<EntryId>,
@@ -595,11 +595,9 @@ impl Ledger {
         if std::mem::take(&mut entry.ahead) {
             self.ahead_pages -= pages;
         }
-        if entry.departing {
-            if entry.queued {
-                self.departing_pages -= pages;
-            }
-        } else {
+        if !entry.departing {
+            // A write that was queued has its pages for a while.
+            self.departing_pages += if entry.queued { pages } else { 0 };
             self.policy.remove(id, pages, why);
         }
         if is_block

@@ -406,30 +406,25 @@ impl Store {
         let Reservation { present, missing, below, refused_from, shortage } = taken.made.take().unwrap_or_default();
         let refused_from = refused_from.unwrap_or(keys.len());
         let pages = pages_for(wanted.bytes_each).unwrap_or(u32::MAX);
-        let rejection = shortage.map(|shortage| {
+        let refused = keys.get(refused_from..).unwrap_or_default();
+        let there = self.tiers.as_ref().filter(|_| !refused.is_empty()).map_or(0, |tiers| {
+            // In RAM behind a gap nobody finds them.
+            tiers.has_each(refused).into_iter().filter(|has| *has).count()
+        });
+        let rejection = shortage.filter(|_| there < refused.len()).map(|shortage| {
             self.shared.with(|ledger| {
                 ledger.count_rejection();
                 shortage.rejection(ledger, pages)
             })
         });
         let pending = |(position, extent)| (position, Pending::new(Arc::clone(&self.shared), extent));
-        let below = below + self.count_there(keys.get(refused_from..).unwrap_or_default());
+        let below = below + there;
         Reserved {
             present: Pin::new(Arc::clone(&self.shared), present),
             missing: missing.into_iter().map(pending).collect(),
             below,
             rejection,
         }
-    }
-
-    /// How many of these are there, in RAM or in a tier.
-    fn count_there(&self, keys: &[ObjectKey]) -> usize {
-        if keys.is_empty() {
-            return 0;
-        }
-        let resident = self.shared.with(|ledger| ledger.resident(keys));
-        let below = self.tiers.as_ref().map_or_else(Vec::new, |tiers| tiers.has_each(keys));
-        resident.iter().enumerate().filter(|(at, resident)| **resident || below.get(*at) == Some(&true)).count()
     }
 
     /// Makes written objects findable, all at once; says how many are new.

@@ -106,8 +106,10 @@ impl Ledger {
     /// No write reads this entry any more.
     pub(super) fn is_written(&mut self, id: EntryId) {
         let Some(entry) = self.index.get(id) else { return };
-        if entry.departing && entry.linked {
+        if entry.departing || !entry.linked {
             self.departing_pages -= entry.extent.pages();
+        }
+        if entry.departing && entry.linked {
             self.ready.push_back(id);
         }
         self.freed = true;

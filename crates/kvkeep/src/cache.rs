@@ -12,7 +12,7 @@ use crate::chain::Chain;
 use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Error, Rejection, Result};
 use crate::eviction::Place;
-use crate::flight::Flights;
+use crate::flight::{Flights, Patience};
 use crate::key::{Namespace, NamespaceId, TokenId};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
 use crate::stats::Stats;
@@ -323,7 +323,8 @@ impl KvCache {
     /// The whole prompt's blocks: those in the cache as they are, the rest computed by
     /// `prefill`, which stores them through [`Missing::store`]. Of the threads that miss the
     /// same block at the same time one computes; the others wait and get its blocks. If it
-    /// fails or panics, another one computes for itself.
+    /// fails or panics, another one computes for itself. If what it computed could not be stored, all others compute
+    /// at once; and who has waited once waits again only for somebody who computes all that it misses.
     ///
     /// Counts as one request. `prefill` is not called if all full blocks are there.
     ///
@@ -358,13 +359,21 @@ impl KvCache {
     ) -> Result<Match, E> {
         self.store.record(chain.tokens(), chain.keys());
         let request = request(chain);
+        let mut patience = Patience::default();
         loop {
             let cached = self.pinned(chain, Request::Uncounted);
-            let Some(first_missing) = chain.keys().get(cached.blocks()) else {
+            let missing = chain.keys().get(cached.blocks()..).unwrap_or_default();
+            if missing.is_empty() {
                 self.store.count(&cached.pin, request);
                 return Ok(cached);
+            }
+            let lead = match self.flights.lead_or_wait(missing, patience) {
+                Ok(lead) => lead,
+                Err(waited) => {
+                    patience = waited;
+                    continue;
+                }
             };
-            let Some(_lead) = self.flights.lead_or_wait(first_missing.block_hash()) else { continue };
             // Another flight may have landed between the look and the lead.
             let cached = self.extended(cached, chain);
             self.store.count(&cached.pin, request);
@@ -373,7 +382,11 @@ impl KvCache {
             }
             let missing = Missing { cache: self, chain, tokens, cached };
             prefill(&missing)?;
-            return Ok(self.extended(missing.cached, chain));
+            let found = self.extended(missing.cached, chain);
+            if found.blocks() < chain.blocks() {
+                lead.was_fruitless();
+            }
+            return Ok(found);
         }
     }
 

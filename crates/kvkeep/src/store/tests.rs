@@ -2,6 +2,8 @@
 
 #![allow(clippy::cast_possible_truncation, clippy::allow_attributes, reason = "a test that panics fails")]
 
+mod requests;
+
 use std::sync::Arc;
 use std::time::Duration;
 

@@ -51,7 +51,7 @@ pub(crate) use index::Found;
 use io::{Access, Backend, Directory, OpenError, Pages};
 use segment::{Expected, ReadError};
 pub(crate) use shared::Resident;
-use shared::{DiskState, Op, Reply, Shared};
+use shared::{Op, Reply, Shared};
 pub use survey::ManifestState;
 use survey::Refusal;
 pub(crate) use tier::DiskTier;
@@ -222,7 +222,7 @@ impl Disk {
     /// Waits until the queue has room.
     #[cfg(test)]
     pub(crate) fn wait_for_queue(&self) -> Result<()> {
-        let full = |state: &DiskState| state.queue.bytes > self.queue_bytes;
+        let full = |state: &shared::DiskState| state.queue.bytes > self.queue_bytes;
         if self.shared.wait_while(self.flush_timeout, full) {
             return Ok(());
         }

@@ -1,6 +1,6 @@
 //! The store's counters as a Python dict.
 
-use kvkeep::{DiskStats, Stats};
+use kvkeep::{Stats, TierStats};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -36,11 +36,16 @@ pub(crate) fn to_dict<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py
     ] {
         dict.set_item(name, value)?;
     }
-    dict.set_item("disk", stats.disk.as_ref().map(|disk| disk_to_dict(py, disk)).transpose()?)?;
+    dict.set_item("disk", stats.tier("disk").map(|disk| tier_to_dict(py, disk)).transpose()?)?;
+    let tiers = PyDict::new(py);
+    for tier in &stats.tiers {
+        tiers.set_item(&tier.name, tier_to_dict(py, tier)?)?;
+    }
+    dict.set_item("tiers", tiers)?;
     Ok(dict)
 }
 
-fn disk_to_dict<'py>(py: Python<'py>, stats: &DiskStats) -> PyResult<Bound<'py, PyDict>> {
+fn tier_to_dict<'py>(py: Python<'py>, stats: &TierStats) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
     for (name, value) in [
         ("entries", stats.entries),

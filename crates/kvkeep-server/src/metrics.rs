@@ -185,7 +185,7 @@ impl Page<'_> {
 
     /// Without a disk tier there is nothing of this.
     fn disk(&mut self, stats: &Stats) {
-        let Some(disk) = stats.disk else { return };
+        let Some(disk) = stats.tier("disk") else { return };
         self.gauge("disk_used_bytes", "Disk in use", disk.used_bytes);
         self.gauge("disk_capacity_bytes", "The cap of the disk tier", disk.capacity_bytes);
         self.gauge("disk_entries", "Blocks on the disk", disk.entries);
@@ -295,7 +295,9 @@ mod tests {
     /// Names of all series on a page with a disk tier.
     fn series() -> BTreeSet<String> {
         let mut stats = Stats::default();
-        stats.disk = Some(kvkeep::DiskStats::default());
+        let mut disk = kvkeep::TierStats::default();
+        disk.name = "disk".to_owned();
+        stats.tiers.push(disk);
         let text = Metrics::default().text(&now(stats)).unwrap();
         let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
         let named = types.map(|(name, kind)| match kind {

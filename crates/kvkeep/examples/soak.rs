@@ -91,7 +91,8 @@ fn main() -> Result<()> {
         doors = restart(doors, &dir, &counts, &known)?;
         rounds += 1;
     }
-    let disk = doors.stats().disk.ok_or("there is a disk tier")?;
+    let stats = doors.stats();
+    let disk = stats.tier("disk").ok_or("there is a disk tier")?;
     let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
     println!(
         "{{\"rounds\":{rounds},\"lookups\":{},\"hits\":{},\"stores\":{},\"removals\":{},\"expired\":{},\"flushes\":{},\
@@ -171,7 +172,7 @@ fn restart(doors: Doors, dir: &Path, counts: &Counts, known: &[HashMap<u32, Know
 }
 
 fn evictions(doors: &Doors) -> Result<u64> {
-    Ok(doors.stats().disk.ok_or("there is a disk tier")?.evictions)
+    Ok(doors.stats().tier("disk").ok_or("there is a disk tier")?.evictions)
 }
 
 impl Doors {
@@ -196,7 +197,7 @@ impl Doors {
     /// Caps as the cache itself counts them, and that the disk did not fail.
     fn check_stats(&self) -> Result<()> {
         let stats = self.stats();
-        let disk = stats.disk.ok_or("there is a disk tier")?;
+        let disk = stats.tier("disk").ok_or("there is a disk tier")?;
         let over = stats.used_bytes > stats.capacity_bytes || disk.used_bytes > disk.capacity_bytes;
         let failed = disk.failing || disk.damaged_total + disk.read_errors_total + disk.write_errors_total > 0;
         if over || failed { Err(format!("over a cap, or a failing disk: {stats:?}").into()) } else { Ok(()) }

@@ -8,11 +8,12 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::chain::Chain;
 use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Error, Rejection, Result};
 use crate::eviction::Place;
-use crate::flight::Flights;
-use crate::key::{BlockHash, Namespace, NamespaceId, ObjectKey, TokenId};
+use crate::flight::{Flights, Patience};
+use crate::key::{Namespace, NamespaceId, TokenId};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
 use crate::stats::Stats;
 use crate::store::{OnPresent, Pin, Removed, Request, Reserved, Sealing, Store, Wanted};
@@ -96,7 +97,7 @@ pub struct StoreReport {
 #[derive(Debug)]
 pub struct Missing<'a> {
     cache: &'a KvCache,
-    namespace: &'a Namespace,
+    chain: &'a Chain,
     tokens: &'a [TokenId],
     cached: Match,
 }
@@ -128,12 +129,15 @@ impl KvCache {
     /// # Errors
     /// [`Error::EmptyTokens`].
     pub fn lookup(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Match> {
-        let layout = namespace.layout();
         self.store.here()?;
-        let request = Request::Tokens { requested: tokens.len(), block_tokens: layout.block_tokens() };
-        let keys = keys(namespace, tokens)?;
-        self.store.record(tokens.len(), &keys);
-        Ok(self.pinned(namespace, &keys, request))
+        Ok(self.lookup_chain(&Chain::of(namespace, tokens)?))
+    }
+
+    /// As [`KvCache::lookup`], of a prompt that is hashed already.
+    #[must_use]
+    pub fn lookup_chain(&self, chain: &Chain) -> Match {
+        self.store.record(chain.tokens(), chain.keys());
+        self.pinned(chain, request(chain))
     }
 
     /// What [`KvCache::lookup`] would find, tier by tier, and what of it is worth loading. Loads
@@ -142,14 +146,21 @@ impl KvCache {
     /// # Errors
     /// [`Error::EmptyTokens`].
     pub fn look(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Look> {
-        let found = self.store.here()?.look(&keys(namespace, tokens)?);
-        let block_tokens = namespace.layout().block_tokens();
-        Ok(Look {
+        self.store.here()?;
+        Ok(self.look_chain(&Chain::of(namespace, tokens)?))
+    }
+
+    /// As [`KvCache::look`], of a prompt that is hashed already.
+    #[must_use]
+    pub fn look_chain(&self, chain: &Chain) -> Look {
+        let found = self.store.look(chain.keys());
+        let block_tokens = chain.namespace().layout().block_tokens();
+        Look {
             ram_tokens: found.ram * block_tokens,
             load_tokens: found.load * block_tokens,
             not_worth_tokens: found.not_worth * block_tokens,
             load_time: found.load_time,
-        })
+        }
     }
 
     /// Begins to bring a prompt's blocks from the disk into RAM, as far as that is worth it, and
@@ -158,7 +169,13 @@ impl KvCache {
     /// # Errors
     /// [`Error::EmptyTokens`].
     pub fn prefetch(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<usize> {
-        Ok(self.store.here()?.prefetch(&keys(namespace, tokens)?) * namespace.layout().block_tokens())
+        self.store.here()?;
+        Ok(self.prefetch_chain(&Chain::of(namespace, tokens)?))
+    }
+
+    /// As [`KvCache::prefetch`], of a prompt that is hashed already.
+    pub fn prefetch_chain(&self, chain: &Chain) -> usize {
+        self.store.prefetch(chain.keys()) * chain.namespace().layout().block_tokens()
     }
 
     /// Copies K and V of these layers of the longest run of blocks into an engine's tensors,
@@ -175,11 +192,26 @@ impl KvCache {
         layers: Range<usize>,
         into: &mut [LayerViewMut<'_>],
     ) -> Result<usize> {
-        let (layout, keys) = (namespace.layout(), keys(namespace, tokens)?);
-        let room = check_targets(layout, &layers, into, keys.len() * layout.block_tokens())?;
+        self.load_layers_chain(&Chain::of(namespace, tokens)?, layers, into)
+    }
+
+    /// As [`KvCache::load_layers`], of a prompt that is hashed already.
+    ///
+    /// # Errors
+    /// As [`Match::load`] for tensors with room for all full blocks.
+    pub fn load_layers_chain(
+        &self,
+        chain: &Chain,
+        layers: Range<usize>,
+        into: &mut [LayerViewMut<'_>],
+    ) -> Result<usize> {
+        let layout = chain.namespace().layout();
+        let room = check_targets(layout, &layers, into, chain.blocks() * layout.block_tokens())?;
         let first = layout.range(layers.start, Side::K).start;
         let part = first..layout.range(layers.end - 1, Side::V).end;
-        let blocks = self.store.here()?.read_parts(&keys, &part, |block, bytes| {
+        self.store.here()?;
+        self.store.record(chain.tokens(), chain.keys());
+        let blocks = self.store.read_parts(chain.keys(), &part, request(chain), |block, bytes| {
             for ((layer, target), room) in layers.clone().zip(&mut *into).zip(&room) {
                 for (side, tensor, room) in [(Side::K, &mut target.k, room.0), (Side::V, &mut target.v, room.1)] {
                     let range = layout.range(layer, side);
@@ -214,7 +246,13 @@ impl KvCache {
     /// [`Error::EmptyTokens`].
     pub fn pin(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Match> {
         self.store.here()?;
-        Ok(self.pinned(namespace, &keys(namespace, tokens)?, Request::Uncounted))
+        Ok(self.pin_chain(&Chain::of(namespace, tokens)?))
+    }
+
+    /// As [`KvCache::pin`], of a prompt that is hashed already.
+    #[must_use]
+    pub fn pin_chain(&self, chain: &Chain) -> Match {
+        self.pinned(chain, Request::Uncounted)
     }
 
     /// Stores the full blocks of `tokens`; those already there are skipped. `layers` holds
@@ -240,13 +278,28 @@ impl KvCache {
         layers: &[LayerView<'_>],
         options: &StoreOptions,
     ) -> Result<StoreReport> {
-        let layout = namespace.layout();
-        let keys = keys(namespace, tokens)?;
-        self.store.here()?.describe(namespace);
+        self.store_chain(&Chain::of(namespace, tokens)?, first_token, layers, options)
+    }
+
+    /// As [`KvCache::store_from`], of a prompt that is hashed already.
+    ///
+    /// # Errors
+    /// [`Error::LayerOutOfRange`], [`Error::DTypeMismatch`], [`Error::ShapeMismatch`] if the tensors do not fit the
+    /// namespace's layout; then nothing is stored.
+    pub fn store_chain(
+        &self,
+        chain: &Chain,
+        first_token: usize,
+        layers: &[LayerView<'_>],
+        options: &StoreOptions,
+    ) -> Result<StoreReport> {
+        let (layout, keys) = (chain.namespace().layout(), chain.keys());
+        self.store.here()?.describe(chain.namespace());
         let source = Source::checked(layout, layers, first_token, keys.len() * layout.block_tokens())?;
         let first_block = first_token.div_ceil(layout.block_tokens());
         let wanted = Wanted { bytes_each: layout.block_bytes(), first_given: first_block, priority: options.priority };
-        let Reserved { present, missing, below, rejection } = self.store.reserve(namespace.id(), &keys, wanted);
+        let namespace = chain.namespace().id();
+        let Reserved { present, missing, below, rejection } = self.store.reserve(namespace, keys, wanted);
         let mut report = StoreReport {
             present_blocks: present.len() + below,
             rejected_blocks: keys.len() - present.len() - below - missing.len(),
@@ -271,7 +324,7 @@ impl KvCache {
             }
         }
         let reserved = objects.len();
-        report.stored_blocks = self.store.seal(namespace.id(), objects, options, OnPresent::Keep);
+        report.stored_blocks = self.store.seal(namespace, objects, options, OnPresent::Keep);
         report.present_blocks += reserved - report.stored_blocks;
         Ok(report)
     }
@@ -279,7 +332,8 @@ impl KvCache {
     /// The whole prompt's blocks: those in the cache as they are, the rest computed by
     /// `prefill`, which stores them through [`Missing::store`]. Of the threads that miss the
     /// same block at the same time one computes; the others wait and get its blocks. If it
-    /// fails or panics, another one computes for itself.
+    /// fails or panics, another one computes for itself. If what it computed could not be stored, all others compute
+    /// at once; and who has waited once waits again only for somebody who computes all that it misses.
     ///
     /// Counts as one request. `prefill` is not called if all full blocks are there.
     ///
@@ -292,28 +346,58 @@ impl KvCache {
         prefill: impl FnOnce(&Missing<'_>) -> Result<(), E>,
     ) -> Result<Match, E> {
         self.store.here()?;
-        let hashes = namespace.block_hashes(tokens)?;
-        let keys: Vec<ObjectKey> = hashes.iter().map(|hash| hash.key()).collect();
-        self.store.record(tokens.len(), &keys);
-        let block_tokens = namespace.layout().block_tokens();
-        let request = Request::Tokens { requested: tokens.len(), block_tokens };
+        self.prefill_missing(&Chain::of(namespace, tokens)?, tokens, prefill)
+    }
+
+    /// As [`KvCache::get_or_prefill`], of a prompt that is hashed already.
+    ///
+    /// # Errors
+    /// Whatever `prefill` returns.
+    pub fn get_or_prefill_chain<E: From<Error>>(
+        &self,
+        chain: &Chain,
+        prefill: impl FnOnce(&Missing<'_>) -> Result<(), E>,
+    ) -> Result<Match, E> {
+        self.store.here()?;
+        self.prefill_missing(chain, &[], prefill)
+    }
+
+    fn prefill_missing<E>(
+        &self,
+        chain: &Chain,
+        tokens: &[TokenId],
+        prefill: impl FnOnce(&Missing<'_>) -> Result<(), E>,
+    ) -> Result<Match, E> {
+        self.store.record(chain.tokens(), chain.keys());
+        let request = request(chain);
+        let mut patience = Patience::default();
         loop {
-            let cached = self.pinned(namespace, &keys, Request::Uncounted);
-            let Some(first_missing) = hashes.get(cached.blocks()) else {
-                self.store.count(&cached.pin, request);
-                return Ok(cached);
-            };
-            let Some(_lead) = self.flights.lead_or_wait(*first_missing) else { continue };
-            // Another flight may have landed between the look and the lead.
-            let cached = self.extended(cached, namespace, &keys);
-            if cached.blocks() == hashes.len() {
+            let cached = self.pinned(chain, Request::Uncounted);
+            let missing = chain.keys().get(cached.blocks()..).unwrap_or_default();
+            if missing.is_empty() {
                 self.store.count(&cached.pin, request);
                 return Ok(cached);
             }
+            let lead = match self.flights.lead_or_wait(missing, patience) {
+                Ok(lead) => lead,
+                Err(waited) => {
+                    patience = waited;
+                    continue;
+                }
+            };
+            // Another flight may have landed between the look and the lead.
+            let cached = self.extended(cached, chain);
             self.store.count(&cached.pin, request);
-            let missing = Missing { cache: self, namespace, tokens, cached };
+            if cached.blocks() == chain.blocks() {
+                return Ok(cached);
+            }
+            let missing = Missing { cache: self, chain, tokens, cached };
             prefill(&missing)?;
-            return Ok(self.extended(missing.cached, namespace, &keys));
+            let found = self.extended(missing.cached, chain);
+            if found.blocks() < chain.blocks() {
+                lead.was_fruitless();
+            }
+            return Ok(found);
         }
     }
 
@@ -332,9 +416,14 @@ impl KvCache {
     /// # Errors
     /// [`Error::EmptyTokens`].
     pub fn remove_from(&self, namespace: &Namespace, tokens: &[TokenId], first_token: usize) -> Result<Removed> {
-        let keys = keys(namespace, tokens)?;
-        let first = first_token.div_ceil(namespace.layout().block_tokens());
-        Ok(self.store.here()?.remove(keys.get(first..).unwrap_or_default()).0)
+        self.store.here()?;
+        Ok(self.remove_chain(&Chain::of(namespace, tokens)?, first_token))
+    }
+
+    /// As [`KvCache::remove_from`], of a prompt that is hashed already.
+    pub fn remove_chain(&self, chain: &Chain, first_token: usize) -> Removed {
+        let first = first_token.div_ceil(chain.namespace().layout().block_tokens());
+        self.store.remove(chain.keys().get(first..).unwrap_or_default()).0
     }
 
     /// Removes everything in a namespace; its id is enough, as for one that an earlier process left
@@ -354,14 +443,14 @@ impl KvCache {
         self.store.stats()
     }
 
-    fn pinned(&self, namespace: &Namespace, keys: &[ObjectKey], request: Request) -> Match {
-        let (pin, loaded) = self.store.pin_run(keys, request);
-        Match { pin, loaded, layout: *namespace.layout() }
+    fn pinned(&self, chain: &Chain, request: Request) -> Match {
+        let (pin, loaded) = self.store.pin_run(chain.keys(), request);
+        Match { pin, loaded, layout: *chain.namespace().layout() }
     }
 
     /// Looks again while the earlier match still keeps what it has.
-    fn extended(&self, cached: Match, namespace: &Namespace, keys: &[ObjectKey]) -> Match {
-        let again = self.pinned(namespace, keys, Request::Uncounted);
+    fn extended(&self, cached: Match, chain: &Chain) -> Match {
+        let again = self.pinned(chain, Request::Uncounted);
         if again.blocks() < cached.blocks() {
             return cached;
         }
@@ -369,6 +458,11 @@ impl KvCache {
         let loaded = if again.loaded.is_empty() { cached.loaded.clone() } else { again.loaded.clone() };
         Match { loaded, ..again }
     }
+}
+
+/// As what a lookup of this prompt counts.
+fn request(chain: &Chain) -> Request {
+    Request::Tokens { requested: chain.tokens(), block_tokens: chain.namespace().layout().block_tokens() }
 }
 
 impl fmt::Debug for KvCache {
@@ -468,10 +562,16 @@ impl Missing<'_> {
         self.cached.cached_tokens()
     }
 
-    /// The tokens to compute, up to the end of the prompt.
+    /// The tokens to compute, up to the end of the prompt. None where the caller gave a chain alone.
     #[must_use]
     pub fn tokens(&self) -> &[TokenId] {
         self.tokens.get(self.first_token()..).unwrap_or_default()
+    }
+
+    /// The prompt.
+    #[must_use]
+    pub fn chain(&self) -> &Chain {
+        self.chain
     }
 
     /// Stores what was computed: `layers` begin at [`Missing::first_token`].
@@ -479,7 +579,7 @@ impl Missing<'_> {
     /// # Errors
     /// As [`KvCache::store`].
     pub fn store(&self, layers: &[LayerView<'_>], options: &StoreOptions) -> Result<StoreReport> {
-        self.cache.store_from(self.namespace, self.tokens, self.first_token(), layers, options)
+        self.cache.store_chain(self.chain, self.first_token(), layers, options)
     }
 }
 
@@ -580,8 +680,4 @@ fn in_tokens(rejection: Rejection, layout: &KvLayout) -> Rejection {
         Rejection::PrefixGone { token: position } => Rejection::PrefixGone { token: position * layout.block_tokens() },
         other => other,
     }
-}
-
-fn keys(namespace: &Namespace, tokens: &[TokenId]) -> Result<Vec<ObjectKey>> {
-    Ok(namespace.block_hashes(tokens)?.into_iter().map(BlockHash::key).collect())
 }

@@ -35,6 +35,56 @@ pub struct ManualClock {
     now_ms: AtomicU64,
 }
 
+/// When somebody waits no longer. Real time, whatever the cache's [`Clock`] says: waiting is real.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadline(Option<Instant>);
+
+/// A moment in real time, to see how long ago it was.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Moment(Instant);
+
+impl Deadline {
+    /// In so long from now.
+    #[must_use]
+    pub fn after(at_most: Duration) -> Self {
+        Self(Instant::now().checked_add(at_most))
+    }
+
+    /// There is none.
+    #[must_use]
+    pub fn never() -> Self {
+        Self(None)
+    }
+
+    /// It is over already.
+    #[must_use]
+    pub fn over() -> Self {
+        Self::after(Duration::ZERO)
+    }
+
+    /// The time that is left; a year where there is no end.
+    #[must_use]
+    pub fn left(&self) -> Duration {
+        self.0.map_or(Duration::from_secs(365 * 24 * 3600), |at| at.saturating_duration_since(Instant::now()))
+    }
+
+    /// Is it over?
+    #[must_use]
+    pub fn is_over(&self) -> bool {
+        self.0.is_some_and(|at| at <= Instant::now())
+    }
+}
+
+impl Moment {
+    pub(crate) fn now() -> Self {
+        Self(Instant::now())
+    }
+
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.0.elapsed()
+    }
+}
+
 impl SystemClock {
     /// A clock that starts at the system's current time.
     #[must_use]

@@ -7,9 +7,11 @@ use std::time::Duration;
 
 use crate::clock::{Clock, SystemClock};
 use crate::error::{Error, Result};
+use crate::event::EventSink;
 use crate::eviction::{Admission, PolicyKind, Priority};
 use crate::key::NamespaceId;
 use crate::record::TraceRecorder;
+use crate::tier::Tier;
 
 /// Bytes in a GiB. `max_size_gb` and `size_mb` count in powers of two, as memory is sold.
 const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
@@ -24,6 +26,8 @@ pub struct CacheConfig {
     pub(crate) recorder: Option<Arc<TraceRecorder>>,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) disk: Option<DiskConfig>,
+    pub(crate) tiers: Vec<Arc<dyn Tier>>,
+    pub(crate) sink: Option<Arc<dyn EventSink>>,
 }
 
 /// Settings of a disk tier: a directory of its own, and a cap.
@@ -136,6 +140,8 @@ impl CacheConfig {
             recorder: None,
             clock: Arc::new(SystemClock::new()),
             disk: None,
+            tiers: Vec::new(),
+            sink: None,
         }
     }
 
@@ -158,6 +164,20 @@ impl CacheConfig {
     #[must_use]
     pub fn disk(mut self, disk: DiskConfig) -> Self {
         self.disk = Some(disk);
+        self
+    }
+
+    /// Another tier, behind RAM, the disk and those given before.
+    #[must_use]
+    pub fn tier(mut self, tier: Arc<dyn Tier>) -> Self {
+        self.tiers.push(tier);
+        self
+    }
+
+    /// Tells somebody which blocks come to RAM and go from it.
+    #[must_use]
+    pub fn events(mut self, sink: Arc<dyn EventSink>) -> Self {
+        self.sink = Some(sink);
         self
     }
 

@@ -7,8 +7,11 @@
 //! it is read is unlinked at once (nobody finds it any more) and keeps its slot and its
 //! extent until the last reader is gone.
 
+mod expiries;
+
 use std::sync::Arc;
 
+use expiries::Expiries;
 use hashbrown::HashTable;
 
 use crate::eviction::EntryId;
@@ -35,8 +38,14 @@ pub(crate) struct Entry {
     pub(crate) slack_bytes: u16,
     /// One of its readers is a queued write, which is no use of it and does not keep it.
     pub(crate) queued: bool,
+    /// It was chosen to go, and can be found until it does.
+    pub(crate) departing: bool,
+    /// It came before anybody asked for it.
+    pub(crate) ahead: bool,
     /// Can it be found?
     pub(crate) linked: bool,
+    /// Where it stands among what expires.
+    expiry_at: u32,
 }
 
 /// All entries.
@@ -46,9 +55,35 @@ pub(crate) struct Index {
     slots: Vec<Option<Entry>>,
     free_slots: Vec<EntryId>,
     namespaces: Namespaces,
+    expiries: Expiries,
 }
 
 impl Entry {
+    /// An entry that can be found once it is in the index.
+    pub(crate) fn new(
+        key: ObjectKey,
+        extent: Extent,
+        slack_bytes: u16,
+        expires_at_ms: u64,
+        spec: Option<Arc<PairSpec>>,
+        compute_us: u32,
+    ) -> Self {
+        Self {
+            key,
+            namespace: 0,
+            extent,
+            expires_at_ms,
+            spec,
+            compute_us,
+            slack_bytes,
+            queued: false,
+            departing: false,
+            ahead: false,
+            linked: true,
+            expiry_at: expiries::NOWHERE,
+        }
+    }
+
     /// Bytes of the payload.
     pub(crate) fn payload_bytes(&self) -> u64 {
         self.page_bytes() - u64::from(self.slack_bytes)
@@ -91,6 +126,7 @@ impl Index {
         if let Some(slot) = self.slots.get_mut(id as usize) {
             *slot = Some(entry);
         }
+        self.expiries.add(&mut self.slots, id);
         let Self { table, slots, .. } = self;
         table.insert_unique(key.table_hash(), id, |id| {
             let entry = slots.get(*id as usize).and_then(Option::as_ref);
@@ -101,11 +137,14 @@ impl Index {
 
     /// Makes an entry unfindable. Its slot and extent stay until [`Index::take`].
     pub(crate) fn unlink(&mut self, id: EntryId) {
-        let Self { table, slots, namespaces, .. } = self;
+        let Self { table, slots, namespaces, expiries, .. } = self;
         let Some(Some(entry)) = slots.get_mut(id as usize) else { return };
         if std::mem::take(&mut entry.linked) {
-            namespaces.remove(entry.namespace, entry.page_bytes(), entry.prefix_bytes());
-            if let Ok(found) = table.find_entry(entry.key.table_hash(), |other| *other == id) {
+            let (namespace, key) = (entry.namespace, entry.key);
+            let (bytes, prefix_bytes) = (entry.page_bytes(), entry.prefix_bytes());
+            expiries.remove(slots, id);
+            namespaces.remove(namespace, bytes, prefix_bytes);
+            if let Ok(found) = table.find_entry(key.table_hash(), |other| *other == id) {
                 found.remove();
             }
         }
@@ -128,10 +167,17 @@ impl Index {
         self.table.len()
     }
 
-    /// Ids of all entries that can be found and satisfy `keep`.
-    pub(crate) fn select(&self, keep: impl Fn(&Entry) -> bool) -> Vec<EntryId> {
-        let live = |id: &EntryId| self.get(*id).is_some_and(&keep);
-        self.table.iter().copied().filter(live).collect()
+    /// Ids of the entries in the next `slots` slots that can be found and satisfy `keep`, and the slot to go on with,
+    /// if there is more. What comes meanwhile may be left out.
+    pub(crate) fn select_some(
+        &self,
+        from: EntryId,
+        slots: usize,
+        keep: impl Fn(&Entry) -> bool,
+    ) -> (Vec<EntryId>, Option<EntryId>) {
+        let next = from.saturating_add(EntryId::try_from(slots).unwrap_or(EntryId::MAX));
+        let live = |id: &EntryId| self.get(*id).is_some_and(|entry| entry.linked && keep(entry));
+        ((from..next).filter(live).collect(), ((next as usize) < self.slots.len()).then_some(next))
     }
 
     /// The namespaces of the entries.
@@ -139,10 +185,9 @@ impl Index {
         &self.namespaces
     }
 
-    /// When the next entry expires; [`NEVER`] if none does.
-    pub(crate) fn earliest_expiry_ms(&self) -> u64 {
-        let live = self.table.iter().filter_map(|id| self.get(*id));
-        live.map(|entry| entry.expires_at_ms).min().unwrap_or(NEVER)
+    /// The entry that expires first, if it has by now.
+    pub(crate) fn next_expired(&self, now_ms: u64) -> Option<EntryId> {
+        self.expiries.first().filter(|id| self.get(*id).is_some_and(|entry| entry.expires_at_ms <= now_ms))
     }
 
     /// Bytes of memory that the index itself has reserved.
@@ -150,6 +195,7 @@ impl Index {
         self.slots.capacity() * size_of::<Option<Entry>>()
             + self.free_slots.capacity() * size_of::<EntryId>()
             + self.table.allocation_size()
+            + self.expiries.memory_bytes()
     }
 
     fn has_key(&self, id: EntryId, key: &ObjectKey) -> bool {

@@ -217,6 +217,11 @@ impl ObjectKey {
         &self.hash
     }
 
+    /// The name of the block under this key.
+    pub(crate) fn block_hash(&self) -> BlockHash {
+        BlockHash(self.hash)
+    }
+
     /// The key of a block that only has a number, in a simulation.
     pub(crate) fn numbered(number: u64) -> Self {
         // Uniform first bytes, as a hash has: the finaliser of MurmurHash3, a bijection.

@@ -15,10 +15,14 @@
 //!
 //! It is synchronous, runs on any number of threads, and knows nothing of models.
 
+mod block;
 mod cache;
+mod chain;
 mod clock;
+mod codec;
 mod config;
 mod error;
+mod event;
 mod eviction;
 mod flight;
 mod index;
@@ -35,10 +39,14 @@ mod sync;
 mod tensor;
 mod tier;
 
+pub use block::{BlockKey, BlockMeta};
 pub use cache::{KvCache, Look, Match, Missing, StoreReport};
-pub use clock::{Clock, ManualClock, SystemClock};
+pub use chain::Chain;
+pub use clock::{Clock, Deadline, ManualClock, SystemClock};
+pub use codec::{Codec, CodecId, Raw};
 pub use config::{CacheConfig, DiskConfig, Stop, StoreOptions, WritePolicy};
 pub use error::{Error, Rejection, Result};
+pub use event::{Event, EventSink};
 pub use eviction::{Admission, PolicyKind, Priority};
 pub use key::{BlockHash, Namespace, NamespaceId, TokenId};
 pub use layout::{DEFAULT_BLOCK_TOKENS, KvLayout, LayerView, LayerViewMut, TokenOrder};
@@ -50,10 +58,11 @@ pub use namespaces::NamespaceUsage;
 pub use process::Process;
 pub use record::TraceRecorder;
 pub use simulation::{Hits, Simulation};
-pub use stats::{DiskStats, Stats};
+pub use stats::{Stats, TierStats};
 pub use store::{Removed, Store};
 pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};
 pub use tier::disk::{Archive, Contents, ManifestState, RecordInfo, RecordState, Verified};
+pub use tier::{Epoch, Forget, Forgets, Forgotten, Located, Offer, Payload, Read, ReadTarget, Tier};
 
 /// Feeds bytes to every decoder of the disk format. For `fuzz/` alone.
 #[cfg(feature = "fuzzing")]

@@ -12,7 +12,7 @@ use crate::index::NEVER;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::store::OnPresent;
 use crate::store::Wanted;
-use crate::store::state::{Request, State, Written, new_entry};
+use crate::store::ledger::{Ledger, Request, Reservation, Written, new_entry};
 use crate::tier::ram::{PAGE_BYTES, pages_without_arena};
 
 /// A cache of blocks that have a number and no payload.
@@ -27,7 +27,7 @@ use crate::tier::ram::{PAGE_BYTES, pages_without_arena};
 /// ```
 #[derive(Debug)]
 pub struct Simulation {
-    ram: State,
+    ram: Ledger,
     disk: Option<Disk>,
     keys: Vec<ObjectKey>,
     /// Where requests hold nothing: how many blocks are left after each.
@@ -45,7 +45,7 @@ pub struct Hits {
 
 #[derive(Debug)]
 struct Disk {
-    state: State,
+    state: Ledger,
     admitter: Admitter,
     /// The kind of each entry when it was written.
     kinds: Vec<u8>,
@@ -157,11 +157,11 @@ impl Simulation {
     }
 }
 
-fn state(capacity_blocks: u32, policy: PolicyKind, quotas: &[(NamespaceId, f64)]) -> Result<State> {
+fn state(capacity_blocks: u32, policy: PolicyKind, quotas: &[(NamespaceId, f64)]) -> Result<Ledger> {
     if capacity_blocks == 0 {
         return Err(Error::Config("a capacity of 0 blocks makes no cache: give at least 1".to_owned()));
     }
-    Ok(State::new(pages_without_arena(capacity_blocks), policy, quotas))
+    Ok(Ledger::new(pages_without_arena(capacity_blocks), policy, quotas))
 }
 
 fn tenant(number: u32) -> NamespaceId {
@@ -169,8 +169,8 @@ fn tenant(number: u32) -> NamespaceId {
 }
 
 /// A request that holds nothing; says how many blocks were there.
-fn pass_through(state: &mut State, keys: &[ObjectKey], capacity: usize) -> usize {
-    let there = |state: &State, key: &ObjectKey| state.index().find(key).is_some();
+fn pass_through(state: &mut Ledger, keys: &[ObjectKey], capacity: usize) -> usize {
+    let there = |state: &Ledger, key: &ObjectKey| state.index().find(key).is_some();
     let found = keys.iter().take_while(|key| there(state, key)).count();
     state.tick();
     let mut end = keys.len();
@@ -189,7 +189,7 @@ fn pass_through(state: &mut State, keys: &[ObjectKey], capacity: usize) -> usize
 
 /// Stores what is missing of a part of a request, head first as far as it fits.
 fn store_missing(
-    state: &mut State,
+    state: &mut Ledger,
     keys: &[ObjectKey],
     part: Range<usize>,
     found: usize,
@@ -198,7 +198,8 @@ fn store_missing(
 ) {
     let wanted = Wanted { bytes_each: PAGE_BYTES, first_given: 0, priority };
     let first = part.start;
-    let (present, missing, _) = state.reserve(tenant, keys.get(part).unwrap_or_default(), wanted, 0);
+    let Reservation { present, missing, .. } =
+        state.reserve(tenant, keys.get(part).unwrap_or_default(), wanted, &[], 0);
     let written = missing.into_iter().filter_map(|(position, extent)| {
         let position = first + position;
         let entry = new_entry(*keys.get(position)?, extent, usize::MAX, NEVER, None, 0);
@@ -238,7 +239,7 @@ impl Disk {
                 break;
             }
             let wanted = Wanted { bytes_each: PAGE_BYTES, first_given: 0, priority: Priority::Normal };
-            let (_, room, _) = self.state.reserve(tenant(0), std::slice::from_ref(key), wanted, 0);
+            let room = self.state.reserve(tenant(0), std::slice::from_ref(key), wanted, &[], 0).missing;
             let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
             let entry = |extent| Written { entry: new_entry(*key, extent, usize::MAX, NEVER, None, 0), parent, place };
             written.extend(room.into_iter().map(|(_, extent)| (entry(extent), touches)));

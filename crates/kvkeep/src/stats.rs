@@ -7,7 +7,7 @@ const MIB: f64 = 1024.0 * 1024.0;
 
 /// A snapshot of a store's counters. `*_total` and the plain counters only grow;
 /// [`clear`](crate::Store::clear) does not reset them.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
     /// Requests that found all (named door) or at least one block (token door).
@@ -40,14 +40,16 @@ pub struct Stats {
     pub capacity_bytes: u64,
     /// Memory of the index and the policy's view of it, besides payloads.
     pub index_bytes: u64,
-    /// The disk tier, if there is one.
-    pub disk: Option<DiskStats>,
+    /// The tiers behind RAM, in the order in which they are asked.
+    pub tiers: Vec<TierStats>,
 }
 
-/// A snapshot of the disk tier's counters. They only grow, but for the sizes as of now.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// A snapshot of the counters of a tier behind RAM. They only grow, but for the sizes as of now.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
-pub struct DiskStats {
+pub struct TierStats {
+    /// The tier's name: `disk`.
+    pub name: String,
     /// Records that can be found now.
     pub entries: u64,
     /// Bytes on the disk now, as `du` counts them, and a margin for the directory itself.
@@ -96,6 +98,12 @@ pub struct DiskStats {
 }
 
 impl Stats {
+    /// The tier of this name, if there is one.
+    #[must_use]
+    pub fn tier(&self, name: &str) -> Option<&TierStats> {
+        self.tiers.iter().find(|tier| tier.name == name)
+    }
+
     /// Hits and misses.
     #[must_use]
     pub fn total_requests(&self) -> u64 {

@@ -121,7 +121,7 @@ fn check(dir: &Path, round: u64, flushed: Option<u32>) -> (u32, u32) {
     let cap = disk_bytes(round);
     assert!(du(dir) <= cap, "the cap holds while nobody runs: {}", du(dir));
     let (cache, simple) = open(dir, round);
-    let stats = cache.stats().disk.unwrap();
+    let stats = cache.stats().tier("disk").unwrap().clone();
     assert!(du(dir) <= cap && stats.used_bytes <= cap);
     assert!(du(dir) <= stats.used_bytes && stats.used_bytes <= du(dir) + (64 << 10), "{stats:?}, {}", du(dir));
     assert_eq!((stats.damaged_total, stats.foreign_files, stats.dropped_total), (0, 0, 0), "{stats:?}");
@@ -150,7 +150,7 @@ fn check(dir: &Path, round: u64, flushed: Option<u32>) -> (u32, u32) {
         assert!(*number >= newest_flushed, "prefix {slot}: {number} is older than {newest_flushed}");
         assert_eq!(hit.v().bytes(), hit.k().bytes());
     }
-    assert_eq!(cache.stats().disk.unwrap().damaged_total, 0, "nothing torn is visible");
+    assert_eq!(cache.stats().tier("disk").unwrap().clone().damaged_total, 0, "nothing torn is visible");
     (there, flushed + 1)
 }
 

@@ -11,7 +11,7 @@ const RANKS: &[&[&str]] = &[
     &["error", "record"],
     &["stats", "layout", "eviction"],
     &["key"],
-    &["namespaces"],
+    &["namespaces", "chain"],
     &["config", "tier", "flight"],
     &["index"],
     &["store"],

@@ -65,7 +65,7 @@ fn a_full_disk_is_shown_serving_goes_on_from_ram_and_writing_once_there_is_room(
     let prompts: Vec<Vec<u32>> = (0..40).map(prompt).collect();
     prompts.iter().for_each(|tokens| drop_report(store(&cache, &namespace, tokens)));
     assert!(cache.flush().is_err(), "not all of it can be durable");
-    let disk = cache.stats().disk.unwrap();
+    let disk = cache.stats().tier("disk").unwrap().clone();
     assert!(disk.failing && disk.write_errors_total > 0, "{disk:?}");
     for tokens in &prompts {
         let found = cache.lookup(&namespace, tokens).unwrap();
@@ -76,10 +76,10 @@ fn a_full_disk_is_shown_serving_goes_on_from_ram_and_writing_once_there_is_room(
     mount.remount("size=64m");
     let begin = Instant::now();
     while cache.flush().is_err() {
-        assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", cache.stats().disk);
+        assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", cache.stats().tiers);
         std::thread::sleep(Duration::from_millis(50));
     }
-    assert!(!cache.stats().disk.unwrap().failing);
+    assert!(!cache.stats().tier("disk").unwrap().clone().failing);
     drop(cache);
     let cache = open(&mount.dir()).unwrap();
     for tokens in &prompts {

@@ -98,7 +98,7 @@ impl Bench {
     }
 
     fn read_bytes(&self) -> Result<u64> {
-        Ok(self.cache.stats().disk.context("there is a disk tier")?.read_bytes_total)
+        Ok(self.cache.stats().tier("disk").context("there is a disk tier")?.read_bytes_total)
     }
 }
 
@@ -144,7 +144,7 @@ fn opening(dir: &Path, effort: Effort) -> Result<Vec<Figure>> {
             opened = Some(KvCache::new(small_config(dir))?);
             Ok(())
         })?;
-        let entries = opened.and_then(|cache| cache.stats().disk).map_or(0, |disk| disk.entries);
+        let entries = opened.map_or(0, |cache| cache.stats().tier("disk").map_or(0, |disk| disk.entries));
         ensure!(entries == blocks as u64, "{entries} of {blocks} blocks were there after opening");
         Ok(took)
     };

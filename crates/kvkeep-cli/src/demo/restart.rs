@@ -159,7 +159,8 @@ fn answer(salt: &str, dir: &Path, restart: &RestartOptions, options: &DemoOption
     cache.flush()?;
     let flush = begin.elapsed();
     bar.finish_and_clear();
-    let stats = cache.stats().disk.context("the cache has a disk tier")?;
+    let stats = cache.stats();
+    let stats = stats.tier("disk").context("the cache has a disk tier")?;
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     Ok(Half {
         pid: std::process::id(),

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use axum::Json;
 use axum::extract::State;
-use kvkeep::{DiskStats, NamespaceId, NamespaceUsage};
+use kvkeep::{NamespaceId, NamespaceUsage, TierStats};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -199,7 +199,7 @@ pub(super) async fn stats(_: Operator, State(state): State<AppState>) -> Json<Ca
         uptime_seconds: shared.started.elapsed().as_secs_f64(),
         block_tokens: shared.config.block_tokens,
         context_tokens: shared.config.context_tokens,
-        encrypted: stats.disk.is_some_and(|disk| disk.encrypted),
+        encrypted: stats.tier("disk").is_some_and(|disk| disk.encrypted),
         token_hit_rate: ratio(tokens.ram + tokens.disk, tokens.requested()),
         tokens: Tokens { requested: tokens.requested(), ram: tokens.ram, disk: tokens.disk, computed: tokens.computed },
         prefill_seconds_saved: stats.time_saved.as_secs_f64(),
@@ -212,7 +212,7 @@ pub(super) async fn stats(_: Operator, State(state): State<AppState>) -> Json<Ca
             evictions: stats.evictions,
             pinned_tokens: observed.pins().tokens(),
         },
-        disk: stats.disk.map(Disk::from),
+        disk: stats.tier("disk").map(Disk::from),
         requests: Requests {
             running: load.running,
             queued: load.queued,
@@ -281,8 +281,8 @@ fn names(state: &AppState) -> HashMap<NamespaceId, (Tenant, bool)> {
     names
 }
 
-impl From<DiskStats> for Disk {
-    fn from(disk: DiskStats) -> Self {
+impl From<&TierStats> for Disk {
+    fn from(disk: &TierStats) -> Self {
         Self {
             used_bytes: disk.used_bytes,
             capacity_bytes: disk.capacity_bytes,

@@ -62,7 +62,8 @@ impl Gate {
     /// The kind that an entry is written as, if it may pass.
     pub(super) fn admits(&mut self, id: EntryId) -> Option<u8> {
         let entry = self.uses.get_mut(id as usize)?;
-        if !entry.denied && self.admitter.admits(entry.touches, entry.place) {
+        // What is there already has passed before.
+        if entry.below || (!entry.denied && self.admitter.admits(entry.touches, entry.place)) {
             return Some(Admitter::kind(entry.touches, entry.place));
         }
         self.kept_off += u64::from(!entry.counted);

@@ -12,7 +12,7 @@ use crate::sync::Mutex;
 /// Who is giving memory back.
 #[derive(Debug, Default)]
 pub(super) struct GiveBack {
-    /// Held by whoever does it; the state's lock comes after it.
+    /// Held by whoever does it; the ledger's lock comes after it.
     under_way: Mutex<()>,
     begun: AtomicU64,
     done: AtomicU64,
@@ -41,11 +41,11 @@ impl Shared {
         self.given_back.begun.fetch_add(1, Ordering::SeqCst);
         let mut from = 0;
         loop {
-            let taken = self.state.lock().take_committed(from, &self.arena);
+            let taken = self.with(|ledger| ledger.take_committed(from, &self.arena));
             let Some(mut extent) = taken else { break };
             from = extent.end_page();
             self.arena.decommit(&mut extent);
-            self.state.lock().abandon(extent);
+            self.with(|ledger| ledger.abandon(extent));
         }
         self.arena.trim_views();
         self.given_back.done.fetch_add(1, Ordering::SeqCst);

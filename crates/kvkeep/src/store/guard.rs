@@ -10,7 +10,7 @@ use std::ptr::NonNull;
 use std::sync::Arc;
 
 use super::Shared;
-use super::state::Held;
+use super::ledger::Held;
 use crate::error::{Error, Result};
 use crate::tensor::PairSpec;
 use crate::tier::ram::{Extent, View, page_bytes};
@@ -75,7 +75,7 @@ impl Drop for Pending {
         if let Some(extent) = self.extent.take()
             && self.shared.process.is_current()
         {
-            self.shared.state.lock().abandon(extent);
+            self.shared.with(|ledger| ledger.abandon(extent));
         }
     }
 }
@@ -118,6 +118,11 @@ impl Pin {
         self.held.extend(more);
     }
 
+    /// Holds what another pin holds, too.
+    pub(super) fn absorb(&mut self, mut other: Self) {
+        self.held.append(&mut other.held);
+    }
+
     /// Lets go of everything from `len` on.
     pub(crate) fn truncate(&mut self, len: usize) {
         if len < self.held.len() {
@@ -125,7 +130,7 @@ impl Pin {
             if !self.shared.process.is_current() {
                 return;
             }
-            self.shared.state.lock().release(rest);
+            self.shared.with(|ledger| ledger.release(rest));
         }
     }
 }
@@ -171,7 +176,8 @@ impl Drop for PrivatePin {
 impl Drop for Pin {
     fn drop(&mut self) {
         if !self.held.is_empty() && self.shared.process.is_current() {
-            self.shared.state.lock().release(std::mem::take(&mut self.held));
+            let held = std::mem::take(&mut self.held);
+            self.shared.with(|ledger| ledger.release(held));
         }
     }
 }

@@ -1,31 +1,37 @@
-//! The store: sealed objects under keys, in one arena, under one cap. Both front doors
-//! ([`KvCache`](crate::KvCache) by tokens, [`SimpleKvCache`](crate::SimpleKvCache) by
-//! prefix text) only make keys for it.
+//! The store: sealed objects under keys, in one arena, under one cap, and the tiers behind it. Both front doors
+//! ([`KvCache`](crate::KvCache) by tokens, [`SimpleKvCache`](crate::SimpleKvCache) by prefix text) only make keys for
+//! it.
 //!
-//! One lock guards the index, the policy and the free pages, and is never held while
-//! payload bytes are copied: writers copy into pages that only they have
-//! ([`Pending`]), readers out of pages that cannot be freed ([`Pin`]). Shards with a
-//! lock each were the alternative: the blocks of one prompt would lie in all of them,
-//! and a lookup of 512 blocks takes one lock 512 times over instead of once.
+//! - `ledger` is everything under the one lock: index, policy, free pages. It does no I/O and asks no tier.
+//! - `plan` says what of a chain lies where, and what is worth loading. `fetch` brings it up, `demote` takes it down.
+//! - `guard` has what callers hold: [`Pending`] to write, [`Pin`] to read.
+//!
+//! The lock is never held while payload bytes are copied, while a tier is asked, or while something is logged or
+//! published. Shards with a lock each were the alternative: the blocks of one prompt would lie in all of them, and a
+//! lookup of 512 blocks takes one lock 512 times over instead of once.
 
+mod demote;
+mod fetch;
 mod gate;
 mod give_back;
 mod guard;
-mod readers;
-pub(crate) mod state;
+pub(crate) mod ledger;
+mod meter;
+mod plan;
 #[cfg(test)]
 mod tests;
-mod tiering;
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::clock::{Clock, duration_ms};
+use crate::block::BlockKey;
+use crate::clock::{Clock, Deadline, duration_ms};
 use crate::config::{CacheConfig, StoreOptions, WritePolicy};
 use crate::error::{Error, Rejection, Result};
+use crate::event::EventSink;
 use crate::eviction::Place;
 use crate::index::NEVER;
 use crate::key::{Namespace, NamespaceId, ObjectKey, PrefixHash};
@@ -33,35 +39,35 @@ use crate::namespaces::NamespaceUsage;
 use crate::process::Process;
 use crate::record::TraceRecorder;
 use crate::stats::Stats;
-use crate::sync::Mutex;
+use crate::sync::{Condvar, Mutex};
 use crate::tensor::PairSpec;
-use crate::tier::disk::Disk;
-use crate::tier::ram::{self, Arena};
+use crate::tier::ram::{self, Arena, pages_for};
+use crate::tier::{Forget, Forgotten, Tier};
 
+use demote::Tiers;
 use give_back::GiveBack;
 pub(crate) use guard::{Pending, Pin, PrivatePin};
-pub(crate) use state::{Request, Wanted};
-use state::{State, Written};
-use tiering::{Decision, Tiering};
+use ledger::Written;
+use ledger::{Gone, Ledger, News, Reservation, Shortage};
+pub(crate) use ledger::{Request, Wanted};
 
-/// So often a store waits for queued writes to give their pages back: what it evicts on its way is
-/// queued too.
-const WAYS: usize = 4;
-
-/// Keyed, sealed objects in RAM and, if configured, on a disk, each under a cap. Cheap to clone:
-/// clones share everything. Dropping the last clone closes the disk tier.
+/// Keyed, sealed objects in RAM and, if configured, in tiers behind it, each under a cap. Cheap to clone:
+/// clones share everything. Dropping the last clone closes the tiers.
 ///
 /// Make one and put both front doors over it, or let each door make its own.
 #[derive(Clone)]
 pub struct Store {
     shared: Arc<Shared>,
     /// Not part of `shared`, which pins keep alive: with the last clone it closes.
-    tiering: Option<Arc<Tiering>>,
+    tiers: Option<Arc<Tiers>>,
 }
 
 /// What all clones, pins and pending objects share.
 pub(crate) struct Shared {
-    state: Mutex<State>,
+    /// Comes before the locks of tiers, which nobody takes while this is held.
+    ledger: Mutex<Ledger>,
+    /// Pages have become free.
+    room: Condvar,
     arena: Arena,
     clock: Arc<dyn Clock>,
     default_ttl: Option<Duration>,
@@ -69,10 +75,14 @@ pub(crate) struct Shared {
     /// The one that may use it.
     process: Process,
     given_back: GiveBack,
+    sink: Option<Arc<dyn EventSink>>,
+    /// A hint: looking at it costs a hit less than the lock.
+    has_offers: AtomicBool,
 }
 
 /// What was taken out of the cache.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Removed {
     /// Entries that can no longer be found.
     pub entries: u64,
@@ -98,23 +108,10 @@ pub(crate) struct Reserved {
     pub(crate) present: Pin,
     /// Position in the run and pages for each that is missing, up to the first rejection.
     pub(crate) missing: Vec<(usize, Pending)>,
-    /// Those that are only in a slower tier, and were not given.
+    /// Those that are there and were not pinned: in a tier, or behind the first rejection.
     pub(crate) below: usize,
     /// Why the rest was not admitted; positions stand for tokens.
     pub(crate) rejection: Option<Rejection>,
-}
-
-/// What a lookup may find, tier by tier, and what of it is worth loading.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct Found {
-    /// In RAM, from the first key on.
-    pub(crate) ram: usize,
-    /// Behind those, worth loading: from the disk, or in RAM behind such.
-    pub(crate) load: usize,
-    /// Behind those, not worth it.
-    pub(crate) not_worth: usize,
-    /// How long loading takes.
-    pub(crate) load_time: Duration,
 }
 
 /// What happens to an object that is already there under the same key.
@@ -132,6 +129,71 @@ impl Shared {
     fn check(&self) -> Result<()> {
         if self.process.is_current() { Ok(()) } else { Err(Error::Forked) }
     }
+
+    pub(crate) fn new(
+        ledger: Ledger,
+        arena: Arena,
+        clock: Arc<dyn Clock>,
+        default_ttl: Option<Duration>,
+        recorder: Option<Arc<TraceRecorder>>,
+        sink: Option<Arc<dyn EventSink>>,
+    ) -> Self {
+        let mut ledger = ledger;
+        if sink.is_some() {
+            ledger.keep_journal();
+        }
+        Self {
+            ledger: Mutex::new(ledger),
+            room: Condvar::default(),
+            arena,
+            clock,
+            default_ttl,
+            recorder,
+            sink,
+            has_offers: AtomicBool::new(false),
+            process: Process::current(),
+            given_back: GiveBack::default(),
+        }
+    }
+
+    /// The one place that locks the ledger, changes it, unlocks it, and then says what happened.
+    pub(crate) fn with<T>(&self, change: impl FnOnce(&mut Ledger) -> T) -> T {
+        let mut ledger = self.ledger.lock();
+        let result = change(&mut ledger);
+        let News { freed, has_offers, events } = ledger.take_news();
+        drop(ledger);
+        if has_offers {
+            self.has_offers.store(true, Ordering::Release);
+        }
+        if freed {
+            self.room.notify_all();
+        }
+        if let (Some(sink), false) = (&self.sink, events.is_empty()) {
+            sink.publish(events);
+        }
+        result
+    }
+
+    /// Has the ledger something to offer to the tiers? Whoever asks offers it.
+    fn has_offers(&self) -> bool {
+        self.has_offers.load(Ordering::Relaxed) && self.has_offers.swap(false, Ordering::Acquire)
+    }
+
+    /// Waits until pages have become free that writes under way have now; says whether the time is over.
+    fn wait_for_room(&self, deadline: Deadline) -> bool {
+        let mut ledger = self.ledger.lock();
+        if !ledger.is_room_coming() {
+            return deadline.is_over();
+        }
+        ledger.waiting += 1;
+        let (mut ledger, _) = self.room.wait_timeout(ledger, deadline.left());
+        ledger.waiting -= 1;
+        deadline.is_over()
+    }
+
+    fn now_ms(&self) -> u64 {
+        self.clock.now_ms()
+    }
 }
 
 impl Store {
@@ -144,17 +206,12 @@ impl Store {
     /// [`Error::DiskLocked`], [`Error::DiskRefused`] if the disk tier cannot be opened.
     pub fn new(config: CacheConfig) -> Result<Self> {
         let (arena, pages) = ram::reserve(config.capacity_bytes)?;
-        let shared = Arc::new(Shared {
-            state: Mutex::new(State::new(pages, config.policy, &config.quotas)),
-            arena,
-            clock: config.clock,
-            default_ttl: config.ttl,
-            recorder: config.recorder,
-            process: Process::current(),
-            given_back: GiveBack::default(),
-        });
-        let tiering = config.disk.map(|disk| Tiering::open(&disk, config.capacity_bytes, &shared).map(Arc::new));
-        Ok(Self { tiering: tiering.transpose()?, shared })
+        let ledger = Ledger::new(pages, config.policy, &config.quotas);
+        let clock = Arc::clone(&config.clock);
+        let shared =
+            Arc::new(Shared::new(ledger, arena, clock, config.ttl, config.recorder.clone(), config.sink.clone()));
+        let tiers = Tiers::open(config, &shared)?.map(Arc::new);
+        Ok(Self { tiers, shared })
     }
 
     /// This store, in the process that made it.
@@ -171,17 +228,12 @@ impl Store {
         if self.here().is_err() {
             return Stats::default();
         }
-        let now_ms = self.now_ms();
-        let stats = {
-            let mut state = self.shared.state.lock();
-            state.sweep(now_ms);
-            state.stats()
-        };
-        let disk = self.tiering.as_ref().map(|tiering| tiering.stats());
-        Stats { disk, ..stats }
+        self.sweep_ram();
+        let stats = self.shared.with(|ledger| ledger.stats());
+        Stats { tiers: self.tiers.as_ref().map_or_else(Vec::new, |tiers| tiers.stats()), ..stats }
     }
 
-    /// What each namespace takes of RAM and disk now, ordered by id. Counted as entries come and
+    /// What each namespace takes of RAM and the tiers now, ordered by id. Counted as entries come and
     /// go, so it costs no more than there are namespaces.
     #[must_use]
     pub fn usage(&self) -> Vec<NamespaceUsage> {
@@ -189,13 +241,15 @@ impl Store {
             return Vec::new();
         }
         let mut usage = BTreeMap::new();
-        for (id, entries, bytes) in self.shared.state.lock().index().namespaces().usage() {
+        let in_ram: Vec<_> = self.shared.with(|ledger| ledger.index().namespaces().usage().collect());
+        for (id, entries, bytes) in in_ram {
             let of = usage.entry(id).or_insert_with(|| NamespaceUsage::none(id));
             (of.ram_entries, of.ram_bytes) = (entries, bytes);
         }
-        for (id, entries, bytes) in self.tiering.iter().flat_map(|tiering| tiering.disk().usage()) {
-            let of = usage.entry(id).or_insert_with(|| NamespaceUsage::none(id));
-            (of.disk_entries, of.disk_bytes) = (entries, bytes);
+        for below in self.each_tier().flat_map(|tier| tier.usage()) {
+            let of = usage.entry(below.id).or_insert_with(|| NamespaceUsage::none(below.id));
+            of.disk_entries += below.disk_entries;
+            of.disk_bytes += below.disk_bytes;
         }
         usage.into_values().collect()
     }
@@ -207,19 +261,19 @@ impl Store {
     /// [`Error::NoDisk`] without a disk tier, [`Error::Disk`] if it fails: then some of it may
     /// be lost in a crash; [`Error::Forked`] in a child of the process that made it.
     pub fn flush(&self) -> Result<()> {
-        self.here()?.tiering.as_ref().ok_or(Error::NoDisk)?.flush()
+        self.here()?.tiers.as_ref().ok_or(Error::NoDisk)?.flush()
     }
 
-    /// Flushes a disk tier and ends the use of this clone; the last one to go leaves a clean
-    /// directory, for this or another process to open. Dropping does the same, and can only log
-    /// what goes wrong.
+    /// Flushes the tiers, and gives up this clone. The directory of a disk tier is closed, and free for this or another
+    /// process to open, when the last clone and the last front door over it are gone. Dropping does the same, and can
+    /// only log what goes wrong.
     ///
     /// # Errors
     /// [`Error::Disk`] if it fails: then some of what was stored may not be on the disk; [`Error::Forked`] in a
     /// child of the process that made it, where nothing happens to it.
     pub fn close(self) -> Result<()> {
-        match &self.here()?.tiering {
-            Some(tiering) => tiering.flush(),
+        match &self.here()?.tiers {
+            Some(tiers) => tiers.flush(),
             None => Ok(()),
         }
     }
@@ -227,18 +281,7 @@ impl Store {
     /// Removes everything, and gives the memory back to the system. What is pinned can no longer be found and is
     /// freed with its last pin.
     pub fn clear(&self) -> Removed {
-        if self.here().is_err() {
-            return Removed::default();
-        }
-        let removed = self.change(
-            |_, _| true,
-            |state, disk| {
-                let (removed, below) = (state.remove_where(|_| true), disk.map_or(0, |disk| disk.clear(None)));
-                Removed { entries: removed.entries.max(below), ..removed }
-            },
-        );
-        self.shared.give_back();
-        removed
+        self.clear_where(None)
     }
 
     /// Drops everything whose TTL has run out and says how many entries of the RAM tier that
@@ -247,149 +290,94 @@ impl Store {
         if self.here().is_err() {
             return 0;
         }
-        let now_ms = self.now_ms();
-        if let Some(tiering) = &self.tiering {
-            tiering.disk().sweep();
-        }
-        self.shared.state.lock().sweep(now_ms)
+        self.each_tier().for_each(|tier| tier.sweep());
+        self.sweep_ram()
     }
 
     /// Removes all entries of one namespace.
     pub(crate) fn clear_namespace(&self, id: NamespaceId) -> Removed {
+        self.clear_where(Some(id))
+    }
+
+    fn clear_where(&self, namespace: Option<NamespaceId>) -> Removed {
         if self.here().is_err() {
             return Removed::default();
         }
-        let removed = self.change(
-            |_, namespace| namespace == id,
-            |state, disk| {
-                let removed = match state.index().namespaces().known(id) {
-                    Some(number) => state.remove_where(|entry| entry.namespace == number),
-                    None => Removed::default(),
-                };
-                let below = disk.map_or(0, |disk| disk.clear(Some(id)));
-                Removed { entries: removed.entries.max(below), ..removed }
-            },
-        );
+        let gone = namespace.map_or(Gone::All, Gone::Namespace);
+        let what = namespace.map_or(Forget::All, Forget::Namespace);
+        let mut removed = Removed::default();
+        let begin = |_: &mut Ledger| {};
+        let ((), forgotten) = self.forget(gone, &what, begin, || {
+            // In slices: between two of them others get the lock.
+            let mut next = Some(0);
+            while let Some(from) = next {
+                next = self.shared.with(|ledger| {
+                    let number = namespace.map(|id| ledger.index().namespaces().known(id));
+                    if number == Some(None) {
+                        return None;
+                    }
+                    let number = number.flatten();
+                    let goes = |entry: &crate::index::Entry| number.is_none_or(|number| entry.namespace == number);
+                    ledger.remove_some(from, ledger::SLICE, goes, &mut removed)
+                });
+            }
+        });
+        self.shared.with(|ledger| ledger.was_cleared(namespace));
         self.shared.give_back();
-        removed
+        let below = forgotten.iter().map(|forgotten| forgotten.entries).max().unwrap_or(0);
+        Removed { entries: removed.entries.max(below), ..removed }
     }
 
     /// Removes these keys; says for each whether it was there.
     pub(crate) fn remove(&self, keys: &[ObjectKey]) -> (Removed, Vec<bool>) {
-        let now_ms = self.now_ms();
-        self.change(
-            |key, _| keys.contains(key),
-            |state, disk| {
-                let (mut removed, mut found) = state.remove(keys, now_ms);
-                if let Some(disk) = disk {
-                    found.iter_mut().zip(disk.remove(keys)).for_each(|(found, below)| *found |= below);
-                    removed.entries = found.iter().filter(|found| **found).count() as u64;
-                }
-                (removed, found)
-            },
-        )
-    }
-
-    /// Remembers what the blocks of a namespace look like: their headers on the disk say so.
-    pub(crate) fn describe(&self, namespace: &Namespace) {
-        if let Some(tiering) = &self.tiering {
-            tiering.describe(namespace);
+        if self.here().is_err() {
+            return (Removed::default(), vec![false; keys.len()]);
         }
-    }
-
-    /// Pins the longest run of objects from the first key on; what is on the disk and worth
-    /// it is loaded first. Says which positions were not in RAM, or in RAM behind such.
-    pub(crate) fn pin_run(&self, keys: &[ObjectKey], request: Request) -> (Pin, Range<usize>) {
-        let now_ms = self.now_ms();
-        let Some(tiering) = &self.tiering else {
-            let held = self.shared.state.lock().hold_run(keys, now_ms, request);
-            return (Pin::new(Arc::clone(&self.shared), held), 0..0);
-        };
-        let held = self.shared.state.lock().hold_run(keys, now_ms, Request::Uncounted);
-        let mut pin = Pin::new(Arc::clone(&self.shared), held);
-        let first = pin.len();
-        let rest = keys.get(first..).unwrap_or_default();
-        let Decision { load, not_worth } = self.decide(tiering, rest);
-        if load > 0 {
-            let wanted = rest.get(..load).unwrap_or_default();
-            let loaded = tiering.load(keys, first..first + load);
-            let more = self.shared.state.lock().hold_run(wanted, now_ms, Request::Uncounted);
-            drop(loaded);
-            pin.extend(more);
+        let now_ms = self.shared.now_ms();
+        let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
+        let begin = |ledger: &mut Ledger| ledger.remove(keys, now_ms);
+        let ((mut removed, mut found), forgotten) =
+            self.forget(Gone::Keys(names.clone()), &Forget::Keys(&names), begin, || {});
+        for below in &forgotten {
+            found.iter_mut().zip(&below.found).for_each(|(found, below)| *found |= below);
         }
-        if let Request::Tokens { block_tokens, .. } = request {
-            tiering.count_not_worth(not_worth * block_tokens);
+        if !forgotten.is_empty() {
+            removed.entries = found.iter().filter(|found| **found).count() as u64;
         }
-        self.count(&pin, request);
-        let loaded = first..pin.len();
-        (pin, loaded)
+        (removed, found)
     }
 
-    /// Begins to load what of these keys is on the disk, and does not wait for it; says how
-    /// many are under way.
-    pub(crate) fn prefetch(&self, keys: &[ObjectKey]) -> usize {
-        let Some(tiering) = &self.tiering else { return 0 };
-        let first = self.shared.state.lock().resident(keys).iter().take_while(|resident| **resident).count();
-        let rest = keys.get(first..).unwrap_or_default();
-        let load = self.decide(tiering, rest).load;
-        tiering.start_loads(keys, first..first + load).len()
-    }
-
-    /// Hands these bytes of the objects under these keys to `each`, in order: from RAM, behind
-    /// that straight from the disk, without bringing them into RAM. Says how many there were.
-    pub(crate) fn read_parts(
+    /// Takes something out of RAM and then out of every tier, while nothing of it can come up again.
+    fn forget<T>(
         &self,
-        keys: &[ObjectKey],
-        range: &Range<usize>,
-        mut each: impl FnMut(usize, &[u8]),
-    ) -> usize {
-        let now_ms = self.now_ms();
-        let held = self.shared.state.lock().hold_run(keys, now_ms, Request::Uncounted);
-        let pin = Pin::new(Arc::clone(&self.shared), held);
-        let first = pin.len();
-        for position in 0..first {
-            each(position, pin.bytes(position).get(range.clone()).unwrap_or_default());
-        }
-        let Some(tiering) = &self.tiering else { return first };
-        let rest = keys.get(first..).unwrap_or_default();
-        first + tiering.read_parts(rest, range, |position, bytes| each(first + position, bytes))
-    }
-
-    /// What a lookup of these keys would find, without loading anything.
-    pub(crate) fn look(&self, keys: &[ObjectKey]) -> Found {
-        let ram = self.shared.state.lock().resident(keys).iter().take_while(|resident| **resident).count();
-        let Some(tiering) = &self.tiering else { return Found { ram, ..Found::default() } };
-        let rest = keys.get(ram..).unwrap_or_default();
-        let Decision { load, not_worth } = self.decide(tiering, rest);
-        let load_time = tiering.load_time(rest.get(..load).unwrap_or_default());
-        Found { ram, load, not_worth, load_time }
-    }
-
-    /// Pins all of these objects or none; loads what is on the disk, if that is worth it.
-    pub(crate) fn pin_all(&self, keys: &[ObjectKey], request: Request) -> Option<Pin> {
-        let now_ms = self.now_ms();
-        let Some(tiering) = &self.tiering else {
-            let held = self.shared.state.lock().hold_all(keys, now_ms, request)?;
-            return Some(Pin::new(Arc::clone(&self.shared), held));
+        gone: Gone,
+        what: &Forget<'_>,
+        begin: impl FnOnce(&mut Ledger) -> T,
+        and_then: impl FnOnce(),
+    ) -> (T, Vec<Forgotten>) {
+        let Some(tiers) = &self.tiers else {
+            let begun = self.shared.with(begin);
+            and_then();
+            return (begun, Vec::new());
         };
-        let held = self.shared.state.lock().hold_all(keys, now_ms, Request::Uncounted);
-        let held = held.or_else(|| {
-            // All or nothing: a part is not worth anything.
-            if self.decide(tiering, keys).load < keys.len() {
-                return None;
-            }
-            let _loaded = tiering.load(keys, 0..keys.len());
-            self.shared.state.lock().hold_all(keys, now_ms, Request::Uncounted)
-        });
-        let pin = Pin::new(Arc::clone(&self.shared), held.unwrap_or_default());
-        self.count(&pin, request);
-        (pin.len() > 0).then_some(pin)
+        let (epoch, begun) = self.shared.with(|ledger| (ledger.forget(gone), begin(ledger)));
+        and_then();
+        let forgotten = tiers.forget(what, epoch);
+        self.shared.with(|ledger| ledger.has_forgotten(epoch));
+        (begun, forgotten)
+    }
+
+    /// Remembers what the blocks of a namespace look like: their headers in the tiers say so.
+    pub(crate) fn describe(&self, namespace: &Namespace) {
+        if let Some(tiers) = &self.tiers {
+            tiers.describe(namespace);
+        }
     }
 
     pub(crate) fn prefix_lengths(&self, id: NamespaceId, max_bytes: usize) -> Vec<usize> {
-        let mut lengths = self.shared.state.lock().index().namespaces().prefix_lengths(id, max_bytes);
-        if let Some(tiering) = &self.tiering {
-            lengths.extend(tiering.disk().prefix_lengths(id, max_bytes));
+        let mut lengths = self.shared.with(|ledger| ledger.index().namespaces().prefix_lengths(id, max_bytes));
+        if self.tiers.is_some() {
+            lengths.extend(self.each_tier().flat_map(|tier| tier.prefix_lengths(id, max_bytes)));
             lengths.sort_unstable();
             lengths.dedup();
         }
@@ -399,68 +387,78 @@ impl Store {
     /// Layers of a named cache: one more than the highest one stored.
     pub(crate) fn layers(&self, id: NamespaceId) -> u32 {
         // In this order: meanwhile something may go down, and is then found there.
-        let here = self.shared.state.lock().index().namespaces().layers(id);
-        self.tiering.as_ref().map_or(here, |tiering| here.max(tiering.disk().layers(id)))
+        let here = self.shared.with(|ledger| ledger.index().namespaces().layers(id));
+        self.each_tier().map(|tier| tier.layers(id)).fold(here, u32::max)
     }
 
     /// The length that goes with the first of these prefixes of which any layer is there.
     pub(crate) fn first_stored(&self, id: NamespaceId, prefixes: &[(usize, PrefixHash)]) -> Option<usize> {
-        let now_ms = self.now_ms();
+        let now_ms = self.shared.now_ms();
         let layers = self.layers(id);
-        let mut state = self.shared.state.lock();
-        let below = |key: &ObjectKey| self.tiering.as_ref().is_some_and(|tiering| tiering.disk().holds(key));
-        let mut stored = |prefix: &PrefixHash| {
-            (0..layers).map(|layer| prefix.key(layer)).any(|key| state.find_live(&key, now_ms).is_some() || below(&key))
+        let stored = |prefix: &PrefixHash| {
+            let keys: Vec<ObjectKey> = (0..layers).map(|layer| prefix.key(layer)).collect();
+            self.shared.with(|ledger| keys.iter().any(|key| ledger.find_live(key, now_ms).is_some()))
+                || self.tiers.as_ref().is_some_and(|tiers| tiers.hold_any(&keys))
         };
         prefixes.iter().find(|(_, prefix)| stored(prefix)).map(|(length, _)| *length)
     }
 
     /// Counts a pin as a request after the fact.
     pub(crate) fn count(&self, pin: &Pin, request: Request) {
-        self.shared.state.lock().count(request, pin.held());
+        self.shared.with(|ledger| ledger.count(request, pin.held(), pin.len()));
+        self.offer();
     }
 
     /// Pages for each of `sizes_bytes`, all or nothing.
     pub(crate) fn reserve_all(&self, namespace: NamespaceId, sizes_bytes: &[usize]) -> Result<Vec<Pending>, Rejection> {
-        let now_ms = self.now_ms();
-        let gave_back = self.shared.given_back.times();
-        let mut reserved = self.shared.state.lock().reserve_all(namespace, sizes_bytes, now_ms);
-        for _ in 0..WAYS {
-            if !matches!(reserved, Err(Rejection::AllPinned { .. })) || !self.make_way(gave_back) {
-                break;
+        let now_ms = self.shared.now_ms();
+        let pages = sizes_bytes.iter().filter_map(|bytes| pages_for(*bytes)).fold(0, u32::saturating_add);
+        let reserved = self.with_room(
+            |ledger| ledger.reserve_all(namespace, sizes_bytes, now_ms),
+            |made| made.as_ref().err().copied(),
+        );
+        let extents = match reserved {
+            Ok(extents) => extents,
+            Err(shortage) => {
+                return Err(self.shared.with(|ledger| {
+                    ledger.count_rejection();
+                    shortage.rejection(ledger, pages)
+                }));
             }
-            reserved = self.shared.state.lock().reserve_all(namespace, sizes_bytes, now_ms);
-        }
-        let extents = reserved.inspect_err(|_| self.shared.state.lock().count_rejection())?;
+        };
         Ok(extents.into_iter().map(|extent| Pending::new(Arc::clone(&self.shared), extent)).collect())
     }
 
     /// Pins what is there of a chain and makes room for the rest, head first. What is
     /// missing before the first position given cannot be written and ends it.
     pub(crate) fn reserve(&self, namespace: NamespaceId, keys: &[ObjectKey], wanted: Wanted) -> Reserved {
-        let gave_back = self.shared.given_back.times();
-        let mut reserved = self.try_reserve(namespace, keys, wanted);
-        for _ in 0..WAYS {
-            if !matches!(reserved.rejection, Some(Rejection::AllPinned { .. })) || !self.make_way(gave_back) {
-                break;
-            }
-            drop(reserved);
-            reserved = self.try_reserve(namespace, keys, wanted);
-        }
-        if reserved.rejection.is_some() {
-            self.shared.state.lock().count_rejection();
-        }
-        reserved
-    }
-
-    fn try_reserve(&self, namespace: NamespaceId, keys: &[ObjectKey], wanted: Wanted) -> Reserved {
-        let now_ms = self.now_ms();
-        let (present, missing, rejection) = self.shared.state.lock().reserve(namespace, keys, wanted, now_ms);
-        let pending = |(position, extent)| (position, Pending::new(Arc::clone(&self.shared), extent));
-        let below = match &rejection {
-            None => keys.len() - present.len() - missing.len(),
-            Some(_) => 0,
+        let now_ms = self.shared.now_ms();
+        // What is given is stored whether a tier has it or not.
+        let below = self
+            .tiers
+            .as_ref()
+            .map_or_else(Vec::new, |tiers| tiers.has_each(keys.get(..wanted.first_given).unwrap_or(keys)));
+        let attempt = |ledger: &mut Ledger| {
+            let made = ledger.reserve(namespace, keys, wanted, &below, now_ms);
+            Taken { shared: Arc::clone(&self.shared), made: Some(made) }
         };
+        let mut taken = self.with_room(attempt, |taken| taken.made.as_ref()?.shortage);
+        let Reservation { present, missing, below, refused_from, shortage } = taken.made.take().unwrap_or_default();
+        let refused_from = refused_from.unwrap_or(keys.len());
+        let pages = pages_for(wanted.bytes_each).unwrap_or(u32::MAX);
+        let refused = keys.get(refused_from..).unwrap_or_default();
+        let there = self.tiers.as_ref().filter(|_| !refused.is_empty()).map_or(0, |tiers| {
+            // In RAM behind a gap nobody finds them.
+            tiers.has_each(refused).into_iter().filter(|has| *has).count()
+        });
+        let rejection = shortage.filter(|_| there < refused.len()).map(|shortage| {
+            self.shared.with(|ledger| {
+                ledger.count_rejection();
+                shortage.rejection(ledger, pages)
+            })
+        });
+        let pending = |(position, extent)| (position, Pending::new(Arc::clone(&self.shared), extent));
+        let below = below + there;
         Reserved {
             present: Pin::new(Arc::clone(&self.shared), present),
             missing: missing.into_iter().map(pending).collect(),
@@ -478,7 +476,7 @@ impl Store {
         options: &StoreOptions,
         on_present: OnPresent,
     ) -> usize {
-        let now_ms = self.now_ms();
+        let now_ms = self.shared.now_ms();
         let expires_at_ms =
             options.ttl.or(self.shared.default_ttl).map_or(NEVER, |ttl| now_ms.saturating_add(duration_ms(ttl)));
         let share = options
@@ -487,61 +485,130 @@ impl Store {
         let compute_us = u32::try_from(share.as_micros()).unwrap_or(u32::MAX);
         objects.iter_mut().for_each(|object| object.pending.clear_from(object.bytes));
         let keys: Vec<ObjectKey> = objects.iter().map(|object| object.key).collect();
-        let through = self.tiering.as_ref().is_some_and(|tiering| tiering.policy == WritePolicy::Through);
-        let replaced = |key: &ObjectKey, _| on_present == OnPresent::Replace && keys.contains(key);
-        self.change(replaced, |state, disk| {
-            if let Some(disk) = disk.filter(|_| on_present == OnPresent::Replace) {
-                disk.hide(&keys);
-            }
+        let seal = |ledger: &mut Ledger| {
             let written = objects.into_iter().filter_map(|Sealing { key, pending, bytes, spec, parent, place }| {
-                let entry = state::new_entry(key, pending.into_extent()?, bytes, expires_at_ms, spec, compute_us);
+                let entry = ledger::new_entry(key, pending.into_extent()?, bytes, expires_at_ms, spec, compute_us);
                 Some(Written { entry, parent, place })
             });
-            let sealed = state.seal_all(namespace, written, on_present, options.priority);
-            if through {
-                state.demote_run(&keys);
-            }
-            sealed
-        })
+            ledger.seal_all(namespace, written, on_present, options.priority)
+        };
+        let Some(tiers) = &self.tiers else { return self.shared.with(seal) };
+        let through = tiers.write_policy() == WritePolicy::Through;
+        let sealed = match on_present {
+            OnPresent::Keep => self.shared.with(|ledger| {
+                let sealed = seal(ledger);
+                if through {
+                    ledger.offer_run(&keys);
+                }
+                sealed
+            }),
+            OnPresent::Replace => self.replace(tiers, &keys, now_ms, through, seal),
+        };
+        self.offer();
+        sealed
     }
 
-    /// Changes RAM and disk together, while nothing of what `gone` names can come up from the disk.
-    fn change<T>(
+    /// Seals what may replace older values. It is held until the tiers have hidden those: whoever looks there
+    /// meanwhile would find them.
+    fn replace(
         &self,
-        gone: impl Fn(&ObjectKey, NamespaceId) -> bool,
-        change: impl FnOnce(&mut State, Option<&Disk>) -> T,
-    ) -> T {
-        match &self.tiering {
-            Some(tiering) => {
-                tiering.loads().without(gone, || change(&mut self.shared.state.lock(), Some(tiering.disk())))
+        tiers: &Tiers,
+        keys: &[ObjectKey],
+        now_ms: u64,
+        through: bool,
+        seal: impl FnOnce(&mut Ledger) -> usize,
+    ) -> usize {
+        let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
+        let (epoch, sealed, held) = self.shared.with(|ledger| {
+            let epoch = ledger.forget(Gone::Keys(names.clone()));
+            let sealed = seal(ledger);
+            let held = ledger.hold_each(keys, now_ms).into_iter().map(|(_, held)| held).collect();
+            (epoch, sealed, Pin::new(Arc::clone(&self.shared), held))
+        });
+        tiers.forget(&Forget::Replaced(&names), epoch);
+        self.shared.with(|ledger| {
+            ledger.has_forgotten(epoch);
+            if through {
+                ledger.offer_run(keys);
             }
-            None => change(&mut self.shared.state.lock(), None),
-        }
-    }
-
-    fn decide(&self, tiering: &Tiering, keys: &[ObjectKey]) -> Decision {
-        if keys.is_empty() {
-            return Decision::default();
-        }
-        tiering.decide(keys, |key| self.shared.state.lock().compute_us(key))
+        });
+        drop(held);
+        sealed
     }
 
     /// Writes a request of the token door to the trace, if there is one.
     pub(crate) fn record(&self, tokens: usize, keys: &[ObjectKey]) {
         if let Some(recorder) = &self.shared.recorder {
-            recorder.request(self.now_ms(), tokens, keys.iter().map(ObjectKey::table_hash));
+            recorder.request(self.shared.now_ms(), tokens, keys.iter().map(ObjectKey::table_hash));
         }
     }
 
-    /// Queued writes pin pages that are needed now, and so does giving memory back, if any has been under way since
-    /// it was done so many times.
-    fn make_way(&self, gave_back: u64) -> bool {
-        let gave_back = self.shared.given_back.wait_since(gave_back);
-        self.tiering.as_ref().is_some_and(|tiering| tiering.make_way()) || gave_back
+    /// Tries until there is room, or none to come. Between two tries what departs is offered to the tiers, and their
+    /// writes are waited for: as long as one request waits at most, in all.
+    fn with_room<T>(&self, attempt: impl Fn(&mut Ledger) -> T, shortage: impl Fn(&T) -> Option<Shortage>) -> T {
+        let mut gave_back = self.shared.given_back.times();
+        let mut made = self.shared.with(&attempt);
+        // Giving memory back has pages for a moment, too.
+        while matches!(shortage(&made), Some(Shortage::Refused(Rejection::AllPinned { .. })))
+            && self.shared.given_back.wait_since(gave_back)
+        {
+            drop(made);
+            gave_back = self.shared.given_back.times();
+            made = self.shared.with(&attempt);
+        }
+        match &self.tiers {
+            Some(tiers) if shortage(&made) == Some(Shortage::Coming) => {
+                tiers.wait_for_room(made, tiers.deadline(), attempt, shortage)
+            }
+            Some(tiers) => {
+                tiers.offer(Deadline::over());
+                made
+            }
+            None => made,
+        }
     }
 
-    fn now_ms(&self) -> u64 {
-        self.shared.clock.now_ms()
+    /// Offers to the tiers what the ledger says.
+    fn offer(&self) {
+        if let Some(tiers) = &self.tiers {
+            tiers.offer(Deadline::over());
+        }
+    }
+
+    fn each_tier(&self) -> impl Iterator<Item = &Arc<dyn Tier>> {
+        self.tiers.iter().flat_map(|tiers| tiers.each())
+    }
+
+    fn sweep_ram(&self) -> u64 {
+        let now_ms = self.shared.now_ms();
+        let mut swept = 0;
+        loop {
+            // In slices: between two of them others get the lock.
+            let dropped = self.shared.with(|ledger| ledger.sweep(now_ms));
+            swept += dropped as u64;
+            if dropped < ledger::SLICE {
+                return swept;
+            }
+        }
+    }
+}
+
+/// A reservation that goes back if it is not taken.
+struct Taken {
+    shared: Arc<Shared>,
+    made: Option<Reservation>,
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if let Some(Reservation { present, missing, .. }) = self.made.take()
+            && self.shared.process.is_current()
+        {
+            self.shared.with(|ledger| {
+                ledger.release(present);
+                missing.into_iter().for_each(|(_, extent)| ledger.abandon(extent));
+            });
+        }
     }
 }
 

@@ -2,10 +2,13 @@
 
 #![allow(clippy::cast_possible_truncation, clippy::allow_attributes, reason = "a test that panics fails")]
 
+mod requests;
+
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::tiering::at_once_bytes;
+use super::demote::{Timeouts, resident_of};
+use super::gate::Gate;
 use super::*;
 use crate::cache::KvCache;
 use crate::clock::ManualClock;
@@ -15,7 +18,7 @@ use crate::key::TokenId;
 use crate::layout::{KvLayout, LayerView, LayerViewMut};
 use crate::named::{Outcome, SimpleKvCache};
 use crate::tensor::{DType, TensorView, TensorViewMut};
-use crate::tier::disk::Options;
+use crate::tier::disk::DiskTier;
 use crate::tier::disk::sim::{self, Sim};
 
 const PAGE: u64 = 4096;
@@ -33,12 +36,13 @@ struct Lab {
     sim: Sim,
     clock: Arc<ManualClock>,
     config: DiskConfig,
+    policy: crate::PolicyKind,
 }
 
 impl Lab {
     fn new() -> Self {
         let config = DiskConfig::new("sim", 4 * MIB).read_timeout(Duration::from_secs(2));
-        Self { sim: Sim::default(), clock: Arc::new(ManualClock::at(1_000_000)), config }
+        Self { sim: Sim::default(), clock: Arc::new(ManualClock::at(1_000_000)), config, policy: Default::default() }
     }
 
     fn back(mut self) -> Self {
@@ -47,30 +51,22 @@ impl Lab {
     }
 
     fn open(&self, ram_pages: u64) -> KvCache {
+        self.open_with(ram_pages, None)
+    }
+
+    fn open_with(&self, ram_pages: u64, sink: Option<Arc<dyn crate::event::EventSink>>) -> KvCache {
         let (arena, pages) = ram::reserve(ram_pages * PAGE).unwrap();
         let clock: Arc<dyn Clock> = self.clock.clone();
-        let state = Mutex::new(State::new(pages, crate::PolicyKind::default(), &[]));
-        let shared = Arc::new(Shared {
-            state,
-            arena,
-            clock: Arc::clone(&clock),
-            default_ttl: None,
-            recorder: None,
-            process: Process::current(),
-            given_back: GiveBack::default(),
-        });
-        let queue_bytes = self.config.queue_bytes.unwrap_or(ram_pages * PAGE / 8);
-        let options = Options {
-            dir: &self.config.dir,
-            capacity_bytes: 4 * MIB,
-            key_file: None,
-            queue_bytes,
-            at_once_bytes: at_once_bytes(ram_pages * PAGE),
-            flush_timeout: self.config.flush_timeout,
-        };
+        let ledger = Ledger::new(pages, self.policy, &[]);
+        let shared = Arc::new(Shared::new(ledger, arena, Arc::clone(&clock), None, None, sink));
+        let options = DiskTier::options(&self.config, ram_pages * PAGE);
         let disk = sim::open(&self.sim, &options, None, clock).unwrap();
-        let tiering = Some(Arc::new(Tiering::over(disk, &self.config, &shared)));
-        KvCache::over(Store { shared, tiering })
+        let disk = DiskTier::over(disk, self.config.read_timeout);
+        disk.set_resident(resident_of(&shared));
+        let timeouts = Timeouts { request: self.config.read_timeout, flush: self.config.flush_timeout };
+        let gate = Gate::new(self.config.admission, self.config.write_policy);
+        let tiers = Tiers::over(vec![Arc::new(disk)], gate, timeouts, self.config.write_policy, &shared);
+        KvCache::over(Store { shared, tiers: Some(Arc::new(tiers)) })
     }
 }
 
@@ -114,8 +110,8 @@ fn plain() -> StoreOptions {
     StoreOptions::default()
 }
 
-fn disk(cache: &KvCache) -> crate::DiskStats {
-    cache.stats().disk.unwrap()
+fn disk(cache: &KvCache) -> crate::TierStats {
+    cache.stats().tier("disk").unwrap().clone()
 }
 
 #[test]
@@ -503,7 +499,7 @@ fn a_load_that_takes_longer_than_computing_again_is_not_made() {
 fn assert_found_behind_a_gap(cache: &KvCache, tokens: &[TokenId]) {
     let head = namespace().block_hashes(&tokens[..8]).unwrap();
     let head: Vec<ObjectKey> = head.into_iter().map(crate::BlockHash::key).collect();
-    cache.store_handle().shared.state.lock().remove(&head, 0);
+    cache.store_handle().shared.with(|ledger| ledger.remove(&head, 0));
     let found = cache.look(&namespace(), tokens).unwrap();
     assert_eq!((found.ram_tokens, found.load_tokens, found.not_worth_tokens), (0, 64, 0));
     assert_eq!(look(cache, tokens), 64);
@@ -521,17 +517,21 @@ fn blocks_that_come_up_from_the_disk_before_their_parents_go_before_them_too() {
             namespace().block_hashes(&tokens).unwrap().into_iter().map(crate::BlockHash::key).collect();
         let shared = Arc::clone(&cache.store_handle().shared);
         for position in order {
-            let mut state = shared.state.lock();
-            let extent = state.reserve_one(namespace().id(), PAGE as usize, 0).unwrap();
-            let entry = state::new_entry(keys[position], extent, PAGE as usize, NEVER, None, 0);
-            let parent = position.checked_sub(1).map(|before| keys[before]);
-            let written = Written { entry, parent, place: Place::of(position, 4, 4) };
-            state.seal_promoted(namespace().id(), written, keys.get(position + 1));
+            shared.with(|ledger| {
+                let extent = ledger.reserve_one(namespace().id(), PAGE as usize, 0).unwrap();
+                let entry = ledger::new_entry(keys[position], extent, PAGE as usize, NEVER, None, 0);
+                let parent = position.checked_sub(1).map(|before| keys[before]);
+                let written = Written { entry, parent, place: Place::of(position, 4, 4) };
+                let epoch = ledger.epoch();
+                assert!(ledger.seal_promoted(namespace().id(), written, keys.get(position + 1), epoch));
+            });
         }
         for left in [3, 2, 1] {
             // It stays taken, so that the next one has to evict.
-            let _ = shared.state.lock().reserve_one(namespace().id(), PAGE as usize, 0).unwrap();
-            let resident = shared.state.lock().resident(&keys);
+            while shared.with(|ledger| ledger.reserve_one(namespace().id(), PAGE as usize, 0)).is_err() {
+                cache.store_handle().offer();
+            }
+            let resident = shared.with(|ledger| ledger.resident(&keys));
             let right: Vec<bool> = (0..4).map(|position| position < left).collect();
             assert_eq!(resident, right, "they came in the order {order:?}");
         }
@@ -600,7 +600,7 @@ fn a_range_of_layers_is_read_from_ram_and_disk_without_bringing_blocks_up() {
 fn without_a_disk_there_is_nothing_to_flush() {
     let cache = KvCache::new(CacheConfig::new(MIB)).unwrap();
     assert!(matches!(cache.store_handle().flush(), Err(Error::NoDisk)));
-    assert_eq!(cache.stats().disk, None);
+    assert_eq!(cache.stats().tiers, []);
 }
 
 #[test]
@@ -667,7 +667,7 @@ fn usage_counts_what_comes_and_goes_on_both_tiers() {
     cache.flush().unwrap();
     let stats = cache.stats();
     assert_eq!(usage(&cache), [stats.entries, stats.used_bytes, 12, 12 * 2 * PAGE]);
-    assert!(stats.disk.unwrap().used_bytes > 12 * 2 * PAGE);
+    assert!(stats.tier("disk").unwrap().used_bytes > 12 * 2 * PAGE);
     cache.remove_from(&namespace(), &prompt(0, 6), 2 * BLOCK_TOKENS).unwrap();
     assert_eq!(usage(&cache)[2..], [8, 8 * 2 * PAGE]);
     drop(cache);

@@ -17,6 +17,7 @@ mod index;
 mod io;
 mod log;
 mod manifest;
+mod readers;
 mod recover;
 mod segment;
 mod shared;
@@ -25,6 +26,7 @@ pub(crate) mod sim;
 mod survey;
 #[cfg(test)]
 mod tests;
+pub(crate) mod tier;
 mod writer;
 
 use std::ops::Range;
@@ -32,27 +34,28 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::clock::Clock;
+use crate::clock::{Clock, Deadline};
 use crate::error::{Error, Result};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::process::Process;
-use crate::stats::DiskStats;
+use crate::stats::TierStats;
 use crate::sync::{Mutex, thread};
+use crate::tier::Payload;
 
 pub use archive::{Archive, Contents, RecordInfo, RecordState, Verified};
 use crypt::Cipher;
 use format::PAGE_BYTES;
 #[cfg(feature = "fuzzing")]
 pub(crate) use format::decode_anything;
-pub(crate) use format::{Content, Kind, RecordHeader, RecordMeta};
+use format::{Content, RecordHeader, RecordMeta};
 pub(crate) use index::Found;
-pub(crate) use io::Pages;
-use io::{Access, Backend, Directory, OpenError};
+use io::{Access, Backend, Directory, OpenError, Pages};
 use segment::{Expected, ReadError};
-use shared::{DiskState, Op, Reply, Shared};
-pub(crate) use shared::{Payload, Resident};
+pub(crate) use shared::Resident;
+use shared::{Op, Reply, Shared};
 pub use survey::ManifestState;
 use survey::Refusal;
+pub(crate) use tier::DiskTier;
 
 /// Failed reads in a row that make the disk a failing one.
 const BAD_READS: u32 = 3;
@@ -80,6 +83,18 @@ pub(crate) struct Options<'a> {
     pub(crate) at_once_bytes: u64,
     /// How long a flush waits for a disk that gets nothing done.
     pub(crate) flush_timeout: Duration,
+}
+
+/// What became of a write that was offered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Taken {
+    Queued,
+    /// The block is there already, or on its way.
+    There,
+    /// Something newer is known of its key.
+    Outdated,
+    /// The queue is full, or the disk fails.
+    Full,
 }
 
 /// Finds the directory again after it was gone.
@@ -134,14 +149,18 @@ impl Disk {
         })
     }
 
+    /// Is this the process that opened it?
+    pub(crate) fn is_here(&self) -> bool {
+        self.process.is_current()
+    }
+
     /// Says who knows what is in RAM: that is hot, and kept when its segment goes.
     pub(crate) fn set_resident(&self, resident: Resident) {
         self.shared.set_resident(resident);
     }
 
-    /// Queues a record to be written, unless it is a block that is there already. `payload` is
-    /// asked for only if the record is taken. A queue without room drops it and counts that; with
-    /// `wait`, for flushing, it is taken anyway: then what waits is limited by RAM alone. `mark` is kept with it.
+    /// As [`Disk::try_write`]; says whether it was queued, and counts it if there was no room.
+    #[cfg(test)]
     pub(crate) fn write(
         &self,
         meta: RecordMeta,
@@ -150,33 +169,75 @@ impl Disk {
         wait: bool,
         payload: impl FnOnce() -> Arc<dyn Payload>,
     ) -> bool {
+        let taken = self.try_write(meta, content, mark, wait, payload);
+        if taken == Taken::Full {
+            self.count_dropped();
+        }
+        taken == Taken::Queued
+    }
+
+    /// Queues a record to be written, unless it is a block that is there already. `payload` is
+    /// asked for only if the record is taken. With `wait` it is taken anyway: then what waits is limited by RAM
+    /// alone. `mark` is kept with it.
+    fn try_write(
+        &self,
+        meta: RecordMeta,
+        content: Content,
+        mark: u8,
+        wait: bool,
+        payload: impl FnOnce() -> Arc<dyn Payload>,
+    ) -> Taken {
         let now_ms = self.shared.now_ms();
         let mut state = self.shared.state.lock();
         if !state.needs(&meta, now_ms) {
-            return false;
+            return Taken::There;
         }
         let bytes = meta.payload_bytes.next_multiple_of(PAGE_BYTES as u64);
         let room = wait
             || ((state.queue.bytes == 0 || state.queue.bytes + bytes <= self.queue_bytes)
                 && state.writes.allows(now_ms));
-        let taken = room && !state.closed;
-        if taken {
-            if state.queue.bytes == 0 {
-                state.progress_at_ms = now_ms;
-            }
-            state.queue.push(meta, mark, content, payload(), &self.shared);
-        } else {
-            state.counters.dropped_total += 1;
-            self.shared.look_for_stall(&mut state, now_ms, self.flush_timeout);
+        if !room || state.closed {
+            return Taken::Full;
         }
+        if state.queue.bytes == 0 {
+            state.moved(now_ms);
+        }
+        state.queue.push(meta, mark, content, payload(), &self.shared);
         drop(state);
         self.shared.work.notify_all();
-        taken
+        Taken::Queued
+    }
+
+    /// Something was offered and not taken.
+    fn count_dropped(&self) {
+        let now_ms = self.shared.now_ms();
+        let said = {
+            let mut state = self.shared.state.lock();
+            state.counters.dropped_total += 1;
+            state.look_for_stall(now_ms, self.flush_timeout)
+        };
+        self.shared.say_stall(said);
+    }
+
+    /// Waits until the queue is not full, or the deadline; says whether it is worth another try.
+    fn wait_for_room(&self, deadline: Deadline) -> bool {
+        self.shared.wait_for_room(deadline, self.queue_bytes, self.flush_timeout)
+    }
+
+    /// Somebody has waited so long for what is queued: has the writer got nothing done meanwhile?
+    fn look_for_silence(&self, waited: Duration) {
+        let said = {
+            let mut state = self.shared.state.lock();
+            let is_silent = !waited.is_zero() && state.queue.bytes > 0 && state.idle() >= waited / 4 * 3;
+            is_silent && state.stalls(waited)
+        };
+        self.shared.say_stall(said);
     }
 
     /// Waits until the queue has room.
+    #[cfg(test)]
     pub(crate) fn wait_for_queue(&self) -> Result<()> {
-        let full = |state: &DiskState| state.queue.bytes > self.queue_bytes;
+        let full = |state: &shared::DiskState| state.queue.bytes > self.queue_bytes;
         if self.shared.wait_while(self.flush_timeout, full) {
             return Ok(());
         }
@@ -185,6 +246,7 @@ impl Disk {
 
     /// Waits until nothing is queued or being written, as long as the writer gets on; says whether
     /// it is so.
+    #[cfg(test)]
     pub(crate) fn wait_for_writer(&self, at_most: Duration) -> bool {
         self.shared.wait_while(at_most, |state| state.queue.bytes > 0)
     }
@@ -195,6 +257,7 @@ impl Disk {
     }
 
     /// Is this on the disk, or on its way there?
+    #[cfg(test)]
     pub(crate) fn holds(&self, key: &ObjectKey) -> bool {
         let now_ms = self.shared.now_ms();
         let state = self.shared.state.lock();
@@ -218,6 +281,16 @@ impl Disk {
             return None;
         }
         state.index.find(key, now_ms)
+    }
+
+    /// As [`Disk::find`], of many with one look.
+    fn find_each(&self, keys: &[ObjectKey]) -> Vec<Option<Found>> {
+        let now_ms = self.shared.now_ms();
+        let mut state = self.shared.state.lock();
+        if state.hung_reads > 0 || !state.reads.allows(now_ms) {
+            return vec![None; keys.len()];
+        }
+        keys.iter().map(|key| state.index.find(key, now_ms)).collect()
     }
 
     /// Reads a record into exactly its pages. `None` is a miss: the disk failed, or the record
@@ -252,7 +325,9 @@ impl Disk {
                 state.counters.hits += 1;
                 state.counters.read_bytes_total += bytes as u64;
                 state.index.heat(key);
-                if state.reads.heal() {
+                let is_back = state.reads.heal();
+                drop(state);
+                if is_back {
                     tracing::info!(dir = %self.shared.dir.display(), "the disk tier can be read again");
                 }
                 return Some(read);
@@ -265,7 +340,9 @@ impl Disk {
             Err(ReadError::Io(error)) => error,
         };
         state.counters.read_errors_total += 1;
-        if self.bad_reads.fetch_add(1, Relaxed) + 1 >= BAD_READS && state.reads.fail(now_ms) {
+        let is_new = self.bad_reads.fetch_add(1, Relaxed) + 1 >= BAD_READS && state.reads.fail(now_ms);
+        drop(state);
+        if is_new {
             tracing::warn!(dir = %self.shared.dir.display(), %error, "the disk tier cannot be read: going on without");
         }
         None
@@ -273,19 +350,25 @@ impl Disk {
 
     /// A read has run out of time: the disk is not asked again until it comes back.
     pub(crate) fn read_hangs(&self) {
-        let mut state = self.shared.state.lock();
-        state.counters.timeouts_total += 1;
-        state.hung_reads += 1;
-        if state.hung_reads == 1 {
+        let is_new = {
+            let mut state = self.shared.state.lock();
+            state.counters.timeouts_total += 1;
+            state.hung_reads += 1;
+            state.hung_reads == 1
+        };
+        if is_new {
             tracing::warn!(dir = %self.shared.dir.display(), "the disk tier does not answer: going on without");
         }
     }
 
     /// A read that had run out of time came back.
     pub(crate) fn read_returns(&self) {
-        let mut state = self.shared.state.lock();
-        state.hung_reads = state.hung_reads.saturating_sub(1);
-        if state.hung_reads == 0 {
+        let is_back = {
+            let mut state = self.shared.state.lock();
+            state.hung_reads = state.hung_reads.saturating_sub(1);
+            state.hung_reads == 0
+        };
+        if is_back {
             tracing::info!(dir = %self.shared.dir.display(), "the disk tier answers again");
         }
     }
@@ -347,7 +430,7 @@ impl Disk {
     /// nothing is taken any more. A writer that hangs is left to itself: it does the same when the
     /// disk is back, if the process is still there.
     pub(crate) fn close(&self) -> Result<()> {
-        if !self.process.is_current() {
+        if !self.is_here() {
             return Ok(());
         }
         let Some(writer) = self.writer.lock().take() else { return Ok(()) };
@@ -398,21 +481,16 @@ impl Disk {
         self.shared.state.lock().index.namespaces().usage().collect()
     }
 
-    pub(crate) fn stats(&self) -> DiskStats {
+    pub(crate) fn stats(&self) -> TierStats {
         let state = self.shared.state.lock();
-        DiskStats {
+        TierStats {
             entries: state.index.len() as u64,
             index_bytes: state.index.memory_bytes() as u64,
             queued_bytes: state.queue.bytes,
             encrypted: self.cipher.is_some(),
             failing: state.writes.is_failing() || state.reads.is_failing() || state.hangs(),
-            ..state.counters
+            ..state.counters.clone()
         }
-    }
-
-    /// Counts tokens that were not worth loading.
-    pub(crate) fn count_not_worth(&self, tokens: u64) {
-        self.shared.state.lock().counters.not_worth_tokens_total += tokens;
     }
 }
 

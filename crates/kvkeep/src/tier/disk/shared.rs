@@ -12,20 +12,16 @@ use std::time::Duration;
 
 use super::format::{Content, Kind, RecordMeta};
 use super::index::{DiskIndex, Fingerprint};
-use crate::clock::Clock;
+use crate::clock::{Clock, Deadline, Moment};
 use crate::key::{NamespaceId, ObjectKey};
-use crate::stats::DiskStats;
+use crate::stats::TierStats;
 use crate::sync::{Condvar, Mutex};
+use crate::tier::Payload;
 
 const FIRST_RETRY_MS: u64 = 100;
 /// More hidden records than this are removed at once.
 const MAX_HIDDEN: usize = 1 << 16;
 const LAST_RETRY_MS: u64 = 60_000;
-
-/// Bytes that stay readable until this is dropped: whole pages, page-aligned.
-pub(crate) trait Payload: Send + Sync {
-    fn bytes(&self) -> &[u8];
-}
 
 /// Says which keys are in RAM.
 pub(crate) type Resident = Box<dyn Fn(&[ObjectKey]) -> Vec<bool> + Send + Sync>;
@@ -34,7 +30,7 @@ pub(crate) type Resident = Box<dyn Fn(&[ObjectKey]) -> Vec<bool> + Send + Sync>;
 pub(crate) struct DiskState {
     pub(crate) index: DiskIndex,
     pub(crate) queue: Queue,
-    pub(crate) counters: DiskStats,
+    pub(crate) counters: TierStats,
     pub(crate) writes: Latch,
     pub(crate) reads: Latch,
     /// Reads that ran out of time and have not come back.
@@ -47,6 +43,8 @@ pub(crate) struct DiskState {
     progress: u64,
     /// When it last got something done, or had nothing to do.
     pub(crate) progress_at_ms: u64,
+    /// The same in real time.
+    moved: Option<Moment>,
     /// How long somebody has waited for the writer in vain since it last got something done.
     pub(crate) stalled_for: Duration,
     /// There are segments that cannot be read for now. Anything may be in them: what is removed or replaced is removed
@@ -171,10 +169,13 @@ impl Shared {
     /// The writer has got something done on the disk.
     pub(crate) fn progress(&self) {
         let now_ms = self.now_ms();
-        let mut state = self.state.lock();
-        state.progress += 1;
-        state.progress_at_ms = now_ms;
-        if !std::mem::take(&mut state.stalled_for).is_zero() {
+        let is_back = {
+            let mut state = self.state.lock();
+            state.progress += 1;
+            state.moved(now_ms);
+            !std::mem::take(&mut state.stalled_for).is_zero()
+        };
+        if is_back {
             tracing::info!(dir = %self.dir.display(), "the disk tier gets on again");
         }
     }
@@ -182,9 +183,12 @@ impl Shared {
     /// The disk has failed to write: counted, latched, and said the first time.
     pub(crate) fn write_failed(&self, error: &io::Error) {
         let now_ms = self.now_ms();
-        let mut state = self.state.lock();
-        state.counters.write_errors_total += 1;
-        if state.writes.fail(now_ms) {
+        let is_new = {
+            let mut state = self.state.lock();
+            state.counters.write_errors_total += 1;
+            state.writes.fail(now_ms)
+        };
+        if is_new {
             tracing::warn!(dir = %self.dir.display(), %error, "the disk tier cannot be written: going on without");
         }
     }
@@ -216,28 +220,44 @@ impl Shared {
             let (again, timed_out) = self.room.wait_timeout(state, at_most);
             state = again;
             if timed_out && state.progress == before && so(&state) {
-                self.stalls(&mut state, at_most);
+                let said = state.stalls(at_most);
+                drop(state);
+                self.say_stall(said);
+                state = self.state.lock();
             }
         }
         true
     }
 
-    /// The queue has no room: is it because the writer has got nothing done for so long?
-    pub(crate) fn look_for_stall(&self, state: &mut DiskState, now_ms: u64, at_most: Duration) {
-        let idle = Duration::from_millis(now_ms.saturating_sub(state.progress_at_ms));
-        let waits = state.queue.bytes > 0 && !state.writes.is_failing();
-        if waits && idle >= at_most && state.stalled_for.is_zero() {
-            self.stalls(state, at_most);
+    /// Waits until something has left a queue of so many bytes, or the deadline; says whether it is worth another try.
+    /// A writer that gets nothing done for `at_most` is not waited for any more.
+    pub(crate) fn wait_for_room(&self, deadline: Deadline, queue_bytes: u64, at_most: Duration) -> bool {
+        let mut state = self.state.lock();
+        if state.closed || !state.stalled_for.is_zero() || !state.writes.allows(self.now_ms()) {
+            return false;
         }
+        let before = state.queue.bytes;
+        while state.queue.bytes > 0 && state.queue.bytes >= before.min(queue_bytes) && !deadline.is_over() {
+            let (again, timed_out) = self.room.wait_timeout(state, deadline.left());
+            state = again;
+            if timed_out && state.idle() >= at_most / 4 * 3 {
+                let said = state.stalls(at_most);
+                drop(state);
+                self.say_stall(said);
+                return false;
+            }
+            if !state.writes.allows(self.now_ms()) {
+                return false;
+            }
+        }
+        !deadline.is_over()
     }
 
-    /// Nothing was done for so long: counted, and said the first time.
-    fn stalls(&self, state: &mut DiskState, waited: Duration) {
-        if state.stalled_for.is_zero() {
-            state.counters.timeouts_total += 1;
+    /// Says that the writer gets nothing done, if that is news.
+    pub(crate) fn say_stall(&self, is_new: bool) {
+        if is_new {
             tracing::warn!(dir = %self.dir.display(), "the disk tier gets nothing done: going on without");
         }
-        state.stalled_for = waited;
     }
 }
 
@@ -259,6 +279,32 @@ impl DiskState {
     /// Does a read or a write take longer than anybody waits?
     pub(crate) fn hangs(&self) -> bool {
         self.hung_reads > 0 || !self.stalled_for.is_zero()
+    }
+
+    /// The writer got something done, or has something to do from now on.
+    pub(crate) fn moved(&mut self, now_ms: u64) {
+        self.progress_at_ms = now_ms;
+        self.moved = Some(Moment::now());
+    }
+
+    /// How long the writer has got nothing done, in real time.
+    pub(crate) fn idle(&self) -> Duration {
+        self.moved.map_or(Duration::ZERO, |moved| moved.elapsed())
+    }
+
+    /// The queue has no room: is it because the writer has got nothing done for so long? Says whether that is news.
+    pub(crate) fn look_for_stall(&mut self, now_ms: u64, at_most: Duration) -> bool {
+        let idle = Duration::from_millis(now_ms.saturating_sub(self.progress_at_ms));
+        let waits = self.queue.bytes > 0 && !self.writes.is_failing();
+        waits && idle >= at_most && self.stalled_for.is_zero() && self.stalls(at_most)
+    }
+
+    /// Nothing was done for so long: counted. Says whether that is news.
+    pub(crate) fn stalls(&mut self, waited: Duration) -> bool {
+        let is_new = self.stalled_for.is_zero();
+        self.counters.timeouts_total += u64::from(is_new);
+        self.stalled_for = waited;
+        is_new
     }
 
     /// Is a record to be written? Not a block that is there already. An older named one can no
@@ -397,6 +443,12 @@ impl Counted {
 impl Payload for Counted {
     fn bytes(&self) -> &[u8] {
         self.payload.as_ref().map_or(&[], |payload| payload.bytes())
+    }
+
+    fn written(&self, is_new: bool) {
+        if let Some(payload) = &self.payload {
+            payload.written(is_new);
+        }
     }
 }
 

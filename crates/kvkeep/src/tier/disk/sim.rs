@@ -46,6 +46,8 @@ struct Image {
     hang: bool,
     waiting: usize,
     peak_bytes: u64,
+    /// Each read takes so long, in real time.
+    delay: Duration,
     /// Reading takes so long for each page.
     slow: Option<(Arc<ManualClock>, u64)>,
 }
@@ -109,6 +111,11 @@ impl Sim {
     pub(crate) fn hang(&self, hang: bool) {
         self.image().hang = hang;
         self.0.1.notify_all();
+    }
+
+    /// Each read takes so long from now on, in real time.
+    pub(crate) fn delay_reads(&self, delay: Duration) {
+        self.image().delay = delay;
     }
 
     /// Each page read moves this clock on.
@@ -310,6 +317,8 @@ impl Backend for Sim {
 
 impl DiskFile for SimFile {
     fn read(&self, into: &mut [&mut [u8]], at: u64) -> io::Result<()> {
+        let delay = self.0.image().delay;
+        std::thread::sleep(delay);
         let mut image = self.0.image();
         image = self.0.wait(image);
         let wanted = at / PAGE as u64..(at + into.iter().map(|buffer| buffer.len() as u64).sum::<u64>()) / PAGE as u64;

@@ -209,6 +209,9 @@ impl Writer {
     fn finish(&mut self, write: Write, outcome: Outcome) {
         let Write { ticket, meta, mark, payload, .. } = write;
         let bytes = payload.bytes().len() as u64;
+        if matches!(outcome, Outcome::Written(_)) {
+            payload.written(true);
+        }
         {
             let mut state = self.shared.state.lock();
             match outcome {

@@ -7,6 +7,7 @@
 //! finding the next record means reading the payload.
 
 use super::{CipherKind, PAGE_BYTES, StoreId, Take, begin_page, checksum, finish_page, open_page};
+pub(crate) use crate::block::Content;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::layout::{KvLayout, TokenOrder};
 use crate::tensor::{DType, MAX_RANK, PairSpec, Shape};
@@ -39,14 +40,6 @@ pub(crate) enum Kind {
     NamespaceCleared,
     /// All before it is gone.
     Cleared,
-}
-
-/// What the payload of a record is.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Content {
-    Block { layout: KvLayout, model: String },
-    Named(PairSpec),
-    Nothing,
 }
 
 /// What the index of a segment keeps of a record, too.

@@ -20,7 +20,6 @@ use std::time::Duration;
 use super::crypt::Cipher;
 use super::format::{Content, Kind, RecordMeta};
 use super::io::Pages;
-use super::shared::Payload;
 use super::sim::Sim;
 use super::{Disk, Options};
 use crate::clock::{Clock, ManualClock};
@@ -28,6 +27,7 @@ use crate::error::Result;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::layout::KvLayout;
 use crate::tensor::{DType, PairSpec, Shape};
+use crate::tier::Payload;
 
 const MIB: u64 = 1 << 20;
 const NOW_MS: u64 = 1_000_000;

@@ -6,12 +6,11 @@
 use std::collections::VecDeque;
 use std::fmt;
 use std::sync::Arc;
-use std::time::Duration;
 
 use crate::sync::{Condvar, Mutex, thread};
 
-/// Enough for a disk to have something to do while another block is checked.
-const THREADS: usize = 4;
+/// Enough for a disk to have something to do while other blocks are checked, and for one that takes long to begin.
+const THREADS: usize = if cfg!(feature = "shuttle") { 2 } else { 8 };
 
 type Job = Box<dyn FnOnce() + Send>;
 
@@ -19,21 +18,6 @@ type Job = Box<dyn FnOnce() + Send>;
 pub(super) struct Readers {
     shared: Arc<Shared>,
     threads: Vec<thread::JoinHandle<()>>,
-}
-
-/// What a job will say.
-pub(super) struct Answer<T>(Arc<Waiting<T>>);
-
-struct Waiting<T> {
-    state: Mutex<State<T>>,
-    answered: Condvar,
-}
-
-enum State<T> {
-    Open,
-    Answered(T),
-    /// Nobody waits any more.
-    GivenUp,
 }
 
 #[derive(Default)]
@@ -64,31 +48,6 @@ impl Readers {
         self.shared.work.notify_all();
     }
 
-    /// Queues a job that has something to say. `late` runs if nobody waited for it.
-    pub(super) fn ask<T: Send + 'static>(
-        &self,
-        job: impl FnOnce() -> T + Send + 'static,
-        late: impl FnOnce() + Send + 'static,
-    ) -> Answer<T> {
-        let waiting = Arc::new(Waiting { state: Mutex::new(State::Open), answered: Condvar::default() });
-        let answer = Answer(Arc::clone(&waiting));
-        self.submit(Box::new(move || {
-            let said = job();
-            let mut state = waiting.state.lock();
-            match *state {
-                State::GivenUp => {
-                    drop(state);
-                    late();
-                }
-                State::Open | State::Answered(_) => {
-                    *state = State::Answered(said);
-                    waiting.answered.notify_all();
-                }
-            }
-        }));
-        answer
-    }
-
     /// Lets the threads end. Waits for them only if they are not stuck.
     pub(super) fn close(&mut self, wait: bool) {
         {
@@ -101,24 +60,6 @@ impl Readers {
                 // A job that panicked has been counted as a miss by whoever waited for it.
                 let _ = thread.join();
             }
-        }
-    }
-}
-
-impl<T> Answer<T> {
-    /// `None` if it takes longer than that; then nobody can ask again.
-    pub(super) fn wait(&self, at_most: Duration) -> Option<T> {
-        let mut state = self.0.state.lock();
-        while let State::Open = *state {
-            let (again, timed_out) = self.0.answered.wait_timeout(state, at_most);
-            state = again;
-            if timed_out {
-                break;
-            }
-        }
-        match std::mem::replace(&mut *state, State::GivenUp) {
-            State::Answered(said) => Some(said),
-            State::Open | State::GivenUp => None,
         }
     }
 }

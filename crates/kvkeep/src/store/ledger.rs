@@ -1,27 +1,38 @@
-//! Everything under the store's lock: pure bookkeeping, no payload is touched here.
+//! What the store knows, under its one lock: pure bookkeeping. No payload is touched here, nothing is logged, and no
+//! tier is asked.
 //!
 //! Invariants:
-//! - `pages.used_pages()` is the sum of the extents in the index (linked or not) and of
-//!   the pending ones, so it is under the cap at every moment.
-//! - `held_pages` is what cannot be evicted: pending extents and those being read. A queued
-//!   write reads too, but does not keep its entry from being evicted; the pages are then
-//!   free when it is written.
-//! - An entry is in the policy's order exactly if it is linked and not pinned.
+//! - `pages.used_pages()` is the sum of the extents in the index (linked or not) and of the pending ones, so it is
+//!   under the cap at every moment.
+//! - `held_pages` is what cannot be evicted: pending extents and those being read. A queued write reads too, but does
+//!   not keep its entry from being evicted.
+//! - An entry is in the policy's order exactly if it is linked, not pinned and not departing.
+//! - A departing entry can still be found. Its pages are room only when no write reads them any more.
+//!
+//! The ledger says what is to be offered to the tiers ([`Ledger::take_offers`]); whoever holds the lock offers it
+//! after unlocking. Asking the tiers from in here was the alternative: then a tier that is slow stops everybody.
 
+mod leaving;
 mod room;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use super::gate::Gate;
 use super::{OnPresent, Removed};
-use crate::error::Rejection;
+use crate::block::BlockKey;
+use crate::event::{Event, Journal};
 use crate::eviction::{Arrival, Departure, EntryId, Place, PolicyKind, Priority, ShareId, Shares};
-use crate::index::{Entry, Index, NEVER};
+use crate::index::{Entry, Index};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::stats::Stats;
 use crate::tensor::PairSpec;
 use crate::tier::ram::{Arena, Extent, PAGE_BYTES, Pages, ReadGrant, page_bytes};
+use crate::tier::{Epoch, Forget, Forgets};
+
+pub(super) use leaving::Leaving;
+pub(super) use room::SLICE;
+pub(crate) use room::Shortage;
 
 /// What a lookup counts as.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,45 +73,79 @@ pub(crate) struct Wanted {
     pub(crate) priority: Priority,
 }
 
-pub(crate) type Reservation = (Vec<Held>, Vec<(usize, Extent)>, Option<Rejection>);
+/// What [`Ledger::reserve`] found and made of a run of keys.
+#[derive(Debug, Default)]
+pub(crate) struct Reservation {
+    /// Those that are there, pinned.
+    pub(crate) present: Vec<Held>,
+    /// Position and pages of each that is missing, up to the first one without room.
+    pub(crate) missing: Vec<(usize, Extent)>,
+    /// Those that are in a tier and were not given.
+    pub(crate) below: usize,
+    /// The first position without room.
+    pub(crate) refused_from: Option<usize>,
+    pub(crate) shortage: Option<Shortage>,
+}
 
 #[derive(Debug)]
-pub(crate) struct State {
+pub(crate) struct Ledger {
     index: Index,
     policy: Shares,
     /// The shares of namespaces with a quota.
     quotas: HashMap<NamespaceId, ShareId>,
     pages: Pages,
     held_pages: u32,
-    /// Nothing expires before this.
-    earliest_expiry_ms: u64,
     last_sweep_ms: u64,
     counters: Stats,
     time_saved_us: u64,
-    below: Option<Arc<dyn Below>>,
+    /// Is what leaves RAM offered to anybody?
+    has_tiers: bool,
     /// `None` if everything may go there.
     gate: Option<Gate>,
+    /// To be offered by whoever holds the lock now, once it has let it go.
+    offers: Vec<Leaving>,
+    /// Departing entries that no write reads any more: the first to go, in this order.
+    ready: VecDeque<EntryId>,
+    /// Pages that a write still reads, of entries that depart or are gone.
+    departing_pages: u32,
+    /// What came by prefetch and was not used yet, oldest first, and its pages.
+    ahead: VecDeque<EntryId>,
+    ahead_pages: u32,
+    forgets: Forgets,
+    epoch: Epoch,
+    /// Removals that have not reached every tier yet: nothing of these may come up meanwhile.
+    forgetting: Vec<(Epoch, Gone)>,
+    /// Threads that wait for pages, and whether some have come since they were told.
+    pub(super) waiting: usize,
+    freed: bool,
+    journal: Journal,
 }
 
-/// What an evicted entry is offered to: a slower tier.
-pub(super) trait Below: Send + Sync + std::fmt::Debug {
-    /// Is it there, or on its way there?
-    fn holds(&self, key: &ObjectKey) -> bool;
-    /// Takes an entry, or gives it back: there is no room for it. With `wait` there is.
-    fn demote(&self, object: &Object, held: Held, wait: bool) -> Result<(), Held>;
-}
-
-/// What a slower tier has to know of an entry.
+/// What whoever unlocks has to say.
 #[derive(Debug)]
-pub(super) struct Object {
-    pub(super) key: ObjectKey,
-    pub(super) namespace: NamespaceId,
-    pub(super) bytes: u64,
-    pub(super) expires_at_ms: u64,
-    pub(super) compute_us: u32,
-    pub(super) spec: Option<Arc<PairSpec>>,
-    /// The kind it was admitted as.
-    pub(super) kind: u8,
+pub(super) struct News {
+    /// Pages that somebody waits for are free.
+    pub(super) freed: bool,
+    pub(super) has_offers: bool,
+    pub(super) events: Vec<Event>,
+}
+
+/// What a removal names, kept until it has reached every tier.
+#[derive(Debug, Clone)]
+pub(super) enum Gone {
+    Keys(Vec<BlockKey>),
+    Namespace(NamespaceId),
+    All,
+}
+
+impl Gone {
+    fn as_forget(&self) -> Forget<'_> {
+        match self {
+            Self::Keys(keys) => Forget::Keys(keys),
+            Self::Namespace(id) => Forget::Namespace(*id),
+            Self::All => Forget::All,
+        }
+    }
 }
 
 pub(crate) fn new_entry(
@@ -113,10 +158,10 @@ pub(crate) fn new_entry(
 ) -> Entry {
     let slack = (extent.pages() as usize * PAGE_BYTES).saturating_sub(bytes);
     let slack_bytes = u16::try_from(slack).unwrap_or(0);
-    Entry { key, namespace: 0, extent, expires_at_ms, spec, compute_us, slack_bytes, queued: false, linked: true }
+    Entry::new(key, extent, slack_bytes, expires_at_ms, spec, compute_us)
 }
 
-impl State {
+impl Ledger {
     /// `quotas` are weights of namespaces; all others together have the weight 1.
     pub(crate) fn new(pages: Pages, policy: PolicyKind, quotas: &[(NamespaceId, f64)]) -> Self {
         let shares = Shares::new(policy, quotas.iter().map(|(_, weight)| *weight));
@@ -126,28 +171,48 @@ impl State {
             quotas: (1..).zip(quotas).map(|(share, (namespace, _))| (*namespace, share)).collect(),
             pages,
             held_pages: 0,
-            earliest_expiry_ms: NEVER,
             last_sweep_ms: 0,
             counters: Stats::default(),
             time_saved_us: 0,
-            below: None,
+            has_tiers: false,
             gate: None,
+            offers: Vec::new(),
+            ready: VecDeque::new(),
+            departing_pages: 0,
+            ahead: VecDeque::new(),
+            ahead_pages: 0,
+            forgets: Forgets::default(),
+            epoch: 0,
+            forgetting: Vec::new(),
+            waiting: 0,
+            freed: false,
+            journal: Journal::default(),
         }
     }
 
-    /// Evicted entries are offered to this tier from now on, if the gate lets them pass.
-    pub(super) fn set_below(&mut self, below: Arc<dyn Below>, gate: Option<Gate>) {
-        (self.below, self.gate) = (Some(below), gate);
+    /// What leaves RAM is offered from now on, if the gate lets it pass.
+    pub(super) fn set_tiers(&mut self, gate: Option<Gate>) {
+        (self.has_tiers, self.gate) = (true, gate);
     }
 
-    /// What was written as this kind was read from the tier below.
+    /// Everything of a namespace was removed everywhere, or everything.
+    pub(super) fn was_cleared(&mut self, namespace: Option<NamespaceId>) {
+        self.journal.cleared(namespace);
+    }
+
+    /// Somebody wants to know what comes and goes.
+    pub(super) fn keep_journal(&mut self) {
+        self.journal.keep();
+    }
+
+    /// What was written as this kind was read from a tier.
     pub(super) fn read_below(&mut self, kind: u8) {
         if let Some(gate) = &mut self.gate {
             gate.read(kind);
         }
     }
 
-    /// Entries that the gate kept off the tier below.
+    /// Entries that the gate kept off the tiers.
     pub(super) fn kept_off(&self) -> u64 {
         self.gate.as_ref().map_or(0, Gate::kept_off)
     }
@@ -160,6 +225,10 @@ impl State {
         self.policy.memory_bytes()
     }
 
+    pub(super) fn capacity_pages(&self) -> u32 {
+        self.pages.capacity_pages()
+    }
+
     pub(crate) fn stats(&self) -> Stats {
         Stats {
             time_saved: std::time::Duration::from_micros(self.time_saved_us),
@@ -170,8 +239,19 @@ impl State {
             index_bytes: (self.index.memory_bytes()
                 + self.policy.memory_bytes()
                 + self.gate.as_ref().map_or(0, Gate::memory_bytes)) as u64,
-            ..self.counters
+            ..self.counters.clone()
         }
+    }
+
+    /// Do writes under way have pages that will be free?
+    pub(super) fn is_room_coming(&self) -> bool {
+        self.departing_pages > 0
+    }
+
+    /// What has happened since this was last asked for.
+    pub(super) fn take_news(&mut self) -> News {
+        let freed = std::mem::take(&mut self.freed) && self.waiting > 0;
+        News { freed, has_offers: !self.offers.is_empty(), events: self.journal.take() }
     }
 
     /// The live entry under a key. One that has expired goes.
@@ -189,18 +269,30 @@ impl State {
     pub(crate) fn hold_run(&mut self, keys: &[ObjectKey], now_ms: u64, request: Request) -> Vec<Held> {
         let mut run = Vec::with_capacity(keys.len());
         for key in keys {
-            match self.find_live(key, now_ms).and_then(|id| self.hold(id)) {
+            match self.hold_key(key, now_ms, &run) {
                 Some(held) => run.push(held),
                 None => break,
             }
         }
-        self.count(request, &run);
+        self.count(request, &run, run.len());
         run
     }
 
-    /// Holds those of these entries that are there.
-    pub(super) fn hold_each(&mut self, keys: &[ObjectKey], now_ms: u64) -> Vec<Held> {
-        keys.iter().filter_map(|key| self.find_live(key, now_ms).and_then(|id| self.hold(id))).collect()
+    /// Holds those of these entries that are there, each with its position.
+    pub(super) fn hold_each(&mut self, keys: &[ObjectKey], now_ms: u64) -> Vec<(usize, Held)> {
+        let held = |(position, key)| Some((position, self.hold_key(key, now_ms, &[])?));
+        keys.iter().enumerate().filter_map(held).collect()
+    }
+
+    /// Holds the live entry under a key, which stands behind `run` in its chain.
+    pub(super) fn hold_key(&mut self, key: &ObjectKey, now_ms: u64, run: &[Held]) -> Option<Held> {
+        let id = self.find_live(key, now_ms)?;
+        let held = self.hold(id)?;
+        // It was chosen to go: the policy has to be told of it anew.
+        if self.index.get(id).is_some_and(|entry| entry.departing) {
+            self.stay(id, run.last().map(|before| before.id));
+        }
+        Some(held)
     }
 
     /// Holds the entries of all keys, or none of them.
@@ -210,7 +302,7 @@ impl State {
         if !complete {
             self.release(std::mem::take(&mut run));
         }
-        self.count(request, &run);
+        self.count(request, &run, run.len());
         complete.then_some(run)
     }
 
@@ -222,13 +314,15 @@ impl State {
             entry.extent.revoke(grant);
             if queued {
                 entry.queued = false;
+                self.is_written(id);
             } else if !entry.is_pinned() {
                 self.held_pages -= entry.extent.pages();
+                self.freed = true;
                 if entry.linked {
                     self.policy.release(id);
                 }
             }
-            if !entry.linked && !entry.extent.is_read() {
+            if self.index.get(id).is_some_and(|entry| !entry.linked && !entry.extent.is_read()) {
                 self.free(id);
             }
         }
@@ -237,6 +331,7 @@ impl State {
     /// Pages that were reserved and will not be sealed.
     pub(crate) fn abandon(&mut self, extent: Extent) {
         self.held_pages -= extent.pages();
+        self.freed = true;
         // A pending extent has no readers, so this cannot be refused.
         let _ = self.pages.free(extent);
     }
@@ -248,88 +343,9 @@ impl State {
         Some(extent)
     }
 
-    /// Room for each size, or for none.
-    pub(super) fn reserve_all(
-        &mut self,
-        namespace: NamespaceId,
-        sizes_bytes: &[usize],
-        now_ms: u64,
-    ) -> Result<Vec<Extent>, Rejection> {
-        let share = self.share(namespace);
-        let mut extents = Vec::with_capacity(sizes_bytes.len());
-        let result = self.admit(sizes_bytes.iter().copied()).and_then(|()| {
-            if let Some(run) = self.make_run(share, sizes_bytes, now_ms) {
-                extents = run;
-                return Ok(());
-            }
-            sizes_bytes.iter().try_for_each(|bytes| {
-                let pending = extents.iter().map(Extent::pages).sum();
-                extents.push(self.make_room(share, *bytes, pending, now_ms)?);
-                Ok(())
-            })
-        });
-        match result {
-            Ok(()) => Ok(extents),
-            Err(rejection) => {
-                extents.into_iter().for_each(|extent| self.abandon(extent));
-                Err(rejection)
-            }
-        }
-    }
-
-    /// Room for one promoted entry.
-    pub(super) fn reserve_one(
-        &mut self,
-        namespace: NamespaceId,
-        bytes: usize,
-        now_ms: u64,
-    ) -> Result<Extent, Rejection> {
-        let share = self.share(namespace);
-        self.make_room(share, bytes, 0, now_ms)
-    }
-
     /// A store was refused.
     pub(super) fn count_rejection(&mut self) {
         self.counters.rejections += 1;
-    }
-
-    /// Holds what is there of a chain and makes room for what is not, head first; what does
-    /// not fit any more is the tail.
-    pub(crate) fn reserve(
-        &mut self,
-        namespace: NamespaceId,
-        keys: &[ObjectKey],
-        wanted: Wanted,
-        now_ms: u64,
-    ) -> Reservation {
-        let Wanted { bytes_each, first_given, priority } = wanted;
-        let share = self.share(namespace);
-        let (mut present, mut missing, mut pending) = (Vec::new(), Vec::new(), 0);
-        for (position, key) in keys.iter().enumerate() {
-            if let Some(held) = self.find_live(key, now_ms).and_then(|id| self.hold(id)) {
-                self.raise(held.id, keys, position, priority);
-                present.push(held);
-                continue;
-            }
-            let room = if position < first_given && self.below.as_ref().is_some_and(|below| below.holds(key)) {
-                continue;
-            } else if position < first_given {
-                Err(Rejection::PrefixGone { token: position })
-            } else {
-                self.make_room(share, bytes_each, pending, now_ms)
-            };
-            match room {
-                Ok(extent) => {
-                    pending += extent.pages();
-                    missing.push((position, extent));
-                }
-                Err(rejection) => {
-                    let whole = self.fits_empty(std::iter::repeat_n(bytes_each, keys.len())).err();
-                    return (present, missing, whole.or(Some(rejection)));
-                }
-            }
-        }
-        (present, missing, None)
     }
 
     /// Makes written entries findable, all at once; says how many are new. The policy hears of
@@ -344,18 +360,21 @@ impl State {
         let share = self.share(namespace);
         let mut arrivals = Vec::with_capacity(written.size_hint().0);
         let mut before = None;
-        for Written { entry, parent, place } in written {
-            let parent = parent.and_then(|key| match before {
+        for Written { entry, parent: behind, place } in written {
+            let parent = behind.and_then(|key| match before {
                 Some((known, id)) if known == key => Some(id),
-                _ => self.index.find(&key),
+                _ => self.in_order(&key),
             });
             let arrival = Arrival { fingerprint: entry.key.table_hash(), parent, place };
-            let key = entry.key;
+            let (key, is_block) = (entry.key, entry.spec.is_none());
             let (id, new) = self.seal(namespace, entry, on_present);
             before = Some((key, id));
             if new {
                 arrivals.push((id, arrival));
                 self.gate.iter_mut().for_each(|gate| gate.stored(id, place));
+                if is_block {
+                    self.journal.stored(namespace, &key, behind.as_ref());
+                }
             }
         }
         let Self { index, policy, .. } = self;
@@ -365,15 +384,58 @@ impl State {
         sealed
     }
 
-    /// As [`State::seal_all`], of one that a slower tier had already: it does not count as stored. `next` is
-    /// the block behind it in the request, which may have come up before it.
-    pub(super) fn seal_promoted(&mut self, namespace: NamespaceId, written: Written, next: Option<&ObjectKey>) {
+    /// As [`Ledger::seal_all`], of one that came from a tier: it does not count as stored. `next` is the block behind
+    /// it in the request, which may have come up before it. Nothing that was removed since `epoch` comes up. Says
+    /// whether it may be there.
+    pub(super) fn seal_promoted(
+        &mut self,
+        namespace: NamespaceId,
+        written: Written,
+        next: Option<&ObjectKey>,
+        epoch: Epoch,
+    ) -> bool {
         let key = written.entry.key;
+        if !self.may_come_up(&key, namespace, epoch) {
+            self.abandon(written.entry.extent);
+            return false;
+        }
         let sealed = self.seal_all(namespace, std::iter::once(written), OnPresent::Keep, Priority::default());
         self.counters.stored_total -= sealed as u64;
-        if let (Some(next), Some(id)) = (next.and_then(|next| self.index.find(next)), self.index.find(&key)) {
+        if let (Some(next), Some(id)) = (next.and_then(|next| self.in_order(next)), self.in_order(&key)) {
             self.policy.link(next, id);
         }
+        if let (Some(gate), Some(id)) = (&mut self.gate, self.index.find(&key)) {
+            gate.is_below(id);
+        }
+        true
+    }
+
+    /// Was it neither removed nor replaced since, and is it not being removed now?
+    pub(super) fn may_come_up(&self, key: &ObjectKey, namespace: NamespaceId, epoch: Epoch) -> bool {
+        let key = BlockKey(*key);
+        let going = self.forgetting.iter().any(|(_, gone)| gone.as_forget().covers(&key, namespace));
+        !going && self.forgets.allow(&key, namespace, epoch)
+    }
+
+    /// A removal begins: until [`Ledger::has_forgotten`] nothing of it comes up.
+    pub(super) fn forget(&mut self, gone: Gone) -> Epoch {
+        self.epoch += 1;
+        self.forgets.record(&gone.as_forget(), self.epoch);
+        self.forgetting.push((self.epoch, gone));
+        self.epoch
+    }
+
+    /// It has reached every tier. What was asked of a tier before is out of date.
+    pub(super) fn has_forgotten(&mut self, epoch: Epoch) {
+        let Some(at) = self.forgetting.iter().position(|(begun, _)| *begun == epoch) else { return };
+        let (_, gone) = self.forgetting.swap_remove(at);
+        self.epoch += 1;
+        self.forgets.record(&gone.as_forget(), self.epoch);
+    }
+
+    /// Goes with whatever is asked of a tier from now on.
+    pub(super) fn epoch(&self) -> Epoch {
+        self.epoch
     }
 
     /// Makes a written entry findable; the policy has yet to hear of it. The id is another's if
@@ -388,10 +450,15 @@ impl State {
             self.drop_entry(id, Departure::Removed);
         }
         self.held_pages -= entry.extent.pages();
-        self.earliest_expiry_ms = self.earliest_expiry_ms.min(entry.expires_at_ms);
+        self.freed = true;
         entry.namespace = self.index.namespace(namespace);
         self.counters.stored_total += 1;
         (self.index.insert(entry), true)
+    }
+
+    /// An entry that the policy knows.
+    fn in_order(&self, key: &ObjectKey) -> Option<EntryId> {
+        self.index.find(key).filter(|id| self.index.get(*id).is_some_and(|entry| !entry.departing))
     }
 
     /// Which of these keys are here.
@@ -399,15 +466,14 @@ impl State {
         keys.iter().map(|key| self.index.find(key).is_some()).collect()
     }
 
-    /// The keys of everything that can be found.
-    pub(super) fn all_keys(&self) -> Vec<ObjectKey> {
-        let ids = self.index.select(|_| true);
-        ids.into_iter().filter_map(|id| self.index.get(id)).map(|entry| entry.key).collect()
+    /// How long an entry that is here took to compute.
+    pub(super) fn compute_us_of(&self, key: &ObjectKey) -> Option<u32> {
+        self.index.find(key).and_then(|id| self.index.get(id)).map(|entry| entry.compute_us)
     }
 
-    /// How long a live entry took to compute.
-    pub(super) fn compute_us(&self, key: &ObjectKey) -> Option<u32> {
-        self.index.find(key).and_then(|id| self.index.get(id)).map(|entry| entry.compute_us)
+    /// How long a held entry took to compute.
+    pub(super) fn compute_us(&self, held: &Held) -> u32 {
+        self.index.get(held.id).map_or(0, |entry| entry.compute_us)
     }
 
     pub(super) fn remove(&mut self, keys: &[ObjectKey], now_ms: u64) -> (Removed, Vec<bool>) {
@@ -423,12 +489,19 @@ impl State {
         (removed, found)
     }
 
-    pub(super) fn remove_where(&mut self, condition: impl Fn(&Entry) -> bool) -> Removed {
-        let mut removed = Removed::default();
-        for id in self.index.select(condition) {
-            self.remove_entry(id, &mut removed);
+    /// Removes what satisfies `condition` of the next `slots` slots; says where to go on, if there is more.
+    pub(super) fn remove_some(
+        &mut self,
+        from: EntryId,
+        slots: usize,
+        condition: impl Fn(&Entry) -> bool,
+        removed: &mut Removed,
+    ) -> Option<EntryId> {
+        let (ids, next) = self.index.select_some(from, slots, condition);
+        for id in ids {
+            self.remove_entry(id, removed);
         }
-        removed
+        next
     }
 
     fn share(&self, namespace: NamespaceId) -> ShareId {
@@ -443,7 +516,7 @@ impl State {
         let (Some(key), Some(entry)) = (keys.get(position), self.index.get(id)) else { return };
         let pages = entry.extent.pages();
         let parent = position.checked_sub(1).and_then(|before| keys.get(before));
-        let parent = parent.and_then(|key| self.index.find(key));
+        let parent = parent.and_then(|key| self.in_order(key));
         let place = Place::of(position, keys.len(), keys.len());
         let arrival = Arrival { fingerprint: key.table_hash(), parent, place };
         self.policy.raise(id, &arrival, pages, priority);
@@ -451,22 +524,20 @@ impl State {
 
     fn hold(&mut self, id: EntryId) -> Option<Held> {
         let entry = self.index.get_mut(id)?;
+        if std::mem::take(&mut entry.ahead) {
+            self.ahead_pages -= entry.extent.pages();
+        }
         if !entry.is_pinned() {
             self.held_pages += entry.extent.pages();
-            self.policy.hold(id);
+            if !entry.departing {
+                self.policy.hold(id);
+            }
         }
         Some(Held { id, queued: false, grant: entry.extent.grant(), spec: entry.spec.clone() })
     }
 
-    /// Holds an entry's pages for a queued write, and leaves it where it is in the policy's order.
-    fn hold_queued(&mut self, id: EntryId) -> Option<Held> {
-        let entry = self.index.get_mut(id).filter(|entry| !entry.queued)?;
-        entry.queued = true;
-        Some(Held { id, queued: true, grant: entry.extent.grant(), spec: entry.spec.clone() })
-    }
-
-    /// A request begins that holds none of its blocks while it is served: [`State::touch`],
-    /// [`State::seal_all`], and then [`State::shrink_to`].
+    /// A request begins that holds none of its blocks while it is served: [`Ledger::touch`],
+    /// [`Ledger::seal_all`], and then [`Ledger::shrink_to`].
     pub(crate) fn tick(&mut self) {
         self.policy.tick();
     }
@@ -484,25 +555,25 @@ impl State {
         while self.index.len() > entries && self.evict_one(0, 0, 0).is_ok() {}
     }
 
-    /// Counts a request that found this run.
-    pub(crate) fn count(&mut self, request: Request, run: &[Held]) {
+    /// Counts a request that found so many blocks, of which it holds these.
+    pub(crate) fn count(&mut self, request: Request, run: &[Held], found: usize) {
         if request == Request::Uncounted {
             return;
         }
         self.policy.tick();
-        let mut blocks = run.len();
+        let mut blocks = found;
         if let Request::Tokens { requested, block_tokens } = request {
             self.counters.requested_tokens_total += requested as u64;
-            self.counters.cached_tokens_total += (run.len() * block_tokens) as u64;
+            self.counters.cached_tokens_total += (found * block_tokens) as u64;
             blocks = requested / block_tokens.max(1);
         }
-        if run.is_empty() {
+        if found == 0 {
             self.counters.misses += 1;
             return;
         }
         self.counters.hits += 1;
         let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
-        let blocks_found = u32::try_from(run.len()).unwrap_or(u32::MAX);
+        let blocks_found = u32::try_from(found).unwrap_or(u32::MAX);
         let mut may_go = true;
         for (depth, held) in (0..).zip(run) {
             let place = Place { depth, blocks, found: blocks_found };
@@ -511,7 +582,7 @@ impl State {
             self.time_saved_us += u64::from(compute_us);
             // Used again, it may be worth a write now; but not behind a block that is kept off.
             if self.gate.as_mut().is_some_and(|gate| gate.touched(held.id, place)) && may_go {
-                may_go = self.demote_entry(held.id, false);
+                may_go = self.offer_entry(held.id);
             }
         }
     }
@@ -526,8 +597,22 @@ impl State {
 
     /// Makes an entry unfindable and frees it, now or with its last reader.
     fn drop_entry(&mut self, id: EntryId, why: Departure) {
-        let pages = self.index.get(id).map_or(0, |entry| entry.extent.pages());
-        self.policy.remove(id, pages, why);
+        let Some(entry) = self.index.get_mut(id) else { return };
+        let (pages, key, number, is_block) = (entry.extent.pages(), entry.key, entry.namespace, entry.spec.is_none());
+        if std::mem::take(&mut entry.ahead) {
+            self.ahead_pages -= pages;
+        }
+        if !entry.departing {
+            // A write that was queued has its pages for a while.
+            self.departing_pages += if entry.queued { pages } else { 0 };
+            self.policy.remove(id, pages, why);
+        }
+        if is_block
+            && self.journal.is_kept()
+            && let Some(namespace) = self.index.namespaces().id(number)
+        {
+            self.journal.removed(namespace, &key);
+        }
         self.index.unlink(id);
         if self.index.get(id).is_some_and(|entry| !entry.extent.is_read()) {
             self.free(id);
@@ -537,6 +622,7 @@ impl State {
     /// Frees an unlinked entry that nobody reads.
     fn free(&mut self, id: EntryId) {
         if let Some(entry) = self.index.take(id) {
+            self.freed = true;
             // Nobody reads it, so this cannot be refused.
             let _ = self.pages.free(entry.extent);
         }

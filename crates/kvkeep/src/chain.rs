@@ -1,0 +1,135 @@
+//! A prompt's blocks by name: hashed once, and then taken by every call of [`KvCache`](crate::KvCache).
+//!
+//! Invariant: every key covers its namespace. Hashes from outside, which an engine made by rules of its own, are
+//! hashed again together with the namespace, so that two tenants whose engines make the same hash stay apart.
+//! Looking such hashes up as they are was the alternative: then whoever knows a hash reads its block.
+
+use sha2::{Digest, Sha256};
+
+use crate::error::{Error, Result};
+use crate::key::{BlockHash, Namespace, ObjectKey, TokenId};
+
+/// The full blocks of a prompt, from its first token on.
+///
+/// ```
+/// use kvkeep::{CacheConfig, Chain, DType, KvCache, KvLayout, Namespace};
+///
+/// let namespace = Namespace::new("my-model", KvLayout::new(2, 1, 4, DType::F32)?.with_block_tokens(2)?);
+/// let chain = Chain::of(&namespace, &[11, 12, 13, 14, 15])?;
+/// assert_eq!((chain.blocks(), chain.tokens()), (2, 5));
+/// let cache = KvCache::new(CacheConfig::new(1 << 20))?;
+/// assert_eq!(cache.lookup_chain(&chain).blocks(), 0);
+/// # Ok::<(), kvkeep::Error>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Chain {
+    namespace: Namespace,
+    keys: Vec<ObjectKey>,
+    tokens: usize,
+}
+
+impl Chain {
+    /// The full blocks of `tokens`. A last partial block is not part of it.
+    ///
+    /// # Errors
+    /// [`Error::EmptyTokens`] if there are no tokens at all.
+    pub fn of(namespace: &Namespace, tokens: &[TokenId]) -> Result<Self> {
+        let keys = namespace.block_hashes(tokens)?.into_iter().map(BlockHash::key).collect();
+        Ok(Self { namespace: namespace.clone(), keys, tokens: tokens.len() })
+    }
+
+    /// Blocks that an engine has named by hashes of its own, in the order of the prompt. Each hash must cover all
+    /// tokens before its block, as a chain of hashes does. The key is SHA-256 of the namespace and the hash.
+    ///
+    /// # Errors
+    /// [`Error::EmptyTokens`] if there are no hashes at all.
+    pub fn external(namespace: &Namespace, hashes: &[[u8; 32]]) -> Result<Self> {
+        if hashes.is_empty() {
+            return Err(Error::EmptyTokens);
+        }
+        let begin = Sha256::new_with_prefix(b"kvkeep external block 1").chain_update(namespace.id().as_bytes());
+        let key = |hash: &[u8; 32]| ObjectKey::new(begin.clone().chain_update(hash).finalize().into(), 0);
+        let tokens = hashes.len().saturating_mul(namespace.layout().block_tokens());
+        Ok(Self { namespace: namespace.clone(), keys: hashes.iter().map(key).collect(), tokens })
+    }
+
+    /// What the blocks belong to.
+    #[must_use]
+    pub fn namespace(&self) -> &Namespace {
+        &self.namespace
+    }
+
+    /// Full blocks.
+    #[must_use]
+    pub fn blocks(&self) -> usize {
+        self.keys.len()
+    }
+
+    /// Tokens of the whole prompt, with those of a last partial block.
+    #[must_use]
+    pub fn tokens(&self) -> usize {
+        self.tokens
+    }
+
+    /// The names under which the blocks are kept, in order.
+    pub fn hashes(&self) -> impl ExactSizeIterator<Item = BlockHash> {
+        self.keys.iter().map(ObjectKey::block_hash)
+    }
+
+    /// The same without what lies behind the first `blocks` blocks.
+    pub fn truncate(&mut self, blocks: usize) {
+        if blocks < self.keys.len() {
+            self.keys.truncate(blocks);
+            self.tokens = blocks * self.namespace.layout().block_tokens();
+        }
+    }
+
+    pub(crate) fn keys(&self) -> &[ObjectKey] {
+        &self.keys
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::KvLayout;
+    use crate::tensor::DType;
+
+    fn namespace() -> Namespace {
+        Namespace::new("m", KvLayout::new(2, 1, 4, DType::F16).unwrap().with_block_tokens(4).unwrap())
+    }
+
+    #[test]
+    fn a_chain_of_tokens_has_the_published_hashes_of_its_full_blocks() {
+        let tokens = [1, 2, 3, 4, 5, 6, 7, 8, 9];
+        let mut chain = Chain::of(&namespace(), &tokens).unwrap();
+        assert_eq!(chain.hashes().collect::<Vec<_>>(), namespace().block_hashes(&tokens).unwrap());
+        assert_eq!((chain.blocks(), chain.tokens()), (2, 9));
+        chain.truncate(2);
+        assert_eq!(chain.tokens(), 9);
+        chain.truncate(1);
+        assert_eq!((chain.blocks(), chain.tokens()), (1, 4));
+        assert!(matches!(Chain::of(&namespace(), &[]), Err(Error::EmptyTokens)));
+    }
+
+    /// Two tenants' engines make equal hashes of equal tokens.
+    #[test]
+    fn the_same_external_hash_names_another_block_in_another_namespace() {
+        let other = namespace().with_salt("other");
+        let hashes = [[7; 32], [8; 32]];
+        let [one, two] = [namespace(), other].map(|namespace| Chain::external(&namespace, &hashes).unwrap());
+        assert!(one.hashes().zip(two.hashes()).all(|(one, two)| one != two));
+        assert!(one.hashes().zip(hashes).all(|(key, hash)| *key.as_bytes() != hash));
+        assert_eq!((one.blocks(), one.tokens()), (2, 8));
+        assert!(matches!(Chain::external(&namespace(), &[]), Err(Error::EmptyTokens)));
+    }
+
+    /// A block of eight tokens has as many bytes as a hash: neither may stand for the other.
+    #[test]
+    fn an_external_hash_that_looks_like_tokens_is_not_a_block_of_tokens() {
+        let namespace = Namespace::new("m", KvLayout::new(2, 1, 4, DType::F16).unwrap().with_block_tokens(8).unwrap());
+        let by_tokens = Chain::of(&namespace, &[0x0707_0707; 8]).unwrap();
+        let by_hash = Chain::external(&namespace, &[[7; 32]]).unwrap();
+        assert_ne!(by_tokens.hashes().next(), by_hash.hashes().next());
+    }
+}

@@ -1,0 +1,344 @@
+//! The disk as a [`Tier`]: batches, threads that read, and what is forgotten when.
+//!
+//! Invariant: the disk is called silent only if a read that has begun does not return. Reads that wait in the queue
+//! here say nothing of the disk.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::format::{Content, Kind, PAGE_BYTES, RecordHeader, RecordMeta};
+use super::io::Pages;
+use super::readers::Readers;
+use super::{Disk, Options, Resident, Taken};
+use crate::block::{BlockKey, BlockMeta};
+use crate::clock::{Clock, Deadline, Moment};
+use crate::codec::CodecId;
+use crate::config::DiskConfig;
+use crate::error::Result;
+use crate::key::{NamespaceId, ObjectKey};
+use crate::namespaces::NamespaceUsage;
+use crate::stats::TierStats;
+use crate::sync::Mutex;
+use crate::tier::{Epoch, Forget, Forgets, Forgotten, Located, Offer, Payload, Read, Tier};
+
+/// What waits to be written is at most this part of RAM.
+const QUEUE_DIVISOR: u64 = 8;
+/// What is written at once is at most this part of RAM: it cannot be given up.
+const AT_ONCE_DIVISOR: u64 = 16;
+/// More at once makes a disk no faster.
+const MAX_AT_ONCE_BYTES: u64 = 8 << 20;
+
+/// The open tier. Dropping it closes it.
+#[derive(Debug)]
+pub(crate) struct DiskTier {
+    disk: Arc<Disk>,
+    readers: Mutex<Readers>,
+    /// Comes before the disk's own lock, so that nothing is offered between a look at it and its being queued.
+    forgets: Mutex<Forgets>,
+    reading: Arc<Mutex<Reading>>,
+    read_timeout: Duration,
+}
+
+/// Reads that have begun.
+#[derive(Debug, Default)]
+struct Reading {
+    active: usize,
+    /// When one returned last, or the first of them began.
+    moved: Option<Moment>,
+    is_silent: bool,
+}
+
+/// A payload in pages of its own: what was lent does not lie as the disk wants it.
+struct Copied {
+    pages: Pages,
+    lent: Arc<dyn Payload>,
+}
+
+impl Payload for Copied {
+    fn bytes(&self) -> &[u8] {
+        self.pages.bytes()
+    }
+
+    fn written(&self, is_new: bool) {
+        self.lent.written(is_new);
+    }
+}
+
+impl DiskTier {
+    /// Opens a directory and whatever lies in it, for a RAM tier of so many bytes.
+    pub(crate) fn open(config: &DiskConfig, ram_bytes: u64, clock: Arc<dyn Clock>) -> Result<Self> {
+        let options = Self::options(config, ram_bytes);
+        Ok(Self::over(Disk::open(&options, clock)?, config.read_timeout))
+    }
+
+    pub(crate) fn options(config: &DiskConfig, ram_bytes: u64) -> Options<'_> {
+        Options {
+            dir: &config.dir,
+            capacity_bytes: config.capacity_bytes,
+            key_file: config.key_file.as_deref(),
+            queue_bytes: config.queue_bytes.unwrap_or(ram_bytes / QUEUE_DIVISOR),
+            at_once_bytes: (ram_bytes / AT_ONCE_DIVISOR).min(MAX_AT_ONCE_BYTES),
+            flush_timeout: config.flush_timeout,
+        }
+    }
+
+    pub(crate) fn over(disk: Disk, read_timeout: Duration) -> Self {
+        Self {
+            disk: Arc::new(disk),
+            readers: Mutex::new(Readers::start()),
+            forgets: Mutex::default(),
+            reading: Arc::default(),
+            read_timeout,
+        }
+    }
+
+    /// Says who knows what is in RAM.
+    pub(crate) fn set_resident(&self, resident: Resident) {
+        self.disk.set_resident(resident);
+    }
+
+    /// Is the disk silent: for longer than `at_most`, or found so before?
+    fn is_silent(&self, at_most: Duration) -> bool {
+        let found_now = {
+            let mut reading = self.reading.lock();
+            if reading.is_silent {
+                return true;
+            }
+            let silent_for = reading.moved.filter(|_| reading.active > 0).map_or(Duration::ZERO, |at| at.elapsed());
+            reading.is_silent = silent_for >= at_most;
+            reading.is_silent
+        };
+        if found_now {
+            self.disk.read_hangs();
+        }
+        found_now
+    }
+
+    /// Takes one offer, if there is room and nothing newer is known of its key.
+    fn offer_one(&self, offer: &Offer) -> Taken {
+        let meta = &offer.meta;
+        let key = meta.key.0;
+        let record = RecordMeta {
+            kind: if meta.is_replaceable() { Kind::Named } else { Kind::Block },
+            key,
+            namespace: meta.namespace,
+            payload_bytes: meta.stored_bytes,
+            stored_at_ms: self.disk.shared.now_ms(),
+            expires_at_ms: meta.expires_at_ms,
+            compute_us: meta.compute_us,
+            prefix_bytes: match &meta.content {
+                Content::Named(spec) => u32::try_from(spec.prefix_bytes).unwrap_or(u32::MAX),
+                Content::Block { .. } | Content::Nothing => 0,
+            },
+        };
+        let payload = || aligned(&offer.payload);
+        let mut forgets = self.forgets.lock();
+        if !forgets.allow(&meta.key, meta.namespace, offer.epoch) {
+            return Taken::Outdated;
+        }
+        let taken = self.disk.try_write(record, meta.content.clone(), offer.mark, false, payload);
+        if meta.is_replaceable() && taken == Taken::Queued {
+            // An older value may still be on its way here.
+            forgets.record(&Forget::Replaced(&[meta.key]), offer.epoch);
+        }
+        taken
+    }
+}
+
+/// As the disk wants it: whole pages, at the beginning of a page.
+fn aligned(lent: &Arc<dyn Payload>) -> Arc<dyn Payload> {
+    let bytes = lent.bytes();
+    if bytes.as_ptr().align_offset(PAGE_BYTES) == 0 && bytes.len().is_multiple_of(PAGE_BYTES) {
+        return Arc::clone(lent);
+    }
+    let mut pages = Pages::new(bytes.len().div_ceil(PAGE_BYTES));
+    pages.bytes_mut().iter_mut().zip(bytes).for_each(|(to, from)| *to = *from);
+    Arc::new(Copied { pages, lent: Arc::clone(lent) })
+}
+
+fn keys_of(keys: &[BlockKey]) -> Vec<ObjectKey> {
+    keys.iter().map(|key| key.0).collect()
+}
+
+/// Reads one block; what was read is right, or it is a miss.
+fn read(disk: &Disk, read: &mut Read) -> Option<BlockMeta> {
+    let found = disk.find(&read.key.0).filter(|found| found.namespace == read.namespace)?;
+    let mut header = match &read.range {
+        None => disk.read(&read.key.0, &found, read.target.bytes_mut())?,
+        Some(range) => {
+            let (header, pages, at) = disk.read_range(&read.key.0, &found, range)?;
+            let part = pages.bytes().get(at..at + range.len())?;
+            read.target.bytes_mut().get_mut(..range.len())?.copy_from_slice(part);
+            header
+        }
+    };
+    // The index knows better than the record, which may be from under a wrong clock.
+    header.meta.expires_at_ms = found.slot.expires_at_ms;
+    Some(block_meta(header))
+}
+
+fn block_meta(header: RecordHeader) -> BlockMeta {
+    let meta = header.meta;
+    BlockMeta {
+        key: BlockKey(meta.key),
+        namespace: meta.namespace,
+        raw_bytes: meta.payload_bytes,
+        stored_bytes: meta.payload_bytes,
+        codec: CodecId::RAW,
+        expires_at_ms: meta.expires_at_ms,
+        compute_us: meta.compute_us,
+        content: header.content,
+    }
+}
+
+impl Tier for DiskTier {
+    fn name(&self) -> &str {
+        "disk"
+    }
+
+    fn locate(&self, keys: &[BlockKey], _deadline: Deadline) -> Vec<Option<Located>> {
+        if self.is_silent(self.read_timeout) {
+            return vec![None; keys.len()];
+        }
+        let located = |found: Option<super::Found>| {
+            let found = found?;
+            let bytes = u64::from(found.slot.payload_pages) * PAGE_BYTES as u64;
+            Some(Located {
+                namespace: found.namespace,
+                raw_bytes: bytes,
+                stored_bytes: bytes,
+                compute_us: found.slot.compute_us,
+                mark: found.slot.mark,
+            })
+        };
+        self.disk.find_each(&keys_of(keys)).into_iter().map(located).collect()
+    }
+
+    fn read(&self, reads: Vec<Read>) {
+        let readers = self.readers.lock();
+        for mut wanted in reads {
+            let (disk, reading) = (Arc::clone(&self.disk), Arc::clone(&self.reading));
+            readers.submit(Box::new(move || {
+                {
+                    let mut reading = reading.lock();
+                    if reading.active == 0 {
+                        reading.moved = Some(Moment::now());
+                    }
+                    reading.active += 1;
+                }
+                let meta = read(&disk, &mut wanted);
+                let is_back = {
+                    let mut reading = reading.lock();
+                    reading.active -= 1;
+                    reading.moved = Some(Moment::now());
+                    std::mem::take(&mut reading.is_silent)
+                };
+                if is_back {
+                    disk.read_returns();
+                }
+                drop(disk);
+                wanted.target.complete(meta);
+            }));
+        }
+    }
+
+    fn offer(&self, offers: Vec<Offer>, deadline: Deadline) -> Vec<Offer> {
+        let mut back = Vec::new();
+        for offer in offers {
+            let taken = loop {
+                match self.offer_one(&offer) {
+                    Taken::Full if self.disk.wait_for_room(deadline) => {}
+                    taken => break taken,
+                }
+            };
+            match taken {
+                Taken::Queued | Taken::Outdated => {}
+                Taken::There => offer.payload.written(false),
+                Taken::Full => {
+                    self.disk.count_dropped();
+                    back.push(offer);
+                }
+            }
+        }
+        back
+    }
+
+    fn give_up(&self, waited: Duration) -> usize {
+        self.disk.look_for_silence(waited);
+        self.disk.cancel_writes()
+    }
+
+    fn forget(&self, what: &Forget<'_>, epoch: Epoch) -> Forgotten {
+        let mut forgets = self.forgets.lock();
+        forgets.record(what, epoch);
+        match what {
+            Forget::Keys(keys) => {
+                let found = self.disk.remove(&keys_of(keys));
+                let entries = found.iter().filter(|found| **found).count() as u64;
+                Forgotten { found, entries }
+            }
+            Forget::Replaced(keys) => {
+                self.disk.hide(&keys_of(keys));
+                Forgotten::default()
+            }
+            Forget::Namespace(id) => Forgotten { entries: self.disk.clear(Some(*id)), ..Forgotten::default() },
+            Forget::All => Forgotten { entries: self.disk.clear(None), ..Forgotten::default() },
+        }
+    }
+
+    fn flush(&self, _patience: Duration) -> Result<()> {
+        self.disk.flush()
+    }
+
+    fn close(&self) -> Result<()> {
+        if !self.disk.is_here() {
+            return Ok(());
+        }
+        let closed = self.disk.close();
+        self.readers.lock().close(!self.is_stuck());
+        closed
+    }
+
+    fn stats(&self) -> TierStats {
+        self.is_silent(self.read_timeout);
+        TierStats { name: self.name().to_owned(), ..self.disk.stats() }
+    }
+
+    fn gave_up_waiting(&self) {
+        // The read began a little later than whoever waited for it.
+        self.is_silent(self.read_timeout / 4 * 3);
+    }
+
+    fn is_stuck(&self) -> bool {
+        self.disk.hangs()
+    }
+
+    fn sweep(&self) {
+        self.disk.sweep();
+    }
+
+    fn usage(&self) -> Vec<NamespaceUsage> {
+        let of = |(id, entries, bytes)| NamespaceUsage {
+            disk_entries: entries,
+            disk_bytes: bytes,
+            ..NamespaceUsage::none(id)
+        };
+        self.disk.usage().into_iter().map(of).collect()
+    }
+
+    fn prefix_lengths(&self, namespace: NamespaceId, max_bytes: usize) -> Vec<usize> {
+        self.disk.prefix_lengths(namespace, max_bytes)
+    }
+
+    fn layers(&self, namespace: NamespaceId) -> u32 {
+        self.disk.layers(namespace)
+    }
+}
+
+impl Drop for DiskTier {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::warn!(%error, "the disk tier was not closed cleanly");
+        }
+    }
+}

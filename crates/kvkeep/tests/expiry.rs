@@ -75,7 +75,7 @@ fn an_expiry_that_was_cut_stays_cut_when_the_record_is_written_again() {
     let held = cache.lookup(&namespace("m"), &tokens()).unwrap();
     assert_eq!(held.cached_tokens(), 8, "hot: read, and in RAM");
     let mut first_token = 1000;
-    while cache.stats().disk.unwrap().reinserted_total == 0 {
+    while cache.stats().tiers[0].reinserted_total == 0 {
         store(&cache, &namespace("m"), &(first_token..first_token + 400).collect::<Vec<_>>());
         cache.flush().unwrap();
         first_token += 400;

@@ -167,6 +167,12 @@ impl Engine {
         self.shared.model.config.context
     }
 
+    /// Memory that the model's weights take.
+    #[must_use]
+    pub fn weights_bytes(&self) -> usize {
+        self.shared.model.weights.bytes()
+    }
+
     /// Compute threads.
     #[must_use]
     pub fn threads(&self) -> usize {

@@ -91,6 +91,9 @@ pub struct Generation {
     pub ttft: Duration,
     /// Of this, computing the part of the prompt that was not cached.
     pub prefill: Duration,
+    /// What `ttft` would have been without the cache: by what computing took, when it was stored, of all
+    /// that was found.
+    pub cold_ttft: Duration,
     /// From the call to the end, storing included.
     pub total: Duration,
     /// Why it ended.
@@ -105,6 +108,10 @@ struct Computed {
     ram_tokens: usize,
     /// Computing what was not cached.
     prefill: Duration,
+    /// Copying what was.
+    load: Duration,
+    /// What computing that took.
+    spared: Duration,
 }
 
 impl Default for GenerateOptions {
@@ -215,6 +222,7 @@ impl Generator {
             text: String::new(),
             ttft: begin.elapsed(),
             prefill: computed.prefill,
+            cold_ttft: (begin.elapsed() + computed.spared).saturating_sub(computed.load),
             total: Duration::ZERO,
             finish: FinishReason::Cancelled,
         };
@@ -338,7 +346,8 @@ fn compute(
     let (logits, load) = engine.read(found, prompt.get(cached_tokens..).unwrap_or_default(), cancel, kv)?;
     let prefill = begin.elapsed().saturating_sub(load);
     engine.prefill_rate().measured(kv.len().saturating_sub(cached_tokens), prefill);
-    Ok(Computed { logits, cached_tokens, ram_tokens: found.map_or(0, Match::ram_tokens), prefill })
+    let (ram_tokens, spared) = found.map_or((0, Duration::ZERO), |found| (found.ram_tokens(), found.compute_time()));
+    Ok(Computed { logits, cached_tokens, ram_tokens, prefill, load, spared })
 }
 
 fn check_namespace(engine: &Engine, namespace: &Namespace) -> Result<()> {

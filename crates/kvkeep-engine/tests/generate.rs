@@ -124,6 +124,8 @@ fn what_an_answers_blocks_save_is_what_a_prefill_of_them_takes() {
     let warm = answer(&mut generator, &next, Some(&cache), 1);
     assert!(warm.cached_tokens >= next.len() - 17);
     let saved = cache.stats().time_saved;
+    let (would_be, took) = (warm.cold_ttft, warm.ttft);
+    assert!(would_be > saved && would_be < saved + took, "{would_be:?} cold, {took:?} warm, {saved:?} saved");
     assert!(decode > cold, "decoding {decode:?} takes longer than reading {cold:?}");
     assert!(saved > cold / 3 && saved < cold * 2, "{saved:?} saved, cold it takes {cold:?}");
 }

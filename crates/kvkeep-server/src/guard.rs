@@ -17,6 +17,7 @@ use axum::http::header::{self, HOST, HeaderName, ORIGIN};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use serde::{Deserialize, Serialize};
 
 use crate::connections::Place;
 use crate::error::ApiError;
@@ -35,7 +36,8 @@ const ALLOW_LOCAL: HeaderName = HeaderName::from_static("access-control-allow-pr
 const ASKS_LOCAL: HeaderName = HeaderName::from_static("access-control-request-private-network");
 
 /// Where a page comes from: a scheme, a host, and perhaps a port.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Origin(String);
 
 impl FromStr for Origin {
@@ -55,6 +57,20 @@ impl FromStr for Origin {
             }
             _ => Err("give an origin such as http://localhost:3000 or app://obsidian.md, without a path".to_owned()),
         }
+    }
+}
+
+impl TryFrom<String> for Origin {
+    type Error = String;
+
+    fn try_from(text: String) -> Result<Self, String> {
+        text.parse()
+    }
+}
+
+impl From<Origin> for String {
+    fn from(origin: Origin) -> Self {
+        origin.0
     }
 }
 

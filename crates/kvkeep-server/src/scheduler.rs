@@ -295,6 +295,7 @@ impl Job {
             completion_tokens: 0,
             queued: waited,
             ttft: None,
+            cold_ttft: None,
             prefill: Duration::ZERO,
             total: waited,
             outcome: if waited >= timeout { Outcome::TimedOut } else { Outcome::Cancelled },

@@ -131,6 +131,7 @@ fn served(job: &Job, generation: &Generation, queued: Duration, stopped: bool, t
         completion_tokens: if job.endpoint == Endpoint::Warm { 0 } else { generation.tokens.len() },
         queued,
         ttft: answered.then_some(queued + generation.ttft),
+        cold_ttft: answered.then_some(queued + generation.cold_ttft),
         prefill: generation.prefill,
         total,
         outcome,

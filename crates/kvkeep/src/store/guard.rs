@@ -7,6 +7,7 @@
 use std::fmt;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::Shared;
 use super::state::Held;
@@ -83,6 +84,11 @@ impl Pin {
     /// What the two tensors of a named object look like.
     pub(crate) fn spec(&self, position: usize) -> Option<&PairSpec> {
         self.held.get(position)?.spec.as_deref()
+    }
+
+    /// What computing these took, as those said who stored them.
+    pub(crate) fn compute_time(&self) -> Duration {
+        self.shared.state.lock().compute_time(&self.held)
     }
 
     pub(super) fn held(&self) -> &[Held] {

@@ -399,6 +399,12 @@ impl State {
     }
 
     /// How long a live entry took to compute.
+    /// What computing all of these took.
+    pub(super) fn compute_time(&self, run: &[Held]) -> std::time::Duration {
+        let us = |held: &Held| self.index.get(held.id).map_or(0, |entry| entry.compute_us.into());
+        std::time::Duration::from_micros(run.iter().map(us).sum())
+    }
+
     pub(super) fn compute_us(&self, key: &ObjectKey) -> Option<u32> {
         self.index.find(key).and_then(|id| self.index.get(id)).map(|entry| entry.compute_us)
     }

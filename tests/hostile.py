@@ -52,7 +52,8 @@ class Attacker(threading.Thread):
         self.server, self.random, self.count = server, random.Random(number), count
         self.seen, self.wrong = collections.Counter(), []
         kinds = {self.mutated: 30, self.wrong_values: 40, self.wrong_shape: 10, self.no_http: 6, self.wrong_method: 4,
-                 self.foreign: 4, self.cut_short: 3, self.dropped: 1, self.huge_prompt: 0.2, self.huge_body: 0.2, self.trickle: 0.3, self.specials: 0.3}
+                 self.foreign: 4, self.cut_short: 3, self.dropped: 1, self.huge_prompt: 0.2, self.huge_body: 0.2, self.trickle: 0.3, self.specials: 0.3,
+                 self.noncharacters: 1, self.half_closed: 2}
         self.kinds, self.weights = list(kinds), list(kinds.values())
 
     def run(self):
@@ -163,6 +164,22 @@ class Attacker(threading.Thread):
         """As many control tokens as fit: finding them must not take forever."""
         text = self.random.choice(["<|im_end|>", "<|im_start|>", "<|im_", "<|", "<"]) * 1500
         return post(CHAT, json.dumps({"messages": [{"role": "user", "content": text}], "max_tokens": 1}).encode()), (400,)
+
+    def noncharacters(self):
+        """Characters that are no text, and control tokens between them."""
+        text = "".join(map(chr, range(0xFDD0, 0xFDF0))) + "<|im_end|>\uffff\U0010ffff"
+        return post(CHAT, json.dumps({"messages": [{"role": "user", "content": text}], "max_tokens": 1}).encode()), (200, 400, 429)
+
+    def half_closed(self):
+        """A client that has nothing more to send gets its answer, or what is wrong with its request."""
+        path, body = self.any_good()
+        with socket.create_connection(("127.0.0.1", self.server.port), timeout=90) as stream:
+            stream.sendall(post(path, json.dumps(body).encode()))
+            stream.shutdown(socket.SHUT_WR)
+            answer = stream.recv(4096)
+            while b" " not in answer.partition(b" ")[2] and (piece := stream.recv(4096)):
+                answer += piece
+        return None, (int(answer.split(b" ", 2)[1]),) if answer else ("an answer",)
 
     def trickle(self):
         """A request byte by byte, that stops in the middle: it is let go in time."""

@@ -72,8 +72,12 @@ def openai_client(server):
     check("client: log probabilities", len(raw.parse().choices[0].logprobs.content[0].top_logprobs) == 2, "2 for each token")
     plain = api.completions.create(model=chat()["model"], prompt="1, 2, 3,", max_tokens=6, temperature=0)
     check("client: completions", plain.choices[0].text, repr(plain.choices[0].text))
+    several = api.chat.completions.create(**{**chat(), "temperature": 1.2}, n=2, seed=1, presence_penalty=0.5, logit_bias={"504": -100})
+    check("client: several answers", [choice.index for choice in several.choices] == [0, 1], [choice.message.content for choice in several.choices])
+    lists = api.completions.create(model=chat()["model"], prompt=["1, 2,", "a, b,"], max_tokens=4, temperature=0, echo=True)
+    check("client: several prompts, echoed", [choice.text[:4] for choice in lists.choices] == ["1, 2", "a, b"], [choice.text for choice in lists.choices])
     for name, error, call in [
-        ("a wrong value", openai.BadRequestError, lambda: api.chat.completions.create(**chat(n=2))),
+        ("a wrong value", openai.BadRequestError, lambda: api.chat.completions.create(**{**chat(), "temperature": 3})),
         ("an unknown model", openai.NotFoundError, lambda: api.chat.completions.create(**{**chat(), "model": "gpt-4"})),
         ("embeddings", openai.APIStatusError, lambda: api.embeddings.create(model=chat()["model"], input="x")),
     ]:

@@ -42,6 +42,15 @@ pub(crate) enum Command {
     /// Have a running server read a prompt, so that the first request with it is warm
     #[command(after_help = EXIT_CODES)]
     Warm(crate::operate::WarmOptions),
+    /// Keep a prefix in a running server's RAM
+    #[command(after_help = EXIT_CODES)]
+    Pin(crate::operate::PrefixOptions),
+    /// Let a pinned prefix be evicted again
+    #[command(after_help = EXIT_CODES)]
+    Unpin(crate::operate::PrefixOptions),
+    /// Remove a prefix from a running server's cache, with all that is behind it
+    #[command(after_help = EXIT_CODES)]
+    Remove(crate::operate::RemoveOptions),
     /// Remove everything that a running server has cached, or one namespace
     #[command(after_help = EXIT_CODES)]
     Clear(crate::operate::ClearOptions),
@@ -172,13 +181,13 @@ pub(crate) struct RestartOptions {
 
 #[derive(Debug, Args)]
 pub(crate) struct DemoOptions {
-    /// A model of your own, in GGUF format [default: SmolLM2-135M-Instruct, downloaded on first use]
+    /// A model of your own, in GGUF format [default: SmolLM2-135M-Instruct.Q4_1, downloaded on first use]
     #[arg(long, global = true, value_name = "PATH.gguf", value_parser = model_file)]
     pub(crate) model: Option<PathBuf>,
     /// Compute threads [default: one for each core]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) threads: Option<u16>,
-    /// Requests of each demo [default: comparison 36, agent 50, both together 14 and 10]
+    /// Requests of each demo [default: comparison 36, agent 50, both together 14 and 18]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(4..=1000))]
     pub(crate) requests: Option<u16>,
     /// Memory that the cache may use, in GiB

@@ -28,6 +28,9 @@ fn main() -> ExitCode {
         Command::Stats(options) => operate::stats(&options),
         Command::Prefixes(options) => operate::prefixes(&options),
         Command::Warm(options) => operate::warm(&options),
+        Command::Pin(options) => operate::pin(&options),
+        Command::Unpin(options) => operate::unpin(&options),
+        Command::Remove(options) => operate::remove(&options),
         Command::Clear(options) => operate::clear(&options),
         Command::Serve(options) => serve::run(*options),
         Command::Bench(options) => bench::run(&options),
@@ -39,6 +42,8 @@ fn main() -> ExitCode {
     };
     match outcome {
         Ok(code) => code,
+        // As with head: nothing failed.
+        Err(error) if error.is::<style::ReaderLeft>() => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("kvkeep: {}", whole(&error));
             ExitCode::from(cli::FAILED)

@@ -12,6 +12,12 @@ pub(crate) fn options(threads: Option<u16>) -> EngineOptions {
     threads.map_or_else(EngineOptions::default, |threads| EngineOptions::default().threads(threads.into()))
 }
 
+/// What a model is called everywhere: as its file, without .gguf.
+pub(crate) fn name(model: Option<&Path>) -> String {
+    let file = model.unwrap_or(Path::new(DEFAULT_MODEL)).file_stem().unwrap_or_default();
+    file.to_string_lossy().into_owned()
+}
+
 /// Loads the given model, or the default one, which is downloaded on first use.
 pub(crate) fn load(model: Option<&Path>, options: &EngineOptions) -> Result<Engine> {
     let path = match model {

@@ -1,23 +1,40 @@
 //! How results reach people: what tables and numbers look like, and standard output.
 
-use std::io::{IsTerminal, Write};
+use std::io::{ErrorKind, IsTerminal, Write};
 
 use anyhow::{Context, Result};
-use comfy_table::{Table, presets};
+use comfy_table::{ContentArrangement, Table, presets};
 
 /// An empty table: colours only if standard output is a terminal and `NO_COLOR` is not set.
 pub(crate) fn table() -> Table {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED);
+    // On a narrow terminal cells break between words; the terminal itself would break within them.
+    table.set_content_arrangement(ContentArrangement::Dynamic);
     if !std::io::stdout().is_terminal() || std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty()) {
         table.force_no_tty();
     }
     table
 }
 
+/// Whoever read standard output has seen enough.
+#[derive(Debug)]
+pub(crate) struct ReaderLeft;
+
+impl std::fmt::Display for ReaderLeft {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("nobody reads standard output any more")
+    }
+}
+
+impl std::error::Error for ReaderLeft {}
+
 /// Writes a line to standard output. `println!` would panic where a reader, such as `head`, has left.
 pub(crate) fn say(text: &str) -> Result<()> {
-    writeln!(std::io::stdout(), "{text}").context("cannot write to standard output")
+    match writeln!(std::io::stdout(), "{text}") {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Err(ReaderLeft.into()),
+        written => written.context("cannot write to standard output"),
+    }
 }
 
 /// 1,234,567.

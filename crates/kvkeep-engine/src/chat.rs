@@ -5,6 +5,9 @@
 //! control token in them and taken out after the control tokens of the template itself were
 //! found. Splitting the text at its contents was the alternative, but templates may trim them.
 
+use std::collections::HashSet;
+use std::ops::RangeInclusive;
+
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Value;
 use minijinja::{Environment, ErrorKind, context};
@@ -13,6 +16,14 @@ use crate::error::{EngineError, Result};
 use crate::tokenizer::Tokenizer;
 
 const NAME: &str = "chat";
+/// Characters that are no text: Unicode's noncharacters, then its private use areas.
+const GUARDS: [RangeInclusive<char>; 5] = [
+    '\u{FDD0}'..='\u{FDEF}',
+    '\u{10FFFE}'..='\u{10FFFF}',
+    '\u{E000}'..='\u{F8FF}',
+    '\u{F0000}'..='\u{FFFFD}',
+    '\u{100000}'..='\u{10FFFD}',
+];
 
 /// One message of a chat.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,6 +45,7 @@ impl ChatMessage {
 #[derive(Debug)]
 pub(crate) struct ChatTemplate {
     environment: Environment<'static>,
+    source: String,
 }
 
 impl ChatTemplate {
@@ -46,7 +58,7 @@ impl ChatTemplate {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         environment.add_template_owned(NAME, source.to_owned())?;
-        Ok(Self { environment })
+        Ok(Self { environment, source: source.to_owned() })
     }
 
     /// The prompt as text, for people to read.
@@ -61,16 +73,42 @@ impl ChatTemplate {
 
     /// The prompt as tokens: control tokens come from the template alone.
     pub(crate) fn tokens(&self, messages: &[ChatMessage], generate: bool, tokenizer: &Tokenizer) -> Result<Vec<u32>> {
-        let unused = |guard: &char| !messages.iter().any(|m| m.role.contains(*guard) || m.content.contains(*guard));
-        // Unicode's noncharacters: never text.
-        let guard = ('\u{FDD0}'..='\u{FDEF}').find(unused).ok_or_else(|| {
-            EngineError::Tokenizer("the messages use every noncharacter from U+FDD0 to U+FDEF: remove them".to_owned())
-        })?;
+        let guard = guard(messages, &self.source)?;
         let guarded = |m: &ChatMessage| ChatMessage {
             role: tokenizer.guard(&m.role, guard),
             content: tokenizer.guard(&m.content, guard),
         };
         let messages: Vec<ChatMessage> = messages.iter().map(guarded).collect();
         tokenizer.encode_guarded(&self.text(&messages, generate, tokenizer)?, guard)
+    }
+}
+
+/// A character that neither a message nor the template has.
+fn guard(messages: &[ChatMessage], template: &str) -> Result<char> {
+    let texts = messages.iter().flat_map(|message| [message.role.as_str(), &message.content]);
+    let is_guard = |c: &char| GUARDS.iter().any(|range| range.contains(c));
+    let used: HashSet<char> = texts.chain([template]).flat_map(str::chars).filter(is_guard).collect();
+    GUARDS.into_iter().flatten().find(|guard| !used.contains(guard)).ok_or(EngineError::NoGuard)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn user(text: impl IntoIterator<Item = char>) -> [ChatMessage; 1] {
+        [ChatMessage::new("user", text.into_iter().collect::<String>())]
+    }
+
+    /// A message with each of the 32 noncharacters from U+FDD0 on left none to guard with, and its
+    /// chat could not be read at all.
+    #[test]
+    fn there_is_a_guard_for_every_message_that_can_be_text() {
+        let noncharacters = user('\u{FDD0}'..='\u{FDEF}');
+        assert_eq!(guard(&user("hi".chars()), "").unwrap(), '\u{FDD0}');
+        assert_eq!(guard(&noncharacters, "").unwrap(), '\u{10FFFE}');
+        assert_eq!(guard(&noncharacters, "\u{10FFFE}\u{10FFFF}").unwrap(), '\u{E000}');
+        let all_but_one = GUARDS.into_iter().flatten().filter(|guard| *guard != '\u{F1234}');
+        assert_eq!(guard(&user(all_but_one), "").unwrap(), '\u{F1234}');
+        assert!(matches!(guard(&user(GUARDS.into_iter().flatten()), ""), Err(EngineError::NoGuard)));
     }
 }

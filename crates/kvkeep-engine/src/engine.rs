@@ -15,6 +15,7 @@ use crate::generate::Cancel;
 use crate::gguf::Gguf;
 use crate::kv::KvBuffer;
 use crate::passes::{Passes, Share, Work};
+use crate::rate::PrefillRate;
 use crate::simd::Kernels;
 use crate::tokenizer::Tokenizer;
 use crate::weights::Weights;
@@ -39,6 +40,7 @@ struct Shared {
     chat: Option<ChatTemplate>,
     pool: ThreadPool,
     passes: Passes,
+    prefill_rate: PrefillRate,
     revision: String,
     /// Of the pass that is running.
     scratch: Mutex<Scratch>,
@@ -134,6 +136,7 @@ impl Engine {
             chat,
             pool,
             passes: Passes::new(options.batch_tokens),
+            prefill_rate: PrefillRate::default(),
             revision: revision?,
             scratch,
         };
@@ -162,6 +165,12 @@ impl Engine {
     #[must_use]
     pub fn context_tokens(&self) -> usize {
         self.shared.model.config.context
+    }
+
+    /// Memory that the model's weights take.
+    #[must_use]
+    pub fn weights_bytes(&self) -> usize {
+        self.shared.model.weights.bytes()
     }
 
     /// Compute threads.
@@ -258,6 +267,10 @@ impl Engine {
     pub fn prefill_all_logits(&self, tokens: &[u32], kv: &mut KvBuffer) -> Result<Vec<Logits>> {
         let (all, _) = self.forward(None, tokens, kv, Want::All, None)?;
         Ok(all.chunks_exact(self.shared.model.config.vocabulary).map(|row| Logits(row.to_vec())).collect())
+    }
+
+    pub(crate) fn prefill_rate(&self) -> &PrefillRate {
+        &self.shared.prefill_rate
     }
 
     pub(crate) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {

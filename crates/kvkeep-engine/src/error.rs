@@ -38,6 +38,9 @@ pub enum EngineError {
     /// The chat template refused the messages.
     #[error("the model's chat template cannot format these messages: {0}")]
     ChatTemplate(#[from] minijinja::Error),
+    /// No character is left to tell the template's control tokens from the messages' texts.
+    #[error("the messages use every noncharacter and every private-use character of Unicode: leave one out")]
+    NoGuard,
     /// No tokens were given.
     #[error("no tokens given: a prompt needs at least one token")]
     EmptyTokens,

@@ -16,6 +16,7 @@ use kvkeep::{KvCache, Match, Missing, Namespace, StoreOptions};
 use crate::engine::{Engine, Logits};
 use crate::error::{EngineError, Result};
 use crate::kv::KvBuffer;
+use crate::rate::share;
 use crate::sample::Sampler;
 
 /// Answers prompts one after the other; each thread has its own. Keeps its KV buffer, so
@@ -90,6 +91,9 @@ pub struct Generation {
     pub ttft: Duration,
     /// Of this, computing the part of the prompt that was not cached.
     pub prefill: Duration,
+    /// What `ttft` would have been without the cache: by what computing took, when it was stored, of all
+    /// that was found.
+    pub cold_ttft: Duration,
     /// From the call to the end, storing included.
     pub total: Duration,
     /// Why it ended.
@@ -104,6 +108,10 @@ struct Computed {
     ram_tokens: usize,
     /// Computing what was not cached.
     prefill: Duration,
+    /// Copying what was.
+    load: Duration,
+    /// What computing that took.
+    spared: Duration,
 }
 
 impl Default for GenerateOptions {
@@ -214,6 +222,7 @@ impl Generator {
             text: String::new(),
             ttft: begin.elapsed(),
             prefill: computed.prefill,
+            cold_ttft: (begin.elapsed() + computed.spared).saturating_sub(computed.load),
             total: Duration::ZERO,
             finish: FinishReason::Cancelled,
         };
@@ -239,16 +248,20 @@ impl Generator {
         // The last token is always computed: its logits are not in the cache.
         let reusable = prompt.get(..prompt.len() - 1).unwrap_or_default();
         let (engine, namespace, kv) = (&self.engine, &self.namespace, &mut self.kv);
+        let block_tokens = namespace.layout().block_tokens();
         let (Some(cache), false) = (cache, reusable.is_empty()) else {
             return Ok((compute(engine, prompt, None, cancel, kv)?, None));
         };
         let mut computed = None;
         let pin = cache.get_or_prefill(namespace, reusable, |missing: &Missing<'_>| {
             let now = compute(engine, prompt, Some(missing.cached()), cancel, kv)?;
-            let options = StoreOptions::default().compute_time(now.prefill);
             // Cut short, so that others who wait for the rest compute it.
             let tokens = reusable.get(..kv.len()).unwrap_or(reusable);
             if tokens.len() > now.cached_tokens {
+                // What is behind the last full block was computed too, and is not kept.
+                let kept = (tokens.len() / block_tokens * block_tokens).saturating_sub(now.cached_tokens);
+                let time = share(now.prefill, kept, kv.len().saturating_sub(now.cached_tokens));
+                let options = StoreOptions::default().compute_time(time);
                 cache.store_from(namespace, tokens, now.cached_tokens, &kv.views_from(now.cached_tokens)?, &options)?;
             }
             computed = Some(now);
@@ -295,20 +308,23 @@ impl Generator {
         Ok(finish)
     }
 
-    /// Stores the full blocks behind the prompt's own.
+    /// Stores the full blocks behind the prompt's own. They are worth what a prefill of them would
+    /// take, which is much less than decoding them did.
     fn store_answer(
         &self,
         prompt: &[u32],
         answer: &[u32],
         cache: &KvCache,
         pin: &Match,
-        compute_time: Duration,
+        decode: Duration,
     ) -> Result<()> {
         // The last token of an answer has no KV: nothing was computed from it.
         let tokens: Vec<u32> = prompt.iter().chain(answer).copied().take(self.kv.len()).collect();
         let block_tokens = self.namespace.layout().block_tokens();
         let first = pin.cached_tokens();
-        if tokens.len() / block_tokens * block_tokens > first {
+        let stored = (tokens.len() / block_tokens * block_tokens).saturating_sub(first);
+        if stored > 0 {
+            let compute_time = self.engine.prefill_rate().time(stored).map_or(decode, |prefill| prefill.min(decode));
             let options = StoreOptions::default().compute_time(compute_time);
             cache.store_from(&self.namespace, &tokens, first, &self.kv.views_from(first)?, &options)?;
         }
@@ -329,7 +345,9 @@ fn compute(
     let cached_tokens = found.map_or(0, Match::cached_tokens);
     let (logits, load) = engine.read(found, prompt.get(cached_tokens..).unwrap_or_default(), cancel, kv)?;
     let prefill = begin.elapsed().saturating_sub(load);
-    Ok(Computed { logits, cached_tokens, ram_tokens: found.map_or(0, Match::ram_tokens), prefill })
+    engine.prefill_rate().measured(kv.len().saturating_sub(cached_tokens), prefill);
+    let (ram_tokens, spared) = found.map_or((0, Duration::ZERO), |found| (found.ram_tokens(), found.compute_time()));
+    Ok(Computed { logits, cached_tokens, ram_tokens, prefill, load, spared })
 }
 
 fn check_namespace(engine: &Engine, namespace: &Namespace) -> Result<()> {

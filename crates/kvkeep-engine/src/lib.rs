@@ -40,6 +40,7 @@ mod gguf;
 mod kv;
 mod model_file;
 mod passes;
+mod rate;
 mod sample;
 mod simd;
 mod tokenizer;

@@ -1,5 +1,7 @@
 //! Picks the next token from logits.
 
+use std::collections::HashMap;
+
 use crate::engine::Logits;
 use crate::error::{EngineError, Result};
 
@@ -10,6 +12,13 @@ pub struct Sampler {
     temperature: f64,
     top_p: f64,
     state: u64,
+    /// Added to the logits of these tokens.
+    bias: Vec<(u32, f32)>,
+    /// Taken off the logit of a token that was picked, once and for each time.
+    presence_penalty: f32,
+    frequency_penalty: f32,
+    /// How often each token was picked; kept only for penalties.
+    picked: HashMap<u32, u16>,
 }
 
 impl Default for Sampler {
@@ -22,7 +31,15 @@ impl Sampler {
     /// Always the likeliest token.
     #[must_use]
     pub fn greedy() -> Self {
-        Self { temperature: 0.0, top_p: 1.0, state: 0 }
+        Self {
+            temperature: 0.0,
+            top_p: 1.0,
+            state: 0,
+            bias: Vec::new(),
+            presence_penalty: 0.0,
+            frequency_penalty: 0.0,
+            picked: HashMap::new(),
+        }
     }
 
     /// At random among the fewest tokens whose probabilities add up to `top_p`, after dividing
@@ -37,11 +54,71 @@ impl Sampler {
         if !(top_p > 0.0 && top_p <= 1.0) {
             return Err(EngineError::Sampling(format!("top_p {top_p} must be above 0 and at most 1")));
         }
-        Ok(Self { temperature, top_p, state: seed })
+        Ok(Self { temperature, top_p, state: seed, ..Self::greedy() })
+    }
+
+    /// With this much taken off the logit of a token that was picked before: `presence` once, `frequency` for
+    /// each time. Tokens of the prompt do not count. Below 0 they make repetition likelier.
+    ///
+    /// # Errors
+    /// [`EngineError::Sampling`] if one of them is not finite.
+    pub fn penalties(mut self, presence: f32, frequency: f32) -> Result<Self> {
+        for (name, value) in [("presence", presence), ("frequency", frequency)] {
+            if !value.is_finite() {
+                return Err(EngineError::Sampling(format!("the {name} penalty {value} must be finite")));
+            }
+        }
+        (self.presence_penalty, self.frequency_penalty) = (presence, frequency);
+        Ok(self)
+    }
+
+    /// With so much added to the logits of these tokens.
+    ///
+    /// # Errors
+    /// [`EngineError::Sampling`] if one of them is not finite. A token that the model does not have
+    /// changes nothing.
+    pub fn logit_bias(mut self, bias: Vec<(u32, f32)>) -> Result<Self> {
+        if let Some((token, value)) = bias.iter().find(|(_, value)| !value.is_finite()) {
+            return Err(EngineError::Sampling(format!("the bias {value} of token {token} must be finite")));
+        }
+        self.bias = bias;
+        Ok(self)
     }
 
     /// The next token.
     pub fn pick(&mut self, logits: &Logits) -> u32 {
+        let token = match self.adjusted(logits) {
+            Some(adjusted) => self.draw(&adjusted),
+            None => self.draw(logits),
+        };
+        if self.penalises() {
+            let times = self.picked.entry(token).or_default();
+            *times = times.saturating_add(1);
+        }
+        token
+    }
+
+    fn penalises(&self) -> bool {
+        self.presence_penalty != 0.0 || self.frequency_penalty != 0.0
+    }
+
+    /// The logits with biases and penalties, if there are any.
+    fn adjusted(&self, logits: &Logits) -> Option<Logits> {
+        if self.bias.is_empty() && self.picked.is_empty() {
+            return None;
+        }
+        let mut adjusted = logits.clone();
+        let penalty = |times: u16| self.presence_penalty + self.frequency_penalty * f32::from(times);
+        let penalties = self.picked.iter().map(|(token, times)| (*token, -penalty(*times)));
+        for (token, change) in self.bias.iter().copied().chain(penalties) {
+            if let Some(logit) = adjusted.0.get_mut(token as usize) {
+                *logit += change;
+            }
+        }
+        Some(adjusted)
+    }
+
+    fn draw(&mut self, logits: &Logits) -> u32 {
         let best = logits.argmax();
         if self.temperature == 0.0 {
             return best;
@@ -132,5 +209,30 @@ mod tests {
         }
         assert_eq!(counts[2], 0);
         assert!((f64::from(counts[1]) / 40_000.0 - 0.75).abs() < 0.01, "{counts:?}");
+    }
+
+    #[test]
+    fn a_bias_is_added_to_its_tokens_alone() {
+        let logits = Logits(vec![1.0, 3.0, 2.0]);
+        let biased = |bias: &[(u32, f32)]| Sampler::greedy().logit_bias(bias.to_vec()).unwrap().pick(&logits);
+        assert_eq!(biased(&[]), 1);
+        assert_eq!(biased(&[(1, -100.0)]), 2);
+        assert_eq!(biased(&[(0, 100.0)]), 0);
+        assert_eq!(biased(&[(7, 100.0)]), 1, "a token that there is not");
+        assert!(Sampler::greedy().logit_bias(vec![(0, f32::NAN)]).is_err());
+    }
+
+    #[test]
+    fn penalties_grow_with_what_was_picked() {
+        let logits = Logits(vec![0.0, 1.0, 0.5]);
+        let picks = |presence, frequency| {
+            let mut sampler = Sampler::greedy().penalties(presence, frequency).unwrap();
+            (0..6).map(|_| sampler.pick(&logits)).collect::<Vec<_>>()
+        };
+        assert_eq!(picks(0.0, 0.0), [1; 6]);
+        assert_eq!(picks(0.75, 0.0), [1, 2, 1, 1, 1, 1], "once each, however often");
+        assert_eq!(picks(0.0, 0.75), [1, 2, 1, 0, 2, 1], "for each time");
+        assert_eq!(picks(-1.0, 0.0), [1; 6]);
+        assert!(Sampler::greedy().penalties(f32::INFINITY, 0.0).is_err());
     }
 }

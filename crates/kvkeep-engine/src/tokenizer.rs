@@ -26,6 +26,30 @@ const SUPPORTED_PRE: &str = "default, gpt-2, smollm, llama-bpe, qwen2";
 const LLAMA3_SPLIT: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_SPLIT: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+/// Keys of the tokens that end an answer or a turn of it.
+const END_KEYS: [&str; 3] =
+    ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
+/// Control tokens that end a turn or a text in published models. Files often name one of them under
+/// `eos_token_id` while the chat template ends its turns with another.
+const END_NAMES: [&str; 17] = [
+    "</s>",
+    "<EOT>",
+    "<|call|>",
+    "<|end|>",
+    "<|end_of_text|>",
+    "<|end_of_turn|>",
+    "<|endoftext|>",
+    "<|endofturn|>",
+    "<|eom|>",
+    "<|eom_id|>",
+    "<|eot|>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|return|>",
+    "<end_of_turn>",
+    "<eos>",
+    "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
+];
 /// `SentencePiece` writes a space as this.
 const SPACE: &str = "\u{2581}";
 
@@ -42,6 +66,8 @@ pub struct Tokenizer {
     add_space: bool,
     bos: Option<u32>,
     adds_bos: bool,
+    eos: Option<u32>,
+    /// Whatever ends an answer, the model's own end included.
     ends: Vec<u32>,
 }
 
@@ -99,10 +125,12 @@ impl Tokenizer {
             .collect();
         let bytes = |piece: &Piece| if let Piece::Bytes(bytes) = piece { bytes.len() } else { 0 };
         let id = |key: &str| gguf.number(key).and_then(|id| u32::try_from(id).ok());
-        let end_keys = ["tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id"];
+        let named = (0u32..).zip(&pieces).filter(|(_, piece)| piece.ends_a_turn()).map(|(id, _)| id);
+        let ends = END_KEYS.into_iter().filter_map(id).chain(named).collect();
         Ok(Self {
             bpe: build(gguf, vocab, family)?,
             longest_bytes: pieces.iter().map(bytes).max().unwrap_or(0),
+            ends,
             pieces,
             specials,
             special_ids,
@@ -110,7 +138,7 @@ impl Tokenizer {
             add_space: gguf.flag("tokenizer.ggml.add_space_prefix").unwrap_or(family == Family::SentencePiece),
             bos: id("tokenizer.ggml.bos_token_id"),
             adds_bos: gguf.flag("tokenizer.ggml.add_bos_token").unwrap_or(family == Family::SentencePiece),
-            ends: end_keys.into_iter().filter_map(id).collect(),
+            eos: id("tokenizer.ggml.eos_token_id"),
         })
     }
 
@@ -172,6 +200,34 @@ impl Tokenizer {
         text
     }
 
+    /// As [`Tokenizer::decode`], with control tokens written out: what [`Tokenizer::encode`] with
+    /// `parse_special` makes the same tokens of, but for bytes that are no UTF-8.
+    #[must_use]
+    pub fn decode_all(&self, tokens: &[u32]) -> String {
+        let mut stream = self.stream();
+        let mut text = String::new();
+        for token in tokens {
+            if let Some(control) = self.control_text(*token) {
+                text.push_str(stream.finish());
+                text.push_str(control);
+            }
+            text.push_str(stream.push(*token));
+        }
+        text.push_str(stream.finish());
+        text
+    }
+
+    /// A text's tokens as a prompt by itself: control tokens written out in it are those tokens, and
+    /// the token that the model expects before a text comes first, once.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_prompt(&self, text: &str) -> Result<Vec<u32>> {
+        let tokens = self.encode(text, true)?;
+        let bos = self.bos().filter(|bos| tokens.first() != Some(bos));
+        Ok(bos.into_iter().chain(tokens).collect())
+    }
+
     /// A decoder for tokens that come one by one.
     #[must_use]
     pub fn stream(&self) -> TextStream<'_> {
@@ -199,7 +255,8 @@ impl Tokenizer {
         self.pieces.len()
     }
 
-    /// Does this token end an answer?
+    /// Does this token end an answer? Every token does that ends a turn or a text in the
+    /// vocabulary, whichever of them the file calls its end.
     #[must_use]
     pub fn is_end(&self, token: u32) -> bool {
         self.ends.contains(&token)
@@ -224,7 +281,7 @@ impl Tokenizer {
     }
 
     pub(crate) fn eos_text(&self) -> &str {
-        self.ends.first().and_then(|eos| self.control_text(*eos)).unwrap_or_default()
+        self.eos.and_then(|eos| self.control_text(eos)).unwrap_or_default()
     }
 
     fn encode_plain(&self, text: &str, tokens: &mut Vec<u32>) -> Result<()> {
@@ -247,6 +304,12 @@ impl Tokenizer {
     fn next_special(&self, text: &str, from: usize) -> Option<(Range<usize>, u32)> {
         let found = self.specials.find(Input::new(text).range(from..))?;
         Some((found.range(), *self.special_ids.get(found.pattern().as_usize())?))
+    }
+}
+
+impl Piece {
+    fn ends_a_turn(&self) -> bool {
+        matches!(self, Self::Control(text) if END_NAMES.contains(&text.as_str()))
     }
 }
 

@@ -43,7 +43,20 @@ pub(crate) struct Weights {
     pub(crate) rope_factors: Option<Vec<f32>>,
 }
 
+impl Weights {
+    /// Memory that they take, but for a few vectors.
+    pub(crate) fn bytes(&self) -> usize {
+        let of = |layer: &Layer| [&layer.qkv, &layer.output, &layer.gate_up, &layer.down].map(Packed::bytes);
+        let layers: usize = self.layers.iter().flat_map(of).sum();
+        layers + self.embedding.bytes() + self.head.as_ref().map_or(0, Packed::bytes)
+    }
+}
+
 impl Packed {
+    fn bytes(&self) -> usize {
+        size_of_val(self.data.as_slice())
+    }
+
     fn zeroed(outputs: usize, inputs: usize) -> Self {
         Self { data: vec![f16::ZERO; outputs.next_multiple_of(LANES) * inputs], inputs }
     }

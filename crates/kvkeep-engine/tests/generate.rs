@@ -108,6 +108,28 @@ fn a_second_turn_reuses_the_answer_too() {
     assert!(engine.chat_tokens(&chat, true).unwrap().len() > prompt.len());
 }
 
+/// An answer's blocks were said to have taken as long as decoding them, so that prefill time saved was 4.5 times
+/// what was spared in chats: whoever finds them is spared a prefill.
+#[test]
+fn what_an_answers_blocks_save_is_what_a_prefill_of_them_takes() {
+    let Some(engine) = engine() else { return };
+    let cache = cache();
+    let mut generator = generator(engine, 16);
+    let prompt = engine.tokenizer().encode(&PROMPTS[..12].join("\n"), false).unwrap();
+    let options = GenerateOptions::greedy(129).stop_on_eos(false);
+    let answered = generator.generate(&prompt, Some(&cache), &options, &mut |_| ControlFlow::Continue(())).unwrap();
+    let decode = answered.total - answered.ttft;
+    let next: Vec<u32> = prompt.iter().chain(&answered.tokens).copied().collect();
+    let cold = answer(&mut generator, &next, None, 1).prefill;
+    let warm = answer(&mut generator, &next, Some(&cache), 1);
+    assert!(warm.cached_tokens >= next.len() - 17);
+    let saved = cache.stats().time_saved;
+    let (would_be, took) = (warm.cold_ttft, warm.ttft);
+    assert!(would_be > saved && would_be < saved + took, "{would_be:?} cold, {took:?} warm, {saved:?} saved");
+    assert!(decode > cold, "decoding {decode:?} takes longer than reading {cold:?}");
+    assert!(saved > cold / 3 && saved < cold * 2, "{saved:?} saved, cold it takes {cold:?}");
+}
+
 #[test]
 fn the_stream_is_the_text_and_can_be_ended() {
     let Some(engine) = engine() else { return };

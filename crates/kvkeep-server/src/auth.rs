@@ -98,7 +98,7 @@ impl ApiKeys {
     /// Whom the key in these headers belongs to. Every key is compared, in constant time.
     pub(crate) fn tenant(&self, headers: &HeaderMap) -> Result<Tenant, ApiError> {
         let given = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let given = given.and_then(|value| value.strip_prefix("Bearer ")).unwrap_or_default().trim();
+        let given = given.and_then(bearer).unwrap_or_default();
         let mut found = None;
         for (key, tenant) in self.keys.iter() {
             if bool::from(key.as_bytes().ct_eq(given.as_bytes())) {
@@ -107,6 +107,12 @@ impl ApiKeys {
         }
         found.ok_or(ApiError::Unauthorized)
     }
+}
+
+/// The key of an `Authorization` header. A scheme's name is the same in any case (RFC 9110, 11.1).
+fn bearer(value: &str) -> Option<&str> {
+    let (scheme, key) = value.trim().split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| key.trim())
 }
 
 impl fmt::Debug for ApiKeys {
@@ -160,6 +166,18 @@ mod tests {
             assert!(keys.tenant(&headers(wrong)).is_err(), "{wrong}");
         }
         assert!(!format!("{keys:?}").contains(KEY));
+    }
+
+    /// Clients that write `bearer` in lower case were told that their key is wrong.
+    #[test]
+    fn the_schemes_name_is_the_same_in_any_case() {
+        let keys = ApiKeys::parse(KEY).unwrap();
+        for scheme in ["Bearer", "bearer", "BEARER", "  bearer  "] {
+            assert!(keys.tenant(&headers(&format!("{scheme} {KEY} "))).is_ok(), "{scheme}");
+        }
+        for wrong in [format!("bearer{KEY}"), format!("Token {KEY}"), KEY.to_owned(), format!("Bearer {KEY} x")] {
+            assert!(keys.tenant(&headers(&wrong)).is_err(), "{wrong}");
+        }
     }
 
     #[test]

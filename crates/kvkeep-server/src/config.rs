@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::auth::ApiKeys;
+use crate::guard::Origin;
 
 /// How to serve.
 #[derive(Debug, Clone)]
@@ -27,6 +28,14 @@ pub struct ServerConfig {
     pub shutdown_grace: Duration,
     /// What the model is called; `None` takes the name in its file.
     pub model_name: Option<String>,
+    /// What it may be called too.
+    pub model_aliases: Vec<String>,
+    /// Origins of web pages, apps and extensions that may use this server from a browser, such as
+    /// `http://localhost:3000` or `app://obsidian.md`. All others are refused.
+    pub allow_origins: Vec<Origin>,
+    /// An answer that is streamed has its own status if it fails within this time. Then its headers
+    /// are sent, and a comment now and then, so that nobody on the way takes the server for dead.
+    pub stream_error_window: Duration,
     /// The largest body of a request.
     pub body_bytes: usize,
     /// A client may keep the server waiting this long: for a request's headers (after the last
@@ -34,7 +43,8 @@ pub struct ServerConfig {
     pub client_timeout: Duration,
     /// Whether what was asked is logged too.
     pub log_prompts: bool,
-    /// Connections at the same time; one more waits to be accepted.
+    /// Connections at the same time. One more takes the place of the idlest; while all are being answered
+    /// only probes and operators are let in.
     pub connections: usize,
 }
 
@@ -52,6 +62,9 @@ impl ServerConfig {
             request_timeout: Duration::from_secs(600),
             shutdown_grace: Duration::from_secs(30),
             model_name: None,
+            model_aliases: Vec::new(),
+            allow_origins: Vec::new(),
+            stream_error_window: Duration::from_secs(3),
             body_bytes: 4 << 20,
             client_timeout: Duration::from_secs(30),
             log_prompts: false,

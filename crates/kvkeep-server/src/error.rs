@@ -64,7 +64,11 @@ pub(crate) enum ApiError {
     Elsewhere(&'static str),
     #[error("{message}")]
     Invalid { message: String, param: Option<Cow<'static, str>> },
-    #[error("the prompt has {prompt}: this server has room for {context_tokens} tokens of prompt and answer together")]
+    /// In the words by which clients know it.
+    #[error(
+        "This model's maximum context length is {context_tokens} tokens, and the prompt is too long for it: it has \
+         {prompt}. Shorten it, or start the server with a larger --context-tokens if the model can"
+    )]
     TooLong { prompt: String, context_tokens: usize, param: &'static str },
     #[error("there is no {0} here")]
     NotFound(String),
@@ -85,6 +89,11 @@ pub(crate) enum ApiError {
     NotSupported(&'static str),
     #[error("too many requests are waiting: try again in {retry_after_s} s")]
     Busy { retry_after_s: u64 },
+    /// The last places are kept for those who look after the server.
+    #[error(
+        "too many connections are open: try again in {retry_after_s} s, or start the server with more --connections"
+    )]
+    Crowded { retry_after_s: u64 },
     #[error("the request took longer than this server allows")]
     Timeout,
     #[error("the server is shutting down")]
@@ -133,6 +142,7 @@ impl ApiError {
             Self::Conflict(_) => (StatusCode::CONFLICT, INVALID, Some("conflict")),
             Self::NotSupported(_) => (StatusCode::NOT_IMPLEMENTED, INVALID, Some("not_supported")),
             Self::Busy { .. } => (StatusCode::TOO_MANY_REQUESTS, "rate_limit_error", Some("queue_full")),
+            Self::Crowded { .. } => (StatusCode::SERVICE_UNAVAILABLE, "rate_limit_error", Some("too_many_connections")),
             Self::Timeout => (StatusCode::GATEWAY_TIMEOUT, "server_error", Some("timeout")),
             Self::ShuttingDown => (StatusCode::SERVICE_UNAVAILABLE, "server_error", Some("shutting_down")),
             Self::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "server_error", None),
@@ -154,8 +164,19 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.kind().0, Json(self.body())).into_response();
-        if let Self::Busy { retry_after_s } = self {
-            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(retry_after_s));
+        let headers = response.headers_mut();
+        match self {
+            Self::Busy { retry_after_s } => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from(retry_after_s));
+            }
+            Self::Crowded { retry_after_s } => {
+                headers.insert(header::RETRY_AFTER, HeaderValue::from(retry_after_s));
+                headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            Self::Unauthorized => {
+                headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"kvkeep\""));
+            }
+            _ => (),
         }
         response
     }
@@ -168,6 +189,7 @@ impl From<EngineError> for ApiError {
             | EngineError::EmptyTokens
             | EngineError::NoChatTemplate
             | EngineError::ChatTemplate(_)
+            | EngineError::NoGuard
             | EngineError::Sampling(_)
             | EngineError::UnknownToken { .. } => Self::Invalid { message: error.to_string(), param: None },
             error => Self::Internal(error.to_string()),

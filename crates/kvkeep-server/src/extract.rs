@@ -3,6 +3,7 @@
 //! It is read last, after whoever asks is known: a stranger's body takes no memory.
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use axum::body::Body;
 use axum::extract::{FromRequest, Request};
@@ -12,6 +13,7 @@ use futures_util::StreamExt;
 use serde::de::DeserializeOwned;
 
 use crate::config::ServerConfig;
+use crate::connections::Place;
 use crate::error::ApiError;
 use crate::state::AppState;
 
@@ -60,18 +62,30 @@ async fn read(request: Request, config: &ServerConfig) -> Result<Vec<u8>, ApiErr
         return Err(ApiError::TooLarge { limit_bytes });
     }
     let expected = announced.unwrap_or(0).min(limit_bytes);
-    let read = read_bounded(request.into_body(), expected, limit_bytes);
+    let place = request.extensions().get::<Arc<Place>>().cloned();
+    let moved = || {
+        if let Some(place) = &place {
+            place.connection.moved();
+        }
+    };
+    let read = read_bounded(request.into_body(), expected, limit_bytes, moved);
     let limit_s = config.client_timeout.as_secs();
-    tokio::time::timeout(config.client_timeout, read).await.unwrap_or(Err(ApiError::SlowBody { limit_s }))
+    let bytes = tokio::time::timeout(config.client_timeout, read).await.unwrap_or(Err(ApiError::SlowBody { limit_s }));
+    if let Some(place) = &place {
+        place.connection.received();
+    }
+    bytes
 }
 
-async fn read_bounded(body: Body, expected: usize, limit_bytes: usize) -> Result<Vec<u8>, ApiError> {
+/// Calls `moved` whenever something has come.
+async fn read_bounded(body: Body, expected: usize, limit_bytes: usize, moved: impl Fn()) -> Result<Vec<u8>, ApiError> {
     let broken = |error| ApiError::Invalid { message: format!("the body broke off: {error}"), param: None };
     let mut stream = body.into_data_stream();
     let mut bytes = Vec::with_capacity(expected);
     let mut total = 0usize;
     while let Some(piece) = stream.next().await {
         let piece = piece.map_err(broken)?;
+        moved();
         total += piece.len();
         if total <= limit_bytes {
             bytes.extend_from_slice(&piece);

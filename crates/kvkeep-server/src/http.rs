@@ -15,19 +15,20 @@ use axum::{Json, Router};
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
 use kvkeep::KvCache;
 use kvkeep_engine::Engine;
 use rustix::net::sockopt::set_tcp_user_timeout;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use utoipa::OpenApi;
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::auth::Tenant;
 use crate::config::ServerConfig;
+use crate::connections::{Connections, Place};
 use crate::describe::Description;
 use crate::error::{ApiError, ServerError};
+use crate::front::Front;
+use crate::half_closed::Wire;
 use crate::state::AppState;
 use crate::worker::Workers;
 use crate::{dashboard, guard, openai, operator};
@@ -105,34 +106,33 @@ async fn accept(listener: TcpListener, state: &AppState, shutdown: impl Future<O
     let config = &state.shared.config;
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new()).header_read_timeout(config.client_timeout).max_buf_size(HEADER_BYTES);
-    let service = TowerToHyperService::new(router(state.clone()));
-    let (open, places) = (GracefulShutdown::new(), Arc::new(Semaphore::new(config.connections)));
+    let router = router(state.clone());
+    let (open, connections) = (GracefulShutdown::new(), Connections::new(config.connections));
     let mut shutdown = pin!(shutdown);
     loop {
         let (stream, place) = tokio::select! {
             () = &mut shutdown => return open,
-            next = next(&listener, &places, config.client_timeout) => next,
+            next = next(&listener, &connections, config.client_timeout) => next,
         };
-        let connection = open.watch(http.serve_connection(TokioIo::new(stream), service.clone()));
+        let connection = Arc::clone(&place.connection);
+        let wire = TokioIo::new(Wire::new(stream, Arc::clone(&connection)));
+        let served = open.watch(http.serve_connection(wire, Front::new(router.clone(), Arc::new(place))));
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
+            let ended = tokio::select! {
+                ended = served => ended,
+                () = connection.closed() => Ok(()),
+            };
+            if let Err(error) = ended {
                 tracing::debug!(%error, "a connection broke off");
             }
-            drop(place);
         });
     }
 }
 
-async fn next(
-    listener: &TcpListener,
-    places: &Arc<Semaphore>,
-    client_timeout: Duration,
-) -> (TcpStream, Option<OwnedSemaphorePermit>) {
-    // The semaphore is never closed.
-    let place = Arc::clone(places).acquire_owned().await.ok();
+async fn next(listener: &TcpListener, connections: &Arc<Connections>, client_timeout: Duration) -> (TcpStream, Place) {
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => {
+            Ok((stream, peer)) => {
                 // Tokens go out one by one: none waits for the next to fill a packet.
                 drop(stream.set_nodelay(true));
                 // Whoever does not read, or is gone without a word, is cut off by the kernel.
@@ -140,7 +140,7 @@ async fn next(
                 if let Err(error) = set_tcp_user_timeout(&stream, milliseconds) {
                     tracing::debug!(%error, "a client that does not read is not cut off");
                 }
-                return (stream, place);
+                return (stream, connections.enter(peer.ip()).await);
             }
             Err(error) => {
                 tracing::warn!(%error, "cannot accept a connection");

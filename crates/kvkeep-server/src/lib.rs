@@ -8,11 +8,14 @@
 
 mod auth;
 mod config;
+mod connections;
 mod dashboard;
 mod describe;
 mod error;
 mod extract;
+mod front;
 mod guard;
+mod half_closed;
 mod http;
 mod metrics;
 mod observed;
@@ -30,4 +33,5 @@ mod worker;
 pub use auth::{ApiKeys, Tenant};
 pub use config::ServerConfig;
 pub use error::ServerError;
+pub use guard::Origin;
 pub use http::Server;

@@ -7,6 +7,7 @@
 //! nobody waits behind all that somebody else has asked for.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -53,6 +54,9 @@ pub(crate) enum Event {
     End(Result<Box<Served>, ApiError>),
 }
 
+/// Where the events of all jobs of a request go, each with its job's place among them.
+pub(crate) type Events = mpsc::UnboundedSender<(usize, Event)>;
+
 /// A part of an answer.
 #[derive(Debug, Default)]
 pub(crate) struct Piece {
@@ -72,16 +76,18 @@ pub(crate) struct TokenLogprob {
 #[derive(Debug)]
 pub(crate) struct Taken {
     pub(crate) job: Job,
-    pub(crate) events: mpsc::UnboundedSender<Event>,
+    events: Events,
+    /// Its place among the jobs of its request.
+    place: usize,
     number: u64,
 }
 
-/// An answer that is waited for; dropping it ends the job.
+/// Answers that are waited for; dropping it ends their jobs.
 #[derive(Debug)]
 pub(crate) struct Ticket {
-    events: mpsc::UnboundedReceiver<Event>,
-    number: u64,
-    cancel: Cancel,
+    events: mpsc::UnboundedReceiver<(usize, Event)>,
+    numbers: Range<u64>,
+    cancels: Vec<Cancel>,
     deadline: Instant,
     state: AppState,
 }
@@ -121,6 +127,11 @@ struct Running {
     cancel: Cancel,
 }
 
+/// What a job is called: as its request, and the others of that behind it.
+pub(crate) fn job_id(request: &str, place: usize) -> String {
+    if place == 0 { request.to_owned() } else { format!("{request}-{place}") }
+}
+
 impl Arrived {
     pub(crate) fn now() -> Self {
         Self { at: SystemTime::now(), since: Instant::now() }
@@ -128,13 +139,14 @@ impl Arrived {
 }
 
 impl AppState {
-    /// Puts a job into the queue.
-    pub(crate) fn submit(&self, job: Job) -> Result<Ticket, ApiError> {
+    /// Puts the jobs of a request into the queue: all of them or none.
+    pub(crate) fn submit(&self, jobs: Vec<Job>) -> Result<Ticket, ApiError> {
         let config = &self.shared.config;
         let (sender, events) = mpsc::unbounded_channel();
-        let (cancel, deadline) = (job.options.cancel.clone(), job.arrived.since + config.request_timeout);
-        let number = self.shared.scheduler.put(job, sender, config.parallel, config.queue)?;
-        Ok(Ticket { events, number, cancel, deadline, state: self.clone() })
+        let since = jobs.first().map_or_else(Instant::now, |job| job.arrived.since);
+        let cancels = jobs.iter().map(|job| job.options.cancel.clone()).collect();
+        let numbers = self.shared.scheduler.put(jobs, &sender, config.parallel, config.queue)?;
+        Ok(Ticket { events, numbers, cancels, deadline: since + config.request_timeout, state: self.clone() })
     }
 
     /// Ends all that waits and all that is under way.
@@ -147,8 +159,7 @@ impl AppState {
     fn end_unanswered(&self, taken: &Taken) {
         let served = taken.job.unanswered(self.shared.config.request_timeout);
         self.observe(&served);
-        // Nobody may be left to hear it.
-        drop(taken.events.send(Event::End(Err(ApiError::ShuttingDown))));
+        taken.tell(Event::End(Err(ApiError::ShuttingDown)));
     }
 }
 
@@ -193,35 +204,37 @@ impl Scheduler {
         });
     }
 
-    fn put(
-        &self,
-        job: Job,
-        events: mpsc::UnboundedSender<Event>,
-        parallel: usize,
-        capacity: usize,
-    ) -> Result<u64, ApiError> {
+    fn put(&self, jobs: Vec<Job>, events: &Events, parallel: usize, capacity: usize) -> Result<Range<u64>, ApiError> {
         let mut queue = self.lock();
         if queue.closed {
             return Err(ApiError::ShuttingDown);
         }
         // Threads that are about to take one count: an idle server takes jobs without a queue too.
         let free = parallel.saturating_sub(queue.running.len());
-        if queue.waiting.len() >= capacity + free {
+        if queue.waiting.len() + jobs.len() > capacity + free {
             queue.rejected += 1;
             return Err(ApiError::Busy { retry_after_s: queue.retry_after_s(parallel) });
         }
-        let number = queue.next;
-        queue.next += 1;
-        queue.waiting.push_back(Taken { job, events, number });
+        let first = queue.next;
+        for (place, job) in jobs.into_iter().enumerate() {
+            let number = queue.next;
+            queue.next += 1;
+            queue.waiting.push_back(Taken { job, events: events.clone(), place, number });
+        }
+        let numbers = first..queue.next;
         drop(queue);
-        self.changed.notify_one();
-        Ok(number)
+        self.changed.notify_all();
+        Ok(numbers)
     }
 
-    fn forget(&self, number: u64) -> Option<Taken> {
+    /// Takes those of these jobs that still wait out of the queue.
+    fn forget(&self, numbers: &Range<u64>) -> Vec<Taken> {
         let mut queue = self.lock();
-        let at = queue.waiting.iter().position(|taken| taken.number == number)?;
-        queue.waiting.remove(at)
+        let waiting = std::mem::take(&mut queue.waiting);
+        let (forgotten, waiting): (Vec<Taken>, Vec<Taken>) =
+            waiting.into_iter().partition(|taken| numbers.contains(&taken.number));
+        queue.waiting = waiting.into();
+        forgotten
     }
 
     fn take_all(&self) -> VecDeque<Taken> {
@@ -259,6 +272,11 @@ impl Taken {
     pub(crate) fn number(&self) -> u64 {
         self.number
     }
+
+    /// Tells whoever asked; nobody may be left to hear it.
+    pub(crate) fn tell(&self, event: Event) {
+        drop(self.events.send((self.place, event)));
+    }
 }
 
 impl Job {
@@ -277,6 +295,7 @@ impl Job {
             completion_tokens: 0,
             queued: waited,
             ttft: None,
+            cold_ttft: None,
             prefill: Duration::ZERO,
             total: waited,
             outcome: if waited >= timeout { Outcome::TimedOut } else { Outcome::Cancelled },
@@ -285,20 +304,20 @@ impl Job {
 }
 
 impl Ticket {
-    /// What happens next. After the end there is nothing to wait for.
-    pub(crate) async fn next(&mut self) -> Event {
+    /// What happens next, and to which of the jobs. After the end of all there is nothing to wait for.
+    pub(crate) async fn next(&mut self) -> (usize, Event) {
         match tokio::time::timeout_at(self.deadline.into(), self.events.recv()).await {
             Ok(Some(event)) => event,
-            Ok(None) => Event::End(Err(ApiError::Internal("the thread that answered ended".to_owned()))),
-            Err(_) => Event::End(Err(ApiError::Timeout)),
+            Ok(None) => (0, Event::End(Err(ApiError::Internal("the thread that answered ended".to_owned())))),
+            Err(_) => (0, Event::End(Err(ApiError::Timeout))),
         }
     }
 }
 
 impl Drop for Ticket {
     fn drop(&mut self) {
-        self.cancel.cancel();
-        if let Some(taken) = self.state.shared.scheduler.forget(self.number) {
+        self.cancels.iter().for_each(Cancel::cancel);
+        for taken in self.state.shared.scheduler.forget(&self.numbers) {
             self.state.end_unanswered(&taken);
         }
     }

@@ -27,6 +27,8 @@ pub(crate) struct Served {
     pub(crate) queued: Duration,
     /// From its arrival to its first token, if it came to that.
     pub(crate) ttft: Option<Duration>,
+    /// What `ttft` would have been if nothing had been cached.
+    pub(crate) cold_ttft: Option<Duration>,
     /// Computing the part of the prompt that was not cached.
     pub(crate) prefill: Duration,
     /// From its arrival to its end.
@@ -130,6 +132,7 @@ pub(crate) mod tests {
             completion_tokens: 3,
             queued: Duration::from_millis(2),
             ttft: Some(Duration::from_millis(20)),
+            cold_ttft: Some(Duration::from_millis(60)),
             prefill: Duration::from_millis(10),
             total: Duration::from_millis(50),
             outcome: Outcome::Stop,

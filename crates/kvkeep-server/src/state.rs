@@ -4,12 +4,14 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::FromRequestParts;
+use axum::http::HeaderMap;
 use axum::http::request::Parts;
 use kvkeep::{KvCache, Namespace};
 use kvkeep_engine::Engine;
 
 use crate::auth::Tenant;
 use crate::config::ServerConfig;
+use crate::connections::Place;
 use crate::error::{ApiError, ServerError};
 use crate::observed::Observed;
 use crate::scheduler::Scheduler;
@@ -33,14 +35,27 @@ pub(crate) struct Shared {
     pub(crate) scheduler: Scheduler,
     /// What the model is called here.
     pub(crate) model: String,
+    /// What it may be called too.
+    pub(crate) aliases: Vec<String>,
 }
 
 impl AppState {
     pub(crate) fn new(engine: Engine, cache: KvCache, config: ServerConfig) -> Result<Self, ServerError> {
         let namespace = engine.namespace(config.block_tokens)?;
         let model = config.model_name.clone().unwrap_or_else(|| engine.model_name().to_owned());
+        let mut aliases = config.model_aliases.clone();
+        aliases.retain(|alias| *alias != model && !alias.is_empty());
         let (started, observed, scheduler) = (Instant::now(), Observed::default(), Scheduler::default());
-        Ok(Self { shared: Arc::new(Shared { engine, cache, config, namespace, started, observed, scheduler, model }) })
+        let shared = Shared { engine, cache, config, namespace, started, observed, scheduler, model, aliases };
+        Ok(Self { shared: Arc::new(shared) })
+    }
+
+    /// Whose key these headers show. Without keys everybody is the operator.
+    pub(crate) fn tenant(&self, headers: &HeaderMap) -> Result<Tenant, ApiError> {
+        match &self.shared.config.api_keys {
+            Some(keys) => keys.tenant(headers),
+            None => Ok(Tenant::OPERATOR),
+        }
     }
 
     /// A request has ended. Everything that is counted or listed comes from here.
@@ -73,10 +88,11 @@ impl FromRequestParts<AppState> for Tenant {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
-        match &state.shared.config.api_keys {
-            Some(keys) => keys.tenant(&parts.headers),
-            None => Ok(Self::OPERATOR),
+        let tenant = state.tenant(&parts.headers)?;
+        if let Some(place) = parts.extensions.get::<Arc<Place>>() {
+            place.connection.is_known();
         }
+        Ok(tenant)
     }
 }
 

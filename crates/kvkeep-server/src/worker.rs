@@ -68,14 +68,13 @@ fn work(state: &AppState, mut generator: Generator) {
         });
         state.shared.scheduler.done(number, begin.elapsed());
         state.observe(&served);
-        // Nobody may be left to hear it.
-        drop(taken.events.send(Event::End(result.map_or(Ok(Box::new(served)), Err))));
+        taken.tell(Event::End(result.map_or(Ok(Box::new(served)), Err)));
     }
 }
 
 fn answer(state: &AppState, generator: &mut Generator, taken: &Taken) -> (Served, Option<ApiError>) {
     let shared = &state.shared;
-    let Taken { job, events, .. } = taken;
+    let job = &taken.job;
     let queued = job.arrived.since.elapsed();
     let mut stops = Stops::new(job.stop.clone());
     let (mut seen, mut first) = (0, true);
@@ -84,7 +83,7 @@ fn answer(state: &AppState, generator: &mut Generator, taken: &Taken) -> (Served
         let logprobs = job.top_logprobs.map(|top| logprob(token, logits, top)).into_iter().collect();
         let piece = Piece { text: stops.push(text), logprobs };
         if std::mem::take(&mut first) || !piece.text.is_empty() || !piece.logprobs.is_empty() {
-            drop(events.send(Event::Piece(piece)));
+            taken.tell(Event::Piece(piece));
         }
         if stops.found() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
@@ -97,7 +96,7 @@ fn answer(state: &AppState, generator: &mut Generator, taken: &Taken) -> (Served
         Ok(generation) => {
             let rest = stops.push(generation.text.get(seen..).unwrap_or_default()) + &stops.finish();
             if !rest.is_empty() {
-                drop(events.send(Event::Piece(Piece { text: rest, logprobs: Vec::new() })));
+                taken.tell(Event::Piece(Piece { text: rest, logprobs: Vec::new() }));
             }
             let served = served(job, &generation, queued, stops.found(), shared.config.request_timeout);
             let error = match served.outcome {
@@ -132,6 +131,7 @@ fn served(job: &Job, generation: &Generation, queued: Duration, stopped: bool, t
         completion_tokens: if job.endpoint == Endpoint::Warm { 0 } else { generation.tokens.len() },
         queued,
         ttft: answered.then_some(queued + generation.ttft),
+        cold_ttft: answered.then_some(queued + generation.cold_ttft),
         prefill: generation.prefill,
         total,
         outcome,

@@ -194,12 +194,12 @@ fn a_completion_says_the_log_probabilities_of_its_tokens_and_where_they_begin() 
 #[test]
 fn prompts_come_as_texts_parts_or_tokens() {
     let Some(server) = Running::start(|_| ()) else { return };
-    let parts = json!([{"type": "text", "text": "Say "}, {"type": "text", "text": "yes."}]);
+    let parts = json!([{"type": "text", "text": "Say"}, {"type": "text", "text": "yes."}]);
     let ask = |role: &str, content: Value| {
         let messages = json!([{"role": role, "content": SYSTEM, "name": "x"}, {"role": "user", "content": content}]);
         server.answer(CHAT, &json!({"messages": messages, "temperature": 0, "max_completion_tokens": 5, "user": "u"}))
     };
-    let text = ask("system", json!("Say yes."));
+    let text = ask("system", json!("Say\nyes."));
     assert_eq!(content(&ask("developer", parts)), content(&text));
     let engine = common::engine().unwrap();
     let tokens = engine.tokenizer().encode("The capital of France is", false).unwrap();
@@ -223,13 +223,14 @@ fn what_does_not_fit_or_cannot_be_done_is_refused_by_name() {
         (CHAT, json!({"messages": [{"role": "tool", "content": "x"}]}), Some("messages"), "tools"),
         (CHAT, json!({"messages": [{"role": "cook", "content": "x"}]}), Some("messages"), "role"),
         (CHAT, json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}), Some("messages"), "text"),
-        (COMPLETIONS, json!({"prompt": ["a", "b"]}), Some("prompt"), "one prompt"),
+        (COMPLETIONS, json!({"prompt": []}), Some("prompt"), "at least one prompt"),
         (COMPLETIONS, json!({"prompt": ""}), Some("prompt"), "empty"),
-        (COMPLETIONS, json!({"prompt": [[1], [2]]}), Some("prompt"), "one prompt"),
+        (COMPLETIONS, json!({"prompt": ["a", ""]}), Some("prompt"), "empty"),
+        (COMPLETIONS, json!({"prompt": vec!["a"; 67]}), Some("prompt"), "at most 66 answers"),
         (COMPLETIONS, json!({"prompt": [99_999_999]}), None, "vocabulary"),
         (COMPLETIONS, json!({"prompt": [-1]}), Some("prompt"), "expected a string"),
-        (COMPLETIONS, json!({"prompt": vec![7; 2049]}), Some("prompt"), "room for 2048"),
-        (COMPLETIONS, json!({"prompt": "word ".repeat(3000)}), Some("prompt"), "room for 2048"),
+        (COMPLETIONS, json!({"prompt": vec![7; 2049]}), Some("prompt"), "maximum context length is 2048 tokens"),
+        (COMPLETIONS, json!({"prompt": "word ".repeat(3000)}), Some("prompt"), "maximum context length is 2048 tokens"),
         (COMPLETIONS, json!({"prompt": "x".repeat(3 << 20)}), Some("prompt"), "bytes"),
     ];
     for (name, value) in [
@@ -238,23 +239,27 @@ fn what_does_not_fit_or_cannot_be_done_is_refused_by_name() {
         ("temperature", json!(-1)),
         ("top_p", json!(1.5)),
         ("max_tokens", json!(0)),
-        ("max_tokens", json!(-1)),
+        ("max_tokens", json!(-2)),
         ("max_tokens", json!(1.5)),
-        ("n", json!(2)),
-        ("stop", json!(["a", "b", "c", "d", "e"])),
-        ("stop", json!("")),
+        ("n", json!(0)),
+        ("n", json!(67)),
+        ("stop", json!(vec!["a"; 200])),
+        ("stop", json!("x".repeat(300))),
         ("stop", json!(7)),
         ("stream", json!("yes")),
         ("stream_options", json!(3)),
         ("seed", json!("x")),
-        ("presence_penalty", json!(0.5)),
-        ("frequency_penalty", json!(-0.5)),
+        ("seed", json!(0.5)),
+        ("presence_penalty", json!(2.5)),
+        ("frequency_penalty", json!(-2.5)),
         ("response_format", json!({"type": "json_object"})),
         ("top_logprobs", json!(3)),
         ("top_logprobs", json!(21)),
         ("logprobs", json!("all")),
         ("tools", json!([{"type": "function"}])),
         ("logit_bias", json!({"50256": -100})),
+        ("logit_bias", json!({"x": 1})),
+        ("logit_bias", json!({"5": 101})),
         ("cache_salt", json!("x".repeat(300))),
     ] {
         let mut body = chat(SYSTEM, "Hi", 1);
@@ -262,7 +267,7 @@ fn what_does_not_fit_or_cannot_be_done_is_refused_by_name() {
         cases.push((CHAT, body, Some(name), ""));
     }
     for (name, value) in [
-        ("echo", json!(true)),
+        ("echo", json!("yes")),
         ("suffix", json!("x")),
         ("best_of", json!(3)),
         ("logprobs", json!(6)),
@@ -294,7 +299,7 @@ fn what_is_off_and_unknown_fields_are_fine() {
         ("tools", json!([])),
         ("logit_bias", json!({})),
         ("logprobs", json!(false)),
-        ("stop", json!(null)),
+        ("stop", json!(["", ""])),
         ("max_completion_tokens", json!(null)),
         ("top_p", json!(0)),
         ("stream_options", json!(null)),

@@ -295,7 +295,7 @@ fn bad_requests_are_refused_with_what_to_do() {
         ("/cache/warm", json!({"prompt": "a", "messages": []}), 400, "not both"),
         ("/cache/warm", json!({"prompt": ""}), 400, "empty"),
         ("/cache/warm", json!({"prompt": "a", "pinned": true}), 400, "pinned"),
-        ("/cache/warm", json!({"prompt": "a ".repeat(9000)}), 400, "has room for"),
+        ("/cache/warm", json!({"prompt": "a ".repeat(9000)}), 400, "prompt is too long"),
         ("/cache/pin", json!({"prefix": "ab"}), 400, "64 hexadecimal"),
         ("/cache/pin", json!({"prefix": hex}), 404, "no prefix"),
         ("/cache/remove", json!({"prefix": hex}), 404, "no prefix"),

@@ -78,15 +78,14 @@ function show() {
 }
 
 function showFigures() {
-  const { tokens, requests, ttft_ms: { cold, warm } } = stats;
+  const { tokens, requests, ttft_ms: { total, total_if_cold: ifCold } } = stats;
   const some = tokens.requested > 0;
   say(byId("hit-rate"), some ? percent(stats.token_hit_rate) : "–");
   say(byId("hit-rate-of"), some ? `RAM ${count(tokens.ram)}, disk ${count(tokens.disk)} of ${count(tokens.requested)}` : "no prompt yet");
   say(byId("saved"), some ? span(stats.prefill_seconds_saved) : "–");
   say(byId("saved-of"), some ? `${count(tokens.ram + tokens.disk)} tokens not computed again` : "of computing, since the start");
-  const both = cold.count > 0 && warm.count > 0;
-  say(byId("ratio"), both ? `${times(cold.p50 / warm.p50)} sooner` : "–");
-  say(byId("ratio-of"), both ? `medians: ${milliseconds(warm.p50)} against ${milliseconds(cold.p50)}` : "needs a cold and a warm request");
+  say(byId("ratio"), total > 0 ? `${times(ifCold / total)} sooner` : "–");
+  say(byId("ratio-of"), total > 0 ? `${span(total / 1000)} in all, ${span(ifCold / 1000)} if all were cold` : "no answer yet");
   say(byId("running"), `${count(requests.running)} running`);
   say(byId("served"), `${count(requests.queued)} waiting · ${count(requests.served)} served${requests.failed > 0 ? ` · ${count(requests.failed)} failed` : ""}`
     + `${requests.rejected > 0 ? ` · ${count(requests.rejected)} turned away` : ""}`);

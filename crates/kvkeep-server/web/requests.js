@@ -78,7 +78,7 @@ function rowOf(request) {
     el("td", { class: "prompt" }, bar(parts, prompt_tokens, name)),
     el("td", { class: "number right" }, count(prompt_tokens)),
     el("td", { class: "number right" }, prompt_tokens > 0 ? percent(request.cached / prompt_tokens) : "–"),
-    el("td", { class: "number right", title: `${milliseconds(request.ttft_ms)} to the first token${waited}` }, milliseconds(request.ttft_ms)),
+    el("td", { class: "number right", title: `${milliseconds(request.ttft_ms)} to the first token${waited}; if nothing had been cached: ${milliseconds(request.ttft_if_cold_ms)}` }, milliseconds(request.ttft_ms)),
     el("td", { class: "number right wide", title: `${plural(completion_tokens, "token")} in ${milliseconds(request.total_ms)}` }, count(completion_tokens)),
     el("td", { class: `end ${request.outcome}`, title: why || null }, request.endpoint === "warm" && end === "done" ? "warmed" : end),
   );

@@ -498,6 +498,13 @@ impl Match {
         (self.blocks() - self.loaded.len()) * self.layout.block_tokens()
     }
 
+    /// What computing these blocks took, as those said who stored them: what whoever uses them is
+    /// spared. Blocks that were stored without [`StoreOptions::compute_time`] count as nothing.
+    #[must_use]
+    pub fn compute_time(&self) -> Duration {
+        self.pin.compute_time()
+    }
+
     /// Lets go of the blocks behind the first `tokens` tokens, rounded down to whole blocks.
     pub fn truncate(&mut self, tokens: usize) {
         self.pin.truncate(tokens / self.layout.block_tokens());

@@ -11,6 +11,7 @@ use anyhow::{Context, Result, ensure};
 use kvkeep_engine::{ChatMessage, Engine};
 
 use super::{Client, Lab, Outcome};
+use crate::model;
 use crate::texts::{AGENT, TOOLS};
 use tools::TASKS;
 
@@ -46,7 +47,7 @@ pub(super) fn run(lab: &Lab<'_>, requests: usize) -> Result<Outcome> {
             "{requests} turns of {} sessions with one system prompt, growing from {shortest} to {longest} tokens",
             TASKS.len()
         ),
-        model: lab.engine.model_name().to_owned(),
+        model: model::name(lab.options.model.as_deref()),
         threads: lab.engine.threads(),
         block_tokens: lab.options.block_tokens,
         without,

@@ -7,6 +7,7 @@ use anyhow::{Context, Result, ensure};
 use kvkeep_engine::{ChatMessage, Engine};
 
 use super::{Lab, Outcome};
+use crate::model;
 use crate::texts::{DOCUMENTS, Document};
 
 /// Fewer requests than this a document would mostly measure its first, cold one.
@@ -32,7 +33,7 @@ pub(super) fn run(lab: &Lab<'_>, requests: usize) -> Result<Outcome> {
     Ok(Outcome {
         title: "Comparison",
         about: format!("{requests} questions about {} documents, prompts of up to {longest} tokens", documents.len()),
-        model: lab.engine.model_name().to_owned(),
+        model: model::name(lab.options.model.as_deref()),
         threads: lab.engine.threads(),
         block_tokens: lab.options.block_tokens,
         without,

@@ -26,7 +26,7 @@ use report::Both;
 const COMPARISON_REQUESTS: usize = 36;
 const AGENT_REQUESTS: usize = 50;
 const SHORT_COMPARISON_REQUESTS: usize = 14;
-const SHORT_AGENT_REQUESTS: usize = 10;
+const SHORT_AGENT_REQUESTS: usize = 18;
 /// Read before anything is timed, so that no run pays for the process's first touch of memory.
 const WARM_UP_TOKENS: u32 = 128;
 

@@ -164,7 +164,7 @@ fn answer(salt: &str, dir: &Path, restart: &RestartOptions, options: &DemoOption
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     Ok(Half {
         pid: std::process::id(),
-        model: engine.model_name().to_owned(),
+        model: model::name(options.model.as_deref()),
         threads: engine.threads(),
         prompt_tokens: given.prompt_tokens,
         cached_tokens: given.cached_tokens,

@@ -1,14 +1,13 @@
 //! `kvkeep clear`: removes everything that a server has cached, or one namespace.
 
-use std::io::{IsTerminal, Write};
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Result, bail};
 use clap::Args;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use super::{Client, Namespace, Namespaces, ServerOptions};
+use super::{Client, Namespace, Namespaces, ServerOptions, confirmed};
 use crate::style::{self, count, size};
 
 /// Removes everything that a running server has cached, or one namespace.
@@ -67,17 +66,6 @@ fn what(chosen: &[&Namespace], one: bool) -> String {
         _ => "everything".to_owned(),
     };
     format!("Remove {subject}: {} blocks in RAM ({}), {} on the disk ({})?", ram.0, ram.1, disk.0, disk.1)
-}
-
-fn confirmed(question: &str) -> Result<bool> {
-    if !std::io::stdin().is_terminal() {
-        bail!("nobody can be asked whether to remove it: give --yes");
-    }
-    eprint!("{question} [y/N] ");
-    std::io::stderr().flush().context("cannot ask")?;
-    let mut answer = String::new();
-    std::io::stdin().read_line(&mut answer).context("cannot read the answer")?;
-    Ok(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
 }
 
 fn say(client: &Client, answer: &Value, json: bool) -> Result<()> {

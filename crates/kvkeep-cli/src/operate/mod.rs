@@ -1,13 +1,16 @@
-//! A running server, as its operator sees and changes it: `stats`, `prefixes`, `warm`, `clear`.
+//! A running server, as its operator sees and changes it: `stats`, `prefixes`, `warm`, `pin`, `unpin`, `remove`,
+//! `clear`.
 //!
 //! Invariant: what fails says whether nobody answers, somebody else does, or the key is wrong.
 //! Proxies of the environment are not used: the key goes to the server and nowhere else.
 
 mod clear;
+mod prefix;
 mod prefixes;
 mod stats;
 mod warm;
 
+use std::io::{IsTerminal, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -19,6 +22,7 @@ use serde_json::Value;
 use ureq::Agent;
 
 pub(crate) use clear::{ClearOptions, run as clear};
+pub(crate) use prefix::{PrefixOptions, RemoveOptions, pin, remove, unpin};
 pub(crate) use prefixes::{PrefixesOptions, run as prefixes};
 pub(crate) use stats::{StatsOptions, run as stats};
 pub(crate) use warm::{WarmOptions, run as warm};
@@ -151,15 +155,33 @@ fn operators_key(text: &str) -> Option<String> {
     lines.into_iter().find(|line| line.split_whitespace().count() == 1).map(str::to_owned)
 }
 
-fn url(text: &str) -> Result<String, String> {
-    let host = text.strip_prefix("http://").filter(|rest| !rest.is_empty() && !rest.contains(char::is_whitespace));
-    match host {
-        Some(_) => Ok(text.trim_end_matches('/').to_owned()),
-        None if text.starts_with("https://") => {
-            Err("https is not supported: give the server's own address, such as http://127.0.0.1:8080".to_owned())
-        }
-        None => Err("give an address such as http://127.0.0.1:8080".to_owned()),
+/// Asks before something is removed.
+fn confirmed(question: &str) -> Result<bool> {
+    if !std::io::stdin().is_terminal() {
+        bail!("nobody can be asked whether to remove it: give --yes");
     }
+    eprint!("{question} [y/N] ");
+    std::io::stderr().flush().context("cannot ask")?;
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer).context("cannot read the answer")?;
+    Ok(matches!(answer.trim().to_ascii_lowercase().as_str(), "y" | "yes"))
+}
+
+/// Without a scheme it is http, the only one that the server speaks.
+fn url(text: &str) -> Result<String, String> {
+    let host = match text.split_once("://") {
+        None => text,
+        Some(("http", host)) => host,
+        Some(("https", _)) => {
+            return Err("https is not supported: give the server's own address, such as 127.0.0.1:8080".to_owned());
+        }
+        Some(_) => "",
+    };
+    let host = host.trim_end_matches('/');
+    if host.is_empty() || host.contains(char::is_whitespace) {
+        return Err("give an address such as http://127.0.0.1:8080".to_owned());
+    }
+    Ok(format!("http://{host}"))
 }
 
 #[cfg(test)]
@@ -174,8 +196,10 @@ mod tests {
 
     #[test]
     fn addresses_are_http_and_lose_their_last_slash() {
-        assert_eq!(url("http://127.0.0.1:8080/").unwrap(), "http://127.0.0.1:8080");
-        for wrong in ["", "http://", "127.0.0.1:8080", "http://a b", "ftp://a"] {
+        for text in ["http://127.0.0.1:8080/", "127.0.0.1:8080", "127.0.0.1:8080/"] {
+            assert_eq!(url(text).unwrap(), "http://127.0.0.1:8080", "{text}");
+        }
+        for wrong in ["", "http://", "/", "http://a b", "a b", "ftp://a"] {
             assert!(url(wrong).unwrap_err().contains("such as"), "{wrong}");
         }
         assert!(url("https://a").unwrap_err().contains("https is not supported"));

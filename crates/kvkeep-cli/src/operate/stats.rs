@@ -44,6 +44,8 @@ struct Tokens {
 struct Ttft {
     cold: Times,
     warm: Times,
+    total: f64,
+    total_if_cold: f64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -105,6 +107,7 @@ impl Stats {
         row("model", format!("{}, up for {}", self.model, span(ms(self.uptime_seconds))));
         row("tokens", self.tokens.words());
         row("saved", format!("{:.1} s of prefill", self.prefill_seconds_saved));
+        row("first tokens", self.ttft_ms.words());
         row("first token, cold", self.ttft_ms.cold.words());
         row("first token, warm", self.ttft_ms.warm.words());
         row("RAM", self.ram.words());
@@ -129,6 +132,17 @@ impl Tokens {
             percent(self.disk),
             percent(self.computed)
         )
+    }
+}
+
+impl Ttft {
+    fn words(&self) -> String {
+        let (total, if_cold) = (self.total, self.total_if_cold);
+        if total <= 0.0 {
+            return "none yet".to_owned();
+        }
+        let (all, cold) = (total / 1e3, if_cold / 1e3);
+        format!("{:.1} times sooner: {all:.1} s in all, {cold:.1} s if nothing had been cached", if_cold / total)
     }
 }
 

@@ -14,8 +14,9 @@ use crate::style::{self, count};
 
 /// Has a running server read a prompt, so that the first request with it is warm.
 ///
-/// The file holds chat messages as JSON (an array, or an object with messages as clients send it)
-/// or else plain text, as /v1/completions takes it.
+/// The file holds chat messages as JSON (an array, or an object with messages or a prompt, as clients
+/// send it) or else plain text: with --system the system prompt of chats, without it a prompt of
+/// /v1/completions, which chats do not begin with.
 #[derive(Debug, Args)]
 pub(crate) struct WarmOptions {
     /// The prompt; - is standard input
@@ -23,6 +24,9 @@ pub(crate) struct WarmOptions {
     file: PathBuf,
     #[command(flatten)]
     server: ServerOptions,
+    /// The text is the system prompt of chats
+    #[arg(long)]
+    system: bool,
     /// The salt that those who will ask send
     #[arg(long, value_name = "SALT")]
     cache_salt: Option<String>,
@@ -45,7 +49,10 @@ struct Answer {
 
 pub(crate) fn run(options: &WarmOptions) -> Result<ExitCode> {
     let client = Client::new(&options.server)?;
-    let mut body = prompt(&read(&options.file)?, &options.file)?;
+    let mut body = prompt(&read(&options.file)?, &options.file, options.system)?;
+    if body.contains_key("prompt") {
+        eprintln!("kvkeep: this warms /v1/completions; for the system prompt of chats give --system");
+    }
     for (field, value) in [("cache_salt", &options.cache_salt), ("tenant", &options.tenant)] {
         if let Some(value) = value {
             body.insert(field.to_owned(), json!(value));
@@ -70,16 +77,22 @@ fn read(file: &Path) -> Result<String> {
     Ok(text)
 }
 
-/// Messages if it is JSON of that shape, else the text as it is.
-fn prompt(text: &str, file: &Path) -> Result<Map<String, Value>> {
+/// Messages or a prompt if it is JSON of that shape, else the text as it is.
+fn prompt(text: &str, file: &Path, system: bool) -> Result<Map<String, Value>> {
     if text.trim().is_empty() {
         bail!("the prompt in {} is empty", file.display());
     }
     let body = |field: &str, value| Ok(Map::from_iter([(field.to_owned(), value)]));
     match serde_json::from_str::<Value>(text) {
+        // As clients send a system prompt: without the end of a text file's last line.
+        _ if system => body("messages", json!([{"role": "system", "content": text.trim_end_matches(['\r', '\n'])}])),
         Ok(messages @ Value::Array(_)) => body("messages", messages),
-        Ok(Value::Object(mut fields)) if fields.contains_key("messages") => {
-            body("messages", fields.remove("messages").unwrap_or_default())
+        Ok(Value::Object(mut fields)) => {
+            let found = ["messages", "prompt"].into_iter().find_map(|name| Some((name, fields.remove(name)?)));
+            let Some((name, value)) = found else {
+                bail!("{} is a JSON object with neither messages nor a prompt in it", file.display());
+            };
+            body(name, value)
         }
         Err(error) if file.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("json")) => {
             Err(error).with_context(|| format!("{} is not JSON", file.display()))
@@ -107,15 +120,23 @@ mod tests {
     #[test]
     fn json_is_messages_and_all_else_is_text() {
         let of = |text: &str, file: &str| {
-            prompt(text, Path::new(file)).map(Value::Object).map_err(|error| format!("{error:#}"))
+            prompt(text, Path::new(file), false).map(Value::Object).map_err(|error| format!("{error:#}"))
         };
         let messages = json!([{"role": "user", "content": "a"}]);
         assert_eq!(of(&messages.to_string(), "-").unwrap(), json!({"messages": messages}));
         let request = json!({"messages": messages, "model": "m"}).to_string();
         assert_eq!(of(&request, "a.json").unwrap(), json!({"messages": messages}));
         assert_eq!(of("You are\n", "-").unwrap(), json!({"prompt": "You are\n"}));
-        assert_eq!(of("{\"a\": 1}", "-").unwrap(), json!({"prompt": "{\"a\": 1}"}));
+        assert_eq!(of("{\"prompt\": \"a\", \"n\": 1}", "-").unwrap(), json!({"prompt": "a"}));
+        assert!(of("{\"a\": 1}", "-").unwrap_err().contains("neither messages nor a prompt"));
         assert!(of("[{", "a.JSON").unwrap_err().contains("is not JSON"));
         assert!(of(" \n", "-").unwrap_err().contains("empty"));
+    }
+
+    /// A text file with a system prompt was warmed as a prompt that no chat begins with, and reported as done.
+    #[test]
+    fn a_system_prompt_is_warmed_as_chats_begin_with_it() {
+        let body = prompt("You are\n{\"kind\": 1}\n", Path::new("-"), true).unwrap();
+        assert_eq!(Value::Object(body), json!({"messages": [{"role": "system", "content": "You are\n{\"kind\": 1}"}]}));
     }
 }

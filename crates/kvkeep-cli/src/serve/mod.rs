@@ -1,8 +1,10 @@
 //! `kvkeep serve`: settings, the model, the cache, and then the server until it is told to stop.
 
+mod banner;
+mod memory;
 mod settings;
 
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
@@ -10,11 +12,12 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::Args;
 use kvkeep::{CacheConfig, DiskConfig, Error as CacheError, KvCache};
-use kvkeep_engine::{DEFAULT_MODEL, Engine, user_cache_dir};
+use kvkeep_engine::{Engine, user_cache_dir};
 use kvkeep_server::{ApiKeys, Server, ServerConfig};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
+use self::banner::Banner;
 pub(crate) use self::settings::Settings;
 use self::settings::{LogFormat, LogLevel};
 use crate::{cli, model, style};
@@ -48,20 +51,32 @@ pub(crate) fn run(options: ServeOptions) -> Result<ExitCode> {
     }
     log(&settings);
     let mut config = config(&settings)?;
-    let cache = cache(&settings)?;
+    let dir = disk_dir(&settings)?;
+    let cache = cache(&settings, dir.as_deref())?;
     let engine = model::load(settings.model.as_deref(), &model::options(settings.threads).background(true))?;
-    config.context_tokens = config.context_tokens.min(engine.context_tokens());
-    serve(engine, cache, config)?;
+    let asked_tokens = config.context_tokens;
+    config.context_tokens = asked_tokens.min(engine.context_tokens());
+    let (model, context_tokens) = (config.model_name.clone().unwrap_or_default(), config.context_tokens);
+    let (weights_bytes, stats) = (engine.weights_bytes(), cache.stats());
+    let up = |address: SocketAddr| {
+        let disk = dir.as_deref().zip(stats.disk.map(|disk| disk.capacity_bytes));
+        let (settings, model, ram_bytes) = (&settings, model.as_str(), stats.capacity_bytes);
+        let banner = Banner { settings, address, model, context_tokens, asked_tokens, weights_bytes, ram_bytes, disk };
+        eprint!("{}", banner.text());
+        eprintln!("kvkeep: listening at http://{address}");
+    };
+    serve(engine, cache, config, up)?;
     Ok(ExitCode::SUCCESS)
 }
 
-fn serve(engine: Engine, cache: KvCache, config: ServerConfig) -> Result<()> {
+/// `up` is told where the server listens.
+fn serve(engine: Engine, cache: KvCache, config: ServerConfig, up: impl FnOnce(SocketAddr)) -> Result<()> {
     let mut runtime = tokio::runtime::Builder::new_multi_thread();
     let runtime = runtime.worker_threads(2).max_blocking_threads(BLOCKING_THREADS).enable_all().build();
     runtime.context("cannot start the server's threads")?.block_on(async {
         let (mut interrupt, mut terminate) = (signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?);
         let server = Server::bind(engine, cache, config).await?;
-        eprintln!("kvkeep: listening at http://{}", server.address()?);
+        up(server.address()?);
         let told = async move {
             tokio::select! {
                 _ = interrupt.recv() => (),
@@ -78,36 +93,54 @@ fn config(settings: &Settings) -> Result<ServerConfig> {
         setting.map_or(default, |seconds| Duration::from_secs(seconds.into()))
     };
     let count = |setting: Option<u32>, default: usize| setting.map_or(default, |count| count as usize);
-    let host = settings.host.unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST));
-    let mut config = ServerConfig::new(SocketAddr::new(host, settings.port.unwrap_or_default()));
+    let mut config = ServerConfig::new(address(settings)?);
     config.api_keys = settings.api_key_file.as_deref().map(ApiKeys::read).transpose()?;
     config.connections = count(settings.connections, config.connections);
     config.body_bytes = settings.max_body_mb.map_or(config.body_bytes, |mib| (mib as usize) << 20);
     config.client_timeout = seconds(settings.client_timeout_s, config.client_timeout);
-    config.model_name = Some(model_name(settings));
+    config.allow_origins = settings.allow_origin.clone().unwrap_or_default();
+    let name = settings.model_name.clone();
+    config.model_name = Some(name.unwrap_or_else(|| model::name(settings.model.as_deref())));
+    config.model_aliases = settings.model_alias.clone().unwrap_or_default();
     config.context_tokens = count(settings.context_tokens, config.context_tokens);
     config.block_tokens = settings.block_tokens.unwrap_or(config.block_tokens);
     config.parallel = settings.parallel.map_or(config.parallel, usize::from);
     config.queue = count(settings.queue, config.queue);
     config.request_timeout = seconds(settings.request_timeout_s, config.request_timeout);
+    config.stream_error_window = seconds(settings.stream_error_window_s, config.stream_error_window);
     config.shutdown_grace = seconds(settings.shutdown_grace_s, config.shutdown_grace);
     config.log_prompts = settings.log_prompts.unwrap_or_default();
     Ok(config)
 }
 
-fn model_name(settings: &Settings) -> String {
-    let file = settings.model.as_deref().unwrap_or(Path::new(DEFAULT_MODEL)).file_stem().unwrap_or_default();
-    settings.model_name.clone().unwrap_or_else(|| file.to_string_lossy().into_owned())
+/// Where to listen. Of a name's addresses the first of IPv4 is taken, as clients try that one too.
+fn address(settings: &Settings) -> Result<SocketAddr> {
+    let (host, port) = (settings.host.as_deref().unwrap_or("127.0.0.1"), settings.port.unwrap_or_default());
+    if let Ok(address) = host.trim_matches(['[', ']']).parse::<IpAddr>() {
+        return Ok(SocketAddr::new(address, port));
+    }
+    let found = (host, port).to_socket_addrs();
+    let found = found.with_context(|| format!("--host {host} is no address and no name of this machine"))?;
+    let addresses: Vec<SocketAddr> = found.collect();
+    let first = addresses.iter().find(|address| address.is_ipv4()).or(addresses.first());
+    first.copied().with_context(|| format!("--host {host} has no address"))
 }
 
-fn cache(settings: &Settings) -> Result<KvCache> {
-    let mut config = CacheConfig::from_gib(settings.ram_gb.unwrap_or(1.0))?;
-    if settings.no_disk != Some(true) {
-        let dir = match &settings.disk {
-            Some(dir) => dir.clone(),
-            // The models lie beside it.
-            None => user_cache_dir()?.with_file_name("serve"),
-        };
+/// Where the disk tier is, if there is one.
+fn disk_dir(settings: &Settings) -> Result<Option<PathBuf>> {
+    match (settings.no_disk, &settings.disk) {
+        (Some(true), _) => Ok(None),
+        (_, Some(dir)) => Ok(Some(dir.clone())),
+        // The models lie beside it.
+        (_, None) => Ok(Some(user_cache_dir()?.with_file_name("serve"))),
+    }
+}
+
+fn cache(settings: &Settings, dir: Option<&Path>) -> Result<KvCache> {
+    let ram_gb = settings.ram_gb.unwrap_or(1.0);
+    memory::check(ram_gb)?;
+    let mut config = CacheConfig::from_gib(ram_gb)?;
+    if let Some(dir) = dir {
         let mut disk = DiskConfig::from_gib(dir, settings.disk_gb.unwrap_or(8.0))?;
         if let Some(key) = &settings.disk_key_file {
             disk = disk.key_file(key);

@@ -3,11 +3,11 @@
 //! Invariant: one struct is all of them. So a setting has one name everywhere, the printed
 //! settings can be read back, and the order (flag, environment, file, default) is one function.
 
-use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
+use kvkeep_server::Origin;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::gib;
@@ -16,16 +16,25 @@ use crate::cli::gib;
 #[derive(Debug, Clone, Default, PartialEq, Args, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub(crate) struct Settings {
-    /// Address to listen at; any but this machine's own needs --api-key-file [default: 127.0.0.1]
+    /// Address or name to listen at; any but this machine's own needs --api-key-file [default: 127.0.0.1]
     #[arg(long, env = "KVKEEP_SERVE_HOST", value_name = "ADDRESS", help_heading = "Listening")]
-    pub(crate) host: Option<IpAddr>,
+    pub(crate) host: Option<String>,
     /// Port to listen at; 0 takes a free one [default: 8080]
     #[arg(long, env = "KVKEEP_SERVE_PORT", value_name = "PORT", help_heading = "Listening")]
     pub(crate) port: Option<u16>,
     /// Who may ask: lines of KEY (the operator's) or KEY TENANT, readable by its owner alone
     #[arg(long, env = "KVKEEP_SERVE_API_KEY_FILE", value_name = "FILE", help_heading = "Listening")]
     pub(crate) api_key_file: Option<PathBuf>,
-    /// Connections at the same time; one more waits to be accepted [default: 256]
+    /// Origins of web pages, apps or extensions that may ask from a browser, such as http://localhost:3000
+    #[arg(
+        long,
+        env = "KVKEEP_SERVE_ALLOW_ORIGIN",
+        value_name = "ORIGIN",
+        help_heading = "Listening",
+        value_delimiter = ','
+    )]
+    pub(crate) allow_origin: Option<Vec<Origin>>,
+    /// Connections at the same time; one more takes the place of the idlest [default: 256]
     #[arg(long, env = "KVKEEP_SERVE_CONNECTIONS", value_name = "N", help_heading = "Listening",
           value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) connections: Option<u32>,
@@ -38,12 +47,15 @@ pub(crate) struct Settings {
           value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub(crate) client_timeout_s: Option<u32>,
 
-    /// A model of your own, in GGUF format [default: SmolLM2-135M-Instruct, downloaded on first use]
+    /// A model of your own, in GGUF format [default: SmolLM2-135M-Instruct.Q4_1, downloaded on first use]
     #[arg(long, env = "KVKEEP_SERVE_MODEL", value_name = "PATH.gguf", help_heading = "Model")]
     pub(crate) model: Option<PathBuf>,
     /// What clients call it [default: the file's name without .gguf]
     #[arg(long, env = "KVKEEP_SERVE_MODEL_NAME", value_name = "NAME", help_heading = "Model")]
     pub(crate) model_name: Option<String>,
+    /// What clients may call it too
+    #[arg(long, env = "KVKEEP_SERVE_MODEL_ALIAS", value_name = "NAME", help_heading = "Model", value_delimiter = ',')]
+    pub(crate) model_alias: Option<Vec<String>>,
     /// Compute threads [default: one for each core]
     #[arg(long, env = "KVKEEP_SERVE_THREADS", value_name = "N", help_heading = "Model",
           value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -86,6 +98,11 @@ pub(crate) struct Settings {
     #[arg(long, env = "KVKEEP_SERVE_REQUEST_TIMEOUT_S", value_name = "S", help_heading = "Requests",
           value_parser = clap::value_parser!(u32).range(1..=86_400))]
     pub(crate) request_timeout_s: Option<u32>,
+    /// Seconds that a stream waits for its first token, so that what goes wrong until then has a status of its own;
+    /// then its headers are sent [default: 3]
+    #[arg(long, env = "KVKEEP_SERVE_STREAM_ERROR_WINDOW_S", value_name = "S", help_heading = "Requests",
+          value_parser = clap::value_parser!(u32).range(0..=86_400))]
+    pub(crate) stream_error_window_s: Option<u32>,
     /// Seconds that requests under way may take once the server is told to end [default: 30]
     #[arg(long, env = "KVKEEP_SERVE_SHUTDOWN_GRACE_S", value_name = "S", help_heading = "Requests",
           value_parser = clap::value_parser!(u32).range(0..=3600))]
@@ -136,11 +153,13 @@ impl Settings {
         host,
         port,
         api_key_file,
+        allow_origin,
         connections,
         max_body_mb,
         client_timeout_s,
         model,
         model_name,
+        model_alias,
         threads,
         context_tokens,
         ram_gb,
@@ -152,6 +171,7 @@ impl Settings {
         parallel,
         queue,
         request_timeout_s,
+        stream_error_window_s,
         shutdown_grace_s,
         log_format,
         log_level,
@@ -161,7 +181,7 @@ impl Settings {
     /// What holds where nothing is said.
     fn usual() -> Self {
         Self {
-            host: Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+            host: Some("127.0.0.1".to_owned()),
             port: Some(8080),
             connections: Some(256),
             max_body_mb: Some(4),
@@ -174,6 +194,7 @@ impl Settings {
             parallel: Some(4),
             queue: Some(64),
             request_timeout_s: Some(600),
+            stream_error_window_s: Some(3),
             shutdown_grace_s: Some(30),
             log_format: Some(LogFormat::Text),
             log_level: Some(LogLevel::Info),
@@ -200,10 +221,7 @@ impl Settings {
     /// What the command line would refuse, from a file: said by the command line itself.
     fn check(&self) -> Result<()> {
         let toml::Value::Table(made) = toml::Value::try_from(self)? else { return Ok(()) };
-        let flag = |(name, value): (&String, &toml::Value)| {
-            let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-            format!("--{}={value}", name.replace('_', "-"))
-        };
+        let flag = |(name, value): (&String, &toml::Value)| format!("--{}={}", name.replace('_', "-"), as_flag(value));
         let command = Self::augment_args(clap::Command::new("settings").no_binary_name(true));
         command.try_get_matches_from(made.iter().map(flag)).map(drop).map_err(|error| {
             let text = error.to_string();
@@ -214,6 +232,15 @@ impl Settings {
     /// As a file that can be read back.
     pub(crate) fn toml(&self) -> Result<String> {
         Ok(toml::to_string(self)?)
+    }
+}
+
+/// A value as the command line takes it.
+fn as_flag(value: &toml::Value) -> String {
+    match value {
+        toml::Value::String(text) => text.clone(),
+        toml::Value::Array(values) => values.iter().map(as_flag).collect::<Vec<_>>().join(","),
+        value => value.to_string(),
     }
 }
 
@@ -248,7 +275,15 @@ mod tests {
 
     #[test]
     fn what_is_printed_reads_back_as_the_same() {
-        let made = flags(&["--host=::1", "--model=a b.gguf", "--ram-gb=0.5", "--log-format=json", "--disk=/x"]);
+        let made = flags(&[
+            "--host=::1",
+            "--model=a b.gguf",
+            "--ram-gb=0.5",
+            "--log-format=json",
+            "--disk=/x",
+            "--allow-origin=app://a,http://b:1",
+            "--model-alias=c",
+        ]);
         let merged = made.merged(None).unwrap();
         let file = file(&merged.toml().unwrap());
         assert_eq!(Settings::default().merged(Some(file.path())).unwrap(), merged);
@@ -263,6 +298,7 @@ mod tests {
             ("ram_gb = 0.0", "above 0"),
             ("parallel = 0", "1..=256"),
             ("log_format = \"xml\"", "xml"),
+            ("allow_origin = [\"*\"]", "one by one"),
             ("port = 1\nport = 2", "duplicate key"),
         ] {
             let file = file(text);

@@ -1,6 +1,12 @@
 //! The default model for tests: downloaded once, shared by all.
 
-#![allow(dead_code, clippy::unwrap_used, clippy::allow_attributes, reason = "each test file uses its own part of it")]
+#![allow(
+    dead_code,
+    clippy::indexing_slicing,
+    clippy::unwrap_used,
+    clippy::allow_attributes,
+    reason = "each test file uses its own part of it"
+)]
 
 use std::path::PathBuf;
 use std::sync::OnceLock;
@@ -26,6 +32,19 @@ pub(crate) fn engine() -> Option<&'static Engine> {
     static ENGINE: OnceLock<Option<Engine>> = OnceLock::new();
     let load = || model_path().map(|path| Engine::load(path, &EngineOptions::default().threads(2)).unwrap());
     ENGINE.get_or_init(load).as_ref()
+}
+
+/// The default model from a file that names another token as its end.
+pub(crate) fn engine_with_end(token: u32) -> Option<Engine> {
+    let mut file = std::fs::read(model_path()?).unwrap();
+    let key = b"tokenizer.ggml.eos_token_id";
+    // Behind a key stand its type, 4 for a u32, and its value.
+    let at = file.windows(key.len()).position(|bytes| bytes == key).unwrap() + key.len();
+    assert_eq!(file[at..at + 4], 4u32.to_le_bytes());
+    file[at + 4..at + 8].copy_from_slice(&token.to_le_bytes());
+    let copy = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(copy.path(), file).unwrap();
+    Some(Engine::load(copy.path(), &EngineOptions::default().threads(2)).unwrap())
 }
 
 /// Real prompts of several kinds and lengths.

@@ -1,14 +1,16 @@
 //! Answers as clients read them: whole, or as a stream of events.
 //!
-//! Nothing is sent before the first token is there, so that whatever goes wrong until then has a
-//! status of its own.
+//! A stream waits a little for its first token, so that whatever goes wrong until then has a
+//! status of its own. Then its headers go out, and a comment whenever nothing else has for a
+//! while: proxies give up on a server that says nothing, a usual one after a minute. Sending
+//! nothing before the first token was the alternative, and long prompts behind nginx failed.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::time::{Duration, UNIX_EPOCH};
 
 use axum::Json;
-use axum::http::HeaderValue;
+use axum::http::header::{CACHE_CONTROL, HeaderName, HeaderValue};
 use axum::response::sse::{Event as Message, Sse};
 use axum::response::{IntoResponse, Response};
 use futures_util::stream;
@@ -18,13 +20,17 @@ use utoipa::ToSchema;
 
 use super::params::{PromptDetails, StreamOptions, Usage};
 use crate::error::ApiError;
-use crate::scheduler::{Event, Job, Piece, Ticket};
+use crate::scheduler::{Arrived, Event, Job, Piece, Ticket};
 use crate::served::Served;
 use crate::state::AppState;
 
-const TTFT_HEADER: &str = "x-kvkeep-ttft-ms";
+const TTFT_HEADER: HeaderName = HeaderName::from_static("x-kvkeep-ttft-ms");
+/// Tells nginx to pass events on as they come.
+const BUFFERING_HEADER: HeaderName = HeaderName::from_static("x-accel-buffering");
+/// A stream in which nothing happens says so this often.
+const PING: Duration = Duration::from_secs(10);
 
-/// How an endpoint writes what the model says.
+/// How an endpoint writes one answer of the model.
 pub(super) trait Shape: Send + Sync + 'static {
     type Whole: Serialize;
     type Part: Serialize;
@@ -36,6 +42,19 @@ pub(super) trait Shape: Send + Sync + 'static {
     fn part(&mut self, piece: Piece, engine: &Engine) -> Self::Part;
     fn end(&self, reason: &'static str) -> Self::Part;
     fn whole(&mut self, all: Piece, reason: &'static str, engine: &Engine) -> Self::Whole;
+}
+
+/// What is asked for: answers, and how they are written.
+pub(super) struct Question<S> {
+    /// As the answer names it.
+    pub(super) id: String,
+    /// What the model was called.
+    pub(super) model: String,
+    /// A job and the shape of its answer, for each answer: those to one prompt stand together.
+    pub(super) answers: Vec<(Job, S)>,
+    /// Answers to each prompt.
+    pub(super) n: usize,
+    pub(super) stream: Option<StreamOptions>,
 }
 
 /// An answer, or one event of it.
@@ -76,12 +95,23 @@ struct Head {
 
 /// A stream that is being sent.
 struct Stream<S> {
+    /// `None` after the end.
     ticket: Option<Ticket>,
     ready: VecDeque<Message>,
     head: Head,
-    shape: S,
+    shapes: Vec<S>,
+    ended: Ended,
     include_usage: bool,
+    /// Has the first event come?
+    begun: bool,
     state: AppState,
+}
+
+/// What became of the jobs of a request, as far as they have ended.
+struct Ended {
+    served: Vec<Option<Box<Served>>>,
+    /// Answers to each prompt.
+    n: usize,
 }
 
 impl Head {
@@ -92,113 +122,195 @@ impl Head {
 }
 
 impl<C> Answer<C> {
-    fn took(mut self, served: &Served) -> Self {
-        let (prompt_tokens, completion_tokens) = (served.prompt.len(), served.completion_tokens);
-        let cached_tokens = served.ram_tokens + served.disk_tokens;
-        self.usage = Some(Usage {
-            prompt_tokens,
-            completion_tokens,
-            total_tokens: prompt_tokens + completion_tokens,
-            prompt_tokens_details: PromptDetails { cached_tokens },
-        });
-        self.kvkeep = Some(Warmth {
-            ttft_ms: served.ttft.map(ms),
-            ram_tokens: served.ram_tokens,
-            disk_tokens: served.disk_tokens,
-        });
+    fn took(mut self, ended: &Ended) -> Self {
+        (self.usage, self.kvkeep) = (Some(ended.usage()), Some(ended.warmth()));
         self
     }
 }
 
-/// Has a job answered.
-pub(super) async fn answer<S: Shape>(
-    state: AppState,
-    job: Job,
-    shape: S,
-    stream: Option<StreamOptions>,
-) -> Result<Response, ApiError> {
+impl Ended {
+    fn new(jobs: usize, n: usize) -> Self {
+        Self { served: (0..jobs).map(|_| None).collect(), n: n.max(1) }
+    }
+
+    fn push(&mut self, place: usize, served: Box<Served>) {
+        if let Some(slot) = self.served.get_mut(place) {
+            *slot = Some(served);
+        }
+    }
+
+    fn is_all(&self) -> bool {
+        self.served.iter().all(Option::is_some)
+    }
+
+    /// Of each prompt the answer that found least: the others found what that one had read.
+    fn coldest(&self) -> impl Iterator<Item = &Served> {
+        let cached = |served: &&Served| served.ram_tokens + served.disk_tokens;
+        self.served.chunks(self.n).filter_map(move |same| same.iter().flatten().map(Box::as_ref).min_by_key(cached))
+    }
+
+    fn usage(&self) -> Usage {
+        let prompt_tokens = self.coldest().map(|served| served.prompt.len()).sum();
+        let completion_tokens = self.served.iter().flatten().map(|served| served.completion_tokens).sum();
+        let cached_tokens = self.coldest().map(|served| served.ram_tokens + served.disk_tokens).sum();
+        Usage {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+            prompt_tokens_details: PromptDetails { cached_tokens },
+        }
+    }
+
+    fn warmth(&self) -> Warmth {
+        Warmth {
+            ttft_ms: self.ttft().map(ms),
+            ram_tokens: self.coldest().map(|served| served.ram_tokens).sum(),
+            disk_tokens: self.coldest().map(|served| served.disk_tokens).sum(),
+        }
+    }
+
+    /// From the request's arrival to the first token of any answer.
+    fn ttft(&self) -> Option<Duration> {
+        self.served.iter().flatten().filter_map(|served| served.ttft).min()
+    }
+}
+
+/// Has the jobs of a request answered.
+pub(super) async fn answer<S: Shape>(state: AppState, question: Question<S>) -> Result<Response, ApiError> {
+    let Question { id, model, answers, n, stream } = question;
+    let (jobs, shapes): (Vec<Job>, Vec<S>) = answers.into_iter().unzip();
+    let arrived = jobs.first().map_or_else(Arrived::now, |job| job.arrived);
     let head = Head {
-        id: job.id.clone(),
-        created: job.arrived.at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
-        model: state.shared.model.clone(),
+        id,
+        created: arrived.at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs(),
+        model,
         system_fingerprint: format!("fp_{}", state.shared.engine.revision().get(..12).unwrap_or_default()),
     };
-    let arrived = job.arrived.since;
-    let mut ticket = state.submit(job)?;
-    let Some(options) = stream else { return whole(&state, ticket, &head, shape).await };
-    let first = match ticket.next().await {
-        Event::End(Err(error)) => return Err(error),
-        first => first,
-    };
-    let ttft = ms(arrived.elapsed());
-    let include_usage = options.include_usage.unwrap_or_default();
-    let mut stream = Stream { ticket: Some(ticket), ready: VecDeque::new(), head, shape, include_usage, state };
-    if let Some(part) = stream.shape.begin() {
-        stream.push(part);
+    let ended = Ended::new(jobs.len(), n);
+    let ticket = state.submit(jobs)?;
+    match stream {
+        Some(options) => {
+            let include_usage = options.include_usage.unwrap_or_default();
+            let (ticket, ready) = (Some(ticket), VecDeque::new());
+            let stream = Stream { ticket, ready, head, shapes, ended, include_usage, begun: false, state };
+            stream.response(arrived).await
+        }
+        None => whole(&state, ticket, &head, shapes, ended).await,
     }
-    stream.take(first);
-    let messages = stream::unfold(stream, |mut stream| async move {
-        let message = stream.next().await?;
-        Some((Ok::<_, Infallible>(message), stream))
-    });
-    Ok(with_ttft(Sse::new(messages).into_response(), ttft))
 }
 
 async fn whole<S: Shape>(
     state: &AppState,
     mut ticket: Ticket,
     head: &Head,
-    mut shape: S,
+    shapes: Vec<S>,
+    mut ended: Ended,
 ) -> Result<Response, ApiError> {
-    let mut all = Piece::default();
-    let served = loop {
+    let mut all: Vec<(S, Piece)> = shapes.into_iter().map(|shape| (shape, Piece::default())).collect();
+    while !ended.is_all() {
         match ticket.next().await {
-            Event::Piece(piece) => {
-                all.text.push_str(&piece.text);
-                all.logprobs.extend(piece.logprobs);
+            (place, Event::Piece(piece)) => {
+                if let Some((_, all)) = all.get_mut(place) {
+                    all.text.push_str(&piece.text);
+                    all.logprobs.extend(piece.logprobs);
+                }
             }
-            Event::End(end) => break end?,
+            (place, Event::End(end)) => ended.push(place, end?),
         }
-    };
-    let choice = shape.whole(all, served.finish_reason(), &state.shared.engine);
-    let body = Json(head.answer(S::WHOLE, vec![choice]).took(&served)).into_response();
-    Ok(match served.ttft {
+    }
+    let reasons = ended.served.iter().flatten().map(|served| served.finish_reason());
+    let choices = all
+        .into_iter()
+        .zip(reasons)
+        .map(|((mut shape, all), reason)| shape.whole(all, reason, &state.shared.engine))
+        .collect();
+    let body = Json(head.answer(S::WHOLE, choices).took(&ended)).into_response();
+    Ok(match ended.ttft() {
         Some(ttft) => with_ttft(body, ms(ttft)),
         None => body,
     })
 }
 
 impl<S: Shape> Stream<S> {
+    /// Its headers, as soon as it is clear or late enough that it has some.
+    async fn response(mut self, arrived: Arrived) -> Result<Response, ApiError> {
+        let window = self.state.shared.config.stream_error_window;
+        let first = match &mut self.ticket {
+            Some(ticket) => tokio::time::timeout(window, ticket.next()).await.ok(),
+            None => None,
+        };
+        let ttft = first.is_some().then(|| ms(arrived.since.elapsed()));
+        match first {
+            Some((_, Event::End(Err(error)))) => return Err(error),
+            Some((place, event)) => self.take(place, event),
+            None => self.ping(),
+        }
+        let messages = stream::unfold(self, |mut stream| async move {
+            let message = stream.next().await?;
+            Some((Ok::<_, Infallible>(message), stream))
+        });
+        let mut response = Sse::new(messages).into_response();
+        response.headers_mut().insert(BUFFERING_HEADER, HeaderValue::from_static("no"));
+        response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        Ok(match ttft {
+            Some(ttft) => with_ttft(response, ttft),
+            None => response,
+        })
+    }
+
     async fn next(&mut self) -> Option<Message> {
         loop {
             if let Some(message) = self.ready.pop_front() {
                 return Some(message);
             }
-            let event = self.ticket.as_mut()?.next().await;
-            self.take(event);
+            match tokio::time::timeout(PING, self.ticket.as_mut()?.next()).await {
+                Ok((place, event)) => self.take(place, event),
+                Err(_) => self.ping(),
+            }
         }
     }
 
-    fn take(&mut self, event: Event) {
+    fn ping(&mut self) {
+        self.ready.push_back(Message::default().comment("the answer is on its way"));
+    }
+
+    fn take(&mut self, place: usize, event: Event) {
+        if !self.begun {
+            self.begun = true;
+            let begin: Vec<S::Part> = self.shapes.iter().filter_map(Shape::begin).collect();
+            begin.into_iter().for_each(|part| self.push(part));
+        }
         match event {
             Event::Piece(piece) => {
-                let part = self.shape.part(piece, &self.state.shared.engine);
-                self.push(part);
+                let engine = &self.state.shared.engine;
+                if let Some(part) = self.shapes.get_mut(place).map(|shape| shape.part(piece, engine)) {
+                    self.push(part);
+                }
             }
             Event::End(Ok(served)) => {
-                self.ticket = None;
-                self.push(self.shape.end(served.finish_reason()));
-                if self.include_usage {
-                    let usage = self.head.answer::<S::Part>(S::PART, Vec::new()).took(&served);
-                    self.ready.push_back(message(&usage));
+                if let Some(part) = self.shapes.get(place).map(|shape| shape.end(served.finish_reason())) {
+                    self.push(part);
                 }
-                self.ready.push_back(Message::default().data("[DONE]"));
+                self.ended.push(place, served);
+                if self.ended.is_all() {
+                    self.end();
+                }
             }
             Event::End(Err(error)) => {
                 self.ticket = None;
                 self.ready.push_back(message(&error.body()));
             }
         }
+    }
+
+    /// After the last answer.
+    fn end(&mut self) {
+        self.ticket = None;
+        if self.include_usage {
+            let usage = self.head.answer::<S::Part>(S::PART, Vec::new()).took(&self.ended);
+            self.ready.push_back(message(&usage));
+        }
+        self.ready.push_back(Message::default().data("[DONE]"));
     }
 
     fn push(&mut self, part: S::Part) {

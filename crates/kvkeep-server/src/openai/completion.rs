@@ -3,28 +3,28 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use axum::Extension;
 use axum::extract::State;
 use axum::response::Response;
 use kvkeep_engine::{Engine, GenerateOptions};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 use utoipa::ToSchema;
-use uuid::Uuid;
 
-use super::answer::{Answer, Shape, answer};
+use super::answer::{Answer, Question, Shape, answer};
 use super::models;
-use super::params::{Sampling, StreamOptions, Texts, absent, max_tokens, salt, stops};
+use super::params::{Sampling, StreamOptions, Texts, Whole, absent, answers, max_tokens, salt, stops};
 use super::prompt::{self, Prompt};
 use crate::auth::Tenant;
 use crate::describe::{BodyErrors, KeyErrors, QueueErrors, StreamEvent};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
-use crate::scheduler::{Arrived, Job, Piece, TokenLogprob};
+use crate::front::RequestId;
+use crate::scheduler::{Arrived, Job, Piece, TokenLogprob, job_id};
 use crate::served::Endpoint;
 use crate::state::AppState;
 
 /// As OpenAI has it.
-const MAX_TOKENS: u64 = 16;
+const MAX_TOKENS: u32 = 16;
 const LOGPROBS: usize = 5;
 
 #[derive(Debug, Deserialize, ToSchema)]
@@ -32,43 +32,46 @@ const LOGPROBS: usize = 5;
 pub(super) struct CompletionRequest {
     /// As /v1/models names it; it can be left out.
     model: Option<String>,
+    /// One prompt or several. Control tokens that are written out in a text are those tokens.
     prompt: Prompt,
     stream: Option<bool>,
     stream_options: Option<StreamOptions>,
-    /// The most tokens to answer with; 16 if it is not given.
-    #[schema(minimum = 1)]
-    max_tokens: Option<u64>,
+    /// The most tokens to answer with; 16 if it is not given, as many as fit for -1.
+    #[schema(value_type = Option<i64>, minimum = -1)]
+    max_tokens: Option<Whole>,
     #[schema(minimum = 0.0, maximum = 2.0)]
     temperature: Option<f64>,
     #[schema(minimum = 0.0, maximum = 1.0)]
     top_p: Option<f64>,
-    /// Equal seeds give equal answers.
-    seed: Option<i64>,
+    /// Equal seeds give equal answers. Any whole number; of several answers each has the next one.
+    #[schema(value_type = Option<i64>)]
+    seed: Option<Whole>,
     stop: Option<Texts>,
-    /// 1: one answer.
-    #[schema(minimum = 1, maximum = 1)]
-    n: Option<u64>,
-    /// 1: one answer.
-    #[schema(minimum = 1, maximum = 1)]
-    best_of: Option<u64>,
-    /// 0: not supported.
-    #[schema(minimum = 0.0, maximum = 0.0)]
+    /// So many answers to each prompt; all together no more than the server's queue takes.
+    #[schema(value_type = Option<u64>, minimum = 1, maximum = 128)]
+    n: Option<Whole>,
+    /// As `n`: all are answered.
+    #[schema(value_type = Option<u64>, minimum = 1, maximum = 128)]
+    best_of: Option<Whole>,
+    /// Begin the answer with the prompt; without `logprobs`.
+    echo: Option<bool>,
+    /// Taken off the logits of tokens that the answer has already.
+    #[schema(minimum = -2.0, maximum = 2.0)]
     presence_penalty: Option<f64>,
-    /// 0: not supported.
-    #[schema(minimum = 0.0, maximum = 0.0)]
+    /// As `presence_penalty`, for each time that it has them.
+    #[schema(minimum = -2.0, maximum = 2.0)]
     frequency_penalty: Option<f64>,
+    /// Added to the logits of tokens, by their ids: from -100, never, to 100.
+    #[schema(value_type = Option<BTreeMap<String, f64>>)]
+    logit_bias: Option<BTreeMap<String, f64>>,
     /// Only those who send the same salt share cached prefixes.
     #[schema(max_length = 256)]
     cache_salt: Option<String>,
     /// Log probabilities of the answer's tokens, and of so many of the likeliest ones beside each.
-    #[schema(minimum = 0, maximum = 5)]
-    logprobs: Option<usize>,
-    #[schema(ignore)]
-    echo: Option<bool>,
+    #[schema(value_type = Option<u64>, minimum = 0, maximum = 5)]
+    logprobs: Option<Whole>,
     #[schema(ignore)]
     suffix: Option<String>,
-    #[schema(ignore)]
-    logit_bias: Option<serde_json::Map<String, Value>>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -91,7 +94,10 @@ struct TextLogprobs {
 }
 
 struct Text {
+    index: u32,
     logprobs: bool,
+    /// The prompt, if the answer begins with it.
+    echo: Option<String>,
     /// Characters so far.
     offset: usize,
 }
@@ -111,29 +117,50 @@ struct Text {
 pub(super) async fn create(
     tenant: Tenant,
     State(state): State<AppState>,
+    Extension(id): Extension<RequestId>,
     JsonBody(request): JsonBody<CompletionRequest>,
 ) -> Result<Response, ApiError> {
     let arrived = Arrived::now();
-    models::check(request.model.as_deref(), &state)?;
+    let model = models::check(request.model.as_deref(), &state)?;
     request.check()?;
     salt(request.cache_salt.as_ref())?;
-    let sampler = request.sampling().sampler()?;
-    let prompt = prompt::of_completion(&state, request.prompt).await?;
-    let room = prompt::room(&state, prompt.len(), "prompt")?;
-    let max_tokens = max_tokens(request.max_tokens.or(Some(MAX_TOKENS)), "max_tokens", room)?;
-    let job = Job {
-        id: format!("cmpl-{}", Uuid::new_v4().simple()),
-        endpoint: Endpoint::Completion,
-        namespace: tenant.namespace(&state.shared.namespace, request.cache_salt.as_deref()),
-        tenant,
-        prompt: Arc::from(prompt),
-        options: GenerateOptions::greedy(max_tokens).sampler(sampler),
-        stop: stops(request.stop)?,
-        top_logprobs: request.logprobs,
-        arrived,
-    };
+    let (sampling, echo) = (request.sampling(), request.echo.unwrap_or_default());
+    let prompts = prompt::of_completion(&state, request.prompt).await?;
+    let n = answers(request.n, prompts.len(), &state)?;
+    let (id, stop) = (format!("cmpl-{id}"), stops(request.stop)?);
+    let mut answers = Vec::with_capacity(prompts.len() * n);
+    for prompt in prompts {
+        let room = prompt::room(&state, prompt.len(), "prompt")?;
+        let asked = request.max_tokens.unwrap_or_else(|| Whole::from(MAX_TOKENS));
+        let max_tokens = max_tokens(Some(asked), "max_tokens", room)?;
+        let (prompt, tokenizer): (Arc<[u32]>, _) = (Arc::from(prompt), state.shared.engine.tokenizer());
+        for sampler in sampling.samplers(n, &state.shared.engine)? {
+            let index = answers.len();
+            let job = Job {
+                id: job_id(&id, index),
+                endpoint: Endpoint::Completion,
+                namespace: tenant.namespace(&state.shared.namespace, request.cache_salt.as_deref()),
+                tenant: tenant.clone(),
+                prompt: Arc::clone(&prompt),
+                options: GenerateOptions::greedy(max_tokens).sampler(sampler),
+                stop: stop.clone(),
+                top_logprobs: request.logprobs.and_then(Whole::count),
+                arrived,
+            };
+            let shape = Text {
+                index: u32::try_from(index).unwrap_or(u32::MAX),
+                logprobs: request.logprobs.is_some(),
+                echo: echo.then(|| tokenizer.decode_all(&prompt)),
+                offset: 0,
+            };
+            answers.push((job, shape));
+        }
+    }
+    if answers.is_empty() {
+        return Err(ApiError::invalid("prompt", "prompt needs at least one prompt"));
+    }
     let stream = request.stream.unwrap_or_default().then(|| request.stream_options.unwrap_or_default());
-    answer(state, job, Text { logprobs: request.logprobs.is_some(), offset: 0 }, stream).await
+    answer(state, Question { id, model, answers, n, stream }).await
 }
 
 impl CompletionRequest {
@@ -144,17 +171,26 @@ impl CompletionRequest {
             seed: self.seed,
             presence_penalty: self.presence_penalty,
             frequency_penalty: self.frequency_penalty,
-            n: self.n,
+            logit_bias: self.logit_bias.clone(),
         }
     }
 
     fn check(&self) -> Result<(), ApiError> {
-        absent("best_of", self.best_of.is_some_and(|best_of| best_of != 1))?;
-        absent("echo", self.echo.unwrap_or_default())?;
+        let n = self.n.unwrap_or_else(|| Whole::from(1));
+        if self.best_of.is_some_and(|best_of| best_of != n) {
+            return Err(ApiError::invalid(
+                "best_of",
+                "best_of must be n: the server gives every answer that it computes",
+            ));
+        }
+        if self.echo == Some(true) && self.logprobs.is_some() {
+            return Err(ApiError::invalid("echo", "echo with logprobs is not supported: leave one of them out"));
+        }
         absent("suffix", self.suffix.as_ref().is_some_and(|suffix| !suffix.is_empty()))?;
-        absent("logit_bias", self.logit_bias.as_ref().is_some_and(|bias| !bias.is_empty()))?;
         match self.logprobs {
-            Some(top) if top > LOGPROBS => Err(ApiError::invalid("logprobs", "logprobs must be 0 to 5")),
+            Some(top) if top.count().is_none_or(|top| top > LOGPROBS) => {
+                Err(ApiError::invalid("logprobs", "logprobs must be 0 to 5"))
+            }
             _ => Ok(()),
         }
     }
@@ -167,21 +203,23 @@ impl Shape for Text {
     const PART: &str = "text_completion";
 
     fn begin(&self) -> Option<TextChoice> {
-        None
+        let text = self.echo.clone()?;
+        Some(TextChoice { index: self.index, text, logprobs: None, finish_reason: None })
     }
 
     fn part(&mut self, piece: Piece, engine: &Engine) -> TextChoice {
         let logprobs = self.logprobs(piece.logprobs, engine);
-        TextChoice { index: 0, text: piece.text, logprobs, finish_reason: None }
+        TextChoice { index: self.index, text: piece.text, logprobs, finish_reason: None }
     }
 
     fn end(&self, reason: &'static str) -> TextChoice {
-        TextChoice { index: 0, text: String::new(), logprobs: None, finish_reason: Some(reason) }
+        TextChoice { index: self.index, text: String::new(), logprobs: None, finish_reason: Some(reason) }
     }
 
     fn whole(&mut self, all: Piece, reason: &'static str, engine: &Engine) -> TextChoice {
         let logprobs = self.logprobs(all.logprobs, engine);
-        TextChoice { index: 0, text: all.text, logprobs, finish_reason: Some(reason) }
+        let text = self.echo.take().unwrap_or_default() + &all.text;
+        TextChoice { index: self.index, text, logprobs, finish_reason: Some(reason) }
     }
 }
 

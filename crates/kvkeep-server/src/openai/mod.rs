@@ -10,6 +10,7 @@ mod completion;
 mod models;
 mod params;
 pub(crate) mod prompt;
+mod tokens;
 
 use axum::routing::post;
 use utoipa_axum::router::OpenApiRouter;
@@ -28,5 +29,7 @@ pub(crate) fn routes() -> OpenApiRouter<AppState> {
         .routes(routes!(completion::create))
         .routes(routes!(models::list))
         .routes(routes!(models::get))
+        .routes(routes!(tokens::tokenize))
+        .routes(routes!(tokens::detokenize))
         .route("/v1/embeddings", post(|_: Tenant| async { ApiError::NotSupported("making embeddings") }))
 }

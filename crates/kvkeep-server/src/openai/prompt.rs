@@ -10,7 +10,10 @@ use crate::state::AppState;
 
 /// A prompt of `/v1/completions`.
 #[derive(Debug, Deserialize, ToSchema)]
-#[serde(untagged, expecting = "expected a string, an array of one string, or an array of token ids")]
+#[serde(
+    untagged,
+    expecting = "expected a string, an array of strings, an array of token ids, or an array of such arrays"
+)]
 pub(super) enum Prompt {
     Text(String),
     Texts(Vec<String>),
@@ -20,35 +23,46 @@ pub(super) enum Prompt {
 
 /// A chat's tokens, up to where the answer begins.
 pub(crate) async fn of_chat(state: &AppState, messages: Vec<Message>) -> Result<Vec<u32>, ApiError> {
+    chat_tokens(state, messages, true).await
+}
+
+/// A chat's tokens, perhaps with the beginning of an answer.
+pub(super) async fn chat_tokens(
+    state: &AppState,
+    messages: Vec<Message>,
+    add_generation_prompt: bool,
+) -> Result<Vec<u32>, ApiError> {
     if messages.is_empty() {
         return Err(ApiError::invalid("messages", "messages needs at least one message"));
     }
     let messages: Vec<ChatMessage> = messages.into_iter().map(Message::read).collect::<Result<_, _>>()?;
     bounded(state, messages.iter().map(|message| message.content.len()).sum(), "messages")?;
-    blocking(state, move |engine| engine.chat_tokens(&messages, true)).await
+    blocking(state, move |engine| engine.chat_tokens(&messages, add_generation_prompt)).await
 }
 
-/// A plain prompt's tokens.
-pub(super) async fn of_completion(state: &AppState, prompt: Prompt) -> Result<Vec<u32>, ApiError> {
-    let one = || ApiError::invalid("prompt", "one prompt at a time: send a request for each");
-    match prompt {
-        Prompt::Text(text) => of_text(state, text).await,
-        Prompt::Texts(texts) => match <[String; 1]>::try_from(texts) {
-            Ok([text]) => of_text(state, text).await,
-            Err(_) => Err(one()),
-        },
-        Prompt::Tokens(tokens) => Ok(tokens),
-        Prompt::Lists(lists) => <[Vec<u32>; 1]>::try_from(lists).map(|[tokens]| tokens).map_err(|_| one()),
-    }
+/// The tokens of each prompt.
+pub(super) async fn of_completion(state: &AppState, prompt: Prompt) -> Result<Vec<Vec<u32>>, ApiError> {
+    let texts = match prompt {
+        Prompt::Text(text) => vec![text],
+        Prompt::Texts(texts) => texts,
+        Prompt::Tokens(tokens) => return Ok(vec![tokens]),
+        Prompt::Lists(lists) => return Ok(lists),
+    };
+    bounded(state, texts.iter().map(String::len).max().unwrap_or_default(), "prompt")?;
+    blocking(state, move |engine| texts.iter().map(|text| engine.tokenizer().encode_prompt(text)).collect()).await
 }
 
-/// A text's tokens, behind the token that the model expects before one.
+/// A text's tokens, as /v1/completions reads it.
 pub(crate) async fn of_text(state: &AppState, text: String) -> Result<Vec<u32>, ApiError> {
+    text_tokens(state, text, true).await
+}
+
+/// A text's tokens, perhaps behind the token that the model expects before one.
+pub(super) async fn text_tokens(state: &AppState, text: String, special: bool) -> Result<Vec<u32>, ApiError> {
     bounded(state, text.len(), "prompt")?;
     blocking(state, move |engine| {
-        let mut tokens: Vec<u32> = engine.tokenizer().bos().into_iter().collect();
-        tokens.extend(engine.tokenizer().encode(&text, false)?);
-        Ok(tokens)
+        let tokenizer = engine.tokenizer();
+        if special { tokenizer.encode_prompt(&text) } else { tokenizer.encode(&text, true) }
     })
     .await
 }
@@ -75,10 +89,10 @@ fn bounded(state: &AppState, bytes: usize, param: &'static str) -> Result<(), Ap
     Ok(())
 }
 
-async fn blocking(
+async fn blocking<T: Send + 'static>(
     state: &AppState,
-    work: impl FnOnce(&Engine) -> Result<Vec<u32>, EngineError> + Send + 'static,
-) -> Result<Vec<u32>, ApiError> {
+    work: impl FnOnce(&Engine) -> Result<T, EngineError> + Send + 'static,
+) -> Result<T, ApiError> {
     let engine = state.shared.engine.clone();
     match tokio::task::spawn_blocking(move || work(&engine)).await {
         Ok(tokens) => Ok(tokens?),

@@ -57,6 +57,11 @@ struct Ttft {
     cold: TimesMs,
     /// At least half of it was.
     warm: TimesMs,
+    /// All first tokens together.
+    total: f64,
+    /// What the same ones would have taken if nothing had been cached: by what computing took, when it was
+    /// stored, of all that was found.
+    total_if_cold: f64,
 }
 
 /// Milliseconds; null if there were none.
@@ -174,6 +179,8 @@ struct RequestInfo {
     completion_tokens: usize,
     queued_ms: f64,
     ttft_ms: Option<f64>,
+    /// What `ttft_ms` would have been if nothing had been cached.
+    ttft_if_cold_ms: Option<f64>,
     total_ms: f64,
     /// `stop`, `length`, `cancelled`, `timed_out`, or `failed`.
     outcome: &'static str,
@@ -188,9 +195,9 @@ pub(super) async fn stats(_: Operator, State(state): State<AppState>) -> Json<Ca
     let shared = &state.shared;
     let (observed, stats) = (&shared.observed, shared.cache.stats());
     let tokens = observed.metrics.tokens();
-    let (cold, warm) = {
+    let (cold, warm, (total, total_if_cold)) = {
         let recent = observed.recent();
-        (recent.ttft(false), recent.ttft(true))
+        (recent.ttft(false), recent.ttft(true), recent.first_tokens())
     };
     let load = shared.scheduler.load();
     let ended = |outcomes: &[Outcome]| observed.metrics.requests(outcomes);
@@ -203,7 +210,7 @@ pub(super) async fn stats(_: Operator, State(state): State<AppState>) -> Json<Ca
         token_hit_rate: ratio(tokens.ram + tokens.disk, tokens.requested()),
         tokens: Tokens { requested: tokens.requested(), ram: tokens.ram, disk: tokens.disk, computed: tokens.computed },
         prefill_seconds_saved: stats.time_saved.as_secs_f64(),
-        ttft_ms: Ttft { cold: cold.into(), warm: warm.into() },
+        ttft_ms: Ttft { cold: cold.into(), warm: warm.into(), total: ms(total), total_if_cold: ms(total_if_cold) },
         ram: Ram {
             used_bytes: stats.used_bytes,
             capacity_bytes: stats.capacity_bytes,
@@ -317,6 +324,7 @@ impl From<Ended> for RequestInfo {
             completion_tokens: ended.completion_tokens,
             queued_ms: ms(ended.queued),
             ttft_ms: ended.ttft.map(ms),
+            ttft_if_cold_ms: ended.cold_ttft.map(ms),
             total_ms: ms(ended.total),
             outcome: ended.outcome.name(),
         }

@@ -2,18 +2,18 @@
 
 use std::sync::Arc;
 
-use axum::Json;
 use axum::extract::State;
+use axum::{Extension, Json};
 use kvkeep_engine::GenerateOptions;
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
-use uuid::Uuid;
 
 use super::{blocking, prefixes};
 use crate::auth::Tenant;
 use crate::describe::{BodyErrors, OperatorErrors, QueueErrors};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
+use crate::front::RequestId;
 use crate::openai::{Message, prompt, salt};
 use crate::scheduler::{Arrived, Event, Job};
 use crate::served::{Endpoint, Served};
@@ -64,6 +64,7 @@ pub(super) struct WarmAnswer {
 pub(super) async fn warm(
     _: Operator,
     State(state): State<AppState>,
+    Extension(id): Extension<RequestId>,
     JsonBody(request): JsonBody<WarmRequest>,
 ) -> Result<Json<WarmAnswer>, ApiError> {
     let arrived = Arrived::now();
@@ -76,7 +77,7 @@ pub(super) async fn warm(
     };
     prompt::room(&state, prompt.len(), param)?;
     let job = Job {
-        id: format!("warm-{}", Uuid::new_v4().simple()),
+        id: format!("warm-{id}"),
         endpoint: Endpoint::Warm,
         namespace: tenant.namespace(&state.shared.namespace, request.cache_salt.as_deref()),
         tenant,
@@ -109,9 +110,9 @@ fn tenant(state: &AppState, name: Option<&str>) -> Result<Tenant, ApiError> {
 }
 
 async fn run(state: &AppState, job: Job) -> Result<Served, ApiError> {
-    let mut ticket = state.submit(job)?;
+    let mut ticket = state.submit(vec![job])?;
     loop {
-        if let Event::End(ended) = ticket.next().await {
+        if let (_, Event::End(ended)) = ticket.next().await {
             return ended.map(|served| *served);
         }
     }

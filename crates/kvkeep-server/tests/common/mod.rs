@@ -174,6 +174,13 @@ impl Response {
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{error} in {text:?}"))
     }
 
+    /// The next line of the body, without its end.
+    pub(crate) fn line(&mut self) -> String {
+        let mut line = String::new();
+        self.body.read_line(&mut line).unwrap();
+        line.trim_end().to_owned()
+    }
+
     /// The next event of a stream; `None` at its end.
     pub(crate) fn event(&mut self) -> Option<String> {
         loop {

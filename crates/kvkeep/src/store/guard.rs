@@ -8,6 +8,7 @@ use std::fmt;
 use std::ops::Range;
 use std::ptr::NonNull;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::Shared;
 use super::ledger::Held;
@@ -107,6 +108,11 @@ impl Pin {
     /// [`Error::Forked`] in a child of the process that made it.
     pub(crate) fn check(&self) -> Result<()> {
         self.shared.check()
+    }
+
+    /// What computing these took, as those said who stored them.
+    pub(crate) fn compute_time(&self) -> Duration {
+        self.shared.with(|ledger| ledger.compute_time(&self.held))
     }
 
     pub(super) fn held(&self) -> &[Held] {

@@ -476,6 +476,11 @@ impl Ledger {
         self.index.get(held.id).map_or(0, |entry| entry.compute_us)
     }
 
+    /// What computing all of these took.
+    pub(super) fn compute_time(&self, run: &[Held]) -> std::time::Duration {
+        std::time::Duration::from_micros(run.iter().map(|held| u64::from(self.compute_us(held))).sum())
+    }
+
     pub(super) fn remove(&mut self, keys: &[ObjectKey], now_ms: u64) -> (Removed, Vec<bool>) {
         let mut removed = Removed::default();
         let found = keys.iter().map(|key| {

@@ -115,3 +115,71 @@ def test_spawned_processes_have_caches_of_their_own(tmp_path: Path) -> None:
 
     subprocess.run([sys.executable, str(script)], check=True, timeout=100)
     assert "spawn" in multiprocessing.get_all_start_methods()
+
+
+def test_a_parent_closes_and_opens_its_disk_again_while_a_child_lives(tmp_path: Path) -> None:
+    """The child had inherited the open file that the directory is locked by: the parent was refused by itself, with
+    its own process id in the error."""
+    k, v = pair(1)
+    cache = SimpleKVCache(max_size_gb=0.01, disk_path=tmp_path / "kv", disk_size_gb=0.01)
+    cache.cache_kv("p", 0, k, v)
+    go, came = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.read(go[0], 1)
+        try:
+            own = SimpleKVCache(max_size_gb=0.01, disk_path=tmp_path / "kv", disk_size_gb=0.01)
+            found = own.get_cached_kv("p", 0)
+            own.close()
+            os.write(came[1], b"1" if found is not None and np.array_equal(found[0], k) else b"0")
+        except BaseException:
+            os.write(came[1], b"2")
+        os._exit(0)
+    cache.close()
+    for _ in range(3):
+        with SimpleKVCache(max_size_gb=0.01, disk_path=tmp_path / "kv", disk_size_gb=0.01) as again:
+            assert np.array_equal(again.get_cached_kv("p", 0)[0], k)
+    os.write(go[1], b"x")
+    assert os.read(came[0], 1) == b"1"
+    os.waitpid(child, 0)
+
+
+def test_clear_close_and_stats_end_in_a_child_born_under_load(tmp_path: Path) -> None:
+    """A child could be born while another thread held a lock that nobody there would let go of."""
+    import signal
+    import threading
+    import time
+
+    caches = [SimpleKVCache(max_size_gb=0.01), SimpleKVCache(0.01, disk_path=tmp_path / "kv", disk_size_gb=0.01)]
+    k, v = pair(1)
+    stop = threading.Event()
+
+    def load(cache: SimpleKVCache) -> None:
+        number = 0
+        while not stop.is_set():
+            cache.cache_kv(str(number % 50), 0, k, v)
+            cache.get_cached_kv(str(number % 50), 0)
+            cache.get_stats()
+            number += 1
+
+    threads = [threading.Thread(target=load, args=(cache,)) for cache in caches for _ in range(2)]
+    [thread.start() for thread in threads]
+    try:
+        for _ in range(15):
+            child = os.fork()
+            if child == 0:
+                signal.alarm(30)
+                for cache in caches:
+                    for call in (cache.clear, cache.get_stats, cache.flush, cache.close, lambda: cache.evict("1")):
+                        try:
+                            call()
+                        except kvkeep.ForkError:
+                            continue
+                        os._exit(1)
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            time.sleep(0.01)
+    finally:
+        stop.set()
+        [thread.join() for thread in threads]
+    caches[1].close()

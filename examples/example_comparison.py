@@ -29,7 +29,7 @@ for question in questions:
     plain = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
     seconds["without"] += time.perf_counter() - begin
     begin = time.perf_counter()
-    reused = generator.generate(prompt, max_new_tokens=8, do_sample=False)
+    reused = generator.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
     seconds["with"] += time.perf_counter() - begin
     assert torch.equal(plain, reused), "the same answer, token by token"
     print(f"{generator.last.cached_tokens:5} of {generator.last.prompt_tokens} prompt tokens from the cache")

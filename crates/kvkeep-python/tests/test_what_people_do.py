@@ -417,7 +417,7 @@ def _() -> set[str]:
     return after(lambda model: model.set_attn_implementation("eager"))
 
 
-@row("under `torch.autocast`")
+@row("under `torch.autocast`, where K and V get different dtypes")
 def _() -> set[str]:
     generator = generator_of()
     twice(generator, PROMPT)

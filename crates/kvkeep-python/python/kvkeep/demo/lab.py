@@ -103,18 +103,14 @@ def _send(
     model: transformers.LlamaForCausalLM, generator: CachedGenerator | None, prompt: list[int], max_tokens: int
 ) -> Answer:
     ids = torch.tensor([prompt])
+    # With a mask: without one `generate` hides tokens that look like padding, also in answers that became prompts.
+    call = dict(attention_mask=torch.ones_like(ids), max_new_tokens=max_tokens, do_sample=False)
     if generator is None:
         first_token = FirstToken()
-        output = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            stopping_criteria=[first_token],
-        )
+        output = model.generate(ids, stopping_criteria=[first_token], **call)
         ttft_seconds, cached_tokens = first_token.seconds or 0.0, 0
     else:
-        output = generator.generate(ids, max_new_tokens=max_tokens, do_sample=False)
-        assert generator.last is not None
+        output = generator.generate(ids, **call)
+        assert generator.last is not None and generator.last.ttft_seconds is not None
         ttft_seconds, cached_tokens = generator.last.ttft_seconds, generator.last.cached_tokens
     return Answer(ttft_seconds, len(prompt), cached_tokens, output[0, len(prompt) :].tolist())

@@ -40,7 +40,7 @@ _GENERATE_ARGUMENTS = ("inputs", "generation_config")
 """What people give `generate` by position; with more than that a call is plain."""
 
 _layouts: weakref.WeakKeyDictionary[Any, dict[str, Layout | str]] = weakref.WeakKeyDictionary()
-"""What the probe found of a model, by its digest: another generator of the same model need not read again."""
+"""What the probe found of a model, by its digest, or why it is refused: nobody need try it out again."""
 
 
 @dataclass(frozen=True)
@@ -208,9 +208,14 @@ class CachedGenerator:
 
     def _namespace(self, state: IdentityState) -> tuple[Namespace, Layout]:
         known = _layouts.setdefault(self.model, {})
-        layout = known.get(state.digest)
-        if layout is None:
-            known[state.digest] = layout = layout_of(self.model)
+        if state.digest not in known:
+            try:
+                known[state.digest] = layout_of(self.model)
+            except UnsupportedModelError as error:
+                known[state.digest] = str(error)
+        layout = known[state.digest]
+        if isinstance(layout, str):
+            raise UnsupportedModelError(layout)
         block_tokens, lora, salt = self._labels
         namespace = Namespace(
             type(inner(self.model)).__name__,

@@ -36,6 +36,8 @@ __all__ = ["IdentityState", "ModelIdentity", "weights_digest"]
 _FORMAT = "kvkeep identity 1"
 """Enters every digest: raise it when the way of reading changes."""
 
+_REFUSALS_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class IdentityState:
@@ -63,9 +65,9 @@ class ModelIdentity:
         self._lock = threading.Lock()
         self._known: dict[int, _Known] = {}
         self._doubt: dict[str, str] = {}
-        self._witness: _Witness
+        self._witness: _Witness | _NeverHolds
         self._state: IdentityState
-        self._read()
+        self._read_or_refuse()
 
     def now(self) -> IdentityState:
         """The state at this moment. A model that has not changed is told by its pointers and counters, in a fraction of a millisecond;
@@ -75,8 +77,16 @@ class ModelIdentity:
             return state
         with self._lock:
             if not self._witness.holds():
-                self._read()
+                self._read_or_refuse()
             return self._state
+
+    def _read_or_refuse(self) -> None:
+        try:
+            self._read()
+        except Exception as error:  # whatever a foreign object raises when it is read: nothing is known, so nothing is reused
+            self._witness = _NeverHolds()
+            why = f"the model cannot be read ({type(error).__name__}: {error})"
+            self._state = IdentityState(_digest([_FORMAT, why]), why, types.MappingProxyType({}))
 
     def _read(self) -> None:
         mode = _mode(self._model)
@@ -95,7 +105,7 @@ class ModelIdentity:
         digest = _digest([_FORMAT, *(f"{name} {part}" for name, part in parts.items())])
         refusals = walk.refusals + _refusals_of_mode()
         short = types.MappingProxyType({name: part[:16] for name, part in parts.items()})
-        self._state = IdentityState(digest, "; ".join(refusals) or None, short)
+        self._state = IdentityState(digest, _in_words(refusals), short)
         self._witness = witness
 
     def _weights(self, walk: Walk) -> list[tuple[Seen, str]]:
@@ -184,6 +194,13 @@ class _Witness:
         )
 
 
+class _NeverHolds:
+    """The witness of a model that could not be read: it is tried again at each call."""
+
+    def holds(self) -> bool:
+        return False
+
+
 def _compares_safely(value: Any) -> bool:
     """Whether `==` to another object can only be true of the same one, or of one that is as good."""
     import torch
@@ -253,11 +270,18 @@ def _refusals_of_mode() -> list[str]:
 
 
 def _engine(walk: Walk) -> list[str]:
-    """Versions of all that computes, and the kinds of device that weights lie on."""
-    names = ("torch", "transformers", "numpy", "peft", "accelerate", "bitsandbytes", "torchao")
+    """Versions of all that computes (not of what is merely imported), and the kinds of device that weights lie on."""
+    names = sorted({"torch", *walk.code.packages()})
     versions = [f"{name} {sys.modules[name].__version__}" for name in names if hasattr(sys.modules.get(name), "__version__")]
     devices = sorted({seen.tensor.device.type for seen in walk.tensors})
     return [f"python {platform.python_version_tuple()[:2]}", *versions, *devices]
+
+
+def _in_words(refusals: list[str]) -> str | None:
+    """The first few refusals in one sentence: a model that cannot be read cannot be read in every layer."""
+    if len(refusals) > _REFUSALS_SHOWN:
+        refusals = [*refusals[:_REFUSALS_SHOWN], f"and {len(refusals) - _REFUSALS_SHOWN} more like these"]
+    return "; ".join(refusals) or None
 
 
 def _digest(texts: Any) -> str:

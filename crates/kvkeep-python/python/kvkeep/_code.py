@@ -30,8 +30,11 @@ _IMPLICIT = frozenset(["forward", "__call__", "__getattr__", "__getitem__", "__i
 _NOT_FOLLOWED = frozenset(["loss_function", "logger", "warnings", "__init__", "__doc__", "__module__", "__name__"])
 """Names that lead to nothing that computes KV: losses, what is printed, how a module was made."""
 
-_KNOWN_BY_VERSION = ("torch", "numpy", "huggingface_hub", "psutil", "tqdm", "packaging", "yaml", "tokenizers", "safetensors", "triton")
-"""Packages whose code is not read: they are in the engine's versions, or compute nothing."""
+_KNOWN_BY_VERSION = (
+    "torch", "numpy", "triton", "transformers/utils", "huggingface_hub", "psutil", "tqdm", "packaging", "yaml", "tokenizers", "safetensors",
+)  # fmt: skip
+"""Packages whose code is not read: they are in the engine's versions, or compute nothing. transformers' own helpers (what is installed,
+how outputs are captured) keep registers of every model that the process ever made."""
 
 
 class Code:
@@ -271,7 +274,7 @@ def getter(keys: Sequence[Any]) -> Callable[[Any], Any]:
 @functools.lru_cache(maxsize=None)
 def _trusted_folders() -> tuple[str, ...]:
     site = {os.path.dirname(os.path.dirname(sys.modules[name].__file__ or "")) for name in ("torch", "numpy")}
-    packages = [f"{folder}{os.sep}{name}{os.sep}" for folder in sorted(site) for name in _KNOWN_BY_VERSION]
+    packages = [os.path.join(folder, *name.split("/"), "") for folder in sorted(site) for name in _KNOWN_BY_VERSION]
     standard = {sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib")}
     # The standard library's folder may hold site-packages: those are nobody we know.
     parts = [f"{folder}{os.sep}{part}" for folder in sorted(standard) for part in _standard_parts(folder)]

@@ -215,8 +215,10 @@ class Walk:
         return _short(self.code.reach_class(type(value)), self._pairs(attributes, where))
 
     def _pairs(self, mapping: Any, where: str) -> list[str]:
-        pairs = [(self.token(key, where), key) for key in mapping]
-        return [f"{text} {self.token(mapping[key], f'{where}.{key}')}" for text, key in sorted(pairs, key=lambda pair: pair[0])]
+        # The entries themselves: a subclass's own `[]` may make a new object each time.
+        items = dict.items(mapping) if isinstance(mapping, dict) else mapping.items()
+        pairs = [(self.token(key, where), key, value) for key, value in items]
+        return [f"{text} {self.token(value, f'{where}.{key}')}" for text, key, value in sorted(pairs, key=lambda pair: pair[0])]
 
     def _walk_module(self, path: str, module: Any, in_adapter: bool) -> None:
         if id(module) in self._paths:

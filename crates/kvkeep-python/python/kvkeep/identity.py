@@ -155,6 +155,8 @@ class _Witness:
         mappings = [(mapping, keys) for mapping, keys in walk.read.values()]
         self._mappings = [mapping for mapping, _ in mappings]
         self._empty = walk.empty
+        mappings = [(mapping, keys) for mapping, keys in mappings if not _makes_entries(mapping)]
+        self._tables = [(m, list(dict.values(m))) for m in self._mappings if _makes_entries(m)]
         self._lengths = list(map(len, self._mappings))
         self._readers = [(getter(keys), mapping) for mapping, keys in mappings if keys]
         self._values = [get(mapping) for get, mapping in self._readers]
@@ -179,6 +181,7 @@ class _Witness:
             not any(self._empty)
             and list(map(len, self._mappings)) == self._lengths
             and [get(mapping) for get, mapping in self._readers] == self._values
+            and all([all(map(is_, dict.values(table), values)) for table, values in self._tables])
             and all([mapping[key] is value for mapping, key, value in self._objects])
             and all(len(now) == len(then) and all(map(is_, now, then)) for now, then in self._sequences)
         )
@@ -199,6 +202,11 @@ class _NeverHolds:
 
     def holds(self) -> bool:
         return False
+
+
+def _makes_entries(mapping: Any) -> bool:
+    """Whether a dict's `[]` is not dict's own, and may make an object that no entry is."""
+    return isinstance(mapping, dict) and type(mapping).__getitem__ is not dict.__getitem__
 
 
 def _compares_safely(value: Any) -> bool:

@@ -29,7 +29,7 @@ from typing import Any
 
 from kvkeep._code import getter
 from kvkeep._walk import Seen, Walk
-from kvkeep._weights import digests, weights_digest
+from kvkeep._weights import digests, memory, sample_places, weights_digest
 
 __all__ = ["IdentityState", "ModelIdentity", "weights_digest"]
 
@@ -133,14 +133,18 @@ class ModelIdentity:
 class _Known:
     """A weight whose digest is known, and how to tell that it has not changed."""
 
-    __slots__ = ("pointer", "tensor", "text", "version")
+    __slots__ = ("lines", "pointer", "sample", "tensor", "text", "version")
 
     def __init__(self, tensor: Any, text: str) -> None:
         self.tensor, self.text = tensor, text
         self.version, self.pointer = _version(tensor), tensor.data_ptr()
+        self.lines = [memory(address, size) for address, size in sample_places(tensor)]
+        self.sample = b"".join(self.lines)
 
     def holds(self) -> bool:
-        return self.version == _version(self.tensor) and self.pointer == self.tensor.data_ptr()
+        """Pointers first: the sample lies where they point."""
+        same = self.version == _version(self.tensor) and self.pointer == self.tensor.data_ptr()
+        return same and b"".join(self.lines) == self.sample
 
 
 class _Witness:
@@ -162,9 +166,12 @@ class _Witness:
         self._values = [get(mapping) for get, mapping in self._readers]
         self._objects = [(m, k, m[k]) for m, keys in mappings for k in keys if not _compares_safely(m[k])]
         self._sequences = [(sequence, tuple(sequence)) for sequence in walk.sequences]
-        self._tensors = list({id(s.tensor): s.tensor for s in walk.tensors}.values())
-        self._pointers = [tensor.data_ptr() for tensor in self._tensors]
-        self._versions = [_version(tensor) for tensor in self._tensors]
+        weights = [_Known(tensor, "") for tensor in {id(s.tensor): s.tensor for s in walk.tensors}.values()]
+        self._tensors = [weight.tensor for weight in weights]
+        self._pointers = [weight.pointer for weight in weights]
+        self._versions = [weight.version for weight in weights]
+        self._lines = [line for weight in weights for line in weight.lines]
+        self._sample = b"".join(weight.sample for weight in weights)
         self._looked_up = list(walk.code.looked_up())
         functions = walk.code.functions()
         self._code = [(f, f.__code__, f.__defaults__, f.__kwdefaults__) for f in functions]
@@ -187,7 +194,9 @@ class _Witness:
         )
 
     def _tensors_hold(self) -> bool:
-        return [t.data_ptr() for t in self._tensors] == self._pointers and _versions(self._tensors) == self._versions
+        """Pointers first: the samples lie where they point."""
+        pointers = [tensor.data_ptr() for tensor in self._tensors] == self._pointers
+        return pointers and _versions(self._tensors) == self._versions and b"".join(self._lines) == self._sample
 
     def _code_holds(self) -> bool:
         return (

@@ -126,6 +126,8 @@ class Walk:
         self._tokens: dict[int, str] = {}
         self._kept: list[Any] = []
         self._modules: list[tuple[str, Any]] = []
+        self.classes: list[tuple[Any, type]] = []
+        """Every module and its class, which can be set like an attribute."""
         self._in_code = False
         """What a module holds must be readable; what code merely names is noted by its type where it is not."""
         self._walk_module("", model, in_adapter=False)
@@ -225,7 +227,7 @@ class Walk:
             self.lines[path] = f"as {self._paths[id(module)]}"
             return
         self._paths[id(module)] = path
-        self._kept.append(module)
+        self.classes.append((module, type(module)))
         inner = _stands_in_for(module)
         if inner is not None:
             self._watch_aside(module)
@@ -242,9 +244,9 @@ class Walk:
         self._check_hooks(path, module)
         hidden = _adapters_of(module)
         texts = [f"class {self.code.reach_class(type(module), in_tree=True)}"]
+        doubt = list(texts)
         if hidden is not _NO_NAMES:
             texts.append(f"adapters {hidden.used}")
-        doubt = list(texts)
         for key in sorted(attributes):
             if key in _NOT_READ_IN_MODULES:
                 continue
@@ -346,7 +348,7 @@ class Walk:
 
     def _check_prompt_learning(self, module: Any) -> None:
         """Soft prompts are KV that no token stands for."""
-        configs = vars(module).get("peft_config")
+        configs = getattr(module, "peft_config", None)
         for name, config in configs.items() if isinstance(configs, dict) else ():
             if getattr(config, "is_prompt_learning", False) and name == getattr(module, "active_adapter", name):
                 self._refuse(f"adapter {name} is a learned prompt, which is KV without tokens: use an adapter of another kind")

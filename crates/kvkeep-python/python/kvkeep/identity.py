@@ -165,6 +165,8 @@ class _Witness:
         self._readers = [(getter(keys), mapping) for mapping, keys in mappings if keys]
         self._values = [get(mapping) for get, mapping in self._readers]
         self._objects = [(m, k, m[k]) for m, keys in mappings for k in keys if not _compares_safely(m[k])]
+        self._modules = [module for module, _ in walk.classes]
+        self._classes = [cls for _, cls in walk.classes]
         self._sequences = [(sequence, tuple(sequence)) for sequence in walk.sequences]
         weights = [_Known(tensor, "") for tensor in {id(s.tensor): s.tensor for s in walk.tensors}.values()]
         self._tensors = [weight.tensor for weight in weights]
@@ -187,6 +189,7 @@ class _Witness:
         return (
             not any(self._empty)
             and list(map(len, self._mappings)) == self._lengths
+            and list(map(type, self._modules)) == self._classes
             and [get(mapping) for get, mapping in self._readers] == self._values
             and all([all(map(is_, dict.values(table), values)) for table, values in self._tables])
             and all([mapping[key] is value for mapping, key, value in self._objects])

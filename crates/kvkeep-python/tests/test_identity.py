@@ -22,7 +22,7 @@ from kvkeep.identity import ModelIdentity, weights_digest  # noqa: E402
 
 def logits(model: Any) -> Any:
     with torch.no_grad():
-        return model(input_ids=ids()).logits[0].float()
+        return model(input_ids=ids()).logits[0, -8:].float()
 
 
 @pytest.mark.parametrize("name", CHANGES)
@@ -263,13 +263,13 @@ def test_a_parameter_replaced_by_an_equal_one_is_watched_too() -> None:
 
 
 def test_asking_costs_a_fraction_of_a_millisecond(capsys: pytest.CaptureFixture[str]) -> None:
-    """127 M parameters in about 270 modules, as SmolLM-135M has; and what it costs to hash them."""
-    model = llama(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3)
+    """135 M parameters in 397 modules; and what it costs to hash them."""
+    model = llama(vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
     begin, cpu = time.perf_counter(), time.process_time()
     identity = ModelIdentity(model)
     seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
     identity.now()
-    best = min(_seconds(identity.now, 20) for _ in range(20))
+    best = min(_seconds(identity.now) for _ in range(300))
     size = sum(p.numel() * p.element_size() for p in model.parameters())
     with capsys.disabled():
         print(
@@ -280,8 +280,7 @@ def test_asking_costs_a_fraction_of_a_millisecond(capsys: pytest.CaptureFixture[
     assert best < 3e-3
 
 
-def _seconds(call: Any, times: int) -> float:
+def _seconds(call: Any) -> float:
     begin = time.perf_counter()
-    for _ in range(times):
-        call()
-    return (time.perf_counter() - begin) / times
+    call()
+    return time.perf_counter() - begin

@@ -82,8 +82,8 @@ _WITHOUT_CONTENT = (
 )  # fmt: skip
 """Known by their type alone: they synchronise, print or remember, and hold nothing that a forward pass computes with."""
 
-_NO_WEIGHTS_EDITED = frozenset(["config", "scaling"])
-"""Attributes whose change does not cast doubt on the module's weights. A change of any other one does: merging an adapter edits weights
+_NO_WEIGHTS_EDITED = frozenset(["config"])
+"""Attributes whose change does not cast doubt on the module's weights, nor do an adapter's numbers. A change of any other one does: merging an adapter edits weights
 through `.data`, which no counter counts, and tells it by an attribute."""
 
 _HARMLESS_HOOKS = {
@@ -251,13 +251,14 @@ class Walk:
             if key in _NOT_READ_IN_MODULES:
                 continue
             value = attributes[key]
-            if hidden and isinstance(value, dict) and hidden & value.keys():
+            of_adapters = isinstance(value, dict) and bool(value) and value.keys() <= hidden.all
+            if of_adapters:
                 self._watch(value, value)
                 value = {name: part for name, part in value.items() if name not in hidden}
                 self._kept.append(value)
             text = f"{key} {self.token(value, f'{path}.{key}')}"
             texts.append(text)
-            if key not in _NO_WEIGHTS_EDITED:
+            if key not in _NO_WEIGHTS_EDITED and not of_adapters:
                 doubt.append(text)
         self._check_prompt_learning(module)
         self._check_own_forward(path, attributes)

@@ -10,6 +10,7 @@ row and to packed weights.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
@@ -19,10 +20,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["digests", "refusal_of", "weights_digest"]
+__all__ = ["digests", "memory", "refusal_of", "sample_places", "weights_digest"]
 
 _PIECE_BYTES = 8 << 20
 """What one thread hashes at a time: long enough to hide the hand-over (20 µs), short enough to share out evenly."""
+
+_LINE_BYTES = 64
 
 _BATCH_BYTES = 1 << 30
 """What `weights_digest` holds of a stream of tensors before it hashes them."""
@@ -82,14 +85,30 @@ def digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
     def piece(place: tuple[int, int]) -> bytes:
         number, start = place
         # Of a GPU's tensor a piece at a time is copied: no second copy of a model is ever held.
-        part = flats[number][start : start + _PIECE_BYTES].cpu().numpy()
-        return hashlib.sha256(memoryview(part)).digest()
+        part = flats[number][start : start + _PIECE_BYTES].cpu()
+        return hashlib.sha256(memory(part.data_ptr(), part.numel())).digest()
 
     hashed = _in_threads(piece, places)
     wholes = [hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode()) for t in tensors]
     for (number, _), part in zip(places, hashed):
         wholes[number].update(part)
     return [whole.digest() for whole in wholes]
+
+
+def memory(address: int, size: int) -> Any:
+    """Memory that somebody else keeps alive, to be read. Not by numpy: what numpy has seen of a tensor torch never resizes again."""
+    return (ctypes.c_char * size).from_address(address) if size else b""
+
+
+def sample_places(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """Where two cache lines of a tensor lie (all of a small one): (address, bytes). None of one that is elsewhere or in pieces."""
+    size = tensor.numel() * tensor.element_size()
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not size:
+        return []
+    start = tensor.data_ptr()
+    if size <= 4 * _LINE_BYTES:
+        return [(start, size)]
+    return [((start + size * part // 3) // _LINE_BYTES * _LINE_BYTES, _LINE_BYTES) for part in (1, 2)]
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -287,6 +287,17 @@ mod tests {
         Cli::command().debug_assert();
     }
 
+    /// On a terminal of 60 columns words were broken in the middle, by the terminal.
+    #[test]
+    fn help_fits_a_narrow_terminal() {
+        let command = Cli::command().term_width(60);
+        for sub in command.get_subcommands() {
+            let help = sub.clone().term_width(60).render_long_help().to_string();
+            let wide = |line: &&str| line.chars().count() > 60 && line.split_whitespace().all(|word| word.len() < 40);
+            assert_eq!(help.lines().find(wide), None, "{}", sub.get_name());
+        }
+    }
+
     #[test]
     fn options_may_stand_before_and_after_the_subcommand() {
         for args in [["kvkeep", "demo", "--json", "agent"], ["kvkeep", "demo", "agent", "--json"]] {

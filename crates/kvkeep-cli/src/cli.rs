@@ -137,7 +137,7 @@ pub(crate) struct ExportOptions {
 /// Runs a real model (135M parameters, on the CPU) on real texts: every request first without,
 /// then with the cache, and compares times and answers.
 ///
-/// Without a subcommand, comparison and agent run, shortened to about two minutes on two cores.
+/// Without a subcommand, agent and comparison run, shortened to about two minutes on two cores.
 /// The model is downloaded on first use (93 MB).
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]

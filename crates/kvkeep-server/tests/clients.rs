@@ -1,5 +1,7 @@
 //! What clients send in practice is taken as they mean it, and answered in words that they know.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+
 mod common;
 
 use std::time::{Duration, Instant};
@@ -20,7 +22,7 @@ fn completion(more: &[(&str, Value)]) -> Value {
     body
 }
 
-/// LiteLLM and LangChain know an overflow by these words, and took kvkeep's for any other error: nothing
+/// `LiteLLM` and `LangChain` know an overflow by these words, and took kvkeep's for any other error: nothing
 /// shortened the chat.
 #[test]
 fn a_prompt_that_does_not_fit_is_refused_in_the_words_that_clients_look_for() {

@@ -137,7 +137,7 @@ pub(crate) struct ExportOptions {
 /// Runs a real model (135M parameters, on the CPU) on real texts: every request first without,
 /// then with the cache, and compares times and answers.
 ///
-/// Without a subcommand, comparison and agent run, shortened to about two minutes on two cores.
+/// Without a subcommand, agent and comparison run, shortened to about two minutes on two cores.
 /// The model is downloaded on first use (93 MB).
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
@@ -285,6 +285,17 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    /// On a terminal of 60 columns words were broken in the middle, by the terminal.
+    #[test]
+    fn help_fits_a_narrow_terminal() {
+        let command = Cli::command().term_width(60);
+        for sub in command.get_subcommands() {
+            let help = sub.clone().term_width(60).render_long_help().to_string();
+            let wide = |line: &&str| line.chars().count() > 60 && line.split_whitespace().all(|word| word.len() < 40);
+            assert_eq!(help.lines().find(wide), None, "{}", sub.get_name());
+        }
     }
 
     #[test]

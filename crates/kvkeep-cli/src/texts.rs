@@ -19,8 +19,9 @@ pub(crate) static DOCUMENTS: [Document; 3] = [
         text: include_str!("../texts/constitution.txt"),
         questions: [
             "Who holds all legislative powers?",
-            "How old must a Representative be?",
+            // The one that the demo shows: even a small model reads the answer off the text.
             "How long is the term of a Senator?",
+            "How old must a Representative be?",
             "Who is the President of the Senate?",
             "How often are Representatives chosen?",
             "Which house can impeach?",

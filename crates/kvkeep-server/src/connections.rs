@@ -177,6 +177,9 @@ impl Place {
 
     /// Has it one of the usual places? If one is free now it gets it.
     pub(crate) fn is_usual(&self) -> bool {
+        if !self.connection.lock().kept {
+            return true;
+        }
         let table = self.all.lock();
         let free = table.taken(false) < self.all.places;
         let mut state = self.connection.lock();
@@ -210,7 +213,7 @@ impl Connection {
     }
 
     /// It has shown a key, or needs none.
-    pub(crate) fn is_known(&self) {
+    pub(crate) fn showed_key(&self) {
         self.lock().known = true;
     }
 
@@ -292,7 +295,7 @@ mod tests {
     fn who_has_shown_a_key_goes_after_all_who_have_not() {
         let begin = Instant::now();
         let (all, open) = full(&[1, 1, 1, 2], begin);
-        open[..3].iter().for_each(|connection| connection.is_known());
+        open[..3].iter().for_each(|connection| connection.showed_key());
         all.try_enter(peer(4), begin + LATER).unwrap();
         assert_eq!(gone(&all, &open), [3]);
         // A newcomer has a moment to say something: one that has been idle for long goes before it.

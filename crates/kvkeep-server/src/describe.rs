@@ -56,6 +56,9 @@ pub(crate) enum KeyErrors {
     /// A web page of another site asks, or one whose name was made to point here
     #[response(status = 403)]
     Elsewhere(ErrorBody),
+    /// Every place for a connection is taken by a request under way
+    #[response(status = 503)]
+    Crowded(ErrorBody),
 }
 
 /// Of routes that the operator's key opens.
@@ -68,6 +71,9 @@ pub(crate) enum OperatorErrors {
     /// Not the operator's key, or a web page of another site asks
     #[response(status = 403)]
     NotTheOperator(ErrorBody),
+    /// Every place for a connection is taken by a request under way, and no operator's key was shown
+    #[response(status = 503)]
+    Crowded(ErrorBody),
 }
 
 /// Of routes that open without a key.
@@ -107,7 +113,7 @@ pub(crate) enum QueueErrors {
     /// The model or the cache failed
     #[response(status = 500)]
     Failed(ErrorBody),
-    /// The server is shutting down
+    /// The server is shutting down, or every place for a connection is taken
     #[response(status = 503)]
     ShuttingDown(ErrorBody),
     /// It took longer than the server allows

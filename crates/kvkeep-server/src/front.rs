@@ -133,7 +133,7 @@ fn usual_path(path: &str) -> Cow<'_, str> {
     }
     let is_openais =
         |name: &&str| usual.strip_prefix(*name).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'));
-    if OPENAI.iter().any(|name| is_openais(&name)) {
+    if OPENAI.iter().any(is_openais) {
         usual = format!("/v1{usual}").into();
     }
     usual

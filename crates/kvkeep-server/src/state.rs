@@ -90,7 +90,7 @@ impl FromRequestParts<AppState> for Tenant {
     async fn from_request_parts(parts: &mut Parts, state: &AppState) -> Result<Self, ApiError> {
         let tenant = state.tenant(&parts.headers)?;
         if let Some(place) = parts.extensions.get::<Arc<Place>>() {
-            place.connection.is_known();
+            place.connection.showed_key();
         }
         Ok(tenant)
     }

@@ -82,9 +82,10 @@ pub(crate) fn run(command: &DemoCommand) -> Result<ExitCode> {
     let outcomes = match &command.which {
         Some(Which::Comparison) => vec![comparison::run(&lab, requests(COMPARISON_REQUESTS))?],
         Some(Which::Agent) => vec![agent::run(&lab, requests(AGENT_REQUESTS))?],
+        // The last thing that is read is a question and its answer.
         Some(Which::Restart(_)) | None => vec![
-            comparison::run(&lab, requests(SHORT_COMPARISON_REQUESTS))?,
             agent::run(&lab, requests(SHORT_AGENT_REQUESTS))?,
+            comparison::run(&lab, requests(SHORT_COMPARISON_REQUESTS))?,
         ],
     };
     print(&outcomes, options.json)?;
@@ -112,7 +113,7 @@ fn print(outcomes: &[Outcome], json: bool) -> Result<()> {
     let summaries: Vec<report::Summary> = outcomes.iter().map(report::Summary::of).collect();
     match (json, summaries.as_slice()) {
         (true, [one]) => style::say(&serde_json::to_string_pretty(one)?),
-        (true, [comparison, agent]) => style::say(&serde_json::to_string_pretty(&Both { comparison, agent })?),
+        (true, [agent, comparison]) => style::say(&serde_json::to_string_pretty(&Both { comparison, agent })?),
         _ => outcomes
             .iter()
             .zip(&summaries)

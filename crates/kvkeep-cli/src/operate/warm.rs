@@ -77,10 +77,14 @@ fn read(file: &Path) -> Result<String> {
     Ok(text)
 }
 
+fn called(file: &Path) -> String {
+    if file.as_os_str() == "-" { "standard input".to_owned() } else { file.display().to_string() }
+}
+
 /// Messages or a prompt if it is JSON of that shape, else the text as it is.
 fn prompt(text: &str, file: &Path, system: bool) -> Result<Map<String, Value>> {
     if text.trim().is_empty() {
-        bail!("the prompt in {} is empty", file.display());
+        bail!("the prompt in {} is empty", called(file));
     }
     let body = |field: &str, value| Ok(Map::from_iter([(field.to_owned(), value)]));
     match serde_json::from_str::<Value>(text) {
@@ -90,7 +94,7 @@ fn prompt(text: &str, file: &Path, system: bool) -> Result<Map<String, Value>> {
         Ok(Value::Object(mut fields)) => {
             let found = ["messages", "prompt"].into_iter().find_map(|name| Some((name, fields.remove(name)?)));
             let Some((name, value)) = found else {
-                bail!("{} is a JSON object with neither messages nor a prompt in it", file.display());
+                bail!("what is in {} is a JSON object with neither messages nor a prompt in it", called(file));
             };
             body(name, value)
         }

@@ -318,7 +318,9 @@ mod tests {
             let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
             let flag = help.split("\n\n").find(|part| part.contains(&format!("--{} ", name.replace('_', "-"))));
             let value = value.trim_end_matches(".0");
-            assert!(flag.unwrap().contains(&format!("[default: {value}")), "{name} = {value}");
+            // Lines may break anywhere between words.
+            let words = flag.unwrap().split_whitespace().collect::<Vec<_>>().join(" ");
+            assert!(words.contains(&format!("[default: {value}")), "{name} = {value}");
         }
         for name in toml::Table::try_from(Settings::usual()).unwrap().keys() {
             assert!(help.contains(&format!("KVKEEP_SERVE_{}", name.to_uppercase())), "{name}");

@@ -98,13 +98,28 @@ impl DiskIndex {
         SegmentNumber::try_from(number).ok()
     }
 
-    /// Forgets a segment and everything in it; says how many records that were.
-    pub(crate) fn remove_segment(&mut self, number: SegmentNumber) -> usize {
-        let removed = self.retain(|slot| slot.segment != number);
-        if let Some(segment) = self.segments.get_mut(usize::from(number)) {
+    /// Forgets those of a segment's records that lie in `count` slots of the table from `from` on; says how many that
+    /// were, and where to go on. After the last slot the segment itself is forgotten. Nothing is inserted in between.
+    pub(crate) fn remove_some(&mut self, number: SegmentNumber, from: usize, count: usize) -> (usize, Option<usize>) {
+        let Self { table, namespaces, segments } = self;
+        let (end, all) = (from.saturating_add(count), table.num_buckets());
+        let mut removed = 0;
+        for bucket in from..end.min(all) {
+            if table.get_bucket(bucket).is_some_and(|slot| slot.segment == number)
+                && let Ok(entry) = table.get_bucket_entry(bucket)
+            {
+                let (slot, _) = entry.remove();
+                namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
+                removed += 1;
+            }
+        }
+        if end < all {
+            return (removed, Some(end));
+        }
+        if let Some(segment) = segments.get_mut(usize::from(number)) {
             *segment = None;
         }
-        removed
+        (removed, None)
     }
 
     /// The live record under a key. One that has expired goes.

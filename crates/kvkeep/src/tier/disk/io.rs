@@ -187,6 +187,11 @@ fn lock(dir: &OwnedFd, access: Access) -> Result<Option<File>, OpenError> {
     Ok(Some(file))
 }
 
+/// Has the disk, or the quota on it, no room?
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+}
+
 /// Is what was opened a directory or a link, and so no file of ours?
 pub(crate) fn is_no_file(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::IsADirectory || error.raw_os_error() == Some(rustix::io::Errno::LOOP.raw_os_error())

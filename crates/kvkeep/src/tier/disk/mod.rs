@@ -3,13 +3,15 @@
 //!
 //! - `format` says what every byte means and does no I/O; docs/format.md describes it.
 //! - `io` makes the system calls, behind a trait that tests put a simulated disk behind.
-//! - `segment` reads and checks records, `log` writes and evicts them; `survey` looks what is there, `recover` opens.
+//! - `segment` reads and checks records, `records` says what is in a segment, `survey` what is in a directory.
+//! - `active` writes one segment, `log` all of them within `room`, and evicts; `recover` opens a directory.
 //! - `shared` is what callers, readers and the writer share; `writer` is the one thread that
 //!   writes.
 //!
 //! Writes are queued and never hold a request up. Reads are made by whoever wants them.
 //! Nothing here knows of RAM: payloads come as bytes that stay readable while they are queued.
 
+mod active;
 mod archive;
 mod crypt;
 mod format;
@@ -17,7 +19,9 @@ mod index;
 mod io;
 mod log;
 mod manifest;
+mod records;
 mod recover;
+mod room;
 mod segment;
 mod shared;
 #[cfg(test)]
@@ -107,10 +111,10 @@ impl Disk {
         clock: Arc<dyn Clock>,
     ) -> Result<Self> {
         let Options { dir, capacity_bytes, queue_bytes, at_once_bytes, flush_timeout, .. } = *options;
-        if capacity_bytes < log::MIN_CAPACITY_BYTES {
+        if capacity_bytes < room::MIN_CAPACITY_BYTES {
             return Err(Error::Config(format!(
                 "a disk tier of {capacity_bytes} bytes is too small: give at least {}",
-                log::MIN_CAPACITY_BYTES
+                room::MIN_CAPACITY_BYTES
             )));
         }
         if flush_timeout.is_zero() {

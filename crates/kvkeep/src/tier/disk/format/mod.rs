@@ -11,7 +11,7 @@ mod segment;
 
 use xxhash_rust::xxh3::xxh3_64;
 
-pub(crate) use manifest::{Manifest, SegmentLine};
+pub(crate) use manifest::{MARK_PAGES, Manifest, Mark, SegmentLine};
 pub(crate) use record::{Content, HEADER_KEYS, Kind, Place, RecordHeader, RecordMeta};
 pub(crate) use segment::{SegmentHeader, Trailer, decode_index, encode_index};
 
@@ -204,7 +204,7 @@ fn open_page<'a>(page: &'a [u8], magic: &[u8; 8]) -> Option<Take<'a>> {
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn decode_anything(bytes: &[u8]) {
     let _ = (RecordHeader::decode(bytes), SegmentHeader::decode(bytes), Trailer::decode(bytes));
-    let _ = (Manifest::decode(bytes), Manifest::other_version(bytes));
+    let _ = (Mark::decode(bytes), Manifest::decode(bytes), Manifest::other_version(bytes));
     let mut whole = bytes.to_vec();
     whole.resize(bytes.len().next_multiple_of(PAGE_BYTES).max(PAGE_BYTES), 0);
     whole.chunks_exact_mut(PAGE_BYTES).for_each(finish_page);
@@ -222,6 +222,10 @@ pub(crate) fn decode_anything(bytes: &[u8]) {
         if let Some(trailer) = Trailer::decode(page) {
             trailer.encode(&mut again);
             assert_eq!(Trailer::decode(&again), Some(trailer));
+        }
+        if let Some(mark) = Mark::decode(page) {
+            mark.encode(&mut again);
+            assert_eq!(Mark::decode(&again), Some(mark));
         }
     }
     decode_index_anyhow(bytes);

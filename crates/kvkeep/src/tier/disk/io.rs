@@ -80,6 +80,9 @@ pub(crate) trait Backend: Send + Sync + fmt::Debug {
     fn check(&self) -> io::Result<()>;
 }
 
+/// Finds the directory again after it was gone.
+pub(crate) type Opener = Box<dyn Fn() -> io::Result<Arc<dyn Backend>> + Send>;
+
 /// One file. Offsets and lengths are whole pages, buffers are page-aligned.
 pub(crate) trait DiskFile: Send + Sync + fmt::Debug {
     /// Fills all buffers, or fails.

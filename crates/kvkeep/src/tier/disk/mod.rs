@@ -21,6 +21,7 @@ mod log;
 mod manifest;
 mod records;
 mod recover;
+mod refusal;
 mod room;
 mod segment;
 mod shared;
@@ -50,12 +51,12 @@ pub(crate) use format::decode_anything;
 pub(crate) use format::{Content, Kind, RecordHeader, RecordMeta};
 pub(crate) use index::Found;
 pub(crate) use io::Pages;
-use io::{Access, Backend, Directory, OpenError};
+use io::{Access, Backend, Directory, OpenError, Opener};
+use refusal::{open_error, refused};
 use segment::{Expected, ReadError};
 use shared::{DiskState, Op, Reply, Shared};
 pub(crate) use shared::{Payload, Resident};
 pub use survey::ManifestState;
-use survey::Refusal;
 
 /// Failed reads in a row that make the disk a failing one.
 const BAD_READS: u32 = 3;
@@ -83,9 +84,6 @@ pub(crate) struct Options<'a> {
     /// How long a flush waits for a disk that gets nothing done.
     pub(crate) flush_timeout: Duration,
 }
-
-/// Finds the directory again after it was gone.
-pub(crate) type Opener = Box<dyn Fn() -> std::io::Result<Arc<dyn Backend>> + Send>;
 
 impl Disk {
     /// Opens a directory and whatever lies in it.
@@ -413,50 +411,4 @@ impl Drop for Disk {
             tracing::warn!(%error, "the disk tier was not closed cleanly");
         }
     }
-}
-
-fn open_error(dir: &Path, error: OpenError) -> Error {
-    match error {
-        OpenError::Locked(pid) => Error::DiskLocked { dir: dir.to_owned(), pid },
-        OpenError::Io(source) => Error::Disk { dir: dir.to_owned(), doing: "open", source: advised(source) },
-    }
-}
-
-/// The error with what to do about it.
-fn advised(error: std::io::Error) -> std::io::Error {
-    use std::io::ErrorKind;
-    let advice = match error.kind() {
-        ErrorKind::NotFound => "give a directory that is there",
-        ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
-            "a file or a link to nowhere stands in the way: give a directory, or a path at which one can be made"
-        }
-        ErrorKind::PermissionDenied => "give the user of this process the directory and the files in it",
-        ErrorKind::ReadOnlyFilesystem => "a cache must write there: give a directory on another file system",
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room, or give a directory on another file system",
-        _ => return error,
-    };
-    std::io::Error::new(error.kind(), format!("{error}: {advice}"))
-}
-
-fn refused(dir: &Path, doing: &'static str, refusal: Refusal) -> Error {
-    let dir = dir.to_owned();
-    let reason = match refusal {
-        Refusal::Io(source) => return Error::Disk { dir, doing, source: advised(source) },
-        Refusal::Manifest(error) => {
-            let text = format!(
-                "its manifest cannot be read ({error}): try again; if it stays so, remove the file {}, and the segments \
-                 are read without it",
-                manifest::NAME
-            );
-            return Error::Disk { dir, doing, source: std::io::Error::new(error.kind(), text) };
-        }
-        Refusal::OtherVersion(version) => {
-            let ours = format::VERSION;
-            format!("its format is version {version}, this release reads version {ours}: use another directory")
-        }
-        Refusal::WrongKey => "it is encrypted with another key".into(),
-        Refusal::KeyMissing => "it is encrypted: give the key file".into(),
-        Refusal::NotEncrypted => "it is not encrypted: open it without a key, or use another directory".into(),
-    };
-    Error::DiskRefused { dir, reason }
 }

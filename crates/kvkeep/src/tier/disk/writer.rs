@@ -9,8 +9,8 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use super::Opener;
 use super::active::Record;
+use super::io::Opener;
 use super::log::{Log, Written};
 use super::recover;
 use super::shared::{Op, Shared, Write};

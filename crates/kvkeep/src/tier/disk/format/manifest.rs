@@ -6,7 +6,7 @@
 //! Two pages behind it are written in place, in turns: the [`Mark`] says how far the segment that is being written
 //! has become durable since. A new manifest for each flush was the alternative: two more syncs.
 
-use super::{
+use super::page::{
     Identity, PAGE_BYTES, PAGE_SUM_AT, Put, StoreId, Take, VERSION, begin_page, checksum, finish_page, open_page,
 };
 

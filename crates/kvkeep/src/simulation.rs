@@ -236,7 +236,7 @@ impl Disk {
 
     fn write(&mut self, keys: &[ObjectKey], found: usize, ram: &State) {
         for (position, key) in keys.iter().enumerate() {
-            if self.segments.contains(key) {
+            if self.segments.holds(key) {
                 continue;
             }
             let (touches, place) = (u8::from(position < found), Place::of(position, keys.len(), found));
@@ -248,5 +248,6 @@ impl Disk {
             self.segments.write(*key, kind, |key| ram.index().find(key).is_some());
             self.admitter.wrote(kind);
         }
+        self.segments.take_evicted(|key| ram.index().find(key).is_some());
     }
 }

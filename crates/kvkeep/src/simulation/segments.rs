@@ -9,7 +9,7 @@ use crate::key::ObjectKey;
 
 /// As the log does it: segments of a cap, and of a new segment the part that may be written again.
 const SEGMENTS: usize = 32;
-const REINSERT_DIVISOR: usize = 2;
+const REINSERT_PARTS: (usize, usize) = (3, 4);
 
 #[derive(Debug)]
 pub(super) struct Segments {
@@ -19,6 +19,13 @@ pub(super) struct Segments {
     /// Oldest first; the last one is being written.
     segments: VecDeque<Segment>,
     next: u64,
+    /// Records that are in RAM and were not written again when their segment went: RAM hands them down once more when it
+    /// evicts them.
+    waiting: HashMap<ObjectKey, u8>,
+    /// Records written and reads.
+    clock: u64,
+    /// Of all records, when a segment last went.
+    mean_age: Option<u64>,
     pub(super) written_blocks: u64,
     pub(super) reinserted_blocks: u64,
 }
@@ -34,8 +41,7 @@ struct Place {
     segment: u64,
     /// What it was written as.
     kind: u8,
-    /// Read since it was written here.
-    hot: bool,
+    last_used: u64,
 }
 
 impl Segments {
@@ -46,19 +52,24 @@ impl Segments {
             places: HashMap::new(),
             segments: VecDeque::new(),
             next: 0,
+            waiting: HashMap::new(),
+            clock: 0,
+            mean_age: None,
             written_blocks: 0,
             reinserted_blocks: 0,
         }
     }
 
-    pub(super) fn contains(&self, key: &ObjectKey) -> bool {
-        self.places.contains_key(key)
+    /// Is it here, or will it be handed down when RAM evicts it?
+    pub(super) fn holds(&self, key: &ObjectKey) -> bool {
+        self.places.contains_key(key) || self.waiting.contains_key(key)
     }
 
     /// Reads a record; gives its kind.
     pub(super) fn read(&mut self, key: &ObjectKey) -> Option<u8> {
         let place = self.places.get_mut(key)?;
-        place.hot = true;
+        self.clock += 1;
+        place.last_used = self.clock;
         Some(place.kind)
     }
 
@@ -67,18 +78,29 @@ impl Segments {
         if !self.has_room() {
             self.rotate(resident);
         }
-        self.append(key, kind);
+        self.clock += 1;
+        self.append(key, Place { segment: 0, kind, last_used: self.clock });
         self.written_blocks += 1;
+    }
+
+    /// Writes what RAM has evicted meanwhile and is not here any more.
+    pub(super) fn take_evicted(&mut self, resident: impl Fn(&ObjectKey) -> bool) {
+        let mut evicted: Vec<(ObjectKey, u8)> = self.waiting.extract_if(|key, _| !resident(key)).collect();
+        // The same in every run.
+        evicted.sort_by_key(|(key, _)| *key.hash());
+        for (key, kind) in evicted {
+            self.write(key, kind, &resident);
+        }
     }
 
     fn has_room(&self) -> bool {
         self.segments.back().is_some_and(|active| active.keys.len() < self.segment_blocks)
     }
 
-    fn append(&mut self, key: ObjectKey, kind: u8) {
+    fn append(&mut self, key: ObjectKey, place: Place) {
         let Some(active) = self.segments.back_mut() else { return };
         active.keys.push(key);
-        self.places.insert(key, Place { segment: active.number, kind, hot: false });
+        self.places.insert(key, Place { segment: active.number, ..place });
     }
 
     fn rotate(&mut self, resident: impl Fn(&ObjectKey) -> bool) {
@@ -99,22 +121,36 @@ impl Segments {
         self.segments.iter().filter(sealed).map(|segment| segment.keys.len()).sum()
     }
 
-    /// Hot is what was read since it was written, or is in RAM.
+    /// What is in RAM is written again, and what was used more recently than most.
     fn evict_oldest(&mut self, resident: impl Fn(&ObjectKey) -> bool) {
         let Some(oldest) = self.segments.pop_front() else { return };
-        let mut budget = self.segment_blocks / REINSERT_DIVISOR;
+        let mean_age = self.mean_age.unwrap_or(self.clock / 2);
+        let mut kept = Vec::new();
         for key in oldest.keys {
             let Some(place) = self.places.get(&key).copied().filter(|place| place.segment == oldest.number) else {
                 continue;
             };
-            if (place.hot || resident(&key)) && budget > 0 && self.has_room() {
-                budget -= 1;
-                self.append(key, place.kind);
-                self.reinserted_blocks += 1;
-            } else {
-                self.places.remove(&key);
+            self.places.remove(&key);
+            let age = self.clock - place.last_used;
+            match resident(&key) {
+                true => kept.push((0, key, place)),
+                false if age < mean_age => kept.push((age, key, place)),
+                false => {}
             }
         }
+        kept.sort_by_key(|(age, ..)| *age);
+        let mut budget = self.segment_blocks / REINSERT_PARTS.1 * REINSERT_PARTS.0;
+        for (_, key, place) in kept {
+            if budget > 0 && self.has_room() {
+                budget -= 1;
+                self.append(key, place);
+                self.reinserted_blocks += 1;
+            } else if resident(&key) {
+                self.waiting.insert(key, place.kind);
+            }
+        }
+        let ages: u64 = self.places.values().map(|place| self.clock - place.last_used).sum();
+        self.mean_age = ages.checked_div(self.places.len() as u64);
     }
 }
 
@@ -123,7 +159,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_oldest_go_what_is_hot_stays_and_the_capacity_holds() {
+    fn the_oldest_go_what_is_used_stays_and_the_capacity_holds() {
         let mut disk = Segments::new(320);
         let (hot, cold, in_ram) = (ObjectKey::numbered(9_000), ObjectKey::numbered(9_001), ObjectKey::numbered(9_002));
         [hot, cold, in_ram].into_iter().for_each(|key| disk.write(key, 7, |_| false));
@@ -132,7 +168,7 @@ mod tests {
             assert_eq!(disk.read(&hot), Some(7));
             assert!(disk.places.len() <= 320);
         }
-        assert!(disk.contains(&hot) && disk.contains(&in_ram) && !disk.contains(&cold));
+        assert!(disk.holds(&hot) && disk.holds(&in_ram) && !disk.holds(&cold));
         assert!(disk.places.len() > 280, "{}", disk.places.len());
         assert!(disk.reinserted_blocks > 10 && disk.written_blocks == 5_003);
     }

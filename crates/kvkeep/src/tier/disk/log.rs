@@ -26,8 +26,11 @@ use crate::key::{NamespaceId, ObjectKey};
 
 /// Written without a sync at most: what a recovery has to check byte by byte.
 const SYNC_BYTES: u64 = 256 << 20;
-/// Of a new segment, the part that hot records of an old one may take.
-const REINSERT_DIVISOR: u32 = 2;
+/// Of a new segment, the part that records of an old one may take: three quarters. So a block is written four times at
+/// most for each that is stored.
+const REINSERT_PARTS: (u32, u32) = (3, 4);
+/// Records that are looked up under one lock.
+const RECORDS_AT_ONCE: usize = 256;
 /// A full disk is asked so often for one request at most; every third time it has been freed of a segment. If that was
 /// not enough, what goes frees nothing, as under a snapshot, or goes to somebody else.
 const ASKED_AT_ONCE: usize = 12;
@@ -399,23 +402,16 @@ impl Log {
         Ok(())
     }
 
-    /// Writes hot records of the oldest segment again, within a budget, in their order.
+    /// Writes what is worth keeping of the oldest segment again, within a budget: what is in RAM first, then the last used.
     fn reinsert_hot(&mut self) -> io::Result<()> {
         let Some(oldest) = self.lines.first() else { return Ok(()) };
         let (segment, number, entries) = (Arc::clone(&oldest.segment), oldest.number, oldest.listed.entries);
-        let records = read_segment(&segment, Some(entries), 0).entries;
-        let stored: Vec<(u32, RecordMeta)> = records.into_iter().filter(|(_, meta)| meta.kind.is_stored()).collect();
-        let keys: Vec<ObjectKey> = stored.iter().map(|(_, meta)| meta.key).collect();
-        let resident = self.shared.resident(&keys);
-        let mut budget = self.active.as_ref().map_or(0, |active| active.capacity_pages / REINSERT_DIVISOR);
+        let mut budget =
+            self.active.as_ref().map_or(0, |active| active.capacity_pages / REINSERT_PARTS.1 * REINSERT_PARTS.0);
         let mut any = false;
-        for ((page, meta), resident) in stored.into_iter().zip(resident) {
-            let hot = {
-                let state = self.shared.state.lock();
-                state.index.at(&meta.key, number, page).is_some_and(|slot| slot.is_hot() || resident)
-            };
+        for (page, meta) in self.worth_keeping(&segment, number, entries) {
             let pages = meta.pages().unwrap_or(u32::MAX);
-            if !hot || pages > budget || !self.fits(pages, 1) {
+            if pages > budget || !self.fits(pages, 1) {
                 continue;
             }
             budget -= pages;
@@ -423,6 +419,26 @@ impl Log {
         }
         // Before the old copy goes, the new one must be there to stay.
         if any { self.sync() } else { Ok(()) }
+    }
+
+    fn worth_keeping(&self, segment: &Segment, number: SegmentNumber, entries: u32) -> Vec<(u32, RecordMeta)> {
+        let records = read_segment(segment, Some(entries), 0).entries;
+        let stored: Vec<(u32, RecordMeta)> = records.into_iter().filter(|(_, meta)| meta.kind.is_stored()).collect();
+        let keys: Vec<ObjectKey> = stored.iter().map(|(_, meta)| meta.key).collect();
+        let resident = self.shared.resident(&keys);
+        let mut kept = Vec::new();
+        for (records, resident) in stored.chunks(RECORDS_AT_ONCE).zip(resident.chunks(RECORDS_AT_ONCE)) {
+            let state = self.shared.state.lock();
+            for ((page, meta), resident) in records.iter().zip(resident) {
+                let age = match state.index.at(&meta.key, number, *page) {
+                    Some(_) if *resident => Some(0),
+                    _ => state.index.kept_age(&meta.key, number, *page),
+                };
+                kept.extend(age.map(|age| (age, (*page, *meta))));
+            }
+        }
+        kept.sort_by_key(|(age, _)| *age);
+        kept.into_iter().map(|(_, record)| record).collect()
     }
 
     fn reinsert(&mut self, segment: &Segment, number: SegmentNumber, page: u32, meta: &RecordMeta) -> io::Result<bool> {
@@ -437,8 +453,7 @@ impl Log {
         let Some(written) = written.first() else { return Ok(false) };
         let mut state = self.shared.state.lock();
         // It may have been removed or replaced while it was copied.
-        if let Some(mark) = state.index.at(&meta.key, number, page).map(|slot| slot.mark) {
-            state.index.insert(meta, written.segment, written.page, mark);
+        if state.index.relocate(&meta.key, (number, page), (written.segment, written.page)) {
             state.counters.reinserted_total += 1;
         }
         Ok(true)

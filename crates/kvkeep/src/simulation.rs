@@ -4,6 +4,8 @@
 //! One block takes one page. A second implementation would be simpler to make fast, and
 //! would prove nothing about the first.
 
+mod segments;
+
 use std::ops::Range;
 
 use crate::error::{Error, Result};
@@ -14,6 +16,7 @@ use crate::store::OnPresent;
 use crate::store::Wanted;
 use crate::store::ledger::{Ledger, Request, Reservation, Written, new_entry};
 use crate::tier::ram::{PAGE_BYTES, pages_without_arena};
+use segments::Segments;
 
 /// A cache of blocks that have a number and no payload.
 ///
@@ -45,11 +48,8 @@ pub struct Hits {
 
 #[derive(Debug)]
 struct Disk {
-    state: Ledger,
+    segments: Segments,
     admitter: Admitter,
-    /// The kind of each entry when it was written.
-    kinds: Vec<u8>,
-    written_blocks: u64,
 }
 
 impl Hits {
@@ -92,14 +92,17 @@ impl Simulation {
         Ok(Self { unpinned: Some(capacity_blocks as usize), ..room })
     }
 
-    /// A disk behind the RAM: what `admission` lets pass is written when it is stored, what is
-    /// read from it goes to RAM again.
+    /// A disk behind the RAM, which evicts as the disk tier does: what `admission` lets pass is written when it is
+    /// stored, what is read from it goes to RAM again.
     ///
     /// # Errors
     /// [`Error::Config`] for a capacity of no blocks.
-    pub fn with_disk(mut self, capacity_blocks: u32, policy: PolicyKind, admission: Admission) -> Result<Self> {
-        let state = state(capacity_blocks, policy, &[])?;
-        self.disk = Some(Disk { state, admitter: Admitter::new(admission), kinds: Vec::new(), written_blocks: 0 });
+    pub fn with_disk(mut self, capacity_blocks: u32, admission: Admission) -> Result<Self> {
+        if capacity_blocks == 0 {
+            return Err(no_capacity());
+        }
+        let segments = Segments::new(capacity_blocks as usize);
+        self.disk = Some(Disk { segments, admitter: Admitter::new(admission) });
         Ok(self)
     }
 
@@ -126,7 +129,7 @@ impl Simulation {
             store_missing(ram, keys, 0..keys.len(), in_ram + on_disk, tenant(tenant_number), priority);
         }
         if let Some(disk) = disk {
-            disk.write(keys, in_ram + on_disk);
+            disk.write(keys, in_ram + on_disk, ram);
         }
         Hits { ram: in_ram, disk: on_disk }
     }
@@ -153,15 +156,25 @@ impl Simulation {
     /// Blocks written to disk so far.
     #[must_use]
     pub fn disk_written_blocks(&self) -> u64 {
-        self.disk.as_ref().map_or(0, |disk| disk.written_blocks)
+        self.disk.as_ref().map_or(0, |disk| disk.segments.written_blocks)
+    }
+
+    /// Blocks that were written to disk again before the segment in which they lay went.
+    #[must_use]
+    pub fn disk_reinserted_blocks(&self) -> u64 {
+        self.disk.as_ref().map_or(0, |disk| disk.segments.reinserted_blocks)
     }
 }
 
 fn state(capacity_blocks: u32, policy: PolicyKind, quotas: &[(NamespaceId, f64)]) -> Result<Ledger> {
     if capacity_blocks == 0 {
-        return Err(Error::Config("a capacity of 0 blocks makes no cache: give at least 1".to_owned()));
+        return Err(no_capacity());
     }
     Ok(Ledger::new(pages_without_arena(capacity_blocks), policy, quotas))
+}
+
+fn no_capacity() -> Error {
+    Error::Config("a capacity of 0 blocks makes no cache: give at least 1".to_owned())
 }
 
 fn tenant(number: u32) -> NamespaceId {
@@ -214,23 +227,17 @@ impl Disk {
     /// Reads on from where RAM ends; says how many blocks that were.
     fn read(&mut self, keys: &[ObjectKey], in_ram: usize) -> usize {
         let behind = keys.get(in_ram..).unwrap_or_default();
-        let on_disk = behind.iter().take_while(|key| self.state.index().find(key).is_some()).count();
-        for key in behind.iter().take(on_disk) {
-            if let Some(id) = self.state.index().find(key) {
-                self.admitter.read(self.kinds.get(id as usize).copied().unwrap_or_default());
-            }
+        let mut on_disk = 0;
+        for kind in behind.iter().map_while(|key| self.segments.read(key)) {
+            self.admitter.read(kind);
+            on_disk += 1;
         }
-        // What RAM served was used as well.
-        let requested = Request::Tokens { requested: keys.len(), block_tokens: 1 };
-        let used = self.state.hold_run(keys.get(..in_ram + on_disk).unwrap_or_default(), 0, requested);
-        self.state.release(used);
         on_disk
     }
 
-    fn write(&mut self, keys: &[ObjectKey], found: usize) {
-        let mut written = Vec::new();
+    fn write(&mut self, keys: &[ObjectKey], found: usize, ram: &Ledger) {
         for (position, key) in keys.iter().enumerate() {
-            if self.state.index().find(key).is_some() {
+            if self.segments.holds(key) {
                 continue;
             }
             let (touches, place) = (u8::from(position < found), Place::of(position, keys.len(), found));
@@ -238,26 +245,10 @@ impl Disk {
             if !self.admitter.admits(touches, place) {
                 break;
             }
-            let wanted = Wanted { bytes_each: PAGE_BYTES, first_given: 0, priority: Priority::Normal };
-            let room = self.state.reserve(tenant(0), std::slice::from_ref(key), wanted, &[], 0).missing;
-            let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
-            let entry = |extent| Written { entry: new_entry(*key, extent, usize::MAX, NEVER, None, 0), parent, place };
-            written.extend(room.into_iter().map(|(_, extent)| (entry(extent), touches)));
+            let kind = Admitter::kind(touches, place);
+            self.segments.write(*key, kind, |key| ram.index().find(key).is_some());
+            self.admitter.wrote(kind);
         }
-        self.written_blocks += written.len() as u64;
-        let told: Vec<_> =
-            written.iter().map(|(written, touches)| (written.entry.key, *touches, written.place)).collect();
-        let written = written.into_iter().map(|(written, _)| written);
-        self.state.seal_all(tenant(0), written, OnPresent::Keep, Priority::Normal);
-        for (key, touches, place) in told {
-            if let Some(id) = self.state.index().find(&key) {
-                let (slot, kind) = (id as usize, Admitter::kind(touches, place));
-                self.admitter.wrote(kind);
-                self.kinds.resize(self.kinds.len().max(slot + 1), 0);
-                if let Some(entry) = self.kinds.get_mut(slot) {
-                    *entry = kind;
-                }
-            }
-        }
+        self.segments.take_evicted(|key| ram.index().find(key).is_some());
     }
 }

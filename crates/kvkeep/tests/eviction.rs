@@ -200,7 +200,7 @@ fn a_disk_catches_what_ram_drops_and_admission_saves_writes() {
         (0..3_000).map(|n| if n % 3 == 0 { vec![n << 40] } else { modest(1, 12, &mut random) }).collect();
     let run = |admission| {
         let mut cache = Simulation::new(20, PolicyKind::Adaptive).unwrap();
-        cache = cache.with_disk(200, PolicyKind::Adaptive, admission).unwrap();
+        cache = cache.with_disk(200, admission).unwrap();
         let hits: usize = requests.iter().map(|request| cache.request(request).total()).sum();
         (hits, cache.disk_written_blocks())
     };

@@ -41,7 +41,7 @@ pub(crate) fn replay(trace: &Trace, setup: Setup) -> Result<Outcome> {
         Simulation::new(setup.ram_blocks, setup.policy)?
     };
     if setup.disk_blocks > 0 {
-        cache = cache.with_disk(setup.disk_blocks, setup.policy, setup.admission)?;
+        cache = cache.with_disk(setup.disk_blocks, setup.admission)?;
     }
     let mut outcome = Outcome::default();
     let begin = Instant::now();

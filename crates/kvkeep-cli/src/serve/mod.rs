@@ -59,7 +59,7 @@ pub(crate) fn run(options: ServeOptions) -> Result<ExitCode> {
     let (model, context_tokens) = (config.model_name.clone().unwrap_or_default(), config.context_tokens);
     let (weights_bytes, stats) = (engine.weights_bytes(), cache.stats());
     let up = |address: SocketAddr| {
-        let disk = dir.as_deref().zip(stats.disk.map(|disk| disk.capacity_bytes));
+        let disk = dir.as_deref().zip(stats.tier("disk").map(|disk| disk.capacity_bytes));
         let (settings, model, ram_bytes) = (&settings, model.as_str(), stats.capacity_bytes);
         let banner = Banner { settings, address, model, context_tokens, asked_tokens, weights_bytes, ram_bytes, disk };
         eprint!("{}", banner.text());

@@ -11,10 +11,10 @@ use std::time::Duration;
 use super::crypt::Cipher;
 use super::format::{Content, Kind, PAGE_BYTES, RecordMeta};
 use super::io::{Access, Backend, Directory, Pages};
-use super::recover::Records;
+use super::records::Records;
+use super::refusal::{open_error, refused};
 use super::segment::{Expected, ReadError, Segment};
 use super::survey::{Listed, ManifestState, Seen, Survey, survey};
-use super::{open_error, refused};
 use crate::error::{Error, Result};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::layout::KvLayout;
@@ -185,7 +185,7 @@ impl Archive {
         let mut parts = Vec::with_capacity(segments.len());
         let (mut lost_segments, mut damaged_segments, mut unreadable_segments, mut torn_records) = (0, 0, 0, 0);
         let mut replay = Replay::default();
-        let mut used_bytes = super::log::OVERHEAD_BYTES;
+        let mut used_bytes = super::room::OVERHEAD_BYTES;
         for Listed { seen, .. } in segments {
             let surveyed = match seen {
                 Seen::Ours(surveyed) => surveyed,

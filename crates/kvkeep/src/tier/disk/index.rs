@@ -29,7 +29,8 @@ pub(crate) struct Slot {
     pub(crate) payload_pages: u32,
     namespace: u32,
     pub(crate) compute_us: u32,
-    prefix_bytes: u32,
+    /// Of a named one, the bytes of its prefix text; of a block, when it was last used.
+    extra: u32,
     pub(crate) segment: SegmentNumber,
     /// What it was written as: whoever admitted it knows.
     pub(crate) mark: u8,
@@ -39,7 +40,7 @@ pub(crate) struct Slot {
 /// It is a named one.
 const NAMED: u8 = 1;
 /// Read since it was written here.
-const HOT: u8 = 2;
+const READ: u8 = 2;
 
 /// Where a record is, with what it takes to read it.
 #[derive(Debug, Clone)]
@@ -55,6 +56,12 @@ pub(crate) struct DiskIndex {
     table: HashTable<Slot>,
     segments: Vec<Option<Arc<Segment>>>,
     namespaces: Namespaces,
+    /// Records written and reads: the unit of age.
+    clock: u32,
+    /// Of all blocks, when a segment was last forgotten; `None` before that.
+    mean_age: Option<u32>,
+    /// What is summed up for it: ages, and blocks.
+    ages: (u64, u64),
 }
 
 impl Fingerprint {
@@ -71,16 +78,15 @@ impl Slot {
     }
 
     fn prefix_bytes(&self) -> Option<usize> {
-        self.is_named().then_some(self.prefix_bytes as usize)
+        self.is_named().then_some(self.extra as usize)
     }
 
     fn is_named(&self) -> bool {
         self.flags & NAMED != 0
     }
 
-    /// Was it read since it was written here?
-    pub(crate) fn is_hot(&self) -> bool {
-        self.flags & HOT != 0
+    fn was_read(&self) -> bool {
+        self.flags & READ != 0
     }
 }
 
@@ -98,13 +104,33 @@ impl DiskIndex {
         SegmentNumber::try_from(number).ok()
     }
 
-    /// Forgets a segment and everything in it; says how many records that were.
-    pub(crate) fn remove_segment(&mut self, number: SegmentNumber) -> usize {
-        let removed = self.retain(|slot| slot.segment != number);
-        if let Some(segment) = self.segments.get_mut(usize::from(number)) {
+    /// Forgets those of a segment's records that lie in `count` slots of the table from `from` on; says how many that
+    /// were, and where to go on. After the last slot the segment itself is forgotten. Nothing is inserted in between.
+    pub(crate) fn remove_some(&mut self, number: SegmentNumber, from: usize, count: usize) -> (usize, Option<usize>) {
+        let Self { table, namespaces, segments, clock, ages, .. } = self;
+        let (end, all) = (from.saturating_add(count), table.num_buckets());
+        let mut removed = 0;
+        for bucket in from..end.min(all) {
+            let Some(slot) = table.get_bucket(bucket) else { continue };
+            if slot.segment != number {
+                if !slot.is_named() {
+                    *ages = (ages.0 + u64::from(clock.wrapping_sub(slot.extra)), ages.1 + 1);
+                }
+            } else if let Ok(entry) = table.get_bucket_entry(bucket) {
+                let (slot, _) = entry.remove();
+                namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
+                removed += 1;
+            }
+        }
+        if end < all {
+            return (removed, Some(end));
+        }
+        if let Some(segment) = segments.get_mut(usize::from(number)) {
             *segment = None;
         }
-        removed
+        let (sum, blocks) = std::mem::take(&mut self.ages);
+        self.mean_age = sum.checked_div(blocks).and_then(|mean| u32::try_from(mean).ok());
+        (removed, None)
     }
 
     /// The live record under a key. One that has expired goes.
@@ -133,6 +159,8 @@ impl DiskIndex {
         self.remove(&meta.key);
         let Some(payload_pages) = meta.payload_pages() else { return };
         let namespace = self.namespaces.number(meta.namespace);
+        self.clock = self.clock.wrapping_add(1);
+        let named = meta.kind == Kind::Named;
         let slot = Slot {
             fingerprint: Fingerprint::of(&meta.key),
             expires_at_ms: meta.expires_at_ms,
@@ -140,10 +168,10 @@ impl DiskIndex {
             payload_pages,
             namespace,
             compute_us: meta.compute_us,
-            prefix_bytes: meta.prefix_bytes,
+            extra: if named { meta.prefix_bytes } else { self.clock },
             segment,
             mark,
-            flags: if meta.kind == Kind::Named { NAMED } else { 0 },
+            flags: if named { NAMED } else { 0 },
         };
         self.namespaces.add(namespace, slot.record_bytes(), meta.key.layer(), slot.prefix_bytes());
         self.table.insert_unique(slot.fingerprint.0, slot, |slot| slot.fingerprint.0);
@@ -193,12 +221,41 @@ impl DiskIndex {
         self.retain(|slot| slot.expires_at_ms > now_ms)
     }
 
-    /// Marks a record as worth keeping when its segment goes.
+    /// A record was read.
     pub(crate) fn heat(&mut self, key: &ObjectKey) {
+        self.clock = self.clock.wrapping_add(1);
         let fingerprint = Fingerprint::of(key);
         if let Some(slot) = self.table.find_mut(fingerprint.0, |slot| slot.fingerprint == fingerprint) {
-            slot.flags |= HOT;
+            slot.flags |= READ;
+            if !slot.is_named() {
+                slot.extra = self.clock;
+            }
         }
+    }
+
+    /// How long ago a record at this place was used, if it is worth writing again when its segment goes: a block that was
+    /// used more recently than most, a named record that was read.
+    pub(crate) fn kept_age(&self, key: &ObjectKey, segment: SegmentNumber, page: u32) -> Option<u32> {
+        let slot = self.at(key, segment, page)?;
+        if slot.is_named() {
+            return slot.was_read().then_some(0);
+        }
+        let age = self.clock.wrapping_sub(slot.extra);
+        (age < self.mean_age.unwrap_or(self.clock / 2)).then_some(age)
+    }
+
+    /// A record was written again at another place; says whether it still was at the old one.
+    pub(crate) fn relocate(&mut self, key: &ObjectKey, from: (SegmentNumber, u32), to: (SegmentNumber, u32)) -> bool {
+        let fingerprint = Fingerprint::of(key);
+        let Some(slot) = self.table.find_mut(fingerprint.0, |slot| slot.fingerprint == fingerprint) else {
+            return false;
+        };
+        let there = (slot.segment, slot.page) == from;
+        if there {
+            (slot.segment, slot.page) = to;
+            slot.flags &= !READ;
+        }
+        there
     }
 
     /// The slot of a key, if it still is at this place.

@@ -81,6 +81,9 @@ pub(crate) trait Backend: Send + Sync + fmt::Debug {
     fn check(&self) -> io::Result<()>;
 }
 
+/// Finds the directory again after it was gone.
+pub(crate) type Opener = Box<dyn Fn() -> io::Result<Arc<dyn Backend>> + Send>;
+
 /// One file. Offsets and lengths are whole pages, buffers are page-aligned.
 pub(crate) trait DiskFile: Send + Sync + fmt::Debug {
     /// Fills all buffers, or fails.
@@ -206,6 +209,11 @@ fn lock(dir: &OwnedFd, access: Access) -> Result<Option<Lock>, OpenError> {
     }
     let kept = not_inherited(file.as_fd());
     Ok(Some(Lock { file, kept, process: Process::current() }))
+}
+
+/// Has the disk, or the quota on it, no room?
+pub(crate) fn is_full(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 /// Is what was opened a directory or a link, and so no file of ours?

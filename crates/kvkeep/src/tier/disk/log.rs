@@ -1,54 +1,49 @@
-//! The writing side: records appended to the newest segment, segments sealed, begun and
-//! evicted ([`room`]). One thread owns it; readers never wait for it.
+//! The segments of a directory: the newest is appended to, full ones are sealed, and the oldest go to make room.
+//! One thread owns it; readers never wait for it.
 //!
 //! Invariants:
-//! - What is on the disk stays under the cap at every moment: room is made before it is taken,
-//!   a segment's at once, and while segments can go there is room for one more, so that hot
-//!   records of the oldest one can be written again before it goes.
+//! - What is on the disk stays under the cap at every moment: room is made before it is taken, a segment's at once, and
+//!   while segments can go there is room for one more, so that hot records of the oldest one can be written again before
+//!   it goes. Where a record was written again, its old copy goes only after the new one is durable.
 //! - Segments go oldest first. So a removal outlives everything that it removes.
-//! - The manifest names a segment before it exists and until it is gone: an unnamed one is a
-//!   leftover.
-
-mod room;
+//! - The manifest names a segment before it exists and until it is gone: an unnamed one is a leftover.
+//! - A disk that is full before the cap is reached rotates as one that is full at its cap ([`Room`]).
 
 use std::io;
 use std::sync::Arc;
 
-use super::crypt::{self, Cipher};
-use super::format::{
-    CipherKind, Content, HEADER_KEYS, Identity, Kind, Manifest, PAGE_BYTES, Place, RecordHeader, RecordMeta,
-    SegmentHeader, SegmentLine, Trailer, encode_index,
-};
+use super::active::{Active, Encoder, Record, Sealed, marker};
+use super::crypt::Cipher;
+use super::format::{HEADER_KEYS, Identity, Kind, Manifest, RecordMeta, SegmentLine, Trailer};
 use super::index::SegmentNumber;
-use super::io::{Backend, Pages};
-use super::manifest;
-use super::segment::{Segment, offset};
-use super::shared::{Shared, Sums};
+use super::io::{Backend, Pages, is_full};
+use super::manifest::{self, Marks};
+use super::records::read_segment;
+use super::room::{OVERHEAD_BYTES, Room};
+use super::segment::{Expected, Segment, offset, segment_name};
+use super::shared::Shared;
 use crate::key::{NamespaceId, ObjectKey};
 
-/// What the directory, its lock and two manifests take at most.
-pub(crate) const OVERHEAD_BYTES: u64 = 64 << 10;
-/// Below this there is no room for segments that can take turns.
-pub(crate) const MIN_CAPACITY_BYTES: u64 = 1 << 20;
-const MIN_SEGMENT_BYTES: u64 = 128 << 10;
-const MAX_SEGMENT_BYTES: u64 = 1 << 30;
-/// A segment is this part of the cap: what is evicted at once.
-const SEGMENTS: u64 = 32;
 /// Written without a sync at most: what a recovery has to check byte by byte.
 const SYNC_BYTES: u64 = 256 << 20;
-/// No process lives to write so many.
-const MAX_SEGMENT: u64 = u64::MAX >> 1;
-/// Encrypted and copied this many pages at a time.
-const BOUNCE_PAGES: usize = 256;
+/// Of a new segment, the part that records of an old one may take: three quarters. So a block is written four times at
+/// most for each that is stored.
+const REINSERT_PARTS: (u32, u32) = (3, 4);
+/// Records that are looked up under one lock.
+const RECORDS_AT_ONCE: usize = 256;
+/// A full disk is asked so often for one request at most; every third time it has been freed of a segment. If that was
+/// not enough, what goes frees nothing, as under a snapshot, or goes to somebody else.
+const ASKED_AT_ONCE: usize = 12;
+/// Slots of the index that are looked at under one lock: some 50 µs.
+const SLOTS_AT_ONCE: usize = 8192;
 
 /// A segment in the order of its age.
 #[derive(Debug)]
 pub(crate) struct Line {
     pub(crate) segment: Arc<Segment>,
     pub(crate) number: SegmentNumber,
-    pub(crate) sealed: bool,
-    pub(crate) entries: u32,
-    pub(crate) pages: u32,
+    /// As the manifest has it.
+    pub(crate) listed: SegmentLine,
     pub(crate) allocated_bytes: u64,
 }
 
@@ -60,52 +55,6 @@ pub(crate) struct Aside {
     pub(crate) bytes: u64,
 }
 
-/// The segment that is being written: the last line.
-#[derive(Debug)]
-struct Active {
-    segment: Arc<Segment>,
-    number: SegmentNumber,
-    end_page: u32,
-    capacity_pages: u32,
-    durable_pages: u32,
-    /// Is the file itself there to stay?
-    durable_name: bool,
-    entries: Vec<(u32, RecordMeta)>,
-}
-
-/// What the writer owns.
-#[derive(Debug)]
-pub(crate) struct Log {
-    pub(crate) backend: Arc<dyn Backend>,
-    pub(crate) identity: Identity,
-    pub(crate) cipher: Option<Arc<Cipher>>,
-    pub(crate) capacity_bytes: u64,
-    pub(crate) next_segment: u64,
-    pub(crate) lines: Vec<Line>,
-    /// Oldest first. They go in turn with the lines.
-    pub(crate) aside: Vec<Aside>,
-    /// Evicted segments whose files are not gone yet, and their bytes.
-    doomed: Vec<(u64, u64)>,
-    active: Option<Active>,
-    /// Did an append get as far as to write records since this was last taken back?
-    pub(crate) touched: bool,
-    shared: Arc<Shared>,
-    bounce: Pages,
-}
-
-/// A record to be appended.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Record<'a> {
-    pub(crate) meta: &'a RecordMeta,
-    pub(crate) content: &'a Content,
-    /// What a removal lists.
-    pub(crate) keys: &'a [ObjectKey],
-    /// Whole pages.
-    pub(crate) payload: &'a [u8],
-    /// Its checksums, if they may have been made already.
-    pub(crate) sums: Option<&'a Sums>,
-}
-
 /// Where a record was written.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Written {
@@ -113,33 +62,27 @@ pub(crate) struct Written {
     pub(crate) page: u32,
 }
 
-impl Record<'_> {
-    /// Adds its lines to an index.
-    fn list(&self, page: u32, entries: &mut Vec<(u32, RecordMeta)>) {
-        if self.keys.is_empty() {
-            entries.push((page, *self.meta));
-        }
-        entries.extend(self.keys.iter().map(|key| (page, RecordMeta { key: *key, ..*self.meta })));
-    }
-}
-
-/// How long segments of a cache of this size are.
-fn segment_bytes(capacity_bytes: u64) -> u64 {
-    let bytes = (capacity_bytes / SEGMENTS).clamp(MIN_SEGMENT_BYTES, MAX_SEGMENT_BYTES);
-    bytes / PAGE_BYTES as u64 * PAGE_BYTES as u64
-}
-
-/// The name of a segment's file.
-pub(crate) fn segment_name(id: u64) -> String {
-    format!("segment-{id:016x}")
-}
-
-/// The number in a segment's name. One above all that are ever used is not ours, so that numbers behind it are not
-/// used up.
-pub(crate) fn segment_id(name: &str) -> Option<u64> {
-    let digits = name.strip_prefix("segment-")?;
-    let id = u64::from_str_radix(digits, 16).ok()?;
-    (segment_name(id) == name && id <= MAX_SEGMENT).then_some(id)
+/// What the writer owns.
+#[derive(Debug)]
+pub(crate) struct Log {
+    pub(crate) backend: Arc<dyn Backend>,
+    pub(crate) cipher: Option<Arc<Cipher>>,
+    pub(crate) room: Room,
+    pub(crate) lines: Vec<Line>,
+    /// Oldest first. They go in turn with the lines.
+    pub(crate) aside: Vec<Aside>,
+    /// Did an append get as far as to write records since this was last taken back?
+    pub(crate) touched: bool,
+    identity: Identity,
+    encoder: Encoder,
+    next_segment: u64,
+    /// Evicted segments whose files are not gone yet, and their bytes.
+    doomed: Vec<(u64, u64)>,
+    /// The last line, while it is written.
+    active: Option<Active>,
+    /// `None` until a manifest was written.
+    marks: Option<Marks>,
+    shared: Arc<Shared>,
 }
 
 impl Log {
@@ -152,20 +95,20 @@ impl Log {
         lines: Vec<Line>,
         shared: Arc<Shared>,
     ) -> Self {
-        let bounce = Pages::new(if cipher.is_some() { BOUNCE_PAGES } else { 0 });
         Self {
             backend,
+            encoder: Encoder::new(identity, cipher.clone()),
             identity,
             cipher,
-            capacity_bytes,
+            room: Room::new(capacity_bytes),
             next_segment,
             lines,
             aside: Vec::new(),
             doomed: Vec::new(),
             active: None,
             touched: false,
+            marks: None,
             shared,
-            bounce,
         }
     }
 
@@ -174,20 +117,13 @@ impl Log {
     pub(crate) fn append(&mut self, records: &[Record<'_>]) -> io::Result<Vec<Written>> {
         let Some(first) = records.first() else { return Ok(Vec::new()) };
         let pages = first.meta.pages().ok_or(io::ErrorKind::FileTooLarge)?;
-        if !self.fits(pages) {
-            self.rotate(pages)?;
-        }
-        let (mut count, mut all) = (1, pages);
-        for record in records.iter().skip(1) {
-            // What is encrypted is written piece by piece anyway.
-            let more = record.meta.pages().and_then(|pages| all.checked_add(pages));
-            match more {
-                Some(more) if self.cipher.is_none() && self.fits_lines(more, count + 1) => all = more,
-                _ => break,
+        self.with_room(|log| {
+            if !log.fits(pages, 1) {
+                log.rotate(pages)?;
             }
-            count += 1;
-        }
-        self.append_here(records.get(..count).unwrap_or_default())
+            let count = log.count_that_fit(pages, records);
+            log.append_here(records.get(..count).unwrap_or_default())
+        })
     }
 
     /// Appends removals of these keys.
@@ -213,122 +149,13 @@ impl Log {
         self.shrink()
     }
 
-    fn append_marker(&mut self, meta: &RecordMeta, keys: &[ObjectKey]) -> io::Result<()> {
-        // Each key takes a line of the index.
-        if !self.fits_lines(1, keys.len().max(1)) {
-            self.rotate(1)?;
-        }
-        let record = Record { meta, content: &Content::Nothing, keys, payload: &[], sums: None };
-        self.append_here(&[record]).map(drop)
-    }
-
-    /// There is room for all of them.
-    fn append_here(&mut self, records: &[Record<'_>]) -> io::Result<Vec<Written>> {
-        let active = self.active.as_ref().ok_or(io::ErrorKind::StorageFull)?;
-        self.touched = true;
-        let (first, segment, number) = (active.end_page, Arc::clone(&active.segment), active.number);
-        let durable_pages = active.durable_pages;
-        let mut written = Vec::with_capacity(records.len());
-        let mut heads = Pages::new(records.len());
-        let mut page = first;
-        for (record, head) in records.iter().zip(heads.bytes_mut().chunks_exact_mut(PAGE_BYTES)) {
-            let place = Place { store_id: self.identity.store_id, segment: segment.id, page };
-            self.header(&segment, record, place, durable_pages)?.encode(head);
-            written.push(Written { segment: number, page });
-            page += record.meta.pages().unwrap_or(1);
-        }
-        let mut parts = Vec::with_capacity(2 * records.len());
-        for (record, head) in records.iter().zip(heads.bytes().chunks_exact(PAGE_BYTES)) {
-            parts.push(head);
-            if !self.encrypts(record) {
-                parts.push(record.payload);
-            }
-        }
-        segment.file.write(&parts, offset(first))?;
-        self.shared.progress();
-        let mut unsynced = 0;
-        if let Some(active) = &mut self.active {
-            active.end_page = page;
-            for (record, place) in records.iter().zip(&written) {
-                record.list(place.page, &mut active.entries);
-            }
-            unsynced = offset(active.end_page - active.durable_pages);
-        }
-        if unsynced >= SYNC_BYTES {
-            self.sync()?;
-        }
-        Ok(written)
-    }
-
-    fn encrypts(&self, record: &Record<'_>) -> bool {
-        self.cipher.is_some() && record.meta.kind.is_stored()
-    }
-
-    /// The header of a record; what is encrypted is written on the way.
-    fn header(
-        &mut self,
-        segment: &Segment,
-        record: &Record<'_>,
-        place: Place,
-        durable_pages: u32,
-    ) -> io::Result<RecordHeader> {
-        let Record { meta, content, keys, payload, sums } = *record;
-        let encrypted = self.encrypts(record);
-        let mut header = RecordHeader {
-            meta: *meta,
-            place,
-            durable_pages,
-            cipher: if encrypted { self.identity.cipher } else { CipherKind::None },
-            nonce: if encrypted { crypt::random_nonce()? } else { [0; 24] },
-            content: content.clone(),
-            list: RecordHeader::key_list(keys),
-        };
-        if encrypted {
-            self.write_encrypted(segment, &mut header, payload)?;
-        } else if meta.kind.is_stored() {
-            let make = || meta.sums(payload);
-            header.list = sums.map_or_else(make, |sums| sums.get_or_init(make).clone());
-        }
-        Ok(header)
-    }
-
-    /// Encrypts piece by piece through a buffer of its own: the payload is somebody's to read.
-    fn write_encrypted(&mut self, segment: &Segment, header: &mut RecordHeader, payload: &[u8]) -> io::Result<()> {
-        let piece_bytes = 1usize << header.meta.piece_shift(header.cipher);
-        let cipher = self.cipher.as_ref().ok_or_else(|| io::Error::other("no key"))?;
-        let pieces = payload.len().div_ceil(piece_bytes);
-        header.list = vec![0; pieces * 16];
-        let bound = header.bound();
-        if piece_bytes > self.bounce.bytes().len() {
-            self.bounce = Pages::new(piece_bytes / PAGE_BYTES);
-        }
-        let mut at = offset(header.place.page + 1);
-        let mut tags = Vec::with_capacity(pieces * 16);
-        for (number, piece) in (0u32..).zip(payload.chunks(piece_bytes)) {
-            let Some(buffer) = self.bounce.bytes_mut().get_mut(..piece.len()) else { continue };
-            buffer.copy_from_slice(piece);
-            let tag =
-                cipher.seal(&header.nonce, number, &bound, buffer).ok_or_else(|| io::Error::other("encryption"))?;
-            segment.file.write(&[buffer], at)?;
-            at += piece.len() as u64;
-            tags.extend_from_slice(&tag);
-        }
-        header.list = tags;
-        Ok(())
-    }
-
-    /// Makes everything that was appended durable.
+    /// Makes everything that was appended durable, and notes that it is.
     pub(crate) fn sync(&mut self) -> io::Result<()> {
-        if let Some(active) = &mut self.active
-            && active.durable_pages < active.end_page
-        {
-            active.segment.file.sync()?;
+        let Some(active) = &mut self.active else { return Ok(()) };
+        if active.sync(self.backend.as_ref())? {
+            let (segment, pages) = (active.segment.id, active.durable_pages);
             self.shared.progress();
-            if !active.durable_name {
-                self.backend.sync_dir()?;
-                active.durable_name = true;
-            }
-            active.durable_pages = active.end_page;
+            self.note_durable(segment, pages)?;
         }
         Ok(())
     }
@@ -337,7 +164,7 @@ impl Log {
     pub(crate) fn close(&mut self) -> io::Result<()> {
         if self.active.is_some() {
             self.seal()?;
-            self.write_manifest()?;
+            self.with_room(Self::write_manifest)?;
         }
         Ok(())
     }
@@ -346,6 +173,15 @@ impl Log {
     /// but nothing is known of what would come behind it.
     pub(crate) fn abandon(&mut self) {
         self.active = None;
+    }
+
+    /// Evicts until what lies here fits the limit.
+    pub(crate) fn shrink(&mut self) -> io::Result<()> {
+        while self.kept_bytes() > self.room.limit_bytes() && self.segments() > 0 {
+            self.forget_oldest();
+        }
+        self.write_manifest()?;
+        self.remove_doomed()
     }
 
     /// Bytes on the disk.
@@ -359,124 +195,277 @@ impl Log {
         OVERHEAD_BYTES + aside + self.lines.iter().map(|line| line.allocated_bytes).sum::<u64>()
     }
 
-    /// Writes down which segments there are.
-    pub(crate) fn write_manifest(&self) -> io::Result<()> {
-        manifest::write(self.backend.as_ref(), &self.manifest())
+    fn segments(&self) -> usize {
+        self.lines.len() + self.aside.len()
     }
 
-    fn manifest(&self) -> Manifest {
-        let line = |line: &Line| SegmentLine {
-            segment: line.segment.id,
-            sealed: line.sealed,
-            entries: line.entries,
-            pages: line.pages,
-        };
-        let aside = self.aside.iter().map(|aside| aside.line);
-        let mut segments: Vec<SegmentLine> = self.lines.iter().map(line).chain(aside).collect();
-        segments.sort_unstable_by_key(|line| line.segment);
-        Manifest { identity: self.identity, next_segment: self.next_segment, segments }
+    fn fits(&self, pages: u32, lines: usize) -> bool {
+        self.active.as_ref().is_some_and(|active| active.fits(pages, lines))
     }
 
-    fn fits(&self, pages: u32) -> bool {
-        self.fits_lines(pages, 1)
+    /// How many of these fit together, the first of which takes `all` pages and does fit.
+    fn count_that_fit(&self, mut all: u32, records: &[Record<'_>]) -> usize {
+        let mut count = 1;
+        for record in records.iter().skip(1) {
+            // What is encrypted is written piece by piece anyway.
+            let more = record.meta.pages().and_then(|pages| all.checked_add(pages));
+            match more {
+                Some(more) if self.cipher.is_none() && self.fits(more, count + 1) => all = more,
+                _ => break,
+            }
+            count += 1;
+        }
+        count
     }
 
-    fn fits_lines(&self, pages: u32, lines: usize) -> bool {
-        self.active.as_ref().is_some_and(|active| {
-            let needed = u64::from(active.end_page)
-                + u64::from(pages)
-                + u64::from(Trailer::tail_pages(active.entries.len() + lines));
-            needed <= u64::from(active.capacity_pages)
+    fn append_marker(&mut self, meta: &RecordMeta, keys: &[ObjectKey]) -> io::Result<()> {
+        self.with_room(|log| {
+            // Each key takes a line of the index.
+            if !log.fits(1, keys.len().max(1)) {
+                log.rotate(1)?;
+            }
+            log.append_here(&[Record::marker(meta, keys)]).map(drop)
         })
+    }
+
+    /// There is room for all of them in the newest segment.
+    fn append_here(&mut self, records: &[Record<'_>]) -> io::Result<Vec<Written>> {
+        let active = self.active.as_mut().ok_or(io::ErrorKind::StorageFull)?;
+        let segment = self.lines.last().ok_or(io::ErrorKind::StorageFull)?.number;
+        self.touched = true;
+        let pages = match active.append(records, &mut self.encoder) {
+            Ok(pages) => pages,
+            Err(error) => {
+                self.abandon();
+                return Err(error);
+            }
+        };
+        self.shared.progress();
+        if active.unsynced_bytes() >= SYNC_BYTES {
+            self.sync()?;
+        }
+        Ok(pages.into_iter().map(|page| Written { segment, page }).collect())
+    }
+
+    /// Does something that takes room. On a disk that is full before the cap is reached the oldest segments make it:
+    /// a cache may forget.
+    fn with_room<T>(&mut self, mut action: impl FnMut(&mut Self) -> io::Result<T>) -> io::Result<T> {
+        for _ in 0..ASKED_AT_ONCE {
+            match action(self) {
+                Err(error) if is_full(&error) => self.room.refused(self.kept_bytes(), self.shared.now_ms()),
+                done => return done,
+            }
+        }
+        action(self)
+    }
+
+    /// Seals the newest segment and begins another with room for `pages` pages.
+    fn rotate(&mut self, pages: u32) -> io::Result<()> {
+        self.seal()?;
+        self.room.ask_for_more(self.shared.now_ms());
+        let (ordinary, limit) = (self.room.segment_bytes(), self.room.limit_bytes());
+        let needed = offset(1) + offset(pages) + offset(Trailer::tail_pages(HEADER_KEYS));
+        let bytes = ordinary.max(needed);
+        if OVERHEAD_BYTES + bytes > limit {
+            // That a large record does not fit says nothing of the others.
+            let kind = if bytes > ordinary { io::ErrorKind::FileTooLarge } else { io::ErrorKind::StorageFull };
+            return Err(kind.into());
+        }
+        while self.kept_bytes() + bytes > limit && self.segments() > 0 {
+            self.forget_oldest();
+        }
+        self.begin(bytes)?;
+        self.room.granted();
+        while self.kept_bytes() + ordinary > limit && self.segments() > 1 {
+            self.evict_oldest()?;
+        }
+        Ok(())
     }
 
     /// Begins a segment, after those that went to make room for it are unlinked.
     fn begin(&mut self, bytes: u64) -> io::Result<()> {
-        let id = self.next_segment;
-        self.next_segment += 1;
-        let mut manifest = self.manifest();
-        manifest.segments.push(SegmentLine { segment: id, sealed: false, entries: 0, pages: 0 });
-        manifest::write(self.backend.as_ref(), &manifest)?;
+        let (id, listed) = (self.next_segment, SegmentLine::open(self.next_segment));
+        self.publish(Some(listed))?;
         self.remove_doomed()?;
-        let made = self.create(id, bytes);
-        let (segment, allocated_bytes) = made.inspect_err(|_| drop(self.backend.remove(&segment_name(id))))?;
+        let made = Active::create(self.backend.as_ref(), self.identity, id, bytes);
+        // The same number again the next time: a gap would look like a loss, should the manifest be lost.
+        let (active, allocated_bytes) = made.inspect_err(|_| drop(self.backend.remove(&segment_name(id))))?;
+        self.next_segment += 1;
+        let segment = Arc::clone(&active.segment);
         let number = self.shared.state.lock().index.add_segment(Arc::clone(&segment));
         let number = number.ok_or(io::ErrorKind::StorageFull)?;
-        let line = Line { segment: Arc::clone(&segment), number, sealed: false, entries: 0, pages: 0, allocated_bytes };
-        self.lines.push(line);
-        let capacity_pages = u32::try_from(bytes / PAGE_BYTES as u64).unwrap_or(u32::MAX);
-        let entries = Vec::new();
-        self.active = Some(Active {
-            segment,
-            number,
-            end_page: 1,
-            capacity_pages,
-            durable_pages: 1,
-            durable_name: false,
-            entries,
-        });
+        self.lines.push(Line { segment, number, listed, allocated_bytes });
+        self.active = Some(active);
         Ok(())
     }
 
-    /// A file that has its space already, and a header. The first sync makes both durable.
-    fn create(&self, id: u64, bytes: u64) -> io::Result<(Arc<Segment>, u64)> {
-        let file = self.backend.create(&segment_name(id))?;
-        file.allocate(bytes)?;
-        let mut head = Pages::new(1);
-        SegmentHeader { identity: self.identity, segment: id }.encode(head.bytes_mut());
-        file.write(&[head.bytes()], 0)?;
-        let allocated_bytes = file.size()?.allocated_bytes.max(bytes);
-        Ok((Arc::new(Segment { id, store_id: self.identity.store_id, file }), allocated_bytes))
-    }
-
-    /// Writes the index and the trailer and cuts off what is left. The manifest is not written.
+    /// Closes the newest segment, if one is being written. The manifest is not written.
     fn seal(&mut self) -> io::Result<()> {
-        let Some(active) = self.active.take() else { return Ok(()) };
-        let (size, pages, entries) = seal_segment(&active.segment, active.end_page, &active.entries)?;
+        let Some(mut active) = self.active.take() else { return Ok(()) };
+        let sealed = active.seal(self.backend.as_ref())?;
         self.shared.progress();
-        if !active.durable_name {
-            self.backend.sync_dir()?;
-        }
-        if let Some(line) = self.lines.iter_mut().find(|line| line.number == active.number) {
-            line.sealed = true;
-            line.entries = entries;
-            line.pages = pages;
-            line.allocated_bytes = size.allocated_bytes.max(size.bytes);
+        // Should the next manifest never be written, this one knows of the segment what there is to know.
+        self.note_durable(active.segment.id, active.end_page)?;
+        if let Some(line) = self.lines.iter_mut().find(|line| line.segment.id == active.segment.id) {
+            line.seal(sealed);
         }
         Ok(())
     }
+
+    fn note_durable(&mut self, segment: u64, durable_pages: u32) -> io::Result<()> {
+        if let Some(line) = self.lines.iter_mut().find(|line| line.segment.id == segment) {
+            line.listed.durable_pages = durable_pages;
+        }
+        match &mut self.marks {
+            Some(marks) => marks.durable(segment, durable_pages),
+            None => self.write_manifest(),
+        }
+    }
+
+    /// Writes down which segments there are.
+    fn write_manifest(&mut self) -> io::Result<()> {
+        self.publish(None)
+    }
+
+    /// A full disk has no room for a manifest until something is gone: then the one that is there says so in place.
+    fn publish(&mut self, next: Option<SegmentLine>) -> io::Result<()> {
+        let manifest = self.manifest(next);
+        match manifest::write(self.backend.as_ref(), &manifest, &mut self.marks) {
+            Err(_) if !self.doomed.is_empty() => {
+                if let Some(marks) = &mut self.marks {
+                    marks.gone(self.doomed.iter().map(|(segment, _)| *segment))?;
+                }
+                self.remove_doomed()?;
+                manifest::write(self.backend.as_ref(), &manifest, &mut self.marks)
+            }
+            written => written,
+        }
+    }
+
+    fn manifest(&self, next: Option<SegmentLine>) -> Manifest {
+        let listed = self.lines.iter().map(|line| line.listed);
+        let mut segments: Vec<SegmentLine> = listed.chain(self.aside.iter().map(|aside| aside.line)).collect();
+        segments.extend(next);
+        segments.sort_unstable_by_key(|line| line.segment);
+        let next_segment = self.next_segment + u64::from(next.is_some());
+        Manifest { identity: self.identity, next_segment, segments, has_marks: true }
+    }
+
+    /// Evicts the oldest segment, after what is hot in it has been written again.
+    fn evict_oldest(&mut self) -> io::Result<()> {
+        if !self.is_aside_oldest() {
+            self.reinsert_hot()?;
+        }
+        self.forget_oldest();
+        self.write_manifest()?;
+        self.remove_doomed()
+    }
+
+    fn is_aside_oldest(&self) -> bool {
+        let aside = self.aside.first().map(|aside| aside.line.segment);
+        aside.is_some_and(|aside| self.lines.first().is_none_or(|line| aside < line.segment.id))
+    }
+
+    /// Takes the oldest segment out of everything but the directory.
+    fn forget_oldest(&mut self) {
+        if self.is_aside_oldest() {
+            let aside = self.aside.remove(0);
+            self.doomed.push((aside.line.segment, aside.bytes));
+            return;
+        }
+        let line = self.lines.remove(0);
+        self.doomed.push((line.segment.id, line.allocated_bytes));
+        // In slices: readers go on between them, and find what is still there.
+        let mut from = 0;
+        while let Some(next) = self.forget_some(line.number, from) {
+            from = next;
+        }
+    }
+
+    /// Says where to go on.
+    fn forget_some(&self, number: SegmentNumber, from: usize) -> Option<usize> {
+        let mut state = self.shared.state.lock();
+        let (removed, next) = state.index.remove_some(number, from, SLOTS_AT_ONCE);
+        state.counters.evictions += removed as u64;
+        next
+    }
+
+    /// Unlinks what was evicted and is no longer in the manifest.
+    fn remove_doomed(&mut self) -> io::Result<()> {
+        while let Some((id, _)) = self.doomed.last() {
+            match self.backend.remove(&segment_name(*id)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => self.doomed.pop(),
+            };
+            self.shared.progress();
+        }
+        Ok(())
+    }
+
+    /// Writes what is worth keeping of the oldest segment again, within a budget: what is in RAM first, then the last used.
+    fn reinsert_hot(&mut self) -> io::Result<()> {
+        let Some(oldest) = self.lines.first() else { return Ok(()) };
+        let (segment, number, entries) = (Arc::clone(&oldest.segment), oldest.number, oldest.listed.entries);
+        let mut budget =
+            self.active.as_ref().map_or(0, |active| active.capacity_pages / REINSERT_PARTS.1 * REINSERT_PARTS.0);
+        let mut any = false;
+        for (page, meta) in self.worth_keeping(&segment, number, entries) {
+            let pages = meta.pages().unwrap_or(u32::MAX);
+            if pages > budget || !self.fits(pages, 1) {
+                continue;
+            }
+            budget -= pages;
+            any |= self.reinsert(&segment, number, page, &meta)?;
+        }
+        // Before the old copy goes, the new one must be there to stay.
+        if any { self.sync() } else { Ok(()) }
+    }
+
+    fn worth_keeping(&self, segment: &Segment, number: SegmentNumber, entries: u32) -> Vec<(u32, RecordMeta)> {
+        let records = read_segment(segment, Some(entries), 0).entries;
+        let stored: Vec<(u32, RecordMeta)> = records.into_iter().filter(|(_, meta)| meta.kind.is_stored()).collect();
+        let keys: Vec<ObjectKey> = stored.iter().map(|(_, meta)| meta.key).collect();
+        let resident = self.shared.resident(&keys);
+        let mut kept = Vec::new();
+        for (records, resident) in stored.chunks(RECORDS_AT_ONCE).zip(resident.chunks(RECORDS_AT_ONCE)) {
+            let state = self.shared.state.lock();
+            for ((page, meta), resident) in records.iter().zip(resident) {
+                let Some(slot) = state.index.at(&meta.key, number, *page) else { continue };
+                let age = if *resident { Some(0) } else { state.index.kept_age(&meta.key, number, *page) };
+                let meta = RecordMeta { expires_at_ms: slot.expires_at_ms, ..*meta };
+                kept.extend(age.map(|age| (age, (*page, meta))));
+            }
+        }
+        kept.sort_by_key(|(age, _)| *age);
+        kept.into_iter().map(|(_, record)| record).collect()
+    }
+
+    fn reinsert(&mut self, segment: &Segment, number: SegmentNumber, page: u32, meta: &RecordMeta) -> io::Result<bool> {
+        let mut payload = Pages::new(meta.payload_pages().unwrap_or(0) as usize);
+        let expected = Expected { key: meta.key, namespace: meta.namespace };
+        let Ok(mut header) = segment.read(page, &expected, self.cipher.as_deref(), payload.bytes_mut()) else {
+            return Ok(false);
+        };
+        // What opening found too long stays cut.
+        header.meta.expires_at_ms = meta.expires_at_ms;
+        let record =
+            Record { meta: &header.meta, content: &header.content, keys: &[], payload: payload.bytes(), sums: None };
+        let written = self.append_here(&[record])?;
+        let Some(written) = written.first() else { return Ok(false) };
+        let mut state = self.shared.state.lock();
+        // It may have been removed or replaced while it was copied.
+        if state.index.relocate(&meta.key, (number, page), (written.segment, written.page)) {
+            state.counters.reinserted_total += 1;
+        }
+        Ok(true)
+    }
 }
 
-/// Closes a segment's file with an index of its records; gives its size, pages and lines.
-pub(crate) fn seal_segment(
-    segment: &Segment,
-    end_page: u32,
-    entries: &[(u32, RecordMeta)],
-) -> io::Result<(super::io::FileSize, u32, u32)> {
-    let tail = Trailer::tail_pages(entries.len());
-    let mut pages = Pages::new(tail as usize);
-    let (index, trailer) = pages.bytes_mut().split_at_mut((tail as usize - 1) * PAGE_BYTES);
-    let index_sum = encode_index(entries, index);
-    let lines = u32::try_from(entries.len()).map_err(|_| io::ErrorKind::FileTooLarge)?;
-    Trailer { store_id: segment.store_id, segment: segment.id, index_page: end_page, entries: lines, index_sum }
-        .encode(trailer);
-    segment.file.write(&[pages.bytes()], offset(end_page))?;
-    let pages = end_page + tail;
-    segment.file.truncate(offset(pages))?;
-    segment.file.sync()?;
-    Ok((segment.file.size()?, pages, lines))
-}
-
-/// A record without a payload.
-fn marker(kind: Kind, namespace: NamespaceId, now_ms: u64) -> RecordMeta {
-    RecordMeta {
-        kind,
-        key: ObjectKey::new([0; 32], 0),
-        namespace,
-        payload_bytes: 0,
-        stored_at_ms: now_ms,
-        expires_at_ms: u64::MAX,
-        compute_us: 0,
-        prefix_bytes: 0,
+impl Line {
+    /// It was given an index.
+    pub(crate) fn seal(&mut self, sealed: Sealed) {
+        let Sealed { size, pages, entries } = sealed;
+        self.listed = SegmentLine { sealed: true, entries, pages, durable_pages: 0, ..self.listed };
+        self.allocated_bytes = size.allocated_bytes.max(size.bytes);
     }
 }

@@ -3,13 +3,15 @@
 //!
 //! - `format` says what every byte means and does no I/O; docs/format.md describes it.
 //! - `io` makes the system calls, behind a trait that tests put a simulated disk behind.
-//! - `segment` reads and checks records, `log` writes and evicts them; `survey` looks what is there, `recover` opens.
+//! - `segment` reads and checks records, `records` says what is in a segment, `survey` what is in a directory.
+//! - `active` writes one segment, `log` all of them within `room`, and evicts; `recover` opens a directory.
 //! - `shared` is what callers, readers and the writer share; `writer` is the one thread that
 //!   writes.
 //!
 //! Writes are queued and never hold a request up. Reads are made by whoever wants them.
 //! Nothing here knows of RAM: payloads come as bytes that stay readable while they are queued.
 
+mod active;
 mod archive;
 mod crypt;
 mod format;
@@ -18,7 +20,10 @@ mod io;
 mod log;
 mod manifest;
 mod readers;
+mod records;
 mod recover;
+mod refusal;
+mod room;
 mod segment;
 mod shared;
 #[cfg(test)]
@@ -49,12 +54,12 @@ use format::PAGE_BYTES;
 pub(crate) use format::decode_anything;
 use format::{Content, RecordHeader, RecordMeta};
 pub(crate) use index::Found;
-use io::{Access, Backend, Directory, OpenError, Pages};
+use io::{Access, Backend, Directory, OpenError, Opener, Pages};
+use refusal::{open_error, refused};
 use segment::{Expected, ReadError};
 pub(crate) use shared::Resident;
 use shared::{Op, Reply, Shared};
 pub use survey::ManifestState;
-use survey::Refusal;
 pub(crate) use tier::DiskTier;
 
 /// Failed reads in a row that make the disk a failing one.
@@ -97,9 +102,6 @@ enum Taken {
     Full,
 }
 
-/// Finds the directory again after it was gone.
-pub(crate) type Opener = Box<dyn Fn() -> std::io::Result<Arc<dyn Backend>> + Send>;
-
 impl Disk {
     /// Opens a directory and whatever lies in it.
     pub(crate) fn open(options: &Options<'_>, clock: Arc<dyn Clock>) -> Result<Self> {
@@ -124,10 +126,10 @@ impl Disk {
         clock: Arc<dyn Clock>,
     ) -> Result<Self> {
         let Options { dir, capacity_bytes, queue_bytes, at_once_bytes, flush_timeout, .. } = *options;
-        if capacity_bytes < log::MIN_CAPACITY_BYTES {
+        if capacity_bytes < room::MIN_CAPACITY_BYTES {
             return Err(Error::Config(format!(
                 "a disk tier of {capacity_bytes} bytes is too small: give at least {}",
-                log::MIN_CAPACITY_BYTES
+                room::MIN_CAPACITY_BYTES
             )));
         }
         if flush_timeout.is_zero() {
@@ -500,50 +502,4 @@ impl Drop for Disk {
             tracing::warn!(%error, "the disk tier was not closed cleanly");
         }
     }
-}
-
-fn open_error(dir: &Path, error: OpenError) -> Error {
-    match error {
-        OpenError::Locked(pid) => Error::DiskLocked { dir: dir.to_owned(), pid },
-        OpenError::Io(source) => Error::Disk { dir: dir.to_owned(), doing: "open", source: advised(source) },
-    }
-}
-
-/// The error with what to do about it.
-fn advised(error: std::io::Error) -> std::io::Error {
-    use std::io::ErrorKind;
-    let advice = match error.kind() {
-        ErrorKind::NotFound => "give a directory that is there",
-        ErrorKind::AlreadyExists | ErrorKind::NotADirectory => {
-            "a file or a link to nowhere stands in the way: give a directory, or a path at which one can be made"
-        }
-        ErrorKind::PermissionDenied => "give the user of this process the directory and the files in it",
-        ErrorKind::ReadOnlyFilesystem => "a cache must write there: give a directory on another file system",
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room, or give a directory on another file system",
-        _ => return error,
-    };
-    std::io::Error::new(error.kind(), format!("{error}: {advice}"))
-}
-
-fn refused(dir: &Path, doing: &'static str, refusal: Refusal) -> Error {
-    let dir = dir.to_owned();
-    let reason = match refusal {
-        Refusal::Io(source) => return Error::Disk { dir, doing, source: advised(source) },
-        Refusal::Manifest(error) => {
-            let text = format!(
-                "its manifest cannot be read ({error}): try again; if it stays so, remove the file {}, and the segments \
-                 are read without it",
-                manifest::NAME
-            );
-            return Error::Disk { dir, doing, source: std::io::Error::new(error.kind(), text) };
-        }
-        Refusal::OtherVersion(version) => {
-            let ours = format::VERSION;
-            format!("its format is version {version}, this release reads version {ours}: use another directory")
-        }
-        Refusal::WrongKey => "it is encrypted with another key".into(),
-        Refusal::KeyMissing => "it is encrypted: give the key file".into(),
-        Refusal::NotEncrypted => "it is not encrypted: open it without a key, or use another directory".into(),
-    };
-    Error::DiskRefused { dir, reason }
 }

@@ -12,6 +12,9 @@ use super::format::{CipherKind, PAGE_BYTES, Place, RecordHeader, StoreId, checks
 use super::io::{DiskFile, Pages};
 use crate::key::{NamespaceId, ObjectKey};
 
+/// No process lives to write so many.
+const MAX_SEGMENT: u64 = u64::MAX >> 1;
+
 /// An open segment. Readers keep it alive while they read, also when it was evicted.
 #[derive(Debug)]
 pub(crate) struct Segment {
@@ -97,6 +100,19 @@ impl Segment {
         let right = header.meta.key == expected.key && header.meta.namespace == expected.namespace;
         if right { Ok(header) } else { Err(ReadError::Damaged) }
     }
+}
+
+/// The name of a segment's file.
+pub(crate) fn segment_name(id: u64) -> String {
+    format!("segment-{id:016x}")
+}
+
+/// The number in a segment's name. One above all that are ever used is not ours, so that numbers behind it are not
+/// used up.
+pub(crate) fn segment_id(name: &str) -> Option<u64> {
+    let digits = name.strip_prefix("segment-")?;
+    let id = u64::from_str_radix(digits, 16).ok()?;
+    (segment_name(id) == name && id <= MAX_SEGMENT).then_some(id)
 }
 
 /// Where a page begins.

@@ -34,6 +34,12 @@ struct Image {
     syncs: Vec<u64>,
     cut_at: Option<u64>,
     space_bytes: Option<u64>,
+    /// Is it a quota that runs out, and not the disk?
+    quota: bool,
+    /// Files get their space when they are written, not before.
+    sparse: bool,
+    /// Removed files give nothing back, and take so much.
+    snapshot: Option<u64>,
     fail_reads: bool,
     /// Pages of a file that cannot be read.
     bad_pages: BTreeSet<(String, u64)>,
@@ -79,6 +85,19 @@ impl Sim {
 
     pub(crate) fn space_bytes(&self, bytes: Option<u64>) {
         self.image().space_bytes = bytes;
+    }
+
+    pub(crate) fn quota(&self, quota: bool) {
+        self.image().quota = quota;
+    }
+
+    pub(crate) fn sparse(&self, sparse: bool) {
+        self.image().sparse = sparse;
+    }
+
+    /// From now on what is removed goes on taking space.
+    pub(crate) fn take_snapshot(&self) {
+        self.image().snapshot = Some(0);
     }
 
     pub(crate) fn fail_reads(&self, fail: bool) {
@@ -251,8 +270,9 @@ impl Image {
 
     fn grow(&mut self, inode: u64, bytes: u64) -> io::Result<()> {
         let others = self.used_bytes() - self.inodes[&inode].allocated.min(self.used_bytes());
-        if self.space_bytes.is_some_and(|space| others + bytes > space) {
-            return Err(io::ErrorKind::StorageFull.into());
+        if self.space_bytes.is_some_and(|space| others + bytes + self.snapshot.unwrap_or(0) > space) {
+            let full = if self.quota { io::ErrorKind::QuotaExceeded } else { io::ErrorKind::StorageFull };
+            return Err(full.into());
         }
         let inode = self.inodes.get_mut(&inode).unwrap();
         inode.allocated = inode.allocated.max(bytes);
@@ -299,7 +319,12 @@ impl Backend for Sim {
     }
 
     fn remove(&self, name: &str) -> io::Result<()> {
-        self.change(|image| image.live.remove(name).map(drop).ok_or(io::ErrorKind::NotFound.into()))
+        self.change(|image| {
+            let inode = image.live.remove(name).ok_or(io::ErrorKind::NotFound)?;
+            let allocated = image.inodes[&inode].allocated;
+            image.snapshot = image.snapshot.map(|held| held + allocated);
+            Ok(())
+        })
     }
 
     fn sync_dir(&self) -> io::Result<()> {
@@ -365,7 +390,7 @@ impl DiskFile for SimFile {
     }
 
     fn allocate(&self, bytes: u64) -> io::Result<()> {
-        self.0.change(|image| image.grow(self.1, bytes))
+        self.0.change(|image| if image.sparse { Ok(()) } else { image.grow(self.1, bytes) })
     }
 
     fn truncate(&self, bytes: u64) -> io::Result<()> {

@@ -10,9 +10,8 @@ use std::sync::Arc;
 use super::crypt::{self, Cipher};
 use super::format::{CipherKind, Identity, Manifest, SegmentHeader, SegmentLine, StoreId};
 use super::io::{Backend, DiskFile, Pages, is_no_file};
-use super::log::{segment_id, segment_name};
 use super::manifest;
-use super::segment::{Segment, read_if_there};
+use super::segment::{Segment, offset, read_if_there, segment_id, segment_name};
 
 /// Why a directory cannot be used as it is asked for.
 #[derive(Debug)]
@@ -92,6 +91,8 @@ pub(crate) struct Surveyed {
     /// Must it have an index? A power cut leaves the newest segment without one; but it does
     /// not leave a directory without a manifest.
     pub(crate) must_be_sealed: bool,
+    /// Pages of records that are known to have been durable.
+    pub(crate) durable_pages: u32,
 }
 
 /// A file by a segment's name.
@@ -156,20 +157,22 @@ impl Survey {
                         let listed_entries = line.filter(|line| line.sealed).map(|line| line.entries);
                         let segment = Arc::new(Segment { id, store_id: self.identity.store_id, file });
                         let must_be_sealed = manifest.is_none();
-                        seen.insert(id, Seen::Ours(Surveyed { segment, listed_entries, must_be_sealed }));
+                        let durable_pages = line.map_or(0, |line| line.durable_pages);
+                        let surveyed = Surveyed { segment, listed_entries, must_be_sealed, durable_pages };
+                        seen.insert(id, Seen::Ours(surveyed));
                     } else {
                         self.leftovers.push(segment_name(id));
                     }
                 }
                 (Err(_), file) if known => {
-                    let listed_bytes = line.map_or(0, |line| super::segment::offset(line.pages));
+                    let listed_bytes = line.map_or(0, |line| offset(line.pages));
                     let bytes =
                         file.and_then(|file| file.size().ok()).map_or(listed_bytes, |size| size.allocated_bytes);
                     seen.insert(id, Seen::Unreadable(bytes));
                 }
                 (Ok(None), Some(file)) if line.is_some() => {
                     self.leftovers.push(segment_name(id));
-                    if !(is_blank(file.as_ref()) && manifest.is_some_and(|manifest| manifest.is_newest_open(id))) {
+                    if !(is_blank(file.as_ref()) && manifest.is_some_and(|manifest| manifest.is_only_begun(id))) {
                         seen.insert(id, Seen::Damaged);
                     }
                 }
@@ -186,7 +189,7 @@ fn expected(manifest: &Manifest, mut seen: BTreeMap<u64, Seen>) -> Vec<Listed> {
     let listed = manifest.segments.iter().filter_map(|line| {
         let seen = seen.remove(&line.segment).unwrap_or(Seen::Missing);
         // The newest one may have been named and not made when the process ended.
-        let unmade = matches!(seen, Seen::Missing) && manifest.is_newest_open(line.segment) && in_order;
+        let unmade = matches!(seen, Seen::Missing) && manifest.is_only_begun(line.segment) && in_order;
         (!unmade).then_some(Listed { line: *line, seen })
     });
     listed.collect()
@@ -203,7 +206,7 @@ fn without_manifest(seen: BTreeMap<u64, Seen>, end: u64) -> Vec<Listed> {
     for (id, seen) in seen {
         listed.extend(gap(&listed, id));
         let line = match seen {
-            Seen::Unreadable(_) => SegmentLine { segment: id, sealed: false, entries: 0, pages: 0 },
+            Seen::Unreadable(_) => SegmentLine::open(id),
             _ => unsure_line(id),
         };
         listed.push(Listed { line, seen });
@@ -214,12 +217,13 @@ fn without_manifest(seen: BTreeMap<u64, Seen>, end: u64) -> Vec<Listed> {
 
 /// As it is listed until what is lost with it is settled: no index has so many lines, so that it counts as lost again.
 fn unsure_line(segment: u64) -> SegmentLine {
-    SegmentLine { segment, sealed: true, entries: u32::MAX, pages: 0 }
+    SegmentLine { sealed: true, entries: u32::MAX, ..SegmentLine::open(segment) }
 }
 
 impl Manifest {
-    fn is_newest_open(&self, id: u64) -> bool {
-        self.segments.last().is_some_and(|line| line.segment == id && !line.sealed)
+    /// Is it the newest one, and was nothing of it ever durable? A killed process leaves one that is named and not made.
+    fn is_only_begun(&self, id: u64) -> bool {
+        self.segments.last().is_some_and(|line| line.segment == id && !line.sealed && line.durable_pages == 0)
     }
 }
 

@@ -9,8 +9,9 @@ use std::collections::VecDeque;
 use std::io;
 use std::sync::Arc;
 
-use super::Opener;
-use super::log::{Log, Record, Written};
+use super::active::Record;
+use super::io::Opener;
+use super::log::{Log, Written};
 use super::recover;
 use super::shared::{Op, Shared, Write};
 use crate::key::{NamespaceId, ObjectKey};
@@ -100,17 +101,18 @@ impl Writer {
                 Op::Flush(reply) => {
                     self.owe_hidden();
                     let flushed = self.attempt(|writer| {
-                        writer.pay_or_evict()?;
+                        writer.pay()?;
                         writer.log.sync()?;
                         writer.log.backend.check()
                     });
                     let lost = self.lost.take().map_or(Ok(()), |(kind, error)| Err(io::Error::new(kind, error)));
+                    self.publish_sizes();
                     self.shared.answer(&reply, flushed.and(lost));
                 }
                 Op::Close(reply) => {
                     self.owe_hidden();
                     let closed = self.attempt(|writer| {
-                        writer.pay_or_evict()?;
+                        writer.pay()?;
                         writer.log.close()
                     });
                     self.publish_sizes();
@@ -260,7 +262,7 @@ impl Writer {
         }
         let Ok(backend) = (self.opener)() else { return };
         self.shared.state.lock().index.forget_everything();
-        let (cipher, capacity_bytes) = (self.log.cipher.clone(), self.log.capacity_bytes);
+        let (cipher, capacity_bytes) = (self.log.cipher.clone(), self.log.room.capacity_bytes());
         if let Ok(log) = recover::open(backend, cipher, capacity_bytes, &self.shared) {
             self.log = log;
         }
@@ -277,16 +279,6 @@ impl Writer {
         if self.shared.state.lock().writes.allows(self.shared.now_ms()) {
             // A failure is latched, and what is owed stays owed.
             let _ = self.attempt(Self::pay);
-        }
-    }
-
-    /// Writes the removals that are owed. On a full disk the oldest segments make room for them: a cache may forget.
-    fn pay_or_evict(&mut self) -> io::Result<()> {
-        loop {
-            match self.pay() {
-                Err(error) if is_full(&error) && self.log.evict_to_make_room()? => {}
-                paid => return paid,
-            }
         }
     }
 
@@ -315,10 +307,6 @@ impl Writer {
     fn publish_sizes(&self) {
         self.shared.state.lock().counters.used_bytes = self.log.used_bytes();
     }
-}
-
-fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
 }
 
 impl Owed {

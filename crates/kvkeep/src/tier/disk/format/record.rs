@@ -6,7 +6,9 @@
 //! can be read without the rest. A footer behind the payload was the alternative: then
 //! finding the next record means reading the payload.
 
-use super::{CipherKind, PAGE_BYTES, StoreId, Take, begin_page, checksum, finish_page, open_page};
+use super::page::{
+    CipherKind, PAGE_BYTES, PAGE_SUM_AT, Put, StoreId, Take, begin_page, checksum, finish_page, open_page,
+};
 pub(crate) use crate::block::Content;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::layout::{KvLayout, TokenOrder};
@@ -16,7 +18,7 @@ const MAGIC: &[u8; 8] = b"KVKRECRD";
 const CONTENT_AT: usize = 176;
 /// Checksums, tags or removed keys begin here.
 const LIST_AT: usize = 384;
-const LIST_BYTES: usize = super::PAGE_SUM_AT - LIST_AT;
+const LIST_BYTES: usize = PAGE_SUM_AT - LIST_AT;
 const KEY_BYTES: usize = 36;
 /// Keys that one removal record names at most.
 pub(crate) const HEADER_KEYS: usize = LIST_BYTES / KEY_BYTES;
@@ -275,7 +277,7 @@ impl RecordHeader {
     }
 }
 
-fn put_block(put: &mut super::Put<'_>, layout: &KvLayout, model: &str) {
+fn put_block(put: &mut Put<'_>, layout: &KvLayout, model: &str) {
     for number in [layout.layers(), layout.kv_heads(), layout.k_head_dim(), layout.v_head_dim(), layout.block_tokens()]
     {
         put.u32(u32::try_from(number).unwrap_or(u32::MAX));
@@ -312,7 +314,7 @@ fn take_block(take: &mut Take<'_>) -> Option<Content> {
     Some(Content::Block { layout, model })
 }
 
-fn put_named(put: &mut super::Put<'_>, spec: &PairSpec) {
+fn put_named(put: &mut Put<'_>, spec: &PairSpec) {
     put.u64(spec.prefix_bytes as u64);
     for (dtype, shape) in [&spec.k, &spec.v] {
         put.u8(dtype.code());

@@ -5,8 +5,8 @@
 //! that it describes and is written once. One table for all segments was the alternative:
 //! it has to be kept in step with every file, and to be distrusted after every crash.
 
+use super::page::{Identity, PAGE_BYTES, Put, StoreId, Take, begin_page, checksum, finish_page, open_page};
 use super::record::{Kind, RecordMeta};
-use super::{Identity, PAGE_BYTES, Put, StoreId, Take, begin_page, checksum, finish_page, open_page};
 use crate::key::{NamespaceId, ObjectKey};
 
 const HEADER_MAGIC: &[u8; 8] = b"KVKSEGMT";

@@ -1,6 +1,6 @@
 //! A directory looked at from outside.
 
-use super::super::log::segment_name;
+use super::super::segment::segment_name;
 use super::super::{Archive, RecordState, manifest};
 use super::recovery::{count, is_in, real};
 use super::*;

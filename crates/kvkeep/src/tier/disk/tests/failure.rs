@@ -5,34 +5,28 @@ use super::*;
 use crate::error::Error;
 
 #[test]
-fn a_full_or_failing_disk_drops_writes_and_is_tried_again_later() {
-    for fault in ["full", "failing"] {
-        let (sim, clock) = (Sim::default(), Arc::new(ManualClock::at(NOW_MS)));
-        let disk = open_with(&sim, 4 * MIB, None, clock.clone()).unwrap();
-        let set = |on: bool| match fault {
-            "full" => sim.space_bytes(on.then(|| sim.used_bytes())),
-            _ => sim.fail_writes(on),
-        };
-        let kept = block(0, 4);
-        kept.store(&disk);
-        disk.flush().unwrap();
-        set(true);
-        (1..60).for_each(|number| _ = block(number, 8).store(&disk));
-        let _ = disk.flush();
-        let stats = disk.stats();
-        assert!(stats.failing && stats.dropped_total > 20 && stats.write_errors_total > 0, "{fault}: {stats:?}");
-        assert!(kept.is_there(&disk), "what was there can still be read");
-        set(false);
-        clock.advance(Duration::from_secs(100));
-        let after = block(100, 4);
-        assert!(after.store(&disk));
-        disk.flush().unwrap();
-        assert!(after.is_there(&disk) && !disk.stats().failing, "{fault}");
-        drop(disk);
-        let disk = open(&sim, 4 * MIB);
-        assert!(after.is_there(&disk) && kept.is_there(&disk), "{fault}");
-        assert!(sim.peak_bytes() <= 4 * MIB);
-    }
+fn a_failing_disk_drops_writes_and_is_tried_again_later() {
+    let (sim, clock) = (Sim::default(), Arc::new(ManualClock::at(NOW_MS)));
+    let disk = open_with(&sim, 4 * MIB, None, clock.clone()).unwrap();
+    let kept = block(0, 4);
+    kept.store(&disk);
+    disk.flush().unwrap();
+    sim.fail_writes(true);
+    (1..60).for_each(|number| _ = block(number, 8).store(&disk));
+    let _ = disk.flush();
+    let stats = disk.stats();
+    assert!(stats.failing && stats.dropped_total > 20 && stats.write_errors_total > 0, "{stats:?}");
+    assert!(kept.is_there(&disk), "what was there can still be read");
+    sim.fail_writes(false);
+    clock.advance(Duration::from_secs(100));
+    let after = block(100, 4);
+    assert!(after.store(&disk));
+    disk.flush().unwrap();
+    assert!(after.is_there(&disk) && !disk.stats().failing);
+    drop(disk);
+    let disk = open(&sim, 4 * MIB);
+    assert!(after.is_there(&disk) && kept.is_there(&disk));
+    assert!(sim.peak_bytes() <= 4 * MIB);
 }
 
 #[test]
@@ -109,14 +103,17 @@ fn many_small_records_are_written_with_few_writes() {
     assert!((0..200).all(|number| block(number, 1).is_there(&disk)));
 }
 
-/// 60 things on a disk without room for the others that were stored after them.
+/// 60 things on a disk that has no room for more, and whose newest segment was given up.
 fn full(sim: &Sim) -> (Disk, Vec<Thing>) {
     let disk = open(sim, 4 * MIB);
     let things: Vec<Thing> = (0..60).map(|number| block(number, 8)).collect();
     things.iter().for_each(|thing| assert!(thing.store(&disk)));
     disk.flush().unwrap();
+    sim.fail_writes(true);
+    block(100, 8).store(&disk);
+    assert!(disk.flush().is_err() && disk.stats().failing);
+    sim.fail_writes(false);
     sim.space_bytes(Some(sim.used_bytes()));
-    (100..160).for_each(|number| _ = block(number, 8).store(&disk));
     (disk, things)
 }
 
@@ -125,7 +122,6 @@ fn full(sim: &Sim) -> (Disk, Vec<Thing>) {
 fn on_a_full_disk_the_oldest_segment_makes_room_for_removals() {
     let sim = Sim::default();
     let (disk, things) = full(&sim);
-    assert!(disk.flush().is_err());
     let before = disk.stats().entries;
     disk.remove(&[things[55].key()]);
     disk.clear(Some(things[57].meta().namespace));
@@ -133,8 +129,8 @@ fn on_a_full_disk_the_oldest_segment_makes_room_for_removals() {
     sim.space_bytes(None);
     let disk = open(&sim, 4 * MIB);
     assert!(!things[55].is_there(&disk) && !things[57].is_there(&disk) && things[58].is_there(&disk));
-    // A third was cleared, and a segment of three made room.
-    assert!(disk.stats().entries >= before * 2 / 3 - 5, "{} of {before}", disk.stats().entries);
+    // A third was cleared, and two segments of three made room: for this, and for what comes next.
+    assert!(disk.stats().entries >= before * 2 / 3 - 8, "{} of {before}", disk.stats().entries);
 }
 
 /// What was to say that all is gone found no room on a full disk: after a restart everything was back.
@@ -142,7 +138,6 @@ fn on_a_full_disk_the_oldest_segment_makes_room_for_removals() {
 fn a_full_disk_is_cleared_and_has_room_then() {
     let sim = Sim::default();
     let (disk, _) = full(&sim);
-    assert!(disk.flush().is_err() && disk.stats().failing);
     let evicted = disk.stats().evictions;
     disk.clear(None);
     disk.flush().unwrap();

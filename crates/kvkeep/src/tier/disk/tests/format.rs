@@ -40,8 +40,9 @@ fn what_is_encoded_is_decoded() {
     trailer.encode(&mut page);
     assert_eq!(Trailer::decode(&page), Some(trailer));
     assert_eq!(decode_index(&trailer, &index), Some(entries));
-    let line = |segment| SegmentLine { segment, sealed: segment % 2 == 0, entries: 8, pages: 9 };
-    let manifest = Manifest { identity: identity(), next_segment: 500, segments: (0..300).map(line).collect() };
+    let line = |segment| SegmentLine { segment, sealed: segment % 2 == 0, entries: 8, pages: 9, durable_pages: 7 };
+    let manifest =
+        Manifest { identity: identity(), next_segment: 500, segments: (0..300).map(line).collect(), has_marks: true };
     let mut bytes = vec![0; manifest.encoded_bytes()];
     manifest.encode(&mut bytes);
     assert_eq!(Manifest::decode(&bytes), Some(manifest));

@@ -1,7 +1,7 @@
 //! Opening what is not as it was left.
 
-use super::super::log::segment_name;
 use super::super::manifest;
+use super::super::segment::segment_name;
 use super::super::{Archive, RecordHeader};
 use super::*;
 use crate::error::Error;
@@ -85,8 +85,10 @@ fn a_torn_tail_is_cut_off_and_what_was_flushed_before_it_is_there() {
     let sim = Sim::default();
     let disk = open(&sim, 4 * MIB);
     let things: Vec<Thing> = (0..5).map(|number| block(number, 4)).collect();
-    things.iter().for_each(|thing| assert!(thing.store(&disk)));
+    things[..4].iter().for_each(|thing| assert!(thing.store(&disk)));
     disk.flush().unwrap();
+    things[4].store(&disk);
+    assert!(disk.wait_for_writer(Duration::from_secs(60)));
     let left = sim.copy();
     drop(disk);
     // The last record's header got there, its payload only in part.
@@ -116,9 +118,10 @@ fn a_segment_that_was_only_just_begun_is_no_damage() {
         let manifest = sim.get(manifest::NAME).unwrap();
         let mut read = super::super::format::Manifest::decode(&manifest).unwrap();
         read.next_segment = 3;
-        read.segments.push(super::super::format::SegmentLine { segment: 2, sealed: false, entries: 0, pages: 0 });
+        read.segments.push(super::super::format::SegmentLine::open(2));
         let mut bytes = vec![0; read.encoded_bytes()];
         read.encode(&mut bytes);
+        bytes.resize(bytes.len() + super::super::format::MARK_PAGES * 4096, 0);
         sim.put(manifest::NAME, bytes);
         sim.put(&next, vec![0; length]);
         let disk = open(&sim, 4 * MIB);

@@ -1,6 +1,6 @@
 //! Opening what the disk fails to read, or has no room to write.
 
-use super::super::log::segment_name;
+use super::super::segment::segment_name;
 use super::super::{Archive, manifest};
 use super::recovery::{count, filled, is_in, replaced_later, segments};
 use super::*;
@@ -26,7 +26,7 @@ fn a_segment_that_cannot_be_read_when_it_is_opened_is_kept_and_back_the_next_tim
             assert!(old.load(&disk).is_none(), "{fault}: it may have been replaced there");
             let stats = disk.stats();
             assert!(stats.read_errors_total > 0 && stats.damaged_total == 0 && !stats.failing, "{fault}: {stats:?}");
-            let whole = sim.used_bytes() + super::super::log::OVERHEAD_BYTES;
+            let whole = sim.used_bytes() + super::super::room::OVERHEAD_BYTES;
             assert!(
                 stats.used_bytes + 4096 >= whole - sim.get(manifest::NAME).unwrap().len() as u64,
                 "{fault}: {stats:?}"

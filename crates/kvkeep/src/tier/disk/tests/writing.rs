@@ -228,3 +228,48 @@ fn the_index_costs_less_than_128_bytes_a_record() {
         }
     }
 }
+
+/// One walk over two million records held every lookup up for 44 to 105 ms.
+#[test]
+fn a_segment_is_forgotten_in_slices_all_of_it_and_nothing_else() {
+    let mut index = super::super::index::DiskIndex::default();
+    let things: Vec<Thing> = (0..20_000).map(|number| block(number, 1)).collect();
+    for (number, thing) in (0..).zip(&things) {
+        index.insert(&thing.meta(), (number % 3) as u16, 1 + number * 2, 0);
+    }
+    let (mut from, mut removed, mut slices) = (Some(0), 0, 0);
+    while let Some(at) = from {
+        let (some, next) = index.remove_some(1, at, 1_000);
+        (removed, from, slices) = (removed + some, next, slices + 1);
+        assert!(some <= 1_000);
+    }
+    assert!(removed == 6_667 && slices > 20, "{removed} in {slices}");
+    let left = |number: usize| index.contains(&things[number].key(), NOW_MS);
+    assert!((0..20_000).all(|number| left(number) == (number % 3 != 1)));
+    let usage: u64 = index.namespaces().usage().map(|(_, entries, _)| entries).sum();
+    assert_eq!(usage, index.len() as u64);
+}
+
+/// What was read once was written again for ever, and what a segment had no room for went, however recent it was.
+#[test]
+fn what_was_used_last_is_kept_first_when_a_segment_goes() {
+    let sim = Sim::default();
+    let disk = open(&sim, 4 * MIB);
+    // All of it is read once, and a part of it again and again: one in three of what is stored at first.
+    let mut recent = 0;
+    for round in 0..40u32 {
+        for number in 0..20 {
+            block(1_000 + round * 20 + number, 4).store(&disk);
+            if round == 0 && number % 2 == 0 {
+                block(number / 2, 4).store(&disk);
+            }
+        }
+        disk.flush().unwrap();
+        (0..20).for_each(|number| _ = block(1_000 + round * 20 + number, 4).is_there(&disk));
+        recent = (0..10).filter(|number| block(*number, 4).is_there(&disk)).count();
+    }
+    // A segment has room for four of another one's six: now and then there are more.
+    assert!(recent >= 8, "{recent} of 10 that were used in every round");
+    let stats = disk.stats();
+    assert!(stats.reinserted_total < 3 * stats.stored_total, "{stats:?}");
+}

@@ -36,7 +36,7 @@ fn kernels_agree_with_an_independent_forward_pass() {
         let exact = oracle.prefill(&tokens, &mut oracle.kv()).unwrap();
         let got = engine.prefill(&tokens, &mut engine.kv(256).unwrap()).unwrap();
         let off = difference(got.as_slice(), exact.as_slice());
-        println!("{prompt:?}: off by {off:.5} of the scale");
+        eprintln!("{prompt:?}: off by {off:.5} of the scale");
         assert!(off < TOLERANCE, "{prompt:?}: off by {off} of the scale");
     }
     assert!(matches!(oracle.prefill(&[], &mut oracle.kv()), Err(EngineError::EmptyTokens)));

@@ -8,7 +8,7 @@ MINUTES ?= 30
 # And `make fuzz`.
 SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize test-paths crash-test test-integrations soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint fmt clean
+.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize crash-test test-integrations soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -48,6 +48,18 @@ test-python: wheel ## The Python tests that need numpy alone, and the wheel in a
 test-integrations: wheel ## The slower end-to-end runs: the demos, the benchmarks, the dashboard in Chromium, torch, transformers, notebooks
 	CARGO="$(CARGO)" PYTHON="$(PYTHON)" bash tests/integrations.sh
 	PYTHON="$(PYTHON)" bash tests/integrations_python.sh
+
+# What handles raw memory: the arena, its huge pages, and its private views.
+# Not the one that reads how the kernel maps the arena: under valgrind it maps another way.
+SANITIZED = tier::ram --skip huge_pages_where_the_kernel
+
+sanitize: ## The code that handles raw memory, under valgrind (memcheck)
+	@if valgrind --version >/dev/null 2>&1; then \
+		$(CARGO) test --locked -p kvkeep --lib --no-run && \
+		CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=9" \
+		CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=9" \
+		$(CARGO) test --locked -p kvkeep --lib -- --test-threads 1 $(SANITIZED); \
+	else echo "skipped: valgrind is not installed"; fi
 
 soak: ## MINUTES (30) of mixed load at twice the disk cap, watched from outside
 	$(CARGO) build --release --locked -p kvkeep --example soak

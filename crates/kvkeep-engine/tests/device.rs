@@ -9,8 +9,8 @@ mod common;
 use common::{PROMPTS, engine, model_path};
 use kvkeep_engine::{Device, DeviceModel, EngineError};
 
-/// Of the logits' scale. Rounding came to 0.001 at most (eight prompts, AMD and Intel); a logit that is off by a
-/// hundredth of the scale is a fault.
+/// Of the logits' scale. Over the eight prompts rounding came to 0.0005 on an AMD processor, and on an Intel one to
+/// 0.0148 at most where logits reach 15 to 34; a logit that is off by a hundredth of the scale is a fault.
 const TOLERANCE: f32 = 0.004;
 
 /// The largest difference of two results as a part of their scale, the same whichever is given first: the scale is
@@ -36,7 +36,7 @@ fn kernels_agree_with_an_independent_forward_pass() {
         let exact = oracle.prefill(&tokens, &mut oracle.kv()).unwrap();
         let got = engine.prefill(&tokens, &mut engine.kv(256).unwrap()).unwrap();
         let off = difference(got.as_slice(), exact.as_slice());
-        println!("{prompt:?}: off by {off:.5} of the scale");
+        eprintln!("{prompt:?}: off by {off:.5} of the scale");
         assert!(off < TOLERANCE, "{prompt:?}: off by {off} of the scale");
     }
     assert!(matches!(oracle.prefill(&[], &mut oracle.kv()), Err(EngineError::EmptyTokens)));

@@ -86,10 +86,10 @@ fn live(requests: &[Vec<u64>], ram: u32, disk: u32, rule: Admission) -> Result<H
         blocks += cache.lookup(&namespace, &tokens)?.blocks();
         let view = TensorView::new(DType::U8, &[tokens.len(), 1, 1], bytes.get(..tokens.len()).unwrap_or_default())?;
         cache.store_from(&namespace, &tokens, 0, &[LayerView { k: view, v: view }], &StoreOptions::default())?;
-        while cache.stats().disk.is_some_and(|disk| disk.queued_bytes > 0) {
+        while cache.stats().tier("disk").is_some_and(|disk| disk.queued_bytes > 0) {
             std::thread::yield_now();
         }
     }
-    let stats = cache.stats().disk.unwrap_or_default();
+    let stats = cache.stats().tier("disk").cloned().unwrap_or_default();
     Ok(Hits { blocks, from_disk: stats.hits, written: stats.stored_total, again: stats.reinserted_total })
 }

@@ -152,6 +152,13 @@ class Code:
             get = getter(sorted(names))
             yield mapping, get, get(mapping)
 
+    def sizes(self) -> tuple[list[Any], list[int]]:
+        """Where a name could be put in front of another, and how many names there are: classes of the tree, and files of functions."""
+        bases = {base: None for cls in self._tree_classes for base in cls.__mro__ if base is not object}
+        files = {id(f.__globals__): f.__globals__ for f in self._functions.values() if not self.is_trusted(f)}
+        places = [*(base.__dict__ for base in bases), *files.values()]
+        return places, list(map(len, places))
+
     def functions(self) -> list[types.FunctionType]:
         """All functions that were reached and are not trusted."""
         return list(self._functions.values())

@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.utils.prune
 import transformers
 from transformers.models.llama import modeling_llama
 

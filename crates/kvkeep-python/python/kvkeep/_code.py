@@ -167,6 +167,11 @@ class Code:
         value = base.__dict__[name]
         if self.is_trusted_class(base) and (not self.is_callable(value) or self.is_trusted(_function_of(value))):
             self._watch(base.__dict__, name, base)
+            function = _function_of(value)
+            if isinstance(function, types.FunctionType) and base.__module__.startswith("torch.nn.modules") and name == "forward":
+                # Not read, but what it calls may be replaced.
+                calls = self._resolve(function.__globals__, names_of(function.__code__), name, set())
+                self._lines[f"{base.__module__}.{base.__qualname__}.{name}", repr(calls)] = None
             return
         where = f"{base.__module__}.{base.__qualname__}.{name}"
         self._watch(base.__dict__, name, base)

@@ -247,3 +247,12 @@ fn dtype_of(array: &Bound<'_, PyAny>) -> PyResult<DType> {
     let code = CODE.import(array.py(), "kvkeep._tensors", "dtype_code")?;
     convert::dtype(code.call1((array.getattr(intern!(array.py(), "dtype"))?,))?.extract()?)
 }
+
+/// Memory of a weight, for its checksum: nothing where there is no address.
+pub(crate) fn lent<'a>(address: usize, bytes: usize) -> &'a [u8] {
+    if address == 0 {
+        return &[];
+    }
+    // SAFETY: the caller has the address and the size from a tensor that it keeps alive, and only its bytes are summed.
+    unsafe { slice::from_raw_parts(address as *const u8, bytes) }
+}

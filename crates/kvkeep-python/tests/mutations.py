@@ -16,6 +16,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.utils.prune
 import transformers
 from transformers.models.llama import modeling_llama
 
@@ -215,6 +216,16 @@ def _method_of_instance_class(model: Any, stack: ExitStack) -> Any:
     return model
 
 
+def _tensor_method(model: Any, stack: ExitStack) -> Any:
+    stack.enter_context(mock.patch.object(torch.Tensor, "cos", _doubled(torch.Tensor.cos)))
+    return model
+
+
+def _shadowed_call(model: Any, stack: ExitStack) -> Any:
+    stack.enter_context(mock.patch.object(modeling_llama.LlamaMLP, "__call__", _doubled(torch.nn.Module.__call__), create=True))
+    return model
+
+
 def _registered_attention(model: Any, stack: ExitStack) -> Any:
     registry = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS
     stack.enter_context(mock.patch.dict(registry._global_mapping, {"sdpa": _doubled(registry["sdpa"])}))
@@ -273,6 +284,17 @@ def _scale(model: Any) -> None:
 def _edit_adapter(model: Any) -> None:
     for layer in _tuner_layers(model):
         layer.lora_B["one"].weight.mul_(2)
+
+
+def _anew(model: Any) -> None:
+    import peft
+
+    model.set_adapter("two")
+    model.delete_adapter("one")
+    torch.manual_seed(99)
+    model.add_adapter("one", peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4, init_lora_weights=False, lora_alpha=64))
+    model.set_adapter("one")
+    model.eval()
 
 
 def _prompt_tuning(model: Any, stack: ExitStack) -> Any:
@@ -339,6 +361,15 @@ CHANGES: dict[str, Mutation] = {
     "to bfloat16 and back": _run(lambda m: m.to(torch.bfloat16).float()),
     "half the model in another dtype": _run(lambda m: m.model.layers[0].mlp.up_proj.weight.copy_(m.model.layers[0].mlp.up_proj.weight.half())),
     "quantised dynamically": _quantize_dynamically,
+    "weights through numpy": _run(lambda m: m.model.layers[1].mlp.down_proj.weight.detach().numpy().__imul__(2)),
+    "one element of a norm, through .data": _run(lambda m: m.model.layers[0].input_layernorm.weight.data[7:8].mul_(50)),
+    "RoPE's frequencies, through .data": _run(lambda m: m.model.rotary_emb.inv_freq.data.mul_(0.5)),
+    "weights as one vector": _run(
+        lambda m: torch.nn.utils.vector_to_parameters(torch.nn.utils.parameters_to_vector(m.parameters()) * 1.2, m.parameters())
+    ),
+    "tokens added": _run(lambda m: m.resize_token_embeddings(220)),
+    "embeddings tied": _run(lambda m: setattr(m.lm_head, "weight", m.model.embed_tokens.weight)),
+    "weights pruned by a mask": _run(lambda m: torch.nn.utils.prune.l1_unstructured(m.model.layers[0].mlp.up_proj, "weight", amount=0.5) and None),
     # The tree.
     "layers swapped": _run(_swap_layers),
     "layers swapped, with their numbers": _run(_swap_layers_and_their_numbers),
@@ -347,6 +378,7 @@ CHANGES: dict[str, Mutation] = {
     "modules replaced": _run(_replace_module),
     "a norm removed": _set("model.layers.0.input_layernorm", torch.nn.Identity()),
     "a parametrisation": _run(_parametrize),
+    "the spectral norm": _run(lambda m: torch.nn.utils.parametrizations.spectral_norm(m.model.layers[0].self_attn.v_proj).eval() and None),
     "dropout that is on": _run(lambda m: [setattr(layer.self_attn, "attention_dropout", 0.5) for layer in m.model.layers] + [m.train()]),
     "training mode of one module": _run(
         lambda m: [setattr(m.model.layers[0].self_attn, "attention_dropout", 0.5), m.model.layers[0].self_attn.train()]
@@ -361,6 +393,9 @@ CHANGES: dict[str, Mutation] = {
     "RoPE's function": _patch(modeling_llama, "apply_rotary_pos_emb", _doubled),
     "a function of torch": _patch(torch.nn.functional, "silu", _doubled),
     "torch's attention": _patch(torch.nn.functional, "scaled_dot_product_attention", _doubled),
+    "torch's linear": _patch(torch.nn.functional, "linear", _doubled),
+    "a method of tensors": _tensor_method,
+    "a method put in front of an inherited one": _shadowed_call,
     "the registered attention": _registered_attention,
     "a forward of one module's own": _own_forward,
     "another class for a module": _own_class,
@@ -379,6 +414,8 @@ CHANGES: dict[str, Mutation] = {
     "an adapter merged": _with_lora(lambda m: m.merge_adapter()),
     "an adapter merged for good": _with_lora(lambda m: m.merge_and_unload()),
     "an adapter with DoRA": _with_lora(use_dora=True),
+    "an adapter that is scaled by its rank's root": _with_lora(use_rslora=True),
+    "an adapter of the same name, made anew": _with_lora(_anew),
     "an adapter on all layers": _with_lora(target_modules="all-linear"),
     "an adapter on the embedding": _with_lora(target_modules=["embed_tokens"]),
     "an adapter that saves a module": _with_lora(

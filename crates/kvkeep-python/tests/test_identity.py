@@ -37,7 +37,8 @@ def test_another_model_has_another_identity_or_is_refused(name: str) -> None:
     with ExitStack() as stack:
         changed = CHANGES[name](model, stack)
         torch.manual_seed(0)
-        assert not torch.allclose(logits(changed), logits_before, atol=1e-4), "this changes nothing: the test would see nothing"
+        now = logits(changed)
+        assert now.shape != logits_before.shape or not torch.allclose(now, logits_before, atol=1e-4), "this changes nothing: the test would see nothing"
         for after in (ModelIdentity(changed).now(), identity.now() if changed is model else None):
             if after is not None:
                 assert after.refusal is not None or after.digest != before.digest, after
@@ -192,6 +193,50 @@ def test_a_state_inside_an_object_inside_a_list_is_seen() -> None:
     model.model.layers[0].strength.more = True
     seen.add(identity.now().digest)
     assert len(seen) == 5
+
+
+def test_the_strength_of_a_patch_is_seen_where_it_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A patched forward pass has a number in its closure or beside it, and users turn it while they work."""
+    from transformers.models.llama import modeling_llama
+
+    strengths = {"by": 1.0}
+    factor = 1.0
+
+    def turn(value: float) -> None:
+        nonlocal factor
+        factor = value
+
+    original = modeling_llama.LlamaMLP.forward
+
+    def forward(self: Any, x: Any) -> Any:
+        return original(self, x) * strengths["by"] * factor
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", forward)
+    identity = ModelIdentity(llama())
+    seen = {identity.now().digest}
+    strengths["by"] = 2.0
+    seen.add(identity.now().digest)
+    turn(3.0)
+    seen.add(identity.now().digest)
+    assert len(seen) == 3
+
+
+def test_what_was_hashed_once_is_recognised_and_an_edit_is_still_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new generator must cost little where the weights are known, and must not trust that they are the same: an edit of one row through
+    `.data` moves no counter."""
+    import kvkeep._weights as module
+
+    hashed: list[int] = []
+    memory = module.memory
+    monkeypatch.setattr(module, "memory", lambda address, size: hashed.append(size) or memory(address, size))
+    model = llama(hidden_size=512, vocab_size=9000)
+    before = ModelIdentity(model).now()
+    large = [size for size in hashed if size > 100_000]
+    hashed.clear()
+    assert large and ModelIdentity(model).now() == before
+    assert not [size for size in hashed if size > 100_000]
+    model.model.embed_tokens.weight.data[4321] += 1
+    assert ModelIdentity(model).now() != before
 
 
 def test_every_byte_of_every_weight_counts() -> None:

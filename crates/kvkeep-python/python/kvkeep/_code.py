@@ -152,6 +152,13 @@ class Code:
             get = getter(sorted(names))
             yield mapping, get, get(mapping)
 
+    def sizes(self) -> tuple[list[Any], list[int]]:
+        """Where a name could be put in front of another, and how many names there are: classes of the tree, and files of functions."""
+        bases = {base: None for cls in self._tree_classes for base in cls.__mro__ if base is not object}
+        files = {id(f.__globals__): f.__globals__ for f in self._functions.values() if not self.is_trusted(f)}
+        places = [*(base.__dict__ for base in bases), *files.values()]
+        return places, list(map(len, places))
+
     def functions(self) -> list[types.FunctionType]:
         """All functions that were reached and are not trusted."""
         return list(self._functions.values())
@@ -160,6 +167,11 @@ class Code:
         value = base.__dict__[name]
         if self.is_trusted_class(base) and (not self.is_callable(value) or self.is_trusted(_function_of(value))):
             self._watch(base.__dict__, name, base)
+            function = _function_of(value)
+            if isinstance(function, types.FunctionType) and base.__module__.startswith("torch.nn.modules") and name == "forward":
+                # Not read, but what it calls may be replaced.
+                calls = self._resolve(function.__globals__, names_of(function.__code__), name, set())
+                self._lines[f"{base.__module__}.{base.__qualname__}.{name}", repr(calls)] = None
             return
         where = f"{base.__module__}.{base.__qualname__}.{name}"
         self._watch(base.__dict__, name, base)

@@ -14,6 +14,7 @@ DTYPES: list[str]
 _Tokens: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
 _RawDisk: TypeAlias = tuple[str, float, str, str, str | None, float]
 
+def checksum(address: int, bytes: int, seed: int) -> bytes: ...
 def before_fork() -> None: ...
 
 class Memory:

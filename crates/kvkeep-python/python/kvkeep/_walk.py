@@ -121,6 +121,8 @@ class Walk:
         """Every dict that was empty."""
         self.adapter_lines: list[str] = []
         self.code = Code(self.token)
+        import torch
+
         self._dtype = getattr(model, "dtype", None)
         self._paths: dict[int, str] = {}
         self._tokens: dict[int, str] = {}
@@ -131,6 +133,7 @@ class Walk:
         self._in_code = False
         """What a module holds must be readable; what code merely names is noted by its type where it is not."""
         self._walk_module("", model, in_adapter=False)
+        self.code.reach_class(torch.Tensor, in_tree=True)  # its methods are as good as functions
         self._in_code = True
         self.code_digest = self.code.digest()
         self._check_training()

@@ -175,6 +175,7 @@ class _Witness:
         self._lines = [line for weight in weights for line in weight.lines]
         self._sample = b"".join(weight.sample for weight in weights)
         self._looked_up = list(walk.code.looked_up())
+        self._places, self._sizes = walk.code.sizes()
         functions = walk.code.functions()
         self._code = [(f, f.__code__, f.__defaults__, f.__kwdefaults__) for f in functions]
         self._cells = [(cell, _content(cell)) for f in functions for cell in f.__closure__ or ()]
@@ -203,9 +204,10 @@ class _Witness:
 
     def _code_holds(self) -> bool:
         return (
-            all(all(map(is_, get(mapping), then)) for mapping, get, then in self._looked_up)
-            and all(f.__code__ is c and f.__defaults__ is d and f.__kwdefaults__ is k for f, c, d, k in self._code)
-            and all(_content(cell) is content for cell, content in self._cells)
+            all([all(map(is_, get(mapping), then)) for mapping, get, then in self._looked_up])
+            and list(map(len, self._places)) == self._sizes
+            and all([f.__code__ is c and f.__defaults__ is d and f.__kwdefaults__ is k for f, c, d, k in self._code])
+            and all([_content(cell) is content for cell, content in self._cells])
         )
 
 

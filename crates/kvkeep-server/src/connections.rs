@@ -105,10 +105,11 @@ impl Connections {
         let mut table = self.lock();
         let mut kept = false;
         if table.taken(false) >= self.places {
+            let full = table.taken(true) >= self.kept;
             match table.idlest(now) {
-                Some(at) => kept = table.close(at, now),
-                None if table.taken(true) < self.kept => kept = true,
-                None => return None,
+                Some((at, fresh)) if full || !fresh => kept = table.close(at, now),
+                _ if !full => kept = true,
+                _ => return None,
             }
         }
         let state = State { phase: Phase::Idle, since: now, known: false, kept };
@@ -138,8 +139,8 @@ impl Table {
         self.open.iter().filter(|connection| connection.lock().kept == kept).count()
     }
 
-    /// Whoever can go and is missed least.
-    fn idlest(&self, now: Instant) -> Option<usize> {
+    /// Whoever can go and is missed least, and whether it has only just come.
+    fn idlest(&self, now: Instant) -> Option<(usize, bool)> {
         let mut of_peer: HashMap<IpAddr, usize> = HashMap::new();
         for connection in &self.open {
             *of_peer.entry(connection.peer).or_default() += 1;
@@ -151,7 +152,7 @@ impl Table {
             let many = usize::MAX - of_peer.get(&connection.peer).copied().unwrap_or_default();
             (phase == Phase::Idle || stands).then_some((stands, waited < GRACE, known, many, since, at))
         };
-        self.open.iter().enumerate().filter_map(rank).min().map(|(.., at)| at)
+        self.open.iter().enumerate().filter_map(rank).min().map(|(_, fresh, .., at)| (at, fresh))
     }
 
     /// Closes a connection; says whether its place was one that is kept.
@@ -310,6 +311,7 @@ mod tests {
         open.iter().for_each(|connection| connection.enter(Phase::Answering));
         let late: Vec<_> = (0..4).map(|_| all.try_enter(peer(2), begin).unwrap()).collect();
         assert!(late.iter().all(|connection| connection.lock().kept));
+        assert_eq!(gone(&all, &late), [0; 0], "they have only just come");
         late.iter().for_each(|connection| connection.enter(Phase::Answering));
         assert!(all.try_enter(peer(2), begin + LATER).is_none(), "everybody is being answered");
         assert_eq!(gone(&all, &open), [0; 0]);

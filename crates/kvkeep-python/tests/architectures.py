@@ -99,7 +99,7 @@ def shrink(fields: dict[str, Any], layers: int | None = None) -> dict[str, Any]:
                 other["head_dim"] *= 2  # as in the large ones: layers that differ
             small[name] = {layer: other for layer in (1, 3)}
         elif isinstance(value, dict):
-            small[name] = shrink(value, count) if name.endswith("config") else _rope(value)
+            small[name] = shrink(value, count) if name.endswith("config") or "model_type" in value else _rope(value)
         elif isinstance(value, list) and value and len(value) == count:
             small[name] = _pattern(value)
         elif name.endswith(("token_id", "token_ids", "token_index")):
@@ -163,11 +163,7 @@ def model_of(model_type: str, class_name: str) -> Any:
     """A small model of this type. Its weights depend on their names and shapes alone, and make every token count."""
     config = config_of(model_type)
     torch.manual_seed(0)
-    kind = getattr(transformers, class_name)
-    try:
-        model = kind(config).float().eval()
-    except AttributeError:  # a class of the text part, listed under the type of the whole
-        model = kind(config.get_text_config(decoder=True)).float().eval()
+    model = _built(getattr(transformers, class_name), config)
     generator = torch.Generator().manual_seed(zlib.crc32(model_type.encode()))
     tied = set()
     with torch.no_grad():
@@ -177,6 +173,23 @@ def model_of(model_type: str, class_name: str) -> Any:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
     model.generation_config = transformers.GenerationConfig(pad_token_id=0, bos_token_id=1)
     return model
+
+
+def _built(kind: Any, config: Any) -> Any:
+    """A model of this class; the text's part of the configuration where the class wants that. Built without memory first:
+    what the names of the fields leave large takes the machine's."""
+    with torch.device("meta"):
+        try:
+            parameters = sum(parameter.numel() for parameter in kind(config).parameters())
+        except AttributeError:
+            config = config.get_text_config(decoder=True)
+            parameters = sum(parameter.numel() for parameter in kind(config).parameters())
+    if parameters > _MOST_PARAMETERS:
+        raise ValueError(f"the names of its fields leave it large, {parameters / 1e6:.0f} million parameters")
+    return kind(config).float().eval()
+
+
+_MOST_PARAMETERS = 50_000_000
 
 
 def prompts() -> tuple[torch.Tensor, torch.Tensor]:

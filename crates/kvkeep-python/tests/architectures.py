@@ -293,6 +293,13 @@ def _finding(outcome: str) -> Any:
         raise Finding(outcome, f"{type(error).__name__}: {text}"[:160]) from error
 
 
+class Patient(KVCache):
+    """A cache that does not know how fast small models compute: it would not load what is computed sooner."""
+
+    def store(self, *args: Any, **kwargs: Any) -> Any:
+        return super().store(*args, **kwargs | {"compute_seconds": None})
+
+
 def run(phase: str, folder: Path, part: int, parts: int) -> None:
     """One phase for every `parts`-th architecture; prints a JSON line for each and keeps them in the folder."""
     torch.set_num_threads(1)
@@ -302,7 +309,7 @@ def run(phase: str, folder: Path, part: int, parts: int) -> None:
     lines = folder / f"{phase}-{part}.jsonl"
     stored = {line["type"]: line for line in read_lines(folder / f"store-{part}.jsonl")} if phase == "reuse" else {}
     only = os.environ.get("ARCHITECTURES", "")
-    with KVCache(max_size_gb=0.25, disk_path=folder / f"cache-{part}", disk_size_gb=2) as cache, lines.open("w") as out:
+    with Patient(max_size_gb=0.25, disk_path=folder / f"cache-{part}", disk_size_gb=2) as cache, lines.open("w") as out:
         for model_type, class_name in architectures()[part::parts]:
             before = stored.get(model_type, {})
             if (only and model_type not in only.split(",")) or (phase == "reuse" and before.get("outcome") != "reuses"):

@@ -11,6 +11,7 @@
 //! (numpy) or DLPack (torch).
 
 mod array;
+mod checksum;
 mod convert;
 mod error;
 mod fork;
@@ -28,6 +29,8 @@ use pyo3::prelude::*;
 mod _kvkeep {
     #[pymodule_export]
     use crate::array::Memory;
+    #[pymodule_export]
+    use crate::checksum::checksum;
     #[pymodule_export]
     use crate::error::{Outcome, Rejection};
     #[pymodule_export]

@@ -75,7 +75,8 @@ pub(crate) fn no_overlap<'a>(tensors: impl Iterator<Item = &'a Lent>) -> PyResul
     Ok(())
 }
 
-fn lent<'a>(address: usize, bytes: usize) -> &'a [u8] {
+/// Memory that is lent: nothing where there is no address.
+pub(crate) fn lent<'a>(address: usize, bytes: usize) -> &'a [u8] {
     if address == 0 {
         return &[];
     }

@@ -30,8 +30,11 @@ _IMPLICIT = frozenset(["forward", "__call__", "__getattr__", "__getitem__", "__i
 _NOT_FOLLOWED = frozenset(["loss_function", "logger", "warnings", "__init__", "__doc__", "__module__", "__name__"])
 """Names that lead to nothing that computes KV: losses, what is printed, how a module was made."""
 
-_KNOWN_BY_VERSION = ("torch", "numpy", "huggingface_hub", "psutil", "tqdm", "packaging", "yaml", "tokenizers", "safetensors", "triton")
-"""Packages whose code is not read: they are in the engine's versions, or compute nothing."""
+_KNOWN_BY_VERSION = (
+    "torch", "numpy", "triton", "transformers/utils", "huggingface_hub", "psutil", "tqdm", "packaging", "yaml", "tokenizers", "safetensors",
+)  # fmt: skip
+"""Packages whose code is not read: they are in the engine's versions, or compute nothing. transformers' own helpers (what is installed,
+how outputs are captured) keep registers of every model that the process ever made."""
 
 
 class Code:
@@ -92,35 +95,40 @@ class Code:
 
     def digest(self) -> str:
         """Follows every name to its end; the digest of all code that was reached."""
-        done: set[tuple[type, str]] = set()
+        done: set[Any] = set()
         while True:
             while self._queue:
                 self._read(self._queue.pop())
             fresh = self._unread_methods(done)
-            if not fresh:
+            classes = [cls for cls in self._classes if cls not in done]
+            if not fresh and not classes:
                 break
             for base, name in fresh:
                 self._attribute(base, name)
-            done |= set(fresh)
-        for cls in self._classes:
-            self._read_class(cls)
+            for cls in classes:
+                self._read_class(cls)
+            done |= {*fresh, *classes}
         return hashlib.sha256("\n".join(sorted(f"{a} {b}" for a, b in self._lines)).encode()).hexdigest()
 
-    def _unread_methods(self, done: set[tuple[type, str]]) -> list[tuple[type, str]]:
+    def _unread_methods(self, done: set[Any]) -> list[tuple[type, str]]:
         """What the tree's classes have under the names that were used."""
         bases = {base for cls in self._tree_classes for base in cls.__mro__ if base is not object}
         fresh = {(base, name) for base in bases for name in (self._names & base.__dict__.keys()) - _NOT_FOLLOWED}
         return sorted(fresh - done, key=lambda pair: (pair[0].__module__, pair[0].__qualname__, pair[1]))
 
     def _read_class(self, cls: type) -> None:
-        """The code of all methods of a class outside the tree, as a cache or an output; its names are not followed."""
+        """A class outside the tree, as a cache or a registry of attention functions: the code of all its methods, whose names are not
+        followed, and its data, which is."""
         for base in cls.__mro__:
             if self.is_trusted_class(base) or base in self._tree_classes:
                 continue
-            codes = {name: [code_digest(c) for c in codes_of(value)] for name, value in base.__dict__.items() if self.is_callable(value)}
-            for name in codes:
+            where = f"{base.__module__}.{base.__qualname__}"
+            for name, value in list(base.__dict__.items()):
+                if name.startswith("__") and not self.is_callable(value) or name in _NOT_FOLLOWED:
+                    continue
                 self._watch(base.__dict__, name, base)
-            self._lines[f"{base.__module__}.{base.__qualname__}", repr(sorted(codes.items()))] = None
+                codes = [code_digest(code) for code in codes_of(value)] if self.is_callable(value) else self._token(value, f"{where}.{name}")
+                self._lines[f"{where}.{name}", str(codes)] = None
 
     def mentions(self, cls: type, name: str) -> bool:
         """Whether a method of `cls` that was reached uses `name`."""
@@ -134,11 +142,22 @@ class Code:
                     return True
         return False
 
+    def packages(self) -> set[str]:
+        """The packages that the tree's classes come from."""
+        return {cls.__module__.partition(".")[0] for cls in self._tree_classes}
+
     def looked_up(self) -> Iterator[tuple[Any, Any, tuple[Any, ...]]]:
         """(where names were looked up, a getter of them, what they were)."""
         for mapping, names in self._looked_up.values():
             get = getter(sorted(names))
             yield mapping, get, get(mapping)
+
+    def sizes(self) -> tuple[list[Any], list[int]]:
+        """Where a name could be put in front of another, and how many names there are: classes of the tree, and files of functions."""
+        bases = {base: None for cls in self._tree_classes for base in cls.__mro__ if base is not object}
+        files = {id(f.__globals__): f.__globals__ for f in self._functions.values() if not self.is_trusted(f)}
+        places = [*(base.__dict__ for base in bases), *files.values()]
+        return places, list(map(len, places))
 
     def functions(self) -> list[types.FunctionType]:
         """All functions that were reached and are not trusted."""
@@ -262,7 +281,7 @@ def getter(keys: Sequence[Any]) -> Callable[[Any], Any]:
 @functools.lru_cache(maxsize=None)
 def _trusted_folders() -> tuple[str, ...]:
     site = {os.path.dirname(os.path.dirname(sys.modules[name].__file__ or "")) for name in ("torch", "numpy")}
-    packages = [f"{folder}{os.sep}{name}{os.sep}" for folder in sorted(site) for name in _KNOWN_BY_VERSION]
+    packages = [os.path.join(folder, *name.split("/"), "") for folder in sorted(site) for name in _KNOWN_BY_VERSION]
     standard = {sysconfig.get_paths()[key] for key in ("stdlib", "platstdlib")}
     # The standard library's folder may hold site-packages: those are nobody we know.
     parts = [f"{folder}{os.sep}{part}" for folder in sorted(standard) for part in _standard_parts(folder)]

@@ -53,7 +53,9 @@ _NOT_READ_IN_MODULES = {
     "_tp_plan": "placement only", "_ep_plan": "placement only", "_pp_plan": "placement only", "_fsdp_plan": "placement only",
     "loss_type": "losses are no KV", "_loss_function": "losses are no KV",
     "peft_config": "the layers hold what of it counts; prompt learning is refused",
+    "_active_adapter": "the adapters in use are read as such", "_disable_adapters": "as _active_adapter",
     "_hf_peft_config_loaded": "the layers hold the adapters", "targeted_module_names": "how layers were found", "targeted_parameter_names": "how layers were found",
+    "_use_kernels": "kernels replace forward functions, which are read", "_weight_conversions": "loading only",
     "_output_capturing_hooks_installed": "its hooks copy and change nothing",
 }  # fmt: skip
 """Attributes of a module that cannot change KV, or that are read in another way, each with its reason."""
@@ -61,13 +63,18 @@ _NOT_READ_IN_MODULES = {
 _NOT_READ_IN_CONFIGS = {
     "_name_or_path": "where weights came from: they are hashed themselves", "name_or_path": "as _name_or_path",
     "_commit_hash": "as _name_or_path", "transformers_version": "the version that runs counts, not the one that saved",
+    "model_type": "the configuration's class is read",
     "architectures": "the class that runs is read", "output_hidden_states": "what is returned, not what is computed",
     "_output_attentions": "as output_hidden_states", "return_dict": "as output_hidden_states", "use_cache": "whether KV is kept, not what it is",
     "id2label": "names of classes", "label2id": "names of classes", "problem_type": "losses are no KV",
 }  # fmt: skip
 """Attributes of a transformers configuration that cannot change KV, each with its reason."""
 
-_NOT_READ_IN_TENSORS = frozenset(["_is_hf_initialized", "_no_reinit"])
+_NOT_READ_IN_TENSORS = {
+    "_is_hf_initialized": "loading only", "_no_reinit": "loading only", "_is_buffer": "read as weights", "_is_param": "read as weights",
+    "persistent": "says what is saved, not what is computed",
+}  # fmt: skip
+"""Attributes of a tensor that cannot change KV, each with its reason."""
 
 _WITHOUT_CONTENT = (
     logging.Logger, types.ModuleType, contextvars.ContextVar, threading.local, weakref.WeakKeyDictionary, weakref.WeakValueDictionary,
@@ -75,12 +82,15 @@ _WITHOUT_CONTENT = (
 )  # fmt: skip
 """Known by their type alone: they synchronise, print or remember, and hold nothing that a forward pass computes with."""
 
-_NO_WEIGHTS_EDITED = frozenset(["config", "_active_adapter", "active_adapter", "_disable_adapters", "scaling"])
-"""Attributes whose change does not cast doubt on the module's weights. A change of any other one does: merging an adapter edits weights
+_NO_WEIGHTS_EDITED = frozenset(["config"])
+"""Attributes whose change does not cast doubt on the module's weights, nor do an adapter's numbers. A change of any other one does: merging an adapter edits weights
 through `.data`, which no counter counts, and tells it by an attribute."""
 
-_READ_ONLY_HOOKS = ("transformers.utils.output_capturing",)
-"""Modules whose hooks copy what passes and change nothing."""
+_HARMLESS_HOOKS = {
+    "transformers.utils.output_capturing.install_output_capuring_hook.<locals>.output_capturing_hook": "copies what passes",
+    "transformers.modeling_utils.PreTrainedModel.enable_input_require_grads.<locals>.make_inputs_require_grads": "gradients only",
+}
+"""Forward hooks that change nothing, each with its reason. Of all others nobody knows what they do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,13 +121,19 @@ class Walk:
         """Every dict that was empty."""
         self.adapter_lines: list[str] = []
         self.code = Code(self.token)
+        import torch
+
+        self._dtype = getattr(model, "dtype", None)
         self._paths: dict[int, str] = {}
         self._tokens: dict[int, str] = {}
         self._kept: list[Any] = []
         self._modules: list[tuple[str, Any]] = []
+        self.classes: list[tuple[Any, type]] = []
+        """Every module and its class, which can be set like an attribute."""
         self._in_code = False
         """What a module holds must be readable; what code merely names is noted by its type where it is not."""
         self._walk_module("", model, in_adapter=False)
+        self.code.reach_class(torch.Tensor, in_tree=True)  # its methods are as good as functions
         self._in_code = True
         self.code_digest = self.code.digest()
         self._check_training()
@@ -186,8 +202,14 @@ class Walk:
             left_out = _NOT_READ_IN_CONFIGS if _is_config(value) else {}
             counts = {key: part for key, part in attributes.items() if key not in left_out}
             self._watch(attributes, counts)
+            if _is_config(value):
+                counts = {key: self._dtype_in_config(part) if key in ("dtype", "torch_dtype") else part for key, part in counts.items()}
             pairs += self._pairs(counts, where)
         return _short(name, pairs)
+
+    def _dtype_in_config(self, dtype: Any) -> str:
+        """Written as text, as torch's object or not at all, until the model is saved once."""
+        return str(dtype or self._dtype).removeprefix("torch.")
 
     def _attributes_beside(self, value: Any, where: str) -> str:
         """What a subclass of dict keeps beside its entries."""
@@ -198,40 +220,50 @@ class Walk:
         return _short(self.code.reach_class(type(value)), self._pairs(attributes, where))
 
     def _pairs(self, mapping: Any, where: str) -> list[str]:
-        pairs = [(self.token(key, where), key) for key in mapping]
-        return [f"{text} {self.token(mapping[key], f'{where}.{key}')}" for text, key in sorted(pairs, key=lambda pair: pair[0])]
+        # The entries themselves: a subclass's own `[]` may make a new object each time.
+        items = dict.items(mapping) if isinstance(mapping, dict) else mapping.items()
+        pairs = [(self.token(key, where), key, value) for key, value in items]
+        return [f"{text} {self.token(value, f'{where}.{key}')}" for text, key, value in sorted(pairs, key=lambda pair: pair[0])]
 
     def _walk_module(self, path: str, module: Any, in_adapter: bool) -> None:
         if id(module) in self._paths:
             self.lines[path] = f"as {self._paths[id(module)]}"
             return
         self._paths[id(module)] = path
-        self._kept.append(module)
-        inner = _behind_inactive_adapters(module)
+        self.classes.append((module, type(module)))
+        inner = _stands_in_for(module)
         if inner is not None:
             self._watch_aside(module)
+            if _is_compiled(module):
+                self.lines[f"{path} (compiled)"] = "torch.compile"
+            self._check_prompt_learning(module)
             self._walk_module(path, inner, in_adapter)
             return
         self._modules.append((path, module))
         attributes = vars(module)
         tables = [key for key in ("_parameters", "_buffers", "_modules") if attributes.get(key)]
+        tables += [key for key in ("_active_adapter", "_disable_adapters") if key in attributes]
         self._watch(attributes, [*tables, *(key for key in attributes if key not in _NOT_READ_IN_MODULES)])
         self._check_hooks(path, module)
-        hidden = _inactive_names(module)
+        hidden = _adapters_of(module)
         texts = [f"class {self.code.reach_class(type(module), in_tree=True)}"]
         doubt = list(texts)
+        if hidden is not _NO_NAMES:
+            texts.append(f"adapters {hidden.used}")
         for key in sorted(attributes):
             if key in _NOT_READ_IN_MODULES:
                 continue
             value = attributes[key]
-            if hidden and isinstance(value, dict) and hidden & value.keys():
+            of_adapters = isinstance(value, dict) and bool(value) and value.keys() <= hidden.all
+            if of_adapters:
                 self._watch(value, value)
                 value = {name: part for name, part in value.items() if name not in hidden}
                 self._kept.append(value)
             text = f"{key} {self.token(value, f'{path}.{key}')}"
             texts.append(text)
-            if key not in _NO_WEIGHTS_EDITED:
+            if key not in _NO_WEIGHTS_EDITED and not of_adapters:
                 doubt.append(text)
+        self._check_prompt_learning(module)
         self._check_own_forward(path, attributes)
         self._walk_weights(path, module, in_adapter)
         children = attributes.get("_modules") or {}
@@ -242,15 +274,15 @@ class Walk:
             if child is not None and name not in hidden:
                 self._walk_child(f"{path}.{name}" if path else name, child, in_adapter, hidden)
 
-    def _walk_child(self, path: str, child: Any, in_adapter: bool, hidden: frozenset[str]) -> None:
+    def _walk_child(self, path: str, child: Any, in_adapter: bool, hidden: _Hidden) -> None:
         names = vars(child).get("_modules") or {}
         tables = {**names, **(vars(child).get("_parameters") or {}), **(vars(child).get("_buffers") or {})}
-        if hidden is not _NO_NAMES and tables and tables.keys() <= hidden.all:  # type: ignore[attr-defined]
+        if hidden is not _NO_NAMES and tables and tables.keys() <= hidden.all:
             self._walk_adapters(path, child, hidden)
         else:
             self._walk_module(path, child, in_adapter)
 
-    def _walk_adapters(self, path: str, table: Any, hidden: frozenset[str]) -> None:
+    def _walk_adapters(self, path: str, table: Any, hidden: _Hidden) -> None:
         """A table of adapters, by name: those in use alone."""
         self._watch_aside(table)
         self._paths[id(table)] = path
@@ -308,8 +340,8 @@ class Walk:
                 continue
             self._watch(hooks, hooks)
             for hook in hooks.values():
-                if getattr(hook, "__module__", None) not in _READ_ONLY_HOOKS:
-                    name = getattr(hook, "__qualname__", type(hook).__qualname__)
+                name = getattr(hook, "__qualname__", type(hook).__qualname__)
+                if f"{getattr(hook, '__module__', None)}.{name}" not in _HARMLESS_HOOKS:
                     self._refuse(f"{path or 'the model'} has a forward hook ({name}), which may change anything: remove it")
 
     def _check_own_forward(self, path: str, attributes: dict[str, Any]) -> None:
@@ -318,11 +350,18 @@ class Walk:
             if value is not None and key == "forward":
                 self._refuse(f"{path or 'the model'} has a forward of its own, not its class's, which may change anything")
 
+    def _check_prompt_learning(self, module: Any) -> None:
+        """Soft prompts are KV that no token stands for."""
+        configs = getattr(module, "peft_config", None)
+        for name, config in configs.items() if isinstance(configs, dict) else ():
+            if getattr(config, "is_prompt_learning", False) and name == getattr(module, "active_adapter", name):
+                self._refuse(f"adapter {name} is a learned prompt, which is KV without tokens: use an adapter of another kind")
+
     def _check_training(self) -> None:
         asks = {cls: self.code.mentions(cls, "training") for cls in {type(module) for _, module in self._modules}}
         random = [(path, module) for path, module in self._modules if asks[type(module)]]
         for _, module in random:
-            self._watch(vars(module), ["training"])
+            self._watch(vars(module), ["training"] if "training" in vars(module) else ())
         where = [path for path, module in random if module.training]
         if where:
             self._refuse(f"{where[0] or 'the model'} is in training mode, which may compute at random: call model.eval()")
@@ -344,51 +383,53 @@ class Walk:
 
 
 class _Hidden(frozenset):  # type: ignore[type-arg]
-    """Adapters that are not in use, by name; `all` has those in use too."""
+    """The adapters of a PEFT layer that are not in use, by name; `all` of them, and those that are `used`, in their order."""
 
     all: frozenset[str] = frozenset()
+    used: tuple[str, ...] = ()
 
 
 _NO_NAMES = _Hidden()
 
 
-def _peft(name: str) -> Any:
-    module = sys.modules.get("peft.tuners.tuners_utils" if name == "BaseTunerLayer" else "peft.utils.other")
-    return getattr(module, name, ())
+def _peft(module: str, name: str) -> Any:
+    """A class of PEFT, or nothing that anything could be an instance of."""
+    return getattr(sys.modules.get(f"peft.{module}"), name, ())
 
 
-def _adapters_of(module: Any) -> tuple[frozenset[str], frozenset[str]]:
-    """(all adapters of a PEFT layer, those in use or merged)."""
-    if not isinstance(module, (_peft("BaseTunerLayer"), _peft("AuxiliaryTrainingWrapper"))):
-        return frozenset(), frozenset()
-    tables = [*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ())]
-    names: set[str] = set()
-    for table in tables:
-        entries = getattr(module, table, None)
-        if hasattr(entries, "keys"):
-            names |= set(entries.keys())
-    active = module.active_adapters if not module.disable_adapters else []
-    used = {active} if isinstance(active, str) else set(active)
-    return frozenset(names), frozenset(names & (used | set(getattr(module, "merged_adapters", ()))))
-
-
-def _inactive_names(module: Any) -> frozenset[str]:
-    names, used = _adapters_of(module)
-    if not names:
+def _adapters_of(module: Any) -> _Hidden:
+    """The adapters that a PEFT layer has. Of any other module: none."""
+    if not isinstance(module, (_peft("tuners.tuners_utils", "BaseTunerLayer"), _peft("utils.other", "AuxiliaryTrainingWrapper"))):
         return _NO_NAMES
-    hidden = _Hidden(names - used)
-    hidden.all = names
+    tables = [*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ())]
+    entries = [getattr(module, table, None) for table in tables]
+    names = {name for table in entries if hasattr(table, "keys") for name in table.keys()}
+    active = [] if module.disable_adapters else module.active_adapters
+    used = dict.fromkeys([*([active] if isinstance(active, str) else active), *getattr(module, "merged_adapters", ())])
+    hidden = _Hidden(names - used.keys())
+    hidden.all, hidden.used = frozenset(names), tuple(name for name in used if name in names)
     return hidden
 
 
-def _behind_inactive_adapters(module: Any) -> Any:
-    """The layer that a PEFT layer stands in for while none of its adapters is in use; None for any other module."""
-    names, used = _adapters_of(module)
-    if not names or used:
+def _stands_in_for(module: Any) -> Any:
+    """The module that a wrapper computes the same as: torch.compile's, PEFT's around a model, and a PEFT layer none of whose adapters is
+    in use. None for any other module."""
+    children = vars(module).get("_modules") or {}
+    if _is_compiled(module):
+        return children.get("_orig_mod")
+    if isinstance(module, _peft("peft_model", "PeftModel")) and type(module).__module__.startswith("peft."):
+        return children.get("base_model")
+    if isinstance(module, _peft("tuners.tuners_utils", "BaseTuner")) and type(module).__module__.startswith("peft."):
+        return children.get("model")
+    adapters = _adapters_of(module)
+    if adapters is _NO_NAMES or adapters.used:
         return None
-    if isinstance(module, _peft("BaseTunerLayer")):
-        return vars(module)["_modules"].get("base_layer")
-    return vars(module)["_modules"].get("original_module")
+    return children.get("base_layer", children.get("original_module"))
+
+
+def _is_compiled(module: Any) -> bool:
+    optimized = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", ())
+    return isinstance(module, optimized)
 
 
 def _plain(value: Any) -> str | None:

@@ -3,6 +3,10 @@
 Invariant: two tensors have one digest only if dtype, shape and all bytes are the same. Nothing of where a tensor lies (address,
 strides, device) enters.
 
+What was hashed once in this process is recognised by a checksum of all its bytes, several times as fast, and not hashed again. Remembering
+which tensors were seen costs nothing, and was the alternative that lost: an edit through `.data` moves no counter, and a file that a
+model was loaded from says nothing about what has been done to it since.
+
 A tensor is cut into pieces, and the digest of a tensor is that of its pieces' digests: so one large embedding keeps all cores busy, as
 many small tensors do. A sample of each tensor was the alternative that lost: it is free, and blind to other added tokens, to one edited
 row and to packed weights.
@@ -10,19 +14,33 @@ row and to packed weights.
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from kvkeep._kvkeep import checksum
+
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["digests", "refusal_of", "weights_digest"]
+__all__ = ["digests", "memory", "refusal_of", "sample_places", "weights_digest"]
 
 _PIECE_BYTES = 8 << 20
 """What one thread hashes at a time: long enough to hide the hand-over (20 µs), short enough to share out evenly."""
+
+_LINE_BYTES = 64
+
+_SEED = int.from_bytes(os.urandom(8), "little")
+"""Of the checksums: drawn at random, so that nobody can make other weights with a known one."""
+
+_PIECES_KNOWN = 1 << 17
+"""How many pieces are remembered: a terabyte of weights in whole pieces, for 20 MB."""
+
+_sha256_of: dict[tuple[bytes, int], bytes] = {}
+"""(checksum, bytes) of a piece → its SHA-256."""
 
 _BATCH_BYTES = 1 << 30
 """What `weights_digest` holds of a stream of tensors before it hashes them."""
@@ -82,14 +100,46 @@ def digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
     def piece(place: tuple[int, int]) -> bytes:
         number, start = place
         # Of a GPU's tensor a piece at a time is copied: no second copy of a model is ever held.
-        part = flats[number][start : start + _PIECE_BYTES].cpu().numpy()
-        return hashlib.sha256(memoryview(part)).digest()
+        part = flats[number][start : start + _PIECE_BYTES].cpu()
+        return _piece_digest(part.data_ptr(), part.numel())
 
     hashed = _in_threads(piece, places)
     wholes = [hashlib.sha256(f"{t.dtype} {tuple(t.shape)}".encode()) for t in tensors]
     for (number, _), part in zip(places, hashed):
         wholes[number].update(part)
     return [whole.digest() for whole in wholes]
+
+
+def _piece_digest(address: int, size: int) -> bytes:
+    """SHA-256 of a piece of memory, computed once for each content."""
+    if size < _PIECE_BYTES // 1024:  # hashed before it is recognised
+        return hashlib.sha256(memory(address, size)).digest()
+    key = (checksum(address, size, _SEED), size)
+    digest = _sha256_of.get(key)
+    if digest is None:
+        digest = hashlib.sha256(memory(address, size)).digest()
+        if checksum(address, size, _SEED) != key[0]:
+            return digest  # somebody wrote meanwhile: the two are not of one content
+        if len(_sha256_of) >= _PIECES_KNOWN:
+            _sha256_of.clear()
+        _sha256_of[key] = digest
+    return digest
+
+
+def memory(address: int, size: int) -> Any:
+    """Memory that somebody else keeps alive, to be read. Not by numpy: what numpy has seen of a tensor torch never resizes again."""
+    return (ctypes.c_char * size).from_address(address) if size else b""
+
+
+def sample_places(tensor: torch.Tensor) -> list[tuple[int, int]]:
+    """Where two cache lines of a tensor lie (all of a small one): (address, bytes). None of one that is elsewhere or in pieces."""
+    size = tensor.numel() * tensor.element_size()
+    if tensor.device.type != "cpu" or not tensor.is_contiguous() or not size:
+        return []
+    start = tensor.data_ptr()
+    if size <= 4 * _LINE_BYTES:
+        return [(start, size)]
+    return [((start + size * part // 3) // _LINE_BYTES * _LINE_BYTES, _LINE_BYTES) for part in (1, 2)]
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:

@@ -29,12 +29,14 @@ from typing import Any
 
 from kvkeep._code import getter
 from kvkeep._walk import Seen, Walk
-from kvkeep._weights import digests, weights_digest
+from kvkeep._weights import digests, memory, sample_places, weights_digest
 
 __all__ = ["IdentityState", "ModelIdentity", "weights_digest"]
 
 _FORMAT = "kvkeep identity 1"
 """Enters every digest: raise it when the way of reading changes."""
+
+_REFUSALS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,9 @@ class ModelIdentity:
         self._lock = threading.Lock()
         self._known: dict[int, _Known] = {}
         self._doubt: dict[str, str] = {}
-        self._witness: _Witness
+        self._witness: _Witness | _NeverHolds
         self._state: IdentityState
-        self._read()
+        self._read_or_refuse()
 
     def now(self) -> IdentityState:
         """The state at this moment. A model that has not changed is told by its pointers and counters, in a fraction of a millisecond;
@@ -75,8 +77,16 @@ class ModelIdentity:
             return state
         with self._lock:
             if not self._witness.holds():
-                self._read()
+                self._read_or_refuse()
             return self._state
+
+    def _read_or_refuse(self) -> None:
+        try:
+            self._read()
+        except Exception as error:  # whatever a foreign object raises when it is read: nothing is known, so nothing is reused
+            self._witness = _NeverHolds()
+            why = f"the model cannot be read ({type(error).__name__}: {error})"
+            self._state = IdentityState(_digest([_FORMAT, why]), why, types.MappingProxyType({}))
 
     def _read(self) -> None:
         mode = _mode(self._model)
@@ -95,7 +105,7 @@ class ModelIdentity:
         digest = _digest([_FORMAT, *(f"{name} {part}" for name, part in parts.items())])
         refusals = walk.refusals + _refusals_of_mode()
         short = types.MappingProxyType({name: part[:16] for name, part in parts.items()})
-        self._state = IdentityState(digest, "; ".join(refusals) or None, short)
+        self._state = IdentityState(digest, _in_words(refusals), short)
         self._witness = witness
 
     def _weights(self, walk: Walk) -> list[tuple[Seen, str]]:
@@ -123,14 +133,18 @@ class ModelIdentity:
 class _Known:
     """A weight whose digest is known, and how to tell that it has not changed."""
 
-    __slots__ = ("pointer", "tensor", "text", "version")
+    __slots__ = ("lines", "pointer", "sample", "tensor", "text", "version")
 
     def __init__(self, tensor: Any, text: str) -> None:
         self.tensor, self.text = tensor, text
         self.version, self.pointer = _version(tensor), tensor.data_ptr()
+        self.lines = [memory(address, size) for address, size in sample_places(tensor)]
+        self.sample = b"".join(self.lines)
 
     def holds(self) -> bool:
-        return self.version == _version(self.tensor) and self.pointer == self.tensor.data_ptr()
+        """Pointers first: the sample lies where they point."""
+        same = self.version == _version(self.tensor) and self.pointer == self.tensor.data_ptr()
+        return same and b"".join(self.lines) == self.sample
 
 
 class _Witness:
@@ -145,15 +159,23 @@ class _Witness:
         mappings = [(mapping, keys) for mapping, keys in walk.read.values()]
         self._mappings = [mapping for mapping, _ in mappings]
         self._empty = walk.empty
+        mappings = [(mapping, keys) for mapping, keys in mappings if not _makes_entries(mapping)]
+        self._tables = [(m, list(dict.values(m))) for m in self._mappings if _makes_entries(m)]
         self._lengths = list(map(len, self._mappings))
         self._readers = [(getter(keys), mapping) for mapping, keys in mappings if keys]
         self._values = [get(mapping) for get, mapping in self._readers]
         self._objects = [(m, k, m[k]) for m, keys in mappings for k in keys if not _compares_safely(m[k])]
+        self._modules = [module for module, _ in walk.classes]
+        self._classes = [cls for _, cls in walk.classes]
         self._sequences = [(sequence, tuple(sequence)) for sequence in walk.sequences]
-        self._tensors = list({id(s.tensor): s.tensor for s in walk.tensors}.values())
-        self._pointers = [tensor.data_ptr() for tensor in self._tensors]
-        self._versions = [_version(tensor) for tensor in self._tensors]
+        weights = [_Known(tensor, "") for tensor in {id(s.tensor): s.tensor for s in walk.tensors}.values()]
+        self._tensors = [weight.tensor for weight in weights]
+        self._pointers = [weight.pointer for weight in weights]
+        self._versions = [weight.version for weight in weights]
+        self._lines = [line for weight in weights for line in weight.lines]
+        self._sample = b"".join(weight.sample for weight in weights)
         self._looked_up = list(walk.code.looked_up())
+        self._places, self._sizes = walk.code.sizes()
         functions = walk.code.functions()
         self._code = [(f, f.__code__, f.__defaults__, f.__kwdefaults__) for f in functions]
         self._cells = [(cell, _content(cell)) for f in functions for cell in f.__closure__ or ()]
@@ -168,20 +190,37 @@ class _Witness:
         return (
             not any(self._empty)
             and list(map(len, self._mappings)) == self._lengths
+            and list(map(type, self._modules)) == self._classes
             and [get(mapping) for get, mapping in self._readers] == self._values
+            and all([all(map(is_, dict.values(table), values)) for table, values in self._tables])
             and all([mapping[key] is value for mapping, key, value in self._objects])
             and all(len(now) == len(then) and all(map(is_, now, then)) for now, then in self._sequences)
         )
 
     def _tensors_hold(self) -> bool:
-        return [t.data_ptr() for t in self._tensors] == self._pointers and _versions(self._tensors) == self._versions
+        """Pointers first: the samples lie where they point."""
+        pointers = [tensor.data_ptr() for tensor in self._tensors] == self._pointers
+        return pointers and _versions(self._tensors) == self._versions and b"".join(self._lines) == self._sample
 
     def _code_holds(self) -> bool:
         return (
-            all(all(map(is_, get(mapping), then)) for mapping, get, then in self._looked_up)
-            and all(f.__code__ is c and f.__defaults__ is d and f.__kwdefaults__ is k for f, c, d, k in self._code)
-            and all(_content(cell) is content for cell, content in self._cells)
+            all([all(map(is_, get(mapping), then)) for mapping, get, then in self._looked_up])
+            and list(map(len, self._places)) == self._sizes
+            and all([f.__code__ is c and f.__defaults__ is d and f.__kwdefaults__ is k for f, c, d, k in self._code])
+            and all([_content(cell) is content for cell, content in self._cells])
         )
+
+
+class _NeverHolds:
+    """The witness of a model that could not be read: it is tried again at each call."""
+
+    def holds(self) -> bool:
+        return False
+
+
+def _makes_entries(mapping: Any) -> bool:
+    """Whether a dict's `[]` is not dict's own, and may make an object that no entry is."""
+    return isinstance(mapping, dict) and type(mapping).__getitem__ is not dict.__getitem__
 
 
 def _compares_safely(value: Any) -> bool:
@@ -253,11 +292,18 @@ def _refusals_of_mode() -> list[str]:
 
 
 def _engine(walk: Walk) -> list[str]:
-    """Versions of all that computes, and the kinds of device that weights lie on."""
-    names = ("torch", "transformers", "numpy", "peft", "accelerate", "bitsandbytes", "torchao")
+    """Versions of all that computes (not of what is merely imported), and the kinds of device that weights lie on."""
+    names = sorted({"torch", *walk.code.packages()})
     versions = [f"{name} {sys.modules[name].__version__}" for name in names if hasattr(sys.modules.get(name), "__version__")]
     devices = sorted({seen.tensor.device.type for seen in walk.tensors})
     return [f"python {platform.python_version_tuple()[:2]}", *versions, *devices]
+
+
+def _in_words(refusals: list[str]) -> str | None:
+    """The first few refusals in one sentence: a model that cannot be read cannot be read in every layer."""
+    if len(refusals) > _REFUSALS_SHOWN:
+        refusals = [*refusals[:_REFUSALS_SHOWN], f"and {len(refusals) - _REFUSALS_SHOWN} more like these"]
+    return "; ".join(refusals) or None
 
 
 def _digest(texts: Any) -> str:

@@ -344,6 +344,8 @@ def table(folder: Path) -> str:
         if line["outcome"] == "reuses":
             apart = max(line["apart"], reused[line["type"]]["apart"], line["padded"].get("apart") or 0.0)
             why = f"logits within {apart:.0e}" + ("; padded batches run plain" if line["padded"].get("why") else "")
+            if reused[line["type"]]["cached"] != [SHARED + 16]:
+                why += "; computed again in the new process"
         why = re.sub(r"[|\n]", " ", why.removeprefix("StrictDataclassClassValidationError: Class validation error for validator "))
         rows.append(f"| `{line['type']}` | {line['class']} | {line['outcome']} | {why} |")
     summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)

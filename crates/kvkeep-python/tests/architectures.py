@@ -99,7 +99,7 @@ def shrink(fields: dict[str, Any], layers: int | None = None) -> dict[str, Any]:
                 other["head_dim"] *= 2  # as in the large ones: layers that differ
             small[name] = {layer: other for layer in (1, 3)}
         elif isinstance(value, dict):
-            small[name] = shrink(value, count) if name.endswith("config") else _rope(value)
+            small[name] = shrink(value, count) if name.endswith("config") or "model_type" in value else _rope(value)
         elif isinstance(value, list) and value and len(value) == count:
             small[name] = _pattern(value)
         elif name.endswith(("token_id", "token_ids", "token_index")):
@@ -163,11 +163,7 @@ def model_of(model_type: str, class_name: str) -> Any:
     """A small model of this type. Its weights depend on their names and shapes alone, and make every token count."""
     config = config_of(model_type)
     torch.manual_seed(0)
-    kind = getattr(transformers, class_name)
-    try:
-        model = kind(config).float().eval()
-    except AttributeError:  # a class of the text part, listed under the type of the whole
-        model = kind(config.get_text_config(decoder=True)).float().eval()
+    model = _built(getattr(transformers, class_name), config)
     generator = torch.Generator().manual_seed(zlib.crc32(model_type.encode()))
     tied = set()
     with torch.no_grad():
@@ -177,6 +173,23 @@ def model_of(model_type: str, class_name: str) -> Any:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
     model.generation_config = transformers.GenerationConfig(pad_token_id=0, bos_token_id=1)
     return model
+
+
+def _built(kind: Any, config: Any) -> Any:
+    """A model of this class; the text's part of the configuration where the class wants that. Built without memory first:
+    what the names of the fields leave large takes the machine's."""
+    with torch.device("meta"):
+        try:
+            parameters = sum(parameter.numel() for parameter in kind(config).parameters())
+        except AttributeError:
+            config = config.get_text_config(decoder=True)
+            parameters = sum(parameter.numel() for parameter in kind(config).parameters())
+    if parameters > _MOST_PARAMETERS:
+        raise ValueError(f"the names of its fields leave it large, {parameters / 1e6:.0f} million parameters")
+    return kind(config).float().eval()
+
+
+_MOST_PARAMETERS = 50_000_000
 
 
 def prompts() -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,6 +293,13 @@ def _finding(outcome: str) -> Any:
         raise Finding(outcome, f"{type(error).__name__}: {text}"[:160]) from error
 
 
+class Patient(KVCache):
+    """A cache that does not know how fast small models compute: it would not load what is computed sooner."""
+
+    def store(self, *args: Any, **kwargs: Any) -> Any:
+        return super().store(*args, **kwargs | {"compute_seconds": None})
+
+
 def run(phase: str, folder: Path, part: int, parts: int) -> None:
     """One phase for every `parts`-th architecture; prints a JSON line for each and keeps them in the folder."""
     torch.set_num_threads(1)
@@ -289,7 +309,7 @@ def run(phase: str, folder: Path, part: int, parts: int) -> None:
     lines = folder / f"{phase}-{part}.jsonl"
     stored = {line["type"]: line for line in read_lines(folder / f"store-{part}.jsonl")} if phase == "reuse" else {}
     only = os.environ.get("ARCHITECTURES", "")
-    with KVCache(max_size_gb=0.25, disk_path=folder / f"cache-{part}", disk_size_gb=2) as cache, lines.open("w") as out:
+    with Patient(max_size_gb=0.25, disk_path=folder / f"cache-{part}", disk_size_gb=2) as cache, lines.open("w") as out:
         for model_type, class_name in architectures()[part::parts]:
             before = stored.get(model_type, {})
             if (only and model_type not in only.split(",")) or (phase == "reuse" and before.get("outcome") != "reuses"):
@@ -324,6 +344,8 @@ def table(folder: Path) -> str:
         if line["outcome"] == "reuses":
             apart = max(line["apart"], reused[line["type"]]["apart"], line["padded"].get("apart") or 0.0)
             why = f"logits within {apart:.0e}" + ("; padded batches run plain" if line["padded"].get("why") else "")
+            if reused[line["type"]]["cached"] != [SHARED + 16]:
+                why += "; computed again in the new process"
         why = re.sub(r"[|\n]", " ", why.removeprefix("StrictDataclassClassValidationError: Class validation error for validator "))
         rows.append(f"| `{line['type']}` | {line['class']} | {line['outcome']} | {why} |")
     summary = ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)

@@ -55,6 +55,7 @@ use shared::{Op, Reply, Shared};
 pub use survey::ManifestState;
 use survey::Refusal;
 pub(crate) use tier::DiskTier;
+pub use tier::{decode_header, encode_header};
 
 /// Failed reads in a row that make the disk a failing one.
 const BAD_READS: u32 = 3;

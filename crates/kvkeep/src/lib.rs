@@ -66,7 +66,7 @@ pub mod tiers {
     pub use crate::clock::Deadline;
     pub use crate::codec::{Codec, CodecId, Raw};
     pub use crate::tier::around::{Fault, Limit, Meter, Metered};
-    #[cfg(feature = "contract")]
+    #[cfg(any(test, feature = "contract"))]
     pub use crate::tier::contract;
     pub use crate::tier::disk::{decode_header, encode_header};
     pub use crate::tier::memory::MemoryTier;

@@ -76,7 +76,7 @@ fn a_full_disk_is_shown_serving_goes_on_from_ram_and_writing_once_there_is_room(
     mount.remount("size=64m");
     let begin = Instant::now();
     while cache.flush().is_err() {
-        assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", cache.stats().disk);
+        assert!(begin.elapsed() < Duration::from_secs(60), "{:?}", cache.stats().tiers);
         std::thread::sleep(Duration::from_millis(50));
     }
     assert!(!cache.stats().tier("disk").unwrap().clone().failing);

@@ -15,10 +15,12 @@ mod fetch;
 mod gate;
 mod guard;
 pub(crate) mod ledger;
+mod loads;
 mod meter;
 mod plan;
 #[cfg(test)]
 mod tests;
+mod tiers;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -42,11 +44,11 @@ use crate::tensor::PairSpec;
 use crate::tier::ram::{self, Arena, pages_for};
 use crate::tier::{Forget, Forgotten, Tier};
 
-use demote::Tiers;
 pub(crate) use guard::{Pending, Pin, PrivatePin};
 use ledger::Written;
 use ledger::{Gone, Ledger, News, Reservation, Shortage};
 pub(crate) use ledger::{Request, Wanted};
+use tiers::Tiers;
 
 /// Keyed, sealed objects in RAM and, if configured, in tiers behind it, each under a cap. Cheap to clone:
 /// clones share everything. Dropping the last clone closes the tiers.

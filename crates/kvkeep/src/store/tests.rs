@@ -7,8 +7,8 @@ mod requests;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::demote::{Timeouts, resident_of};
 use super::gate::Gate;
+use super::tiers::{Timeouts, resident_of};
 use super::*;
 use crate::cache::KvCache;
 use crate::clock::ManualClock;

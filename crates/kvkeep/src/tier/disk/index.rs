@@ -53,9 +53,21 @@ pub(crate) struct Found {
 #[derive(Debug, Default)]
 pub(crate) struct DiskIndex {
     table: HashTable<Slot>,
-    segments: Vec<Option<Arc<Segment>>>,
+    segments: Vec<SegmentSlot>,
     namespaces: Namespaces,
 }
+
+/// What a segment's number stands for.
+#[derive(Debug)]
+enum SegmentSlot {
+    Free,
+    Open(Arc<Segment>),
+    /// It is gone, and there may be records of it left to remove.
+    Closed,
+}
+
+/// Places of the table that are looked at while the lock is held.
+const SLICE: usize = 1 << 14;
 
 impl Fingerprint {
     pub(crate) fn of(key: &ObjectKey) -> Self {
@@ -87,24 +99,46 @@ impl Slot {
 impl DiskIndex {
     /// Gives a segment a number; `None` if there are too many.
     pub(crate) fn add_segment(&mut self, segment: Arc<Segment>) -> Option<SegmentNumber> {
-        let number = match self.segments.iter().position(Option::is_none) {
+        let number = match self.segments.iter().position(|slot| matches!(slot, SegmentSlot::Free)) {
             Some(free) => free,
             None => {
-                self.segments.push(None);
+                self.segments.push(SegmentSlot::Free);
                 self.segments.len() - 1
             }
         };
-        *self.segments.get_mut(number)? = Some(segment);
+        *self.segments.get_mut(number)? = SegmentSlot::Open(segment);
         SegmentNumber::try_from(number).ok()
     }
 
-    /// Forgets a segment and everything in it; says how many records that were.
-    pub(crate) fn remove_segment(&mut self, number: SegmentNumber) -> usize {
-        let removed = self.retain(|slot| slot.segment != number);
+    /// Nothing in a segment can be found any more. Its number stays taken until [`DiskIndex::free_segment`].
+    pub(crate) fn close_segment(&mut self, number: SegmentNumber) {
         if let Some(segment) = self.segments.get_mut(usize::from(number)) {
-            *segment = None;
+            *segment = SegmentSlot::Closed;
         }
-        removed
+    }
+
+    /// Another segment may have this number: no record has it any more.
+    pub(crate) fn free_segment(&mut self, number: SegmentNumber) {
+        if let Some(segment) = self.segments.get_mut(usize::from(number)) {
+            *segment = SegmentSlot::Free;
+        }
+    }
+
+    /// Removes what goes of the next places of the table; says how many, and where to go on, if there is more.
+    pub(crate) fn remove_some(&mut self, from: usize, goes: impl Fn(&Slot) -> bool) -> (usize, Option<usize>) {
+        let (end, all) = (from.saturating_add(SLICE), self.table.num_buckets());
+        let mut removed = 0;
+        for place in from..end.min(all) {
+            if !self.table.get_bucket(place).is_some_and(&goes) {
+                continue;
+            }
+            if let Ok(entry) = self.table.get_bucket_entry(place) {
+                let (slot, _) = entry.remove();
+                self.namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
+                removed += 1;
+            }
+        }
+        (removed, (end < all).then_some(end))
     }
 
     /// The live record under a key. One that has expired goes.
@@ -114,13 +148,15 @@ impl DiskIndex {
             self.remove(key);
             return None;
         }
-        let segment = Arc::clone(self.segments.get(usize::from(slot.segment))?.as_ref()?);
+        let SegmentSlot::Open(segment) = self.segments.get(usize::from(slot.segment))? else { return None };
+        let segment = Arc::clone(segment);
         Some(Found { segment, namespace: self.namespaces.id(slot.namespace)?, slot })
     }
 
     /// Is a live record there?
     pub(crate) fn contains(&self, key: &ObjectKey, now_ms: u64) -> bool {
-        self.get(Fingerprint::of(key)).is_some_and(|slot| slot.expires_at_ms > now_ms)
+        let live = self.get(Fingerprint::of(key)).filter(|slot| slot.expires_at_ms > now_ms);
+        live.is_some_and(|slot| matches!(self.segments.get(usize::from(slot.segment)), Some(SegmentSlot::Open(_))))
     }
 
     /// Makes room for so many more records at once.
@@ -180,17 +216,15 @@ impl DiskIndex {
 
     /// Says how many records that were. Segments stay.
     pub(crate) fn clear(&mut self) -> usize {
-        self.retain(|_| false)
+        let removed = self.table.len();
+        self.table.clear();
+        self.namespaces = Namespaces::default();
+        removed
     }
 
     /// The directory is another one.
     pub(crate) fn forget_everything(&mut self) {
         *self = Self::default();
-    }
-
-    /// Says how many expired.
-    pub(crate) fn sweep(&mut self, now_ms: u64) -> usize {
-        self.retain(|slot| slot.expires_at_ms > now_ms)
     }
 
     /// Marks a record as worth keeping when its segment goes.

@@ -446,7 +446,7 @@ impl Disk {
     /// Drops what has expired from the index; says how many.
     pub(crate) fn sweep(&self) -> usize {
         let now_ms = self.shared.now_ms();
-        self.shared.state.lock().index.sweep(now_ms)
+        self.shared.remove_where(|slot| slot.expires_at_ms <= now_ms)
     }
 
     /// One more than the highest layer of a namespace.

@@ -90,9 +90,8 @@ impl Log {
         }
         let line = self.lines.remove(0);
         self.doomed.push((line.segment.id, line.allocated_bytes));
-        let mut state = self.shared.state.lock();
-        let evicted = state.index.remove_segment(line.number);
-        state.counters.evictions += evicted as u64;
+        let evicted = self.shared.remove_segment(line.number);
+        self.shared.state.lock().counters.evictions += evicted as u64;
     }
 
     /// Unlinks what was evicted and is no longer in the manifest.

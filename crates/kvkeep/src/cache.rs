@@ -55,7 +55,7 @@ pub struct Match {
 }
 
 /// What is there of a prompt. All numbers are whole blocks.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Look {
     /// In RAM, from the first token on.
@@ -66,6 +66,8 @@ pub struct Look {
     pub not_worth_tokens: usize,
     /// How long loading takes, as measured so far; zero before the first load.
     pub load_time: Duration,
+    /// All of these by where they lie: the name of each tier, `ram` first, and its tokens.
+    pub tiers: Vec<(String, usize)>,
 }
 
 impl Look {
@@ -155,6 +157,7 @@ impl KvCache {
             load_tokens: found.load * block_tokens,
             not_worth_tokens: found.not_worth * block_tokens,
             load_time: found.load_time,
+            tiers: found.by_tier.into_iter().map(|(tier, blocks)| (tier, blocks * block_tokens)).collect(),
         }
     }
 

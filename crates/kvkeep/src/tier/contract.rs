@@ -238,8 +238,9 @@ fn a_newer_value_replaces_an_older_one_and_not_the_other_way_round(tier: &dyn Ti
     offer(tier, &[named(1)], 1, 1);
     tier.forget(&Forget::Replaced(&[key(1)]), 2);
     offer(tier, &[named(1)], 2, 2);
-    // On its way since before.
+    // On their way since before.
     offer(tier, &[named(1)], 1, 1);
+    tier.forget(&Forget::Replaced(&[key(1)]), 1);
     flush(tier);
     let found = read(tier, key(1), namespace(1), None).map(|(_, bytes)| bytes);
     assert!(found == Some(content(number_of(&named(1)), 2)), "{}", tier.name());

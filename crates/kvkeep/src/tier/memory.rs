@@ -165,7 +165,12 @@ impl Tier for MemoryTier {
         let mut blocks = self.blocks.lock();
         blocks.forgets.record(what, epoch);
         match what {
-            Forget::Keys(keys) | Forget::Replaced(keys) => {
+            Forget::Replaced(keys) => {
+                let keys = blocks.forgets.not_newer(keys, epoch);
+                keys.iter().for_each(|key| _ = blocks.remove(key));
+                Forgotten::default()
+            }
+            Forget::Keys(keys) => {
                 let found: Vec<bool> = keys.iter().map(|key| blocks.remove(key)).collect();
                 let entries = found.iter().filter(|found| **found).count() as u64;
                 Forgotten { found, entries }

@@ -305,7 +305,7 @@ impl Tier for DiskTier {
                 Forgotten { found, entries }
             }
             Forget::Replaced(keys) => {
-                self.disk.hide(&keys_of(keys));
+                self.disk.hide(&keys_of(&forgets.not_newer(keys, epoch)));
                 Forgotten::default()
             }
             Forget::Namespace(id) => Forgotten { entries: self.disk.clear(Some(*id)), ..Forgotten::default() },

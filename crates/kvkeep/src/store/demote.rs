@@ -156,7 +156,7 @@ impl Drop for Tiers {
 }
 
 /// The same offers for one more tier.
-fn copies(offers: &[Offer]) -> Vec<Offer> {
+pub(super) fn copies(offers: &[Offer]) -> Vec<Offer> {
     let copy = |offer: &Offer| Offer {
         meta: offer.meta.clone(),
         epoch: offer.epoch,

@@ -15,6 +15,7 @@ mod fetch;
 mod gate;
 mod guard;
 pub(crate) mod ledger;
+mod lent;
 mod loads;
 mod meter;
 mod plan;
@@ -29,12 +30,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::block::BlockKey;
-use crate::clock::{Clock, Deadline, duration_ms};
+use crate::clock::{Clock, Deadline};
 use crate::config::{CacheConfig, StoreOptions, WritePolicy};
 use crate::error::{Error, Rejection, Result};
 use crate::event::EventSink;
 use crate::eviction::Place;
-use crate::index::NEVER;
 use crate::key::{Namespace, NamespaceId, ObjectKey, PrefixHash};
 use crate::namespaces::NamespaceUsage;
 use crate::record::TraceRecorder;
@@ -439,8 +439,7 @@ impl Store {
         on_present: OnPresent,
     ) -> usize {
         let now_ms = self.shared.now_ms();
-        let expires_at_ms =
-            options.ttl.or(self.shared.default_ttl).map_or(NEVER, |ttl| now_ms.saturating_add(duration_ms(ttl)));
+        let expires_at_ms = lent::expires_at_ms(&self.shared, options);
         let share = options
             .compute_time
             .map_or(Duration::ZERO, |time| time / u32::try_from(objects.len()).unwrap_or(u32::MAX).max(1));

@@ -2,6 +2,7 @@
 
 #![allow(clippy::cast_possible_truncation, clippy::allow_attributes, reason = "a test that panics fails")]
 
+mod lent;
 mod requests;
 
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use crate::cache::KvCache;
 use crate::clock::ManualClock;
 use crate::config::DiskConfig;
 use crate::eviction::Admission;
+use crate::index::NEVER;
 use crate::key::TokenId;
 use crate::layout::{KvLayout, LayerView, LayerViewMut};
 use crate::named::{Outcome, SimpleKvCache};

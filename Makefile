@@ -36,7 +36,7 @@ test-rust-doc:
 	$(CARGO) test --locked --doc -p kvkeep
 
 test-rust-shuttle:
-	$(CARGO) test --locked -p kvkeep --features shuttle --test shuttle
+	RUSTFLAGS="--cfg shuttle" $(CARGO) test --locked -p kvkeep --test shuttle --target-dir $${CARGO_TARGET_DIR:-target}/shuttle
 
 crash-test: ## Cut the power at every operation, kill a writing process at random moments (ROUNDS=200), check what is left
 	$(CARGO) test --locked -p kvkeep --lib power_cut -- --include-ignored
@@ -110,7 +110,7 @@ bench-foyer: ## foyer's disk cache in DIR (target), for comparison; builds it fi
 lint: ## Format, clippy, and dependency rules
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
-	$(CARGO) clippy --locked -p kvkeep --features shuttle --tests -- -D warnings
+	RUSTFLAGS="--cfg shuttle" $(CARGO) clippy --locked -p kvkeep --tests --target-dir $${CARGO_TARGET_DIR:-target}/shuttle -- -D warnings
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check bans licenses sources; \
 	else echo "skipped: cargo-deny is not installed"; fi
 

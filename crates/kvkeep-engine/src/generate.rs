@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use kvkeep::{KvCache, Match, Missing, Namespace, StoreOptions};
+use kvkeep::{Chain, KvCache, Match, Missing, Namespace, StoreOptions};
 
 use crate::engine::{Engine, Logits};
 use crate::error::{EngineError, Result};
@@ -230,8 +230,8 @@ impl Generator {
         if let Some(first) = first {
             generation.finish = self.answer(first, &mut sampler, options, on_step, &mut generation)?;
         }
-        if let (Some(cache), Some(pin)) = (cache, &pin) {
-            self.store_answer(prompt, &generation.tokens, cache, pin, decode.elapsed())?;
+        if let (Some(cache), Some((pin, chain))) = (cache, &pin) {
+            self.store_answer(prompt, &generation.tokens, cache, (pin, chain), decode.elapsed())?;
         }
         generation.total = begin.elapsed();
         Ok(generation)
@@ -243,7 +243,7 @@ impl Generator {
         prompt: &[u32],
         cache: Option<&KvCache>,
         cancel: &Cancel,
-    ) -> Result<(Computed, Option<Match>)> {
+    ) -> Result<(Computed, Option<(Match, Chain)>)> {
         self.kv.truncate(0);
         // The last token is always computed: its logits are not in the cache.
         let reusable = prompt.get(..prompt.len() - 1).unwrap_or_default();
@@ -253,16 +253,17 @@ impl Generator {
             return Ok((compute(engine, prompt, None, cancel, kv)?, None));
         };
         let mut computed = None;
-        let pin = cache.get_or_prefill(namespace, reusable, |missing: &Missing<'_>| {
+        let chain = Chain::of(namespace, reusable)?;
+        let pin = cache.get_or_prefill_chain(&chain, |missing: &Missing<'_>| {
             let now = compute(engine, prompt, Some(missing.cached()), cancel, kv)?;
             // Cut short, so that others who wait for the rest compute it.
-            let tokens = reusable.get(..kv.len()).unwrap_or(reusable);
-            if tokens.len() > now.cached_tokens {
+            let read = chain.continued(reusable.get(..kv.len()).unwrap_or(reusable));
+            if read.tokens() > now.cached_tokens {
                 // What is behind the last full block was computed too, and is not kept.
-                let kept = (tokens.len() / block_tokens * block_tokens).saturating_sub(now.cached_tokens);
+                let kept = (read.tokens() / block_tokens * block_tokens).saturating_sub(now.cached_tokens);
                 let time = share(now.prefill, kept, kv.len().saturating_sub(now.cached_tokens));
                 let options = StoreOptions::default().compute_time(time);
-                cache.store_from(namespace, tokens, now.cached_tokens, &kv.views_from(now.cached_tokens)?, &options)?;
+                cache.store_chain(&read, now.cached_tokens, &kv.views_from(now.cached_tokens)?, &options)?;
             }
             computed = Some(now);
             Ok::<(), EngineError>(())
@@ -271,7 +272,7 @@ impl Generator {
             Some(computed) => computed,
             None => compute(engine, prompt, Some(&pin), cancel, kv)?,
         };
-        Ok((computed, Some(pin)))
+        Ok((computed, Some((pin, chain))))
     }
 
     fn answer(
@@ -315,7 +316,7 @@ impl Generator {
         prompt: &[u32],
         answer: &[u32],
         cache: &KvCache,
-        pin: &Match,
+        (pin, chain): (&Match, &Chain),
         decode: Duration,
     ) -> Result<()> {
         // The last token of an answer has no KV: nothing was computed from it.
@@ -326,7 +327,7 @@ impl Generator {
         if stored > 0 {
             let compute_time = self.engine.prefill_rate().time(stored).map_or(decode, |prefill| prefill.min(decode));
             let options = StoreOptions::default().compute_time(compute_time);
-            cache.store_from(&self.namespace, &tokens, first, &self.kv.views_from(first)?, &options)?;
+            cache.store_chain(&chain.continued(&tokens), first, &self.kv.views_from(first)?, &options)?;
         }
         Ok(())
     }

@@ -161,8 +161,8 @@ impl Rejection {
 impl Outcome {
     pub(crate) fn of(outcome: kvkeep::Outcome) -> Self {
         match outcome {
-            kvkeep::Outcome::Stored => Self { rejection: None },
             kvkeep::Outcome::Rejected(rejection) => Self { rejection: Some(rejection) },
+            _ => Self { rejection: None },
         }
     }
 }

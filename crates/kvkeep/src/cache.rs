@@ -18,6 +18,7 @@ use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
 use crate::stats::Stats;
 use crate::store::{OnPresent, Pin, Removed, Request, Reserved, Sealing, Store, Wanted};
 use crate::tensor::TensorView;
+use crate::tier::{Payload, ReadTarget};
 
 /// KV of prompts, by tokens. Cheap to clone: clones share everything.
 ///
@@ -58,7 +59,7 @@ pub struct Match {
 }
 
 /// What is there of a prompt. All numbers are whole blocks.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Look {
     /// In RAM, from the first token on.
@@ -69,6 +70,8 @@ pub struct Look {
     pub not_worth_tokens: usize,
     /// How long loading takes, as measured so far; zero before the first load.
     pub load_time: Duration,
+    /// All of these by where they lie: the name of each tier, `ram` first, and its tokens.
+    pub tiers: Vec<(String, usize)>,
 }
 
 impl Look {
@@ -160,6 +163,7 @@ impl KvCache {
             load_tokens: found.load * block_tokens,
             not_worth_tokens: found.not_worth * block_tokens,
             load_time: found.load_time,
+            tiers: found.by_tier.into_iter().map(|(tier, blocks)| (tier, blocks * block_tokens)).collect(),
         }
     }
 
@@ -399,6 +403,25 @@ impl KvCache {
             }
             return Ok(found);
         }
+    }
+
+    /// Offers blocks that an engine keeps to the tiers behind RAM, past RAM, from block `first_block` of a chain on. Each
+    /// payload has the bytes of a block, and stays readable until it is dropped. Says how many were taken.
+    pub fn write_lent(
+        &self,
+        chain: &Chain,
+        first_block: usize,
+        payloads: Vec<Arc<dyn Payload>>,
+        options: &StoreOptions,
+    ) -> usize {
+        self.store.write_lent(chain, first_block, payloads, options)
+    }
+
+    /// Begins to read blocks from the tiers behind RAM, past RAM, into memory that an engine lends, from block
+    /// `first_block` of a chain on. Does not wait: each target is completed exactly once, on any thread. Says how many
+    /// blocks in a row a tier has.
+    pub fn read_lent(&self, chain: &Chain, first_block: usize, targets: Vec<Box<dyn ReadTarget>>) -> usize {
+        self.store.read_lent(chain, first_block, targets)
     }
 
     /// Removes the blocks of this prompt, from its first token on. Blocks of longer prompts

@@ -53,6 +53,19 @@ impl Chain {
         Ok(Self { namespace: namespace.clone(), keys: hashes.iter().map(key).collect(), tokens })
     }
 
+    /// The chain of `tokens`, which begin with the full blocks of this one: only the blocks behind those are hashed.
+    /// What an answer adds to a prompt. Of a chain of tokens, not of one that is [`Chain::external`].
+    #[must_use]
+    pub fn continued(&self, tokens: &[TokenId]) -> Self {
+        let mut chain = self.clone();
+        chain.truncate(tokens.len() / self.namespace.layout().block_tokens());
+        let behind =
+            self.namespace.block_hashes_behind(chain.keys.last().map(ObjectKey::block_hash), tokens, chain.keys.len());
+        chain.keys.extend(behind.into_iter().map(BlockHash::key));
+        chain.tokens = tokens.len();
+        chain
+    }
+
     /// What the blocks belong to.
     #[must_use]
     pub fn namespace(&self) -> &Namespace {
@@ -110,6 +123,16 @@ mod tests {
         chain.truncate(1);
         assert_eq!((chain.blocks(), chain.tokens()), (1, 4));
         assert!(matches!(Chain::of(&namespace(), &[]), Err(Error::EmptyTokens)));
+    }
+
+    #[test]
+    fn a_chain_that_goes_on_is_that_of_all_its_tokens() {
+        let tokens: Vec<u32> = (0..23).collect();
+        let whole = Chain::of(&namespace(), &tokens).unwrap();
+        for begin in [1, 4, 9, 20, 23] {
+            assert_eq!(Chain::of(&namespace(), &tokens[..begin]).unwrap().continued(&tokens), whole);
+        }
+        assert_eq!(whole.continued(&tokens[..9]), Chain::of(&namespace(), &tokens[..9]).unwrap());
     }
 
     /// Two tenants' engines make equal hashes of equal tokens.

@@ -145,6 +145,14 @@ impl CacheConfig {
         }
     }
 
+    /// No RAM of its own: blocks go between the tiers and memory that an engine lends
+    /// ([`KvCache::write_lent`](crate::KvCache::write_lent), [`KvCache::read_lent`](crate::KvCache::read_lent)).
+    /// Whatever else is stored is refused. Give a disk tier its [`DiskConfig::queue_bytes`]: it cannot be a part of RAM.
+    #[must_use]
+    pub fn without_ram() -> Self {
+        Self::new(crate::tier::ram::PAGE_BYTES as u64)
+    }
+
     /// A RAM tier of `gib` GiB.
     ///
     /// # Errors

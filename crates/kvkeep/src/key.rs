@@ -126,14 +126,23 @@ impl Namespace {
         if tokens.is_empty() {
             return Err(Error::EmptyTokens);
         }
-        let mut parent = BlockHash(self.id.0);
-        let blocks = tokens.chunks_exact(self.layout.block_tokens());
-        Ok(blocks
-            .map(|block| {
-                parent = parent.child(block);
-                parent
-            })
-            .collect())
+        Ok(self.block_hashes_behind(None, tokens, 0))
+    }
+
+    /// The hashes of the full blocks of `tokens` behind the first `known`, of which the last one is `parent`.
+    pub(crate) fn block_hashes_behind(
+        &self,
+        parent: Option<BlockHash>,
+        tokens: &[TokenId],
+        known: usize,
+    ) -> Vec<BlockHash> {
+        let mut parent = parent.unwrap_or(BlockHash(self.id.0));
+        let blocks = tokens.chunks_exact(self.layout.block_tokens()).skip(known);
+        let hashes = blocks.map(|block| {
+            parent = parent.child(block);
+            parent
+        });
+        hashes.collect()
     }
 
     fn identified(mut self) -> Self {

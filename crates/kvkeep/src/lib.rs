@@ -39,11 +39,9 @@ mod sync;
 mod tensor;
 mod tier;
 
-pub use block::{BlockKey, BlockMeta};
 pub use cache::{KvCache, Look, Match, Missing, StoreReport};
 pub use chain::Chain;
-pub use clock::{Clock, Deadline, ManualClock, SystemClock};
-pub use codec::{Codec, CodecId, Raw};
+pub use clock::{Clock, ManualClock, SystemClock};
 pub use config::{CacheConfig, DiskConfig, Stop, StoreOptions, WritePolicy};
 pub use error::{Error, Rejection, Result};
 pub use event::{Event, EventSink};
@@ -61,8 +59,21 @@ pub use simulation::{Hits, Simulation};
 pub use stats::{Stats, TierStats};
 pub use store::{Removed, Store};
 pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};
+pub use tier::Tier;
 pub use tier::disk::{Archive, Contents, ManifestState, RecordInfo, RecordState, Verified};
-pub use tier::{Epoch, Forget, Forgets, Forgotten, Located, Offer, Payload, Read, ReadTarget, Tier};
+
+/// What it takes to write a [`Tier`], and some that are there.
+pub mod tiers {
+    pub use crate::block::{BlockKey, BlockMeta};
+    pub use crate::clock::Deadline;
+    pub use crate::codec::{Codec, CodecId, Raw};
+    pub use crate::tier::around::{Fault, Limit, Meter, Metered};
+    #[cfg(any(test, feature = "contract"))]
+    pub use crate::tier::contract;
+    pub use crate::tier::disk::{decode_header, encode_header};
+    pub use crate::tier::memory::MemoryTier;
+    pub use crate::tier::{Epoch, Forget, Forgets, Forgotten, Located, Offer, Payload, Read, ReadTarget};
+}
 
 /// Feeds bytes to every decoder of the disk format. For `fuzz/` alone.
 #[cfg(feature = "fuzzing")]

@@ -64,6 +64,7 @@ pub struct HashedPrefix(PrefixHash);
 /// What became of a store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[must_use]
+#[non_exhaustive]
 pub enum Outcome {
     /// Stored, in place of what was there under the same prefix and layers.
     Stored,
@@ -105,6 +106,7 @@ pub struct PrivateTensor {
 
 /// What an eviction by prefix removed.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Evicted {
     /// The layers that were there.
     pub layers: Vec<usize>,

@@ -4,16 +4,16 @@
 //! Poisoning is dropped on purpose: no code of ours panics while it holds a
 //! lock, and a caller's closure never runs under one.
 
-#[cfg(not(feature = "shuttle"))]
+#[cfg(not(shuttle))]
 use std::sync as imp;
 
-#[cfg(feature = "shuttle")]
+#[cfg(shuttle)]
 use shuttle::sync as imp;
 
-#[cfg(not(feature = "shuttle"))]
+#[cfg(not(shuttle))]
 pub(crate) use std::thread;
 
-#[cfg(feature = "shuttle")]
+#[cfg(shuttle)]
 pub(crate) use shuttle::thread;
 
 pub(crate) use imp::MutexGuard;

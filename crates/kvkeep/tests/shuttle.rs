@@ -1,6 +1,6 @@
-//! The concurrent parts under explored interleavings: `cargo test -p kvkeep --features shuttle`.
-#![cfg(feature = "shuttle")]
-#![expect(clippy::unwrap_used, reason = "a test that panics fails")]
+//! The concurrent parts under explored interleavings: `RUSTFLAGS="--cfg shuttle" cargo test -p kvkeep --test shuttle`.
+#![cfg(shuttle)]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test that panics fails")]
 
 mod common;
 
@@ -9,7 +9,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{Kv, assert_right, namespace, store};
-use kvkeep::{CacheConfig, DiskConfig, Error, KvCache, Namespace, StoreOptions, WritePolicy};
+use kvkeep::tiers::MemoryTier;
+use kvkeep::{
+    CacheConfig, Clock, DType, DiskConfig, Error, KvCache, ManualClock, Namespace, Outcome, SimpleKvCache,
+    StoreOptions, TensorView, WritePolicy,
+};
 use shuttle::thread;
 
 const ROUNDS: usize = 300;
@@ -189,5 +193,79 @@ fn a_store_gets_the_pages_of_what_has_just_been_read() {
         cache.close().unwrap();
     };
     // By priorities: the reader has to be passed over for long.
+    shuttle::check_pct(explore, ROUNDS, 3);
+}
+
+/// RAM for three blocks over a tier in memory, which two caches can share one after the other.
+fn over_memory() -> (Arc<MemoryTier>, impl Fn(&Arc<MemoryTier>) -> KvCache) {
+    let clock: Arc<dyn Clock> = Arc::new(ManualClock::at(1000));
+    let tier = Arc::new(MemoryTier::new("memory", 1 << 20, Arc::clone(&clock)));
+    let open = move |tier: &Arc<MemoryTier>| {
+        let config = CacheConfig::new(3 * PAGE).clock(Arc::clone(&clock)).tier(tier.clone());
+        KvCache::new(config).unwrap()
+    };
+    (tier, open)
+}
+
+/// Loads, offers and evictions on their way while a namespace is cleared: none of them is there afterwards.
+#[test]
+fn nothing_that_was_removed_or_cleared_comes_back_by_a_load_or_an_offer() {
+    let explore = || {
+        let (tier, open) = over_memory();
+        let (cache, namespace) = (open(&tier), Arc::new(namespace("m")));
+        let (one, two) = (prompt(0), prompt(100));
+        for tokens in [&one, &two] {
+            store(&cache, &namespace, tokens);
+        }
+        let run = |task: fn(&KvCache, &Namespace, &[u32]), tokens: &[u32]| {
+            let (cache, namespace, tokens) = (cache.clone(), Arc::clone(&namespace), tokens.to_vec());
+            thread::spawn(move || task(&cache, &namespace, &tokens))
+        };
+        let look = |cache: &KvCache, namespace: &Namespace, tokens: &[u32]| {
+            assert_right(&cache.lookup(namespace, tokens).unwrap(), tokens);
+        };
+        let threads = [
+            run(look, &one),
+            run(look, &two),
+            run(|cache, namespace, tokens| drop(cache.remove(namespace, tokens).unwrap()), &one),
+            run(|cache, namespace, _| drop(cache.clear_namespace(namespace)), &two),
+        ];
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        for tokens in [&one, &two] {
+            assert!(cache.lookup(&namespace, tokens).unwrap().is_empty());
+        }
+        assert_eq!((cache.stats().entries, cache.stats().held_bytes), (0, 0));
+        assert_eq!(cache.stats().tiers[0].entries, 0);
+    };
+    shuttle::check_random(explore, ROUNDS);
+    shuttle::check_pct(explore, ROUNDS, 3);
+}
+
+/// Of two values stored at the same time one wins, in RAM and in the tier: whatever is evicted and loaded, nobody
+/// sees the other one afterwards.
+#[test]
+fn the_value_that_ram_has_is_the_one_that_a_tier_gives_back() {
+    let explore = || {
+        let (tier, open) = over_memory();
+        let cache = open(&tier);
+        let simple = SimpleKvCache::over(cache.store_handle().clone(), "s");
+        let get = |simple: &SimpleKvCache| simple.get_cached_kv("p", 0).unwrap().map(|hit| hit.k().bytes()[0]);
+        let threads = [1u8, 2].map(|value| {
+            let simple = simple.clone();
+            thread::spawn(move || {
+                let bytes = vec![value; 100];
+                let view = TensorView::new(DType::U8, &[100], &bytes).unwrap();
+                assert_eq!(simple.cache_kv("p", 0, view, view).unwrap(), Outcome::Stored);
+            })
+        });
+        threads.into_iter().for_each(|thread| thread.join().unwrap());
+        let in_ram = get(&simple);
+        // RAM evicts it.
+        let namespace = namespace("m");
+        store(&cache, &namespace, &(0..12).collect::<Vec<u32>>());
+        assert_eq!(get(&simple), in_ram);
+        assert!(in_ram.is_some());
+    };
+    shuttle::check_random(explore, ROUNDS);
     shuttle::check_pct(explore, ROUNDS, 3);
 }

@@ -217,7 +217,7 @@ fn looks(state: &AppState, views: &[BranchView]) -> Result<HashMap<BlockHash, Lo
             let look = path.map(|path| cache.look(&path.namespace, &path.tokens)).transpose();
             looks.insert(view.id, look.map_err(|error| ApiError::Internal(error.to_string()))?.unwrap_or_default());
         }
-        if let (Some(look), Some(parent)) = (looks.get(&view.id).copied(), view.parent) {
+        if let (Some(look), Some(parent)) = (looks.get(&view.id).cloned(), view.parent) {
             looks.insert(parent, look);
         }
     }
@@ -225,7 +225,7 @@ fn looks(state: &AppState, views: &[BranchView]) -> Result<HashMap<BlockHash, Lo
 }
 
 fn info(state: &AppState, view: &BranchView, looks: &HashMap<BlockHash, Look>) -> PrefixInfo {
-    let look = looks.get(&view.id).copied().unwrap_or_default();
+    let look = looks.get(&view.id).cloned().unwrap_or_default();
     let in_branch = |tokens: usize| tokens.saturating_sub(view.first_token).min(view.tokens);
     let ram_tokens = in_branch(look.ram_tokens);
     let text = state.shared.engine.tokenizer().decode(&view.begin);

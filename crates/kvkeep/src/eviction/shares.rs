@@ -17,6 +17,7 @@ use super::{Arrival, Departure, EntryId, Place, Policy, PolicyKind};
 
 /// How long an entry is kept compared to others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[non_exhaustive]
 pub enum Priority {
     /// Goes before everything else in its share of the cache.
     DropFirst,

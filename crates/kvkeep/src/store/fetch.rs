@@ -5,94 +5,29 @@
 //! - Bounded: pages are taken and reads begun only for so many bytes at a time.
 //! - What is asked for now goes before what is prefetched: that waits in a queue of its own while anybody waits.
 //!
-//! No lock in here is held together with another, or with the ledger's.
+//! No lock is held while a tier is asked: `loads` has those of what is under way.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::Shared;
-use super::demote::{Models, Tiers};
 use super::guard::{Pending, Pin};
 use super::ledger::{self, Held, Shortage, Written};
+use super::loads::{Load, LoadState, Loads, Neighbours, Role, Wish};
 use super::plan::{Place, Plan};
+use super::tiers::{Models, Tiers};
 use crate::block::{BlockKey, BlockMeta, Content};
 use crate::clock::Deadline;
-use crate::eviction;
 use crate::key::ObjectKey;
 use crate::sync::{Condvar, Mutex};
 use crate::tier::ram::{PAGE_BYTES, pages_for};
 use crate::tier::{Epoch, Located, Read, ReadTarget, Tier};
 
-/// What is being read is at most this part of RAM, and at least one block.
-const UNDER_WAY_DIVISOR: u64 = 4;
-/// More at once makes nothing faster.
-const MAX_UNDER_WAY_BYTES: u64 = 256 << 20;
 /// Prefetched blocks under way at a time: what is asked for now finds most of a tier free.
 const AHEAD_AT_ONCE: usize = 2;
 /// Parts of payloads under way at a time.
 const PARTS_AT_ONCE: usize = 8;
-
-/// Loads under way, and those that are to come.
-pub(super) struct Fetch {
-    flying: Mutex<HashMap<ObjectKey, Arc<Load>>>,
-    under_way: Mutex<u64>,
-    less_under_way: Condvar,
-    limit_bytes: u64,
-    ahead: Mutex<Ahead>,
-}
-
-/// What nobody waits for.
-#[derive(Default)]
-struct Ahead {
-    queue: VecDeque<Wish>,
-    /// Of its blocks, so many are being read.
-    flying: usize,
-    /// Requests that wait for blocks now.
-    demand: usize,
-    closed: bool,
-}
-
-/// A block that is to be brought up.
-struct Wish {
-    key: ObjectKey,
-    tier: Arc<dyn Tier>,
-    located: Located,
-    epoch: Epoch,
-    chain: Neighbours,
-}
-
-/// Where a block stands in the request that wants it.
-#[derive(Debug, Clone, Copy)]
-struct Neighbours {
-    before: Option<ObjectKey>,
-    behind: Option<ObjectKey>,
-    place: eviction::Place,
-}
-
-/// One block under way.
-struct Load {
-    state: Mutex<LoadState>,
-    landed: Condvar,
-}
-
-enum LoadState {
-    /// So many wait for it.
-    Flying(usize),
-    /// Its block is being made findable, for those who wait.
-    Landing,
-    /// A pin for each of those who waited and have not taken theirs yet.
-    Landed(Vec<Pin>),
-    Failed,
-}
-
-/// Who reads a block.
-enum Role {
-    /// Whoever asked.
-    Lead(Arc<Load>),
-    /// Somebody else, already.
-    Join(Arc<Load>),
-}
 
 /// What a request waits for, in order.
 enum Step {
@@ -103,7 +38,7 @@ enum Step {
 /// Pages that a tier reads into. Dropping it ends the load without its block.
 struct Promotion {
     shared: Arc<Shared>,
-    fetch: Arc<Fetch>,
+    loads: Arc<Loads>,
     models: Arc<Models>,
     load: Arc<Load>,
     pending: Option<Pending>,
@@ -129,112 +64,6 @@ struct Answer {
     known: Condvar,
 }
 
-impl Fetch {
-    pub(super) fn new(capacity_bytes: u64) -> Self {
-        Self {
-            flying: Mutex::default(),
-            under_way: Mutex::default(),
-            less_under_way: Condvar::default(),
-            limit_bytes: (capacity_bytes / UNDER_WAY_DIVISOR).min(MAX_UNDER_WAY_BYTES),
-            ahead: Mutex::default(),
-        }
-    }
-
-    /// Nothing is prefetched any more.
-    pub(super) fn close(&self) {
-        let queue = {
-            let mut ahead = self.ahead.lock();
-            ahead.closed = true;
-            std::mem::take(&mut ahead.queue)
-        };
-        drop(queue);
-    }
-
-    fn enter(&self, key: &ObjectKey, waiters: usize) -> Role {
-        let mut flying = self.flying.lock();
-        if let Some(load) = flying.get(key) {
-            return Role::Join(Arc::clone(load));
-        }
-        let load = Arc::new(Load { state: Mutex::new(LoadState::Flying(waiters)), landed: Condvar::default() });
-        flying.insert(*key, Arc::clone(&load));
-        Role::Lead(load)
-    }
-
-    /// A load is over. In this order: whoever finds no load any more finds its block.
-    fn leave(&self, key: &ObjectKey, load: &Load, state: LoadState) {
-        load.land(state);
-        self.flying.lock().remove(key);
-    }
-
-    /// Takes so many bytes of what may be under way; says whether there were.
-    fn begin(&self, bytes: u64, deadline: Deadline) -> bool {
-        let mut under_way = self.under_way.lock();
-        while *under_way > 0 && *under_way + bytes > self.limit_bytes {
-            if deadline.is_over() {
-                return false;
-            }
-            (under_way, _) = self.less_under_way.wait_timeout(under_way, deadline.left());
-        }
-        *under_way += bytes;
-        true
-    }
-
-    fn has_room(&self, bytes: u64) -> bool {
-        let under_way = self.under_way.lock();
-        *under_way == 0 || *under_way + bytes <= self.limit_bytes
-    }
-
-    fn end(&self, bytes: u64) {
-        *self.under_way.lock() -= bytes;
-        self.less_under_way.notify_all();
-    }
-}
-
-impl Load {
-    /// One more waits for it; `false` if it is over.
-    fn join(&self) -> bool {
-        match &mut *self.state.lock() {
-            LoadState::Flying(waiters) => {
-                *waiters += 1;
-                true
-            }
-            LoadState::Landing | LoadState::Landed(_) | LoadState::Failed => false,
-        }
-    }
-
-    /// The block, if it comes in time.
-    fn wait(&self, deadline: Deadline) -> Option<Pin> {
-        let mut state = self.state.lock();
-        loop {
-            match &mut *state {
-                LoadState::Landed(pins) => return pins.pop(),
-                LoadState::Failed => return None,
-                LoadState::Flying(waiters) if deadline.is_over() => {
-                    *waiters -= 1;
-                    return None;
-                }
-                LoadState::Flying(_) | LoadState::Landing => {}
-            }
-            (state, _) = self.landed.wait_timeout(state, deadline.left());
-        }
-    }
-
-    fn land(&self, landed: LoadState) {
-        *self.state.lock() = landed;
-        self.landed.notify_all();
-    }
-}
-
-impl Neighbours {
-    fn of(keys: &[ObjectKey], position: usize) -> Self {
-        Self {
-            before: position.checked_sub(1).and_then(|before| keys.get(before)).copied(),
-            behind: keys.get(position + 1).copied(),
-            place: eviction::Place::of(position, keys.len(), keys.len()),
-        }
-    }
-}
-
 impl Tiers {
     /// The longest run of the first `wanted` blocks of a plan, pinned, after what is not in RAM has been loaded.
     pub(super) fn fetch(&self, keys: &[ObjectKey], plan: Plan, wanted: usize, deadline: Deadline) -> Pin {
@@ -246,7 +75,7 @@ impl Tiers {
             run.extend(kept.into_iter().map(|(_, held)| held).collect());
             return run;
         }
-        self.fetch.ahead.lock().demand += 1;
+        self.loads().ahead.lock().demand += 1;
         let begin_us = shared.clock.now_us();
         let mut steps = Vec::with_capacity(wanted);
         let mut batch = Batch::default();
@@ -268,12 +97,12 @@ impl Tiers {
         self.collect(&mut run, steps, deadline, begin_us);
         drop(Pin::new(Arc::clone(shared), leftover));
         let last_demand = {
-            let mut ahead = self.fetch.ahead.lock();
+            let mut ahead = self.loads().ahead.lock();
             ahead.demand -= 1;
             ahead.demand == 0
         };
         if last_demand {
-            pump(&self.fetch, shared, self.models());
+            pump(self.loads(), shared, self.models());
         }
         run
     }
@@ -291,7 +120,7 @@ impl Tiers {
         batch: &mut Batch,
     ) -> Option<Step> {
         let load = loop {
-            match self.fetch.enter(key, 1) {
+            match self.loads().enter(key, 1) {
                 Role::Lead(load) => break load,
                 Role::Join(load) if load.join() => return Some(Step::Loading(load, number, *key)),
                 // It is over: its block is in RAM, or it is for us to try.
@@ -312,11 +141,11 @@ impl Tiers {
     fn lead(&self, wish: Wish, load: Arc<Load>, number: usize, deadline: Deadline, batch: &mut Batch) -> Option<Step> {
         let (shared, key) = (self.shared(), wish.key);
         let bytes = whole_pages(wish.located.raw_bytes);
-        if !self.fetch.has_room(bytes) {
+        if !self.loads().has_room(bytes) {
             batch.send();
         }
-        if !self.fetch.begin(bytes, deadline) {
-            self.fetch.leave(&key, &load, LoadState::Failed);
+        if !self.loads().begin(bytes, deadline) {
+            self.loads().leave(&key, &load, LoadState::Failed);
             return None;
         }
         let now_ms = shared.now_ms();
@@ -344,13 +173,13 @@ impl Tiers {
             }
             Room::Here(held) => {
                 // For those who have joined since: they look again.
-                self.fetch.leave(&key, &load, LoadState::Failed);
-                self.fetch.end(bytes);
+                self.loads().leave(&key, &load, LoadState::Failed);
+                self.loads().end(bytes);
                 Some(Step::Here(held))
             }
             Room::None(_) => {
-                self.fetch.leave(&key, &load, LoadState::Failed);
-                self.fetch.end(bytes);
+                self.loads().leave(&key, &load, LoadState::Failed);
+                self.loads().end(bytes);
                 None
             }
         }
@@ -359,7 +188,7 @@ impl Tiers {
     fn promotion(&self, wish: &Wish, load: &Arc<Load>, pending: Pending, is_ahead: bool) -> Promotion {
         Promotion {
             shared: Arc::clone(self.shared()),
-            fetch: Arc::clone(&self.fetch),
+            loads: Arc::clone(self.loads()),
             models: Arc::clone(self.models()),
             load: Arc::clone(load),
             pending: Some(pending),
@@ -439,7 +268,7 @@ impl Tiers {
         }
         let begun = wishes.len();
         let replaced = {
-            let mut ahead = self.fetch.ahead.lock();
+            let mut ahead = self.loads().ahead.lock();
             if ahead.closed {
                 return 0;
             }
@@ -452,7 +281,7 @@ impl Tiers {
             replaced
         };
         drop(replaced);
-        pump(&self.fetch, self.shared(), self.models());
+        pump(self.loads(), self.shared(), self.models());
         begun
     }
 
@@ -578,10 +407,10 @@ impl Batch {
 }
 
 /// Begins what is prefetched next, unless somebody waits for something.
-fn pump(fetch: &Arc<Fetch>, shared: &Arc<Shared>, models: &Arc<Models>) {
+fn pump(loads: &Arc<Loads>, shared: &Arc<Shared>, models: &Arc<Models>) {
     loop {
         let wish = {
-            let mut ahead = fetch.ahead.lock();
+            let mut ahead = loads.ahead.lock();
             if ahead.demand > 0 || ahead.flying >= AHEAD_AT_ONCE {
                 return;
             }
@@ -589,15 +418,15 @@ fn pump(fetch: &Arc<Fetch>, shared: &Arc<Shared>, models: &Arc<Models>) {
             ahead.flying += 1;
             wish
         };
-        if !begin_ahead(fetch, shared, models, wish) {
-            fetch.ahead.lock().flying -= 1;
+        if !begin_ahead(loads, shared, models, wish) {
+            loads.ahead.lock().flying -= 1;
         }
     }
 }
 
 /// Says whether it is under way.
-fn begin_ahead(fetch: &Arc<Fetch>, shared: &Arc<Shared>, models: &Arc<Models>, wish: Wish) -> bool {
-    let Role::Lead(load) = fetch.enter(&wish.key, 0) else { return false };
+fn begin_ahead(loads: &Arc<Loads>, shared: &Arc<Shared>, models: &Arc<Models>, wish: Wish) -> bool {
+    let Role::Lead(load) = loads.enter(&wish.key, 0) else { return false };
     let bytes = whole_pages(wish.located.raw_bytes);
     let now_ms = shared.now_ms();
     let extent = shared.with(|ledger| {
@@ -605,13 +434,13 @@ fn begin_ahead(fetch: &Arc<Fetch>, shared: &Arc<Shared>, models: &Arc<Models>, w
         if is_here { None } else { ledger.reserve_ahead(wish.located.namespace, to_usize(bytes), now_ms) }
     });
     let Some(extent) = extent else {
-        fetch.leave(&wish.key, &load, LoadState::Failed);
+        loads.leave(&wish.key, &load, LoadState::Failed);
         return false;
     };
-    fetch.begin(bytes, Deadline::never());
+    loads.begin(bytes, Deadline::never());
     let promotion = Promotion {
         shared: Arc::clone(shared),
-        fetch: Arc::clone(fetch),
+        loads: Arc::clone(loads),
         models: Arc::clone(models),
         load,
         pending: Some(Pending::new(Arc::clone(shared), extent)),
@@ -693,12 +522,12 @@ impl Drop for Promotion {
             }
         }
         self.load.landed.notify_all();
-        self.fetch.flying.lock().remove(&self.key);
-        self.fetch.end(self.bytes);
+        self.loads.flying.lock().remove(&self.key);
+        self.loads.end(self.bytes);
         if self.is_ahead {
-            self.fetch.ahead.lock().flying -= 1;
+            self.loads.ahead.lock().flying -= 1;
         }
-        pump(&self.fetch, &self.shared, &self.models);
+        pump(&self.loads, &self.shared, &self.models);
     }
 }
 

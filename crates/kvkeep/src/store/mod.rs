@@ -16,10 +16,13 @@ mod gate;
 mod give_back;
 mod guard;
 pub(crate) mod ledger;
+mod lent;
+mod loads;
 mod meter;
 mod plan;
 #[cfg(test)]
 mod tests;
+mod tiers;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -28,12 +31,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::block::BlockKey;
-use crate::clock::{Clock, Deadline, duration_ms};
+use crate::clock::{Clock, Deadline};
 use crate::config::{CacheConfig, StoreOptions, WritePolicy};
 use crate::error::{Error, Rejection, Result};
 use crate::event::EventSink;
 use crate::eviction::Place;
-use crate::index::NEVER;
 use crate::key::{Namespace, NamespaceId, ObjectKey, PrefixHash};
 use crate::namespaces::NamespaceUsage;
 use crate::process::Process;
@@ -44,12 +46,12 @@ use crate::tensor::PairSpec;
 use crate::tier::ram::{self, Arena, pages_for};
 use crate::tier::{Forget, Forgotten, Tier};
 
-use demote::Tiers;
 use give_back::GiveBack;
 pub(crate) use guard::{Pending, Pin, PrivatePin};
 use ledger::Written;
 use ledger::{Gone, Ledger, News, Reservation, Shortage};
 pub(crate) use ledger::{Request, Wanted};
+use tiers::Tiers;
 
 /// Keyed, sealed objects in RAM and, if configured, in tiers behind it, each under a cap. Cheap to clone:
 /// clones share everything. Dropping the last clone closes the tiers.
@@ -477,8 +479,7 @@ impl Store {
         on_present: OnPresent,
     ) -> usize {
         let now_ms = self.shared.now_ms();
-        let expires_at_ms =
-            options.ttl.or(self.shared.default_ttl).map_or(NEVER, |ttl| now_ms.saturating_add(duration_ms(ttl)));
+        let expires_at_ms = lent::expires_at_ms(&self.shared, options);
         let share = options
             .compute_time
             .map_or(Duration::ZERO, |time| time / u32::try_from(objects.len()).unwrap_or(u32::MAX).max(1));

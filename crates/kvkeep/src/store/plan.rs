@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Store;
-use super::demote::Tiers;
 use super::guard::Pin;
 use super::ledger::{Held, Request};
+use super::tiers::Tiers;
 use crate::block::BlockKey;
 use crate::clock::Deadline;
 use crate::key::ObjectKey;
@@ -88,7 +88,7 @@ impl Store {
         };
         let first = plan.in_ram();
         let worth = tiers.judge(&plan, first, None);
-        tiers.count_not_worth(&plan, worth, request);
+        tiers.count_skipped(&plan, worth, request);
         let run = tiers.fetch(keys, plan, worth.blocks, deadline);
         self.shared.with(|ledger| ledger.count(request, run.held(), run.len()));
         self.offer();
@@ -161,7 +161,7 @@ impl Store {
             Err(missing) => missing,
         };
         let worth = tiers.judge(&plan, plan.in_ram(), Some(range.len()));
-        tiers.count_not_worth(&plan, worth, request);
+        tiers.count_skipped(&plan, worth, request);
         let (pin, read) = tiers.read_parts(keys, plan, worth.blocks, range, &mut each, deadline);
         self.shared.with(|ledger| ledger.count(request, pin.held(), read));
         self.offer();
@@ -262,6 +262,16 @@ impl Tiers {
         }
         worth.not_worth = there - worth.blocks;
         worth
+    }
+
+    /// Counts what was there and not worth loading.
+    fn count_skipped(&self, plan: &Plan, worth: Worth, request: Request) {
+        let Request::Tokens { block_tokens, .. } = request else { return };
+        for place in plan.places.iter().skip(worth.blocks).take(worth.not_worth) {
+            if let Place::Tier(tier, _) = place {
+                self.count_not_worth(*tier, block_tokens);
+            }
+        }
     }
 
     /// As [`Tiers::estimate`]; of runs that are not worth loading, now and then one block is loaded, to measure again.

@@ -2,18 +2,20 @@
 
 #![allow(clippy::cast_possible_truncation, clippy::allow_attributes, reason = "a test that panics fails")]
 
+mod lent;
 mod requests;
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::demote::{Timeouts, resident_of};
 use super::gate::Gate;
+use super::tiers::{Timeouts, resident_of};
 use super::*;
 use crate::cache::KvCache;
 use crate::clock::ManualClock;
 use crate::config::DiskConfig;
 use crate::eviction::Admission;
+use crate::index::NEVER;
 use crate::key::TokenId;
 use crate::layout::{KvLayout, LayerView, LayerViewMut};
 use crate::named::{Outcome, SimpleKvCache};

@@ -49,6 +49,14 @@ impl Forgets {
         self.all <= epoch && not_after(self.namespaces.get(&namespace)) && not_after(self.keys.get(key))
     }
 
+    /// Of these keys those of which nothing newer than `epoch` is known: a `forget` that comes late does not concern
+    /// what has come since.
+    #[must_use]
+    pub fn not_newer(&self, keys: &[BlockKey], epoch: Epoch) -> Vec<BlockKey> {
+        let is_newer = |key: &&BlockKey| self.keys.get(*key).is_some_and(|last| *last > epoch);
+        keys.iter().filter(|key| !is_newer(key)).copied().collect()
+    }
+
     fn forget_all(&mut self, epoch: Epoch) {
         self.keys.clear();
         self.namespaces.clear();

@@ -9,8 +9,12 @@
 //! Tiers never know each other; only the store knows their order. One enum of all tiers was the alternative: each
 //! new tier would then touch the store.
 
+pub(crate) mod around;
+#[cfg(any(test, feature = "contract"))]
+pub mod contract;
 pub(crate) mod disk;
 mod forgets;
+pub(crate) mod memory;
 pub(crate) mod ram;
 
 use std::fmt;

@@ -54,7 +54,7 @@ pub(crate) struct Found {
 #[derive(Debug, Default)]
 pub(crate) struct DiskIndex {
     table: HashTable<Slot>,
-    segments: Vec<Option<Arc<Segment>>>,
+    segments: Vec<SegmentSlot>,
     namespaces: Namespaces,
     /// Records written and reads: the unit of age.
     clock: u32,
@@ -63,6 +63,18 @@ pub(crate) struct DiskIndex {
     /// What is summed up for it: ages, and blocks.
     ages: (u64, u64),
 }
+
+/// What a segment's number stands for.
+#[derive(Debug)]
+enum SegmentSlot {
+    Free,
+    Open(Arc<Segment>),
+    /// It is gone, and there may be records of it left to remove.
+    Closed,
+}
+
+/// Places of the table that are looked at while the lock is held.
+const SLICE: usize = 1 << 14;
 
 impl Fingerprint {
     pub(crate) fn of(key: &ObjectKey) -> Self {
@@ -93,30 +105,44 @@ impl Slot {
 impl DiskIndex {
     /// Gives a segment a number; `None` if there are too many.
     pub(crate) fn add_segment(&mut self, segment: Arc<Segment>) -> Option<SegmentNumber> {
-        let number = match self.segments.iter().position(Option::is_none) {
+        let number = match self.segments.iter().position(|slot| matches!(slot, SegmentSlot::Free)) {
             Some(free) => free,
             None => {
-                self.segments.push(None);
+                self.segments.push(SegmentSlot::Free);
                 self.segments.len() - 1
             }
         };
-        *self.segments.get_mut(number)? = Some(segment);
+        *self.segments.get_mut(number)? = SegmentSlot::Open(segment);
         SegmentNumber::try_from(number).ok()
     }
 
-    /// Forgets those of a segment's records that lie in `count` slots of the table from `from` on; says how many that
-    /// were, and where to go on. After the last slot the segment itself is forgotten. Nothing is inserted in between.
-    pub(crate) fn remove_some(&mut self, number: SegmentNumber, from: usize, count: usize) -> (usize, Option<usize>) {
-        let Self { table, namespaces, segments, clock, ages, .. } = self;
-        let (end, all) = (from.saturating_add(count), table.num_buckets());
+    /// Nothing in a segment can be found any more. Its number stays taken until [`DiskIndex::free_segment`].
+    pub(crate) fn close_segment(&mut self, number: SegmentNumber) {
+        if let Some(segment) = self.segments.get_mut(usize::from(number)) {
+            *segment = SegmentSlot::Closed;
+        }
+    }
+
+    /// Another segment may have this number: no record has it any more.
+    pub(crate) fn free_segment(&mut self, number: SegmentNumber) {
+        if let Some(segment) = self.segments.get_mut(usize::from(number)) {
+            *segment = SegmentSlot::Free;
+        }
+    }
+
+    /// Removes what goes of the next places of the table; says how many, and where to go on, if there is more. Sums up
+    /// the ages of what stays.
+    pub(crate) fn remove_some(&mut self, from: usize, goes: impl Fn(&Slot) -> bool) -> (usize, Option<usize>) {
+        let Self { table, namespaces, clock, ages, .. } = self;
+        let (end, all) = (from.saturating_add(SLICE), table.num_buckets());
         let mut removed = 0;
-        for bucket in from..end.min(all) {
-            let Some(slot) = table.get_bucket(bucket) else { continue };
-            if slot.segment != number {
+        for place in from..end.min(all) {
+            let Some(slot) = table.get_bucket(place) else { continue };
+            if !goes(slot) {
                 if !slot.is_named() {
                     *ages = (ages.0 + u64::from(clock.wrapping_sub(slot.extra)), ages.1 + 1);
                 }
-            } else if let Ok(entry) = table.get_bucket_entry(bucket) {
+            } else if let Ok(entry) = table.get_bucket_entry(place) {
                 let (slot, _) = entry.remove();
                 namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
                 removed += 1;
@@ -124,9 +150,6 @@ impl DiskIndex {
         }
         if end < all {
             return (removed, Some(end));
-        }
-        if let Some(segment) = segments.get_mut(usize::from(number)) {
-            *segment = None;
         }
         let (sum, blocks) = std::mem::take(&mut self.ages);
         self.mean_age = sum.checked_div(blocks).and_then(|mean| u32::try_from(mean).ok());
@@ -140,13 +163,15 @@ impl DiskIndex {
             self.remove(key);
             return None;
         }
-        let segment = Arc::clone(self.segments.get(usize::from(slot.segment))?.as_ref()?);
+        let SegmentSlot::Open(segment) = self.segments.get(usize::from(slot.segment))? else { return None };
+        let segment = Arc::clone(segment);
         Some(Found { segment, namespace: self.namespaces.id(slot.namespace)?, slot })
     }
 
     /// Is a live record there?
     pub(crate) fn contains(&self, key: &ObjectKey, now_ms: u64) -> bool {
-        self.get(Fingerprint::of(key)).is_some_and(|slot| slot.expires_at_ms > now_ms)
+        let live = self.get(Fingerprint::of(key)).filter(|slot| slot.expires_at_ms > now_ms);
+        live.is_some_and(|slot| matches!(self.segments.get(usize::from(slot.segment)), Some(SegmentSlot::Open(_))))
     }
 
     /// Makes room for so many more records at once.
@@ -208,17 +233,15 @@ impl DiskIndex {
 
     /// Says how many records that were. Segments stay.
     pub(crate) fn clear(&mut self) -> usize {
-        self.retain(|_| false)
+        let removed = self.table.len();
+        self.table.clear();
+        self.namespaces = Namespaces::default();
+        removed
     }
 
     /// The directory is another one.
     pub(crate) fn forget_everything(&mut self) {
         *self = Self::default();
-    }
-
-    /// Says how many expired.
-    pub(crate) fn sweep(&mut self, now_ms: u64) -> usize {
-        self.retain(|slot| slot.expires_at_ms > now_ms)
     }
 
     /// A record was read.

@@ -34,8 +34,6 @@ const RECORDS_AT_ONCE: usize = 256;
 /// A full disk is asked so often for one request at most; every third time it has been freed of a segment. If that was
 /// not enough, what goes frees nothing, as under a snapshot, or goes to somebody else.
 const ASKED_AT_ONCE: usize = 12;
-/// Slots of the index that are looked at under one lock: some 50 µs.
-const SLOTS_AT_ONCE: usize = 8192;
 
 /// A segment in the order of its age.
 #[derive(Debug)]
@@ -375,19 +373,8 @@ impl Log {
         }
         let line = self.lines.remove(0);
         self.doomed.push((line.segment.id, line.allocated_bytes));
-        // In slices: readers go on between them, and find what is still there.
-        let mut from = 0;
-        while let Some(next) = self.forget_some(line.number, from) {
-            from = next;
-        }
-    }
-
-    /// Says where to go on.
-    fn forget_some(&self, number: SegmentNumber, from: usize) -> Option<usize> {
-        let mut state = self.shared.state.lock();
-        let (removed, next) = state.index.remove_some(number, from, SLOTS_AT_ONCE);
-        state.counters.evictions += removed as u64;
-        next
+        let evicted = self.shared.remove_segment(line.number);
+        self.shared.state.lock().counters.evictions += evicted as u64;
     }
 
     /// Unlinks what was evicted and is no longer in the manifest.

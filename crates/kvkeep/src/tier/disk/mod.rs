@@ -61,6 +61,7 @@ pub(crate) use shared::Resident;
 use shared::{Op, Reply, Shared};
 pub use survey::ManifestState;
 pub(crate) use tier::DiskTier;
+pub use tier::{decode_header, encode_header};
 
 /// Failed reads in a row that make the disk a failing one.
 const BAD_READS: u32 = 3;
@@ -465,7 +466,7 @@ impl Disk {
     /// Drops what has expired from the index; says how many.
     pub(crate) fn sweep(&self) -> usize {
         let now_ms = self.shared.now_ms();
-        self.shared.state.lock().index.sweep(now_ms)
+        self.shared.remove_where(|slot| slot.expires_at_ms <= now_ms)
     }
 
     /// One more than the highest layer of a namespace.

@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use super::format::{Content, Kind, RecordMeta};
-use super::index::{DiskIndex, Fingerprint};
+use super::index::{DiskIndex, Fingerprint, SegmentNumber, Slot};
 use crate::clock::{Clock, Deadline, Moment};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::stats::TierStats;
@@ -164,6 +164,33 @@ impl Shared {
 
     pub(crate) fn now_ms(&self) -> u64 {
         self.clock.now_ms()
+    }
+
+    /// Forgets a segment and everything in it; says how many records that were. In slices: between two of them others
+    /// get the lock.
+    pub(crate) fn remove_segment(&self, number: SegmentNumber) -> usize {
+        self.state.lock().index.close_segment(number);
+        let mut removed = 0;
+        loop {
+            // A table that grew meanwhile may have moved some out of sight: until there are none.
+            let now = self.remove_where(|slot| slot.segment == number);
+            removed += now;
+            if now == 0 {
+                break;
+            }
+        }
+        self.state.lock().index.free_segment(number);
+        removed
+    }
+
+    /// Removes from the index in slices; says how many records.
+    pub(crate) fn remove_where(&self, goes: impl Fn(&Slot) -> bool) -> usize {
+        let (mut removed, mut next) = (0, Some(0));
+        while let Some(from) = next {
+            let (now, then) = self.state.lock().index.remove_some(from, &goes);
+            (removed, next) = (removed + now, then);
+        }
+        removed
     }
 
     /// The writer has got something done on the disk.

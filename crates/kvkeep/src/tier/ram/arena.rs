@@ -269,14 +269,16 @@ impl ReadGrant {
 /// Puts memory behind reserved addresses, which nothing else uses: a memfd, whose beginning is aligned as `base` is.
 #[cfg(target_os = "linux")]
 fn fill(base: NonNull<u8>, bytes: usize) -> io::Result<Option<OwnedFd>> {
-    use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+    use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
-    let memfd = memfd_create("kvkeep", MemfdFlags::CLOEXEC)?;
+    let memfd = memfd_create("kvkeep", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     ftruncate(&memfd, bytes as u64)?;
+    // Whoever gets the descriptor can cut off nothing that somebody reads.
+    fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     let (access, flags) =
         (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED);
-    // SAFETY: these addresses were reserved for this. The descriptor is not shared, so nobody else can
-    // shrink or write the file.
+    // SAFETY: these addresses were reserved for this. The file is sealed: nobody can
+    // shrink it, with this descriptor or another one.
     unsafe { rustix::mm::mmap(base.as_ptr().cast(), bytes, access, flags, &memfd, 0)? };
     Ok(Some(memfd))
 }

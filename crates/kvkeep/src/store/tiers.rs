@@ -1,0 +1,223 @@
+//! The tiers behind RAM, in their order, and what connects them with it.
+//!
+//! Invariant: only the store knows the order. A block is read from the first tier that has it, and offered to all.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use super::Shared;
+use super::gate::Gate;
+use super::loads::Loads;
+use super::meter::LoadRate;
+use crate::block::BlockKey;
+use crate::clock::Deadline;
+use crate::config::{CacheConfig, WritePolicy};
+use crate::error::Result;
+use crate::key::{Namespace, NamespaceId, ObjectKey};
+use crate::layout::KvLayout;
+use crate::stats::TierStats;
+use crate::sync::Mutex;
+use crate::tier::disk::DiskTier;
+use crate::tier::{Epoch, Forget, Forgotten, Tier};
+
+/// More namespaces than this are not remembered by name.
+const MAX_MODELS: usize = 4096;
+/// Of runs that are not worth loading, each so many-th is begun, to measure again.
+const PROBE_EVERY: u64 = 16;
+/// The tiers, and what connects them with RAM.
+pub(super) struct Tiers {
+    tiers: Vec<Arc<dyn Tier>>,
+    shared: Arc<Shared>,
+    timeouts: Timeouts,
+    write_policy: WritePolicy,
+    models: Arc<Models>,
+    loads: Arc<Loads>,
+    /// One for each tier.
+    rates: Vec<LoadRate>,
+    not_worth_tokens: Vec<AtomicU64>,
+    skipped: AtomicU64,
+}
+
+/// How long somebody waits for a tier.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Timeouts {
+    /// A request, in all.
+    pub(super) request: Duration,
+    /// A flush, for one sign of life.
+    pub(super) flush: Duration,
+}
+
+/// What the layout and the model of a namespace are, for the headers of its blocks.
+pub(super) type Models = Mutex<HashMap<NamespaceId, (KvLayout, String)>>;
+
+impl Tiers {
+    /// `None` if there are none.
+    pub(super) fn open(config: CacheConfig, shared: &Arc<Shared>) -> Result<Option<Self>> {
+        let mut tiers: Vec<Arc<dyn Tier>> = Vec::new();
+        let is_disk = config.disk.is_some();
+        let disk_config = config.disk.unwrap_or_else(|| crate::config::DiskConfig::new("", 0));
+        if is_disk {
+            disk_config.admission.check()?;
+            let disk = DiskTier::open(&disk_config, config.capacity_bytes, Arc::clone(&shared.clock))?;
+            disk.set_resident(resident_of(shared));
+            tiers.push(Arc::new(disk));
+        }
+        tiers.extend(config.tiers);
+        if tiers.is_empty() {
+            return Ok(None);
+        }
+        let gate = Gate::new(disk_config.admission, disk_config.write_policy);
+        let timeouts = Timeouts { request: disk_config.read_timeout, flush: disk_config.flush_timeout };
+        Ok(Some(Self::over(tiers, gate, timeouts, disk_config.write_policy, shared)))
+    }
+
+    pub(super) fn over(
+        tiers: Vec<Arc<dyn Tier>>,
+        gate: Option<Gate>,
+        timeouts: Timeouts,
+        write_policy: WritePolicy,
+        shared: &Arc<Shared>,
+    ) -> Self {
+        let limit_bytes = shared.with(|ledger| {
+            ledger.set_tiers(gate);
+            u64::from(ledger.capacity_pages()) * crate::tier::ram::PAGE_BYTES as u64
+        });
+        Self {
+            rates: tiers.iter().map(|_| LoadRate::default()).collect(),
+            not_worth_tokens: tiers.iter().map(|_| AtomicU64::new(0)).collect(),
+            tiers,
+            shared: Arc::clone(shared),
+            timeouts,
+            write_policy,
+            models: Arc::default(),
+            loads: Arc::new(Loads::new(limit_bytes)),
+            skipped: AtomicU64::new(0),
+        }
+    }
+
+    pub(super) fn all(&self) -> &[Arc<dyn Tier>] {
+        &self.tiers
+    }
+
+    pub(super) fn each(&self) -> impl Iterator<Item = &Arc<dyn Tier>> {
+        self.tiers.iter()
+    }
+
+    pub(super) fn tier(&self, number: usize) -> Option<&Arc<dyn Tier>> {
+        self.tiers.get(number)
+    }
+
+    pub(super) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
+    pub(super) fn models(&self) -> &Arc<Models> {
+        &self.models
+    }
+
+    pub(super) fn rate(&self, tier: usize) -> Option<&LoadRate> {
+        self.rates.get(tier)
+    }
+
+    pub(super) fn write_policy(&self) -> WritePolicy {
+        self.write_policy
+    }
+
+    /// When a request that begins now waits no longer.
+    pub(super) fn deadline(&self) -> Deadline {
+        Deadline::after(self.timeouts.request)
+    }
+
+    /// Is this run that is not worth loading one of those that are tried all the same?
+    pub(super) fn is_probe(&self) -> bool {
+        self.skipped.fetch_add(1, Ordering::Relaxed) % PROBE_EVERY == PROBE_EVERY - 1
+    }
+
+    pub(super) fn stats(&self) -> Vec<TierStats> {
+        let not_admitted_total = self.shared.with(|ledger| ledger.kept_off());
+        let numbered = self.tiers.iter().zip(&self.rates).zip(&self.not_worth_tokens);
+        numbered
+            .map(|((tier, rate), not_worth)| TierStats {
+                not_admitted_total,
+                load_bytes_per_s: rate.bytes_per_s(),
+                not_worth_tokens_total: not_worth.load(Ordering::Relaxed),
+                ..tier.stats()
+            })
+            .collect()
+    }
+
+    /// Remembers what the blocks of a namespace look like.
+    pub(super) fn describe(&self, namespace: &Namespace) {
+        let mut models = self.models.lock();
+        if models.contains_key(&namespace.id()) {
+            return;
+        }
+        if models.len() >= MAX_MODELS {
+            models.clear();
+        }
+        models.insert(namespace.id(), (*namespace.layout(), namespace.model().to_owned()));
+    }
+
+    pub(super) fn forget(&self, what: &Forget<'_>, epoch: Epoch) -> Vec<Forgotten> {
+        self.tiers.iter().map(|tier| tier.forget(what, epoch)).collect()
+    }
+
+    /// Does a tier have any of these?
+    pub(super) fn hold_any(&self, keys: &[ObjectKey]) -> bool {
+        let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
+        self.tiers.iter().any(|tier| tier.locate(&names, self.deadline()).iter().any(Option::is_some))
+    }
+
+    /// Which of these keys are not in RAM, and in a tier.
+    pub(super) fn has_each(&self, keys: &[ObjectKey]) -> Vec<bool> {
+        let resident = self.shared.with(|ledger| ledger.resident(keys));
+        let mut has = vec![false; keys.len()];
+        if resident.iter().all(|resident| *resident) {
+            return has;
+        }
+        let missing = keys.iter().zip(&resident).enumerate().filter(|(_, (_, resident))| !**resident);
+        let (positions, names): (Vec<usize>, Vec<BlockKey>) =
+            missing.map(|(position, (key, _))| (position, BlockKey(*key))).unzip();
+        for tier in &self.tiers {
+            for (position, located) in positions.iter().zip(tier.locate(&names, self.deadline())) {
+                if let Some(has) = has.get_mut(*position) {
+                    *has |= located.is_some();
+                }
+            }
+        }
+        has
+    }
+
+    pub(super) fn loads(&self) -> &Arc<Loads> {
+        &self.loads
+    }
+
+    pub(super) fn timeouts(&self) -> Timeouts {
+        self.timeouts
+    }
+
+    /// So many tokens were in a tier and not worth loading.
+    pub(super) fn count_not_worth(&self, tier: usize, tokens: usize) {
+        if let Some(total) = self.not_worth_tokens.get(tier) {
+            total.fetch_add(tokens as u64, Ordering::Relaxed);
+        }
+    }
+}
+
+impl fmt::Debug for Tiers {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Tiers").field("tiers", &self.tiers).finish_non_exhaustive()
+    }
+}
+
+/// Says which keys are in RAM. Weak: what it asks owns the tier that asks.
+pub(super) fn resident_of(shared: &Arc<Shared>) -> Box<dyn Fn(&[ObjectKey]) -> Vec<bool> + Send + Sync> {
+    let weak: Weak<Shared> = Arc::downgrade(shared);
+    Box::new(move |keys| {
+        let shared = weak.upgrade();
+        shared.map_or_else(|| vec![false; keys.len()], |shared| shared.with(|ledger| ledger.resident(keys)))
+    })
+}

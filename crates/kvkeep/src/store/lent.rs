@@ -55,7 +55,7 @@ impl Store {
     /// them, from the first one on, a tier has.
     pub(crate) fn read_lent(&self, chain: &Chain, first_block: usize, targets: Vec<Box<dyn ReadTarget>>) -> usize {
         let keys: Vec<ObjectKey> = chain.keys().iter().skip(first_block).take(targets.len()).copied().collect();
-        let Some(tiers) = &self.tiers else {
+        let Some(tiers) = self.here().ok().and_then(|store| store.tiers.as_ref()) else {
             targets.into_iter().for_each(|target| target.complete(None));
             return 0;
         };

@@ -154,9 +154,7 @@ fn no_files_use_each_other_in_a_circle() {
     };
     let direct = |from: &str| -> Vec<String> {
         let used = arrows.get(from).into_iter().flatten();
-        let used = used.filter(|to| {
-            !is_family(from, to) && !EXCEPTIONS.contains(&(top(from), top(to)))
-        });
+        let used = used.filter(|to| !is_family(from, to) && !EXCEPTIONS.contains(&(top(from), top(to))));
         // A file's children are parts of it.
         let parts = |to: &String| {
             arrows

@@ -110,7 +110,11 @@ fn a_disk_that_others_fill_goes_on_with_what_is_left_and_takes_again_what_they_g
         bytes -= 64 << 10;
     }
     fill(60);
-    assert!(!cache.stats().tier("disk").unwrap().clone().failing && used(&cache) < 16 * MIB, "{:?}", cache.stats().tiers);
+    assert!(
+        !cache.stats().tier("disk").unwrap().clone().failing && used(&cache) < 16 * MIB,
+        "{:?}",
+        cache.stats().tiers
+    );
     let small = used(&cache);
     std::fs::remove_file(&other).unwrap();
     drop(file);

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use super::active::seal_segment;
 use super::crypt::Cipher;
-use super::format::{Kind, SegmentLine, RecordMeta};
+use super::format::{Kind, RecordMeta, SegmentLine};
 use super::index::SegmentNumber;
 use super::io::Backend;
 use super::log::{Aside, Line, Log};

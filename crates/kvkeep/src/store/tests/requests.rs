@@ -332,7 +332,7 @@ fn layers_are_loaded_as_far_as_a_lookup_goes_counted_and_judged_as_it_is() {
     let measured = prompt(50_000, 4);
     store(&cache, &measured, &plain());
     cache.flush().unwrap();
-    shared.with(|ledger| ledger.remove(&crate::Chain::of(&namespace(), &measured).unwrap().keys().to_vec(), 0));
+    shared.with(|ledger| ledger.remove(crate::Chain::of(&namespace(), &measured).unwrap().keys(), 0));
     assert_eq!(look(&cache, &measured), 16);
     shared.with(|ledger| ledger.remove(&keys[2..], 0));
     assert_eq!(load(), 8, "the rest is not worth it");

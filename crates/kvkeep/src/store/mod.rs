@@ -324,7 +324,9 @@ impl Store {
         };
         let (epoch, begun) = self.shared.with(|ledger| (ledger.forget(gone), begin(ledger)));
         and_then();
-        let forgotten = tiers.forget(what, epoch);
+        // What was offered while slices of it were still here is out of date, too.
+        let now = self.shared.with(Ledger::next_epoch);
+        let forgotten = tiers.forget(what, now);
         self.shared.with(|ledger| ledger.has_forgotten(epoch));
         (begun, forgotten)
     }

@@ -98,6 +98,8 @@ pub struct Generation {
     pub total: Duration,
     /// Why it ended.
     pub finish: FinishReason,
+    /// The blocks of the prompt that the cache can hold, if it was asked: hashed once for whoever wants their names.
+    pub chain: Option<Chain>,
 }
 
 /// A prompt in the KV buffer.
@@ -225,6 +227,7 @@ impl Generator {
             cold_ttft: (begin.elapsed() + computed.spared).saturating_sub(computed.load),
             total: Duration::ZERO,
             finish: FinishReason::Cancelled,
+            chain: None,
         };
         let decode = Instant::now();
         if let Some(first) = first {
@@ -233,6 +236,7 @@ impl Generator {
         if let (Some(cache), Some((pin, chain))) = (cache, &pin) {
             self.store_answer(prompt, &generation.tokens, cache, (pin, chain), decode.elapsed())?;
         }
+        generation.chain = pin.map(|(_, chain)| chain);
         generation.total = begin.elapsed();
         Ok(generation)
     }

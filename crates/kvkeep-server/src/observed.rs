@@ -38,7 +38,9 @@ impl Observed {
         self.metrics.observe(served);
         self.recent().push(served);
         if served.was_read() {
-            self.prefixes().insert(&served.namespace, &served.tenant, served.reusable(), Instant::now());
+            let hashes = served.hashes();
+            let (namespace, tenant) = (&served.namespace, &served.tenant);
+            self.prefixes().insert_hashed(namespace, tenant, served.reusable(), &hashes, Instant::now());
         }
     }
 

@@ -96,7 +96,8 @@ impl PrefixTree {
         Self { limits, branches: HashMap::new(), roots: HashMap::new(), tokens: 0 }
     }
 
-    /// A request went through the full blocks of this prompt. Names the branch in which they end.
+    /// As [`PrefixTree::insert_hashed`], of a prompt that nobody has hashed.
+    #[cfg(test)]
     pub(crate) fn insert(
         &mut self,
         namespace: &Namespace,
@@ -105,6 +106,19 @@ impl PrefixTree {
         now: Instant,
     ) -> Option<BlockHash> {
         let hashes = namespace.block_hashes(prompt).unwrap_or_default();
+        self.insert_hashed(namespace, tenant, prompt, &hashes, now)
+    }
+
+    /// A request went through the full blocks of this prompt, which have these names. Names the branch in which they
+    /// end.
+    pub(crate) fn insert_hashed(
+        &mut self,
+        namespace: &Namespace,
+        tenant: &Tenant,
+        prompt: &[TokenId],
+        hashes: &[BlockHash],
+        now: Instant,
+    ) -> Option<BlockHash> {
         let last = *hashes.last()?;
         let new_root = || Root { namespace: namespace.clone(), tenant: tenant.clone(), children: Children::new() };
         self.roots.entry(namespace.id()).or_insert_with(new_root);

@@ -299,6 +299,7 @@ impl Job {
             prefill: Duration::ZERO,
             total: waited,
             outcome: if waited >= timeout { Outcome::TimedOut } else { Outcome::Cancelled },
+            chain: None,
         }
     }
 }

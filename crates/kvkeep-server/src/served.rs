@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use kvkeep::{BlockHash, Namespace};
+use kvkeep::{BlockHash, Chain, Namespace};
 
 use crate::auth::Tenant;
 
@@ -34,6 +34,8 @@ pub(crate) struct Served {
     /// From its arrival to its end.
     pub(crate) total: Duration,
     pub(crate) outcome: Outcome,
+    /// The blocks of the prompt that the cache can hold, if it was asked.
+    pub(crate) chain: Option<Chain>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -71,7 +73,13 @@ impl Served {
 
     /// Names that in the tree of prefixes, if it has a full block.
     pub(crate) fn prefix(&self) -> Option<BlockHash> {
-        self.namespace.block_hashes(self.reusable()).ok()?.pop()
+        self.hashes().pop()
+    }
+
+    /// The names of its full blocks.
+    pub(crate) fn hashes(&self) -> Vec<BlockHash> {
+        let hashed = self.chain.as_ref().map(|chain| chain.hashes().collect());
+        hashed.unwrap_or_else(|| self.namespace.block_hashes(self.reusable()).unwrap_or_default())
     }
 
     /// Has the model read the prompt to its end?
@@ -136,6 +144,7 @@ pub(crate) mod tests {
             prefill: Duration::from_millis(10),
             total: Duration::from_millis(50),
             outcome: Outcome::Stop,
+            chain: None,
         }
     }
 

@@ -135,6 +135,7 @@ fn served(job: &Job, generation: &Generation, queued: Duration, stopped: bool, t
         prefill: generation.prefill,
         total,
         outcome,
+        chain: generation.chain.clone(),
         ..job.unanswered(timeout)
     }
 }

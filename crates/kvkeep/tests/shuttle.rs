@@ -207,6 +207,8 @@ fn over_memory() -> (Arc<MemoryTier>, impl Fn(&Arc<MemoryTier>) -> KvCache) {
     (tier, open)
 }
 
+/// A block that was evicted between two slices of a clearing was offered to the tier after that had forgotten it.
+///
 /// Loads, offers and evictions on their way while a namespace is cleared: none of them is there afterwards.
 #[test]
 fn nothing_that_was_removed_or_cleared_comes_back_by_a_load_or_an_offer() {

@@ -135,10 +135,10 @@ impl Tiers {
         };
         let tier = Arc::clone(self.tier(number)?);
         let wish = Wish { key: *key, tier, located, epoch, chain: Neighbours::of(keys, position) };
-        self.lead(wish, load, number, deadline, batch)
+        self.lead(&wish, load, number, deadline, batch)
     }
 
-    fn lead(&self, wish: Wish, load: Arc<Load>, number: usize, deadline: Deadline, batch: &mut Batch) -> Option<Step> {
+    fn lead(&self, wish: &Wish, load: Arc<Load>, number: usize, deadline: Deadline, batch: &mut Batch) -> Option<Step> {
         let (shared, key) = (self.shared(), wish.key);
         let bytes = whole_pages(wish.located.raw_bytes);
         if !self.loads().has_room(bytes) {
@@ -167,8 +167,8 @@ impl Tiers {
         }
         match room {
             Room::Pages(pending) => {
-                let promotion = self.promotion(&wish, &load, pending, false);
-                batch.add(wish.tier, promotion.into_read());
+                let promotion = self.promotion(wish, &load, pending, false);
+                batch.add(Arc::clone(&wish.tier), promotion.into_read());
                 Some(Step::Loading(load, number, key))
             }
             Room::Here(held) => {
@@ -251,7 +251,7 @@ impl Tiers {
     }
 
     /// Begins to load these blocks of a plan, as many as may be in RAM before anybody asked for them; says how many.
-    pub(super) fn fetch_ahead(&self, keys: &[ObjectKey], plan: Plan, wanted: Range<usize>) -> usize {
+    pub(super) fn fetch_ahead(&self, keys: &[ObjectKey], plan: &Plan, wanted: Range<usize>) -> usize {
         let mut left = self.shared().with(|ledger| ledger.ahead_limit_pages());
         let mut wishes = VecDeque::new();
         for position in wanted {
@@ -418,14 +418,14 @@ fn pump(loads: &Arc<Loads>, shared: &Arc<Shared>, models: &Arc<Models>) {
             ahead.flying += 1;
             wish
         };
-        if !begin_ahead(loads, shared, models, wish) {
+        if !begin_ahead(loads, shared, models, &wish) {
             loads.ahead.lock().flying -= 1;
         }
     }
 }
 
 /// Says whether it is under way.
-fn begin_ahead(loads: &Arc<Loads>, shared: &Arc<Shared>, models: &Arc<Models>, wish: Wish) -> bool {
+fn begin_ahead(loads: &Arc<Loads>, shared: &Arc<Shared>, models: &Arc<Models>, wish: &Wish) -> bool {
     let Role::Lead(load) = loads.enter(&wish.key, 0) else { return false };
     let bytes = whole_pages(wish.located.raw_bytes);
     let now_ms = shared.now_ms();

@@ -433,6 +433,12 @@ impl Ledger {
         self.forgets.record(&gone.as_forget(), self.epoch);
     }
 
+    /// What was asked of a tier so far is older than this.
+    pub(super) fn next_epoch(&mut self) -> Epoch {
+        self.epoch += 1;
+        self.epoch
+    }
+
     /// Goes with whatever is asked of a tier from now on.
     pub(super) fn epoch(&self) -> Epoch {
         self.epoch

@@ -364,7 +364,9 @@ impl Store {
         };
         let (epoch, begun) = self.shared.with(|ledger| (ledger.forget(gone), begin(ledger)));
         and_then();
-        let forgotten = tiers.forget(what, epoch);
+        // What was offered while slices of it were still here is out of date, too.
+        let now = self.shared.with(Ledger::next_epoch);
+        let forgotten = tiers.forget(what, now);
         self.shared.with(|ledger| ledger.has_forgotten(epoch));
         (begun, forgotten)
     }
@@ -453,7 +455,9 @@ impl Store {
             // In RAM behind a gap nobody finds them.
             tiers.has_each(refused).into_iter().filter(|has| *has).count()
         });
-        let rejection = shortage.filter(|_| there < refused.len()).map(|shortage| {
+        // Where RAM has no room, not even for what a tier has all of, a lookup could not load it: that is refused.
+        let there = if there < refused.len() { there } else { 0 };
+        let rejection = shortage.map(|shortage| {
             self.shared.with(|ledger| {
                 ledger.count_rejection();
                 shortage.rejection(ledger, pages)

@@ -127,7 +127,7 @@ impl Store {
         let plan = self.survey(tiers, keys, tiers.deadline());
         let first = plan.in_ram();
         let worth = tiers.judge(&plan, first, None);
-        tiers.fetch_ahead(keys, plan, first..worth.blocks)
+        tiers.fetch_ahead(keys, &plan, first..worth.blocks)
     }
 
     /// Hands these bytes of the objects under these keys to `each`, in order: from RAM where they are there, else

@@ -20,7 +20,7 @@ use crate::key::{Namespace, NamespaceId, ObjectKey};
 use crate::layout::KvLayout;
 use crate::stats::TierStats;
 use crate::sync::Mutex;
-use crate::tier::disk::DiskTier;
+use crate::tier::disk::{DiskTier, Resident};
 use crate::tier::{Epoch, Forget, Forgotten, Tier};
 
 /// More namespaces than this are not remembered by name.
@@ -214,7 +214,7 @@ impl fmt::Debug for Tiers {
 }
 
 /// Says which keys are in RAM. Weak: what it asks owns the tier that asks.
-pub(super) fn resident_of(shared: &Arc<Shared>) -> Box<dyn Fn(&[ObjectKey]) -> Vec<bool> + Send + Sync> {
+pub(super) fn resident_of(shared: &Arc<Shared>) -> Resident {
     let weak: Weak<Shared> = Arc::downgrade(shared);
     Box::new(move |keys| {
         let shared = weak.upgrade();

@@ -61,10 +61,13 @@ impl Drop for Sample {
     }
 }
 
+/// What a read came to.
+type Came = Option<(BlockMeta, Vec<u8>)>;
+
 /// Lent memory, and how often it was completed.
 struct Lent {
     bytes: Vec<u8>,
-    answer: Arc<(Mutex<Vec<Option<(BlockMeta, Vec<u8>)>>>, Condvar)>,
+    answer: Arc<(Mutex<Vec<Came>>, Condvar)>,
 }
 
 impl ReadTarget for Lent {

@@ -15,7 +15,10 @@ impl Payload for Row {
     }
 }
 
-struct Room(Vec<u8>, usize, Sender<(usize, Option<Vec<u8>>)>);
+/// The number of a block, and its bytes if they came.
+type Came = (usize, Option<Vec<u8>>);
+
+struct Room(Vec<u8>, usize, Sender<Came>);
 
 impl ReadTarget for Room {
     fn bytes_mut(&mut self) -> &mut [u8] {
@@ -29,10 +32,10 @@ impl ReadTarget for Room {
 }
 
 fn row(number: usize) -> Vec<u8> {
-    (0..PAGE as usize).map(|at| (at * (number + 3) >> 3) as u8).collect()
+    (0..PAGE as usize).map(|at| ((at * (number + 3)) >> 3) as u8).collect()
 }
 
-fn rooms(count: usize) -> (Vec<Box<dyn ReadTarget>>, Receiver<(usize, Option<Vec<u8>>)>) {
+fn rooms(count: usize) -> (Vec<Box<dyn ReadTarget>>, Receiver<Came>) {
     let (sender, receiver) = channel();
     let room = |number| Box::new(Room(vec![0; PAGE as usize], number, sender.clone())) as Box<dyn ReadTarget>;
     ((0..count).map(room).collect(), receiver)

@@ -332,7 +332,7 @@ fn layers_are_loaded_as_far_as_a_lookup_goes_counted_and_judged_as_it_is() {
     let measured = prompt(50_000, 4);
     store(&cache, &measured, &plain());
     cache.flush().unwrap();
-    shared.with(|ledger| ledger.remove(&crate::Chain::of(&namespace(), &measured).unwrap().keys().to_vec(), 0));
+    shared.with(|ledger| ledger.remove(crate::Chain::of(&namespace(), &measured).unwrap().keys(), 0));
     assert_eq!(look(&cache, &measured), 16);
     shared.with(|ledger| ledger.remove(&keys[2..], 0));
     assert_eq!(load(), 8, "the rest is not worth it");
@@ -353,7 +353,9 @@ fn a_refused_store_says_what_is_missing_and_counts_what_is_there() {
     let pin = cache.pin(&namespace(), &other).unwrap();
     assert_eq!(pin.blocks(), 16, "all of RAM");
     let report = store(&cache, &tokens, &plain());
-    assert_eq!((report.present_blocks, report.rejected_blocks, report.rejection), (16, 0, None));
+    assert!(report.rejection.is_some(), "no lookup could load it while all of RAM is pinned");
+    let report = store(&cache, &longer, &plain());
+    assert_eq!((report.present_blocks, report.rejected_blocks), (16, 1), "the last one alone is missing");
     let bytes = [kv(&longer, 0), kv(&longer, 1)];
     let rest = 16 * BLOCK_TOKENS * TOKEN_BYTES / 4;
     let view = |bytes: &'static [u8]| TensorView::new(DType::U8, &[4, 1, 128], bytes).unwrap();

@@ -1,6 +1,6 @@
 //! What clients send in practice is taken as they mean it, and answered in words that they know.
 
-#![expect(clippy::unwrap_used, reason = "helpers of tests fail as tests do")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "helpers of tests fail as tests do")]
 
 mod common;
 

@@ -25,7 +25,7 @@ pub(crate) struct Settings {
     /// Who may ask: lines of KEY (the operator's) or KEY TENANT, readable by its owner alone
     #[arg(long, env = "KVKEEP_SERVE_API_KEY_FILE", value_name = "FILE", help_heading = "Listening")]
     pub(crate) api_key_file: Option<PathBuf>,
-    /// Origins of web pages, apps or extensions that may ask from a browser, such as http://localhost:3000
+    /// Origins of web pages, apps or extensions that may ask from a browser, such as `http://localhost:3000`
     #[arg(
         long,
         env = "KVKEEP_SERVE_ALLOW_ORIGIN",

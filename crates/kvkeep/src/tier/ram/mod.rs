@@ -85,9 +85,9 @@ impl Pages {
 
     /// Takes some free pages at or behind `from` that have memory which can be given back to the system.
     pub(crate) fn take_committed(&mut self, from: u32, arena: &Arena) -> Option<Extent> {
-        const HUGE_PAGES: u32 = (huge::HUGE_BYTES / PAGE_BYTES) as u32;
+        let huge_pages = u32::try_from(huge::HUGE_BYTES / PAGE_BYTES).ok()?;
         let wanted = |piece| arena.is_committed(piece);
-        let (first, pages) = self.free.take_pieces(from, self.capacity_pages, HUGE_PAGES, AT_ONCE, wanted)?;
+        let (first, pages) = self.free.take_pieces(from, self.capacity_pages, huge_pages, AT_ONCE, wanted)?;
         self.used_pages += pages;
         Some(Extent::new(first, pages))
     }

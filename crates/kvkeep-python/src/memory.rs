@@ -102,7 +102,7 @@ impl Lent {
         if described.flags & CONTIGUOUS == 0 && access == Access::Read {
             let copied =
                 array.py().import(intern!(array.py(), "numpy"))?.call_method1("ascontiguousarray", (array,))?;
-            return Self::described(&copied, Described::of(&copied)?);
+            return Self::described(&copied, &Described::of(&copied)?);
         }
         if described.flags & CONTIGUOUS == 0 {
             return unsupported(
@@ -112,10 +112,10 @@ impl Lent {
         if described.flags & WRITEABLE == 0 && access != Access::Read {
             return unsupported("an array to be written must be writeable: this one is read-only");
         }
-        Self::described(array, described)
+        Self::described(array, &described)
     }
 
-    fn described(array: &Bound<'_, PyAny>, described: Described) -> PyResult<Self> {
+    fn described(array: &Bound<'_, PyAny>, described: &Described) -> PyResult<Self> {
         let dtype = described.dtype().map_or_else(|| dtype_of(array), Ok)?;
         Self::checked(described.address, dtype, &described.dims, false, array.clone().unbind())
     }

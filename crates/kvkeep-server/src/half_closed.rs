@@ -21,7 +21,7 @@ use crate::connections::{Connection, Phase};
 
 /// With this every answer begins.
 const FIRST: &[u8] = b"H";
-/// So often it is looked whether a client that sends nothing more is still there.
+/// How often the server looks whether a client that sends nothing more is still there.
 const LOOK: Duration = Duration::from_millis(50);
 
 /// A client's stream.

@@ -16,7 +16,7 @@ use crate::clock::Deadline;
 use crate::error::Result;
 use crate::tier::{Offer, Payload};
 
-/// So often a store tries again after it has given up what was queued: what it evicts is queued too.
+/// How often a store tries again after it has given up what was queued, because what it evicts is queued too.
 const LAST_TRIES: usize = 4;
 
 /// The pages of an entry that was offered.

@@ -16,6 +16,8 @@ transformers = pytest.importorskip("transformers")
 import architectures  # noqa: E402
 
 PARTS = 2
+CHANGES_ITSELF = {"big_bird"}
+"""Its first short prompt switches the model to full attention for good: another model, so a new process begins anew."""
 PAGE = Path(__file__).parents[3] / "docs" / "models.md"
 
 
@@ -53,7 +55,8 @@ def test_warm_answers_in_a_new_process_are_those_of_plain_generate(sweep: dict[s
     for name, line in sweep["store"].items():
         if line["outcome"] == "reuses":
             again = sweep["reuse"][name]
-            assert again["outcome"] == "reuses" and again["cached"] == [64], (name, again)
+            expected = [0] if name in CHANGES_ITSELF else [64]
+            assert again["outcome"] == "reuses" and again["cached"] == expected, (name, again)
             assert again["apart"] is not None and again["apart"] < 1e-4, (name, again)
 
 

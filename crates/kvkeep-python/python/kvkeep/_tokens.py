@@ -102,7 +102,7 @@ class Namespace:
     def __reduce__(self) -> tuple[Any, ...]:
         """For `copy` and `pickle`. The salt goes along: who has the bytes has the tenant's secret."""
         revision, engine, lora, salt = self._parts
-        rest = {
+        rest: dict[str, Any] = {
             "layers": self.layers, "kv_heads": self.kv_heads, "head_dim": self.k_head_dim, "dtype": self.dtype,
             "v_head_dim": self.v_head_dim, "block_tokens": self.block_tokens, "order": self.order,
             "revision": revision, "engine": engine, "lora": lora, "salt": salt,

@@ -403,7 +403,7 @@ def _adapters_of(module: Any) -> _Hidden:
         return _NO_NAMES
     tables = [*getattr(module, "adapter_layer_names", ()), *getattr(module, "other_param_names", ())]
     entries = [getattr(module, table, None) for table in tables]
-    names = {name for table in entries if hasattr(table, "keys") for name in table.keys()}
+    names = {name for table in entries if table is not None and hasattr(table, "keys") for name in table.keys()}
     active = [] if module.disable_adapters else module.active_adapters
     used = dict.fromkeys([*([active] if isinstance(active, str) else active), *getattr(module, "merged_adapters", ())])
     hidden = _Hidden(names - used.keys())
@@ -447,7 +447,7 @@ def _plain(value: Any) -> str | None:
     if isinstance(value, enum.Enum):
         return f"{type(value).__module__}.{type(value).__qualname__}.{value.name}"
     if isinstance(value, (int, float, str, bytes)):
-        base = next(kind for kind in (int, float, str, bytes) if isinstance(value, kind))
+        base: Any = next(kind for kind in (int, float, str, bytes) if isinstance(value, kind))
         return f"{type(value).__qualname__} {base(value)!r}"
     if isinstance(value, re.Pattern):
         return f"pattern {value.pattern!r} {value.flags}"

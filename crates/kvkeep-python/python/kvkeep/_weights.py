@@ -83,7 +83,7 @@ def refusal_of(tensor: Any) -> str | None:
         return "its bytes are not in memory (device meta): load the weights, or turn offloading off"
     if tensor.layout != torch.strided or tensor.is_nested:
         return f"a tensor of layout {tensor.layout} cannot be read as bytes: make it dense"
-    if isinstance(tensor, torch.nn.parameter.UninitializedTensorMixin):
+    if torch.nn.parameter.is_lazy(tensor):
         return "it has no shape yet: run the model once"
     return None
 

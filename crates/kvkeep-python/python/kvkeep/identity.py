@@ -114,8 +114,8 @@ class ModelIdentity:
         doubted = {path for path, text in walk.doubt.items() if self._doubt.get(path) != text}
         stale: dict[int, Any] = {}
         for seen in walk.tensors:
-            known = self._known.get(id(seen.tensor))
-            if known is None or not known.holds() or _in_doubt(seen.module, doubted):
+            before = self._known.get(id(seen.tensor))
+            if before is None or not before.holds() or _in_doubt(seen.module, doubted):
                 stale[id(seen.tensor)] = seen
         vouched = [seen for seen in stale.values() if first and self._vouched is not None and not seen.in_adapter]
         for seen in vouched:

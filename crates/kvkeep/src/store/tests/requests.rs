@@ -390,3 +390,24 @@ fn of_values_stored_by_many_threads_the_one_in_ram_is_the_one_on_the_disk() {
         assert_eq!(get(), in_ram);
     }
 }
+
+/// Each flush wrote every named entry again, and so did each eviction: the disk was offered what it had.
+#[test]
+fn what_is_on_the_disk_is_not_written_again() {
+    let lab = Lab::new();
+    let cache = lab.open(256);
+    let named = SimpleKvCache::over(cache.store_handle().clone(), "default");
+    let elements = [1.0f32; 64];
+    let tensor = || crate::TensorView::of(&elements, &[8, 8]).unwrap();
+    assert_eq!(named.cache_kv("a prefix", 0, tensor(), tensor()).unwrap(), Outcome::Stored);
+    store(&cache, &prompt(0, 4), &plain());
+    for _ in 0..3 {
+        cache.flush().unwrap();
+        assert_eq!(disk(&cache).stored_total, 5, "{:?}", disk(&cache));
+    }
+    // A new value is another one.
+    assert_eq!(named.cache_kv("a prefix", 0, tensor(), tensor()).unwrap(), Outcome::Stored);
+    cache.flush().unwrap();
+    cache.flush().unwrap();
+    assert_eq!(disk(&cache).stored_total, 6);
+}

@@ -123,6 +123,10 @@ impl DiskTier {
         if !forgets.allow(&meta.key, meta.namespace, offer.epoch) {
             return Taken::Outdated;
         }
+        // An older value is hidden before a newer one is offered: what can be found is this one. Each flush wrote it again.
+        if meta.is_replaceable() && self.disk.holds(&meta.key.0) {
+            return Taken::There;
+        }
         let taken = self.disk.try_write(record, meta.content.clone(), offer.mark, false, payload);
         if meta.is_replaceable() && taken == Taken::Queued {
             // An older value may still be on its way here.

@@ -260,7 +260,6 @@ impl Disk {
     }
 
     /// Is this on the disk, or on its way there?
-    #[cfg(test)]
     pub(crate) fn holds(&self, key: &ObjectKey) -> bool {
         let now_ms = self.shared.now_ms();
         let state = self.shared.state.lock();

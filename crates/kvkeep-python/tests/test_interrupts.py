@@ -21,6 +21,7 @@ STORE = """
 import numpy as np, os, signal, sys, threading, time
 from kvkeep import KVCache, Namespace, SimpleKVCache
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever runs the tests may ignore it
 layer = np.zeros((1 << 27,), np.float32)  # 512 MiB that take no memory: all of it is one page
 kind = sys.argv[1]
 if kind == "named":
@@ -62,6 +63,7 @@ def test_a_flush_that_waits_is_interrupted_and_what_it_flushes_is_whole(tmp_path
     script = (
         "import numpy as np, os, signal, sys, threading, time\n"
         "from kvkeep import SimpleKVCache\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "k = np.random.default_rng(1).standard_normal((1 << 22,))\n"
         "cache = SimpleKVCache(2.0, disk_path=sys.argv[1], disk_size_gb=2, disk_write='back')\n"
         "for n in range(8): cache.cache_kv(str(n), 0, k, k + n)\n"
@@ -91,9 +93,13 @@ def test_calls_in_other_threads_go_on_when_the_main_one_is_interrupted() -> None
         done.set()
 
     thread = threading.Thread(target=store)
-    with pytest.raises(KeyboardInterrupt):
-        thread.start()
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(5)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            thread.start()
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+    finally:
+        signal.signal(signal.SIGINT, before)
     thread.join()
     assert done.is_set() and cache.get_cached_kv("3", 0) is not None

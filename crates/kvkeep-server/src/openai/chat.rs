@@ -51,7 +51,7 @@ pub(super) struct ChatRequest {
     #[schema(minimum = 0.0, maximum = 1.0)]
     top_p: Option<f64>,
     /// Equal seeds give equal answers. Any whole number; of several answers each has the next one.
-    #[schema(value_type = Option<i64>)]
+    #[schema(value_type = Option<i128>)]
     seed: Option<Whole>,
     stop: Option<Texts>,
     logprobs: Option<bool>,

@@ -2,7 +2,7 @@
 
     python tests/readme.py
 
-What a snippet takes for granted (`model`, `input_ids`) is made here; the one that asks a server is run by tests/server.py.
+What a snippet takes for granted (`model`, `input_ids`) is made here; the one that asks a server has its like in docs/server.md, whose examples tests/server.py runs.
 """
 
 from __future__ import annotations

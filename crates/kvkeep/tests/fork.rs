@@ -94,6 +94,7 @@ fn tokens(from: u32) -> Vec<u32> {
     (from..from + 64).collect()
 }
 
+#[expect(clippy::needless_pass_by_value, reason = "results are handed over as calls return them")]
 fn forked<T>(result: Result<T, Error>) -> bool {
     matches!(result, Err(Error::Forked))
 }

@@ -2,7 +2,7 @@
 //!
 //! What the ledger says is offered to every tier, after the lock is let go. An offered entry keeps its pages until
 //! every tier has dropped its payload, and can be found all the time. A store that needs those pages waits for the
-//! writes, as long as a request waits at most; after that the writes that have not begun are given up.
+//! writes, as long as `patience` allows; after that the writes that have not begun are given up.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};

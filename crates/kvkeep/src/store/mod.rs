@@ -19,6 +19,7 @@ pub(crate) mod ledger;
 mod lent;
 mod loads;
 mod meter;
+mod patience;
 mod plan;
 #[cfg(test)]
 mod tests;
@@ -549,7 +550,7 @@ impl Store {
     }
 
     /// Tries until there is room, or none to come. Between two tries what departs is offered to the tiers, and their
-    /// writes are waited for: as long as one request waits at most, in all.
+    /// writes are waited for: as long as one request waits at most in all, or less (see `patience`).
     fn with_room<T>(&self, attempt: impl Fn(&mut Ledger) -> T, shortage: impl Fn(&T) -> Option<Shortage>) -> T {
         let mut gave_back = self.shared.given_back.times();
         let mut made = self.shared.with(&attempt);
@@ -563,7 +564,7 @@ impl Store {
         }
         match &self.tiers {
             Some(tiers) if shortage(&made) == Some(Shortage::Coming) => {
-                tiers.wait_for_room(made, tiers.deadline(), attempt, shortage)
+                tiers.patience().wait(|deadline| tiers.wait_for_room(made, deadline, attempt, shortage))
             }
             Some(tiers) => {
                 tiers.offer(Deadline::over());

@@ -12,6 +12,7 @@ use super::Shared;
 use super::gate::Gate;
 use super::loads::Loads;
 use super::meter::LoadRate;
+use super::patience::Patience;
 use crate::block::BlockKey;
 use crate::clock::Deadline;
 use crate::config::{CacheConfig, WritePolicy};
@@ -32,6 +33,7 @@ pub(super) struct Tiers {
     tiers: Vec<Arc<dyn Tier>>,
     shared: Arc<Shared>,
     timeouts: Timeouts,
+    patience: Patience,
     write_policy: WritePolicy,
     models: Arc<Models>,
     loads: Arc<Loads>,
@@ -91,6 +93,7 @@ impl Tiers {
             tiers,
             shared: Arc::clone(shared),
             timeouts,
+            patience: Patience::new(timeouts.request),
             write_policy,
             models: Arc::default(),
             loads: Arc::new(Loads::new(limit_bytes)),
@@ -193,6 +196,10 @@ impl Tiers {
 
     pub(super) fn loads(&self) -> &Arc<Loads> {
         &self.loads
+    }
+
+    pub(super) fn patience(&self) -> &Patience {
+        &self.patience
     }
 
     pub(super) fn timeouts(&self) -> Timeouts {

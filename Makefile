@@ -8,7 +8,7 @@ MINUTES ?= 30
 # And `make fuzz`.
 SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize crash-test test-integrations soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint fmt clean
+.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize crash-test test-integrations sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -33,14 +33,14 @@ test-rust-all:
 	fi
 
 test-rust-doc:
-	$(CARGO) test --locked --doc -p kvkeep
+	$(CARGO) test --locked --doc --workspace
 
 test-rust-shuttle:
 	RUSTFLAGS="--cfg shuttle" $(CARGO) test --locked -p kvkeep --test shuttle --target-dir $${CARGO_TARGET_DIR:-target}/shuttle
 
 crash-test: ## Cut the power at every operation, kill a writing process at random moments (ROUNDS=200), check what is left
-	$(CARGO) test --locked -p kvkeep --lib power_cut -- --include-ignored
-	KVKEEP_CRASH_ROUNDS=$(or $(ROUNDS),200) $(CARGO) test --locked -p kvkeep --test crash -- --nocapture
+	$(CARGO) test --locked --workspace --lib power_cut -- --include-ignored
+	KVKEEP_CRASH_ROUNDS=$(or $(ROUNDS),200) $(CARGO) test --locked --workspace --test crash -- --nocapture
 
 test-python: wheel ## The Python tests that need numpy alone, and the wheel in an empty environment
 	PYTHON="$(PYTHON)" bash tests/python.sh
@@ -55,11 +55,14 @@ SANITIZED = tier::ram --skip huge_pages_where_the_kernel
 
 sanitize: ## The code that handles raw memory, under valgrind (memcheck)
 	@if valgrind --version >/dev/null 2>&1; then \
-		$(CARGO) test --locked -p kvkeep --lib --no-run && \
+		$(CARGO) test --locked --workspace --lib --no-run && \
 		CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=9" \
 		CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=9" \
-		$(CARGO) test --locked -p kvkeep --lib -- --test-threads 1 $(SANITIZED); \
+		$(CARGO) test --locked --workspace --lib -- --test-threads 1 $(SANITIZED); \
 	else echo "skipped: valgrind is not installed"; fi
+
+sweep: wheel ## Every causal architecture of the installed transformers: right or refused by name (an hour on two busy cores)
+	KVKEEP_SWEEP=all PYTHON="$(PYTHON)" bash tests/integrations_python.sh sweep
 
 soak: ## MINUTES (30) of mixed load at twice the disk cap, watched from outside
 	$(CARGO) build --release --locked -p kvkeep --example soak

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Torch, transformers, types, examples, demos, benchmark and notebooks, with the wheel that was built.
-# tests/integrations_python.sh bench: the benchmark alone, in full.
+# tests/integrations_python.sh bench: the benchmark alone, in full. sweep: all architectures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python3}
@@ -15,6 +15,10 @@ export PATH="$PWD/.venv-torch/bin:$PATH"
 
 if [ "${1:-}" = bench ]; then
   exec python -m kvkeep.bench
+fi
+if [ "${1:-}" = sweep ]; then
+  cd crates/kvkeep-python
+  exec python -m pytest tests/test_architectures.py
 fi
 echo "-- pytest with torch and transformers"
 (cd crates/kvkeep-python && python -m pytest)

@@ -366,7 +366,8 @@ weights: {summary}.
   probe that runs when a generator is made decides.
 
 The prompts are longer than the small models' sliding windows. `crates/kvkeep-python/tests/architectures.py` makes this page:
-`make test-integrations` fails if it is not what it finds.
+`make sweep` fails if it is not what it
+finds, and `make test-integrations` tries each fourth.
 
 | model type | class | kvkeep | |
 |---|---|---|---|

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use kvkeep::DType;
-use pyo3::PyResult;
+use kvkeep::{DType, PolicyKind, Priority};
+use pyo3::exceptions::PyOverflowError;
+use pyo3::prelude::*;
 
 use crate::error::raise;
 
@@ -15,6 +16,44 @@ pub(crate) fn dtype_names() -> Vec<&'static str> {
 /// The dtype of a code, which is its place in `DTYPES`.
 pub(crate) fn dtype(code: usize) -> PyResult<DType> {
     DType::ALL.get(code).copied().ok_or_else(|| raise("UnsupportedTensorError", &format!("no dtype has code {code}")))
+}
+
+/// A layer, or how many there are. What no `usize` can be is out of range, and not an overflow.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct LayerCount(pub(crate) usize);
+
+impl<'a, 'py> FromPyObject<'a, 'py> for LayerCount {
+    type Error = PyErr;
+
+    fn extract(layer: Borrowed<'a, 'py, PyAny>) -> PyResult<Self> {
+        layer.extract().map(Self).map_err(|error: PyErr| {
+            if error.is_instance_of::<PyOverflowError>(layer.py()) {
+                raise("LayerOutOfRangeError", &format!("layer {} is out of range: layers are counted from 0", *layer))
+            } else {
+                error
+            }
+        })
+    }
+}
+
+/// The eviction policy of a name.
+pub(crate) fn policy(name: &str) -> PyResult<PolicyKind> {
+    PolicyKind::ALL.into_iter().find(|policy| policy.name() == name).ok_or_else(|| {
+        let names = PolicyKind::ALL.map(PolicyKind::name).join(", ");
+        raise("ConfigError", &format!("policy is {name:?}: give one of {names}"))
+    })
+}
+
+/// The priority of a name.
+pub(crate) fn priority(name: &str) -> PyResult<Priority> {
+    match name {
+        "drop-first" => Ok(Priority::DropFirst),
+        "normal" => Ok(Priority::Normal),
+        "keep-longer" => Ok(Priority::KeepLonger),
+        other => {
+            Err(raise("ConfigError", &format!("priority is {other:?}: give 'drop-first', 'normal' or 'keep-longer'")))
+        }
+    }
 }
 
 /// Seconds as Python gives them; `None` stays `None`.

@@ -15,6 +15,7 @@ mod checksum;
 mod convert;
 mod error;
 mod fork;
+mod logs;
 mod memory;
 mod named;
 mod open;
@@ -44,6 +45,7 @@ mod _kvkeep {
 
     #[pymodule_init]
     fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::logs::forward();
         module.add("__version__", env!("CARGO_PKG_VERSION"))?;
         module.add("DTYPES", crate::convert::dtype_names())
     }

@@ -9,11 +9,11 @@ use kvkeep::{CachedLayers, HashedPrefix, LayerKv, PrivateLayers, PrivateTensor, 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
 
-use crate::convert::seconds;
+use crate::convert::{LayerCount, seconds};
 use crate::error::{Outcome, raise, stopped, to_python};
 use crate::fork::Holding;
 use crate::memory::{Access, Lent};
-use crate::open::{Open, RawDisk, interrupted};
+use crate::open::{Open, Settings, interrupted};
 use crate::{array, stats, torch};
 
 /// What came in as torch tensors goes out as such; everything else goes out to numpy.
@@ -42,15 +42,9 @@ pub(crate) struct Hit(Holding<PrivateLayers>);
 #[pymethods]
 impl NamedCache {
     #[new]
-    #[pyo3(signature = (max_size_gb, default_ttl_seconds, to_device, disk))]
-    fn new(
-        py: Python<'_>,
-        max_size_gb: f64,
-        default_ttl_seconds: Option<f64>,
-        to_device: Option<Py<PyAny>>,
-        disk: Option<RawDisk>,
-    ) -> PyResult<Self> {
-        let cache = Open::new(py, max_size_gb, default_ttl_seconds, disk, SimpleKvCache::open)?;
+    #[pyo3(signature = (settings, to_device))]
+    fn new(py: Python<'_>, settings: Settings, to_device: Option<Py<PyAny>>) -> PyResult<Self> {
+        let cache = Open::new(py, settings, SimpleKvCache::open)?;
         Ok(Self { cache, last: Mutex::new(None), to_device })
     }
 
@@ -59,13 +53,13 @@ impl NamedCache {
         &self,
         py: Python<'_>,
         prefix: &str,
-        layers: Vec<(usize, Bound<'_, PyAny>, Bound<'_, PyAny>)>,
+        layers: Vec<(LayerCount, Bound<'_, PyAny>, Bound<'_, PyAny>)>,
         ttl_seconds: Option<f64>,
         compute_seconds: Option<f64>,
     ) -> PyResult<Outcome> {
         let cache = self.cache.get()?;
-        let lent = |(layer, k, v): &(usize, Bound<'_, PyAny>, Bound<'_, PyAny>)| {
-            Ok((*layer, Lent::new(k, Access::Read)?, Lent::new(v, Access::Read)?))
+        let lent = |(layer, k, v): &(LayerCount, Bound<'_, PyAny>, Bound<'_, PyAny>)| {
+            Ok((layer.0, Lent::new(k, Access::Read)?, Lent::new(v, Access::Read)?))
         };
         let layers = layers.iter().map(lent).collect::<PyResult<Vec<_>>>()?;
         let mut options = StoreOptions::default().tag(kind(&layers)?).stop(interrupted);
@@ -91,10 +85,10 @@ impl NamedCache {
         &self,
         py: Python<'py>,
         prefix: &Bound<'py, PyString>,
-        layer: usize,
+        layer: LayerCount,
     ) -> PyResult<Option<Bound<'py, PyTuple>>> {
         let (cache, hashed) = (self.cache.get()?, self.hashed(prefix)?);
-        let found = self.waiting(py, || cache.get_hashed(&hashed, layer));
+        let found = self.waiting(py, || cache.get_hashed(&hashed, layer.0));
         let Some(found) = found.map_err(|error| to_python(&error))? else { return Ok(None) };
         let hit = Hit::of(found.into_private())?;
         let tensors = self.tensors(py, &hit)?;
@@ -109,15 +103,15 @@ impl NamedCache {
         &self,
         py: Python<'py>,
         prefix: &Bound<'py, PyString>,
-        num_layers: usize,
+        num_layers: LayerCount,
     ) -> PyResult<Option<Bound<'py, PyDict>>> {
         let (cache, hashed) = (self.cache.get()?, self.hashed(prefix)?);
-        let found = self.waiting(py, || cache.get_all_hashed(&hashed, num_layers));
+        let found = self.waiting(py, || cache.get_all_hashed(&hashed, num_layers.0));
         let Some(found) = found.map_err(|error| to_python(&error))? else { return Ok(None) };
         let hit = Hit::of(CachedLayers::into_private(found))?;
         let dict = PyDict::new(py);
         let mut tensors = self.tensors(py, &hit)?.into_iter();
-        for layer in 0..num_layers {
+        for layer in 0..num_layers.0 {
             dict.set_item(layer, (tensors.next(), tensors.next()))?;
         }
         Ok(Some(dict))
@@ -134,9 +128,9 @@ impl NamedCache {
     ///
     /// Raises `EmptyPrefixError`, `LayerOutOfRangeError`.
     #[pyo3(signature = (prefix, layer=None))]
-    fn evict(&self, py: Python<'_>, prefix: &str, layer: Option<usize>) -> PyResult<Vec<usize>> {
+    fn evict(&self, py: Python<'_>, prefix: &str, layer: Option<LayerCount>) -> PyResult<Vec<usize>> {
         let cache = self.cache.get()?;
-        let evicted = py.detach(|| cache.evict(prefix, layer));
+        let evicted = py.detach(|| cache.evict(prefix, layer.map(|layer| layer.0)));
         evicted.map(|evicted| evicted.layers).map_err(|error| to_python(&error))
     }
 

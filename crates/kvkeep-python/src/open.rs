@@ -15,13 +15,30 @@ use std::time::Duration;
 use kvkeep::{CacheConfig, DiskConfig, WritePolicy};
 use pyo3::prelude::*;
 
-use crate::convert::{seconds, some_seconds};
+use crate::convert::{policy, seconds, some_seconds};
 use crate::error::{raise, to_python};
 use crate::fork::Here;
+use crate::tokens::Namespace;
 
 /// Directory, GiB, when it is written (`through` or `back`), what is admitted, key file, seconds to wait for a disk
 /// that gets nothing done.
 pub(crate) type RawDisk = (PathBuf, f64, String, String, Option<PathBuf>, f64);
+
+/// What both doors open a cache with.
+#[derive(Debug, FromPyObject)]
+pub(crate) struct Settings {
+    #[pyo3(item)]
+    max_size_gb: f64,
+    #[pyo3(item)]
+    default_ttl_seconds: Option<f64>,
+    #[pyo3(item)]
+    policy: String,
+    /// Namespaces and the weights of their shares.
+    #[pyo3(item)]
+    quotas: Vec<(Py<Namespace>, f64)>,
+    #[pyo3(item)]
+    disk: Option<RawDisk>,
+}
 
 /// How often a thread that waits looks for signals.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
@@ -39,13 +56,16 @@ impl<T: Clone + Send + 'static> Open<T> {
     /// Opens a cache; a disk tier is read with the GIL released.
     pub(crate) fn new(
         py: Python<'_>,
-        max_size_gb: f64,
-        default_ttl_seconds: Option<f64>,
-        disk: Option<RawDisk>,
+        settings: Settings,
         open: impl FnOnce(CacheConfig) -> kvkeep::Result<T> + Send + 'static,
     ) -> PyResult<Self> {
+        let Settings { max_size_gb, default_ttl_seconds, policy: name, quotas, disk } = settings;
         let ttl = seconds(default_ttl_seconds, "default_ttl_seconds")?;
-        let mut config = CacheConfig::from_gib(max_size_gb).map_err(|error| to_python(&error))?.ttl(ttl);
+        let config = CacheConfig::from_gib(max_size_gb).map_err(|error| to_python(&error))?;
+        let mut config = config.ttl(ttl).policy(policy(&name)?);
+        for (namespace, weight) in quotas {
+            config = config.quota(namespace.get().namespace_id(), weight).map_err(|error| to_python(&error))?;
+        }
         let has_disk = disk.is_some();
         if let Some(disk) = disk {
             config = config.disk(disk_config(disk)?);

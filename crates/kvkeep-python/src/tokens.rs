@@ -9,15 +9,18 @@ use kvkeep::{KvCache, KvLayout, LayerView, LayerViewMut, StoreOptions, TokenOrde
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyType};
 
-use crate::convert::{dtype, seconds};
+use crate::convert::{self, LayerCount, dtype, seconds};
 use crate::error::{CallError, Rejection, raise, stopped, to_python};
 use crate::fork::{Here, Holding};
 use crate::memory::{Access, Lent, Tokens, no_overlap};
-use crate::open::{Open, RawDisk, interrupted};
+use crate::open::{Open, Settings, interrupted};
 use crate::stats;
 
 /// (k, v) of each layer.
 type Layers<'py> = Vec<(Bound<'py, PyAny>, Bound<'py, PyAny>)>;
+
+/// Tokens in RAM, worth loading and not worth it; seconds to load; tokens by tier.
+type RawLook = (usize, usize, usize, f64, Vec<(String, usize)>);
 
 /// What makes KV reusable: model, revision, engine, LoRA, tenant's salt, and the layout of a block.
 #[pyclass(frozen, module = "kvkeep._kvkeep")]
@@ -81,16 +84,17 @@ impl Namespace {
     }
 }
 
+impl Namespace {
+    pub(crate) fn namespace_id(&self) -> kvkeep::NamespaceId {
+        self.0.id()
+    }
+}
+
 #[pymethods]
 impl TokenCache {
     #[new]
-    fn new(
-        py: Python<'_>,
-        max_size_gb: f64,
-        default_ttl_seconds: Option<f64>,
-        disk: Option<RawDisk>,
-    ) -> PyResult<Self> {
-        Open::new(py, max_size_gb, default_ttl_seconds, disk, KvCache::new).map(Self)
+    fn new(py: Python<'_>, settings: Settings) -> PyResult<Self> {
+        Open::new(py, settings, KvCache::new).map(Self)
     }
 
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
@@ -132,9 +136,10 @@ impl TokenCache {
         layers: Layers<'_>,
         ttl_seconds: Option<f64>,
         compute_seconds: Option<f64>,
+        priority: &str,
     ) -> PyResult<StoreReport> {
         let cache = self.0.get()?;
-        let mut options = StoreOptions::default().stop(interrupted);
+        let mut options = StoreOptions::default().stop(interrupted).priority(convert::priority(priority)?);
         options.ttl = seconds(ttl_seconds, "ttl_seconds")?;
         options.compute_time = seconds(compute_seconds, "compute_seconds")?;
         let (tokens, layers) = (Tokens::new(tokens)?, lent_layers(&layers, Access::Read)?);
@@ -167,6 +172,34 @@ impl TokenCache {
             })
         });
         Ok(Match::of(found?))
+    }
+
+    /// Where a prompt's tokens are, without touching any: in RAM, worth loading, not worth it; seconds to load; by tier.
+    fn look(&self, py: Python<'_>, namespace: &Namespace, tokens: &Bound<'_, PyAny>) -> PyResult<RawLook> {
+        let cache = self.0.get()?;
+        let tokens = Tokens::new(tokens)?;
+        let look = py.detach(|| cache.look(&namespace.0, tokens.ids())).map_err(|error| to_python(&error))?;
+        Ok((look.ram_tokens, look.load_tokens, look.not_worth_tokens, look.load_time.as_secs_f64(), look.tiers))
+    }
+
+    /// Copies layers of the longest run, from RAM or straight from the disk; says of how many tokens.
+    fn load_layers(
+        &self,
+        py: Python<'_>,
+        namespace: &Namespace,
+        tokens: &Bound<'_, PyAny>,
+        first_layer: LayerCount,
+        into: Layers<'_>,
+    ) -> PyResult<usize> {
+        let cache = self.0.get()?;
+        let (tokens, mut into) = (Tokens::new(tokens)?, lent_layers(&into, Access::Write)?);
+        no_overlap(into.iter().flat_map(|(k, v)| [k, v]))?;
+        let loaded = py.detach(|| {
+            let mut views = views_mut(&mut into)?;
+            let layers = first_layer.0..first_layer.0.saturating_add(views.len());
+            cache.load_layers(&namespace.0, tokens.ids(), layers, &mut views)
+        });
+        loaded.map_err(|error| to_python(&error))
     }
 
     fn remove(&self, py: Python<'_>, namespace: &Namespace, tokens: &Bound<'_, PyAny>) -> PyResult<u64> {
@@ -226,14 +259,13 @@ impl Match {
 
     /// Copies these layers into tensors, one (k, v) for each layer from `first_layer` on. `new` says that nobody
     /// else has them yet.
-    fn load(&self, py: Python<'_>, first_layer: usize, into: Layers<'_>, new: bool) -> PyResult<()> {
+    fn load(&self, py: Python<'_>, first_layer: LayerCount, into: Layers<'_>, new: bool) -> PyResult<()> {
         let held = self.held()?;
         let mut into = lent_layers(&into, if new { Access::WriteNew } else { Access::Write })?;
         no_overlap(into.iter().flat_map(|(k, v)| [k, v]))?;
         let loaded = py.detach(|| {
-            let layers = first_layer..first_layer + into.len();
-            let views = into.iter_mut().map(|(k, v)| Ok(LayerViewMut { k: k.view_mut()?, v: v.view_mut()? }));
-            let mut views = views.collect::<kvkeep::Result<Vec<_>>>()?;
+            let mut views = views_mut(&mut into)?;
+            let layers = first_layer.0..first_layer.0.saturating_add(views.len());
             held.get().load(layers, &mut views)
         });
         loaded.map_err(|error| to_python(&error))
@@ -284,6 +316,10 @@ impl StoreReport {
         let why = rejection.as_ref().map(|why| format!(": {why:?}")).unwrap_or_default();
         format!("<StoreReport {stored_blocks} stored, {present_blocks} present, {rejected_blocks} rejected{why}>")
     }
+}
+
+fn views_mut(layers: &mut [(Lent, Lent)]) -> kvkeep::Result<Vec<LayerViewMut<'_>>> {
+    layers.iter_mut().map(|(k, v)| Ok(LayerViewMut { k: k.view_mut()?, v: v.view_mut()? })).collect()
 }
 
 fn lent_layers(layers: &Layers<'_>, access: Access) -> PyResult<Vec<(Lent, Lent)>> {

@@ -39,9 +39,10 @@ from kvkeep._errors import (
     ZeroLayersError,
 )
 from kvkeep._kvkeep import Outcome, Rejection, StoreReport, __version__
+from kvkeep._settings import DiskConfig
 from kvkeep._simple import SimpleKVCache
 from kvkeep._stats import DiskStats, Stats
-from kvkeep._tokens import KVCache, Match, Missing, Namespace
+from kvkeep._tokens import KVCache, Look, Match, Missing, Namespace
 
 # So that what a child sees of a result keeps its bytes.
 _os.register_at_fork(before=_kvkeep.before_fork)
@@ -54,6 +55,7 @@ __all__ = [
     "ConfigError",
     "DTypeMismatchError",
     "DeviceError",
+    "DiskConfig",
     "DiskError",
     "DiskLockedError",
     "DiskRefusedError",
@@ -68,6 +70,7 @@ __all__ = [
     "LayerCountError",
     "LayerOutOfRangeError",
     "LayoutError",
+    "Look",
     "Match",
     "Missing",
     "Namespace",

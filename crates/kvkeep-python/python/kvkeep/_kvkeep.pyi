@@ -1,18 +1,26 @@
 """The extension module: raw calls, for the classes of the package. Use those."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 from typing_extensions import Self
 
 from kvkeep._stats import Stats
+from kvkeep._tensors import Tensor
 
 __version__: str
 DTYPES: list[str]
 
 _Tokens: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
 _RawDisk: TypeAlias = tuple[str, float, str, str, str | None, float]
+
+class Settings(TypedDict):
+    max_size_gb: float
+    default_ttl_seconds: float | None
+    policy: str
+    quotas: list[tuple[Namespace, float]]
+    disk: _RawDisk | None
 
 def checksum(address: int, bytes: int, seed: int) -> bytes: ...
 def before_fork() -> None: ...
@@ -42,10 +50,8 @@ class Outcome:
 class NamedCache:
     def __new__(
         cls,
-        max_size_gb: float,
-        default_ttl_seconds: float | None,
+        settings: Settings,
         to_device: Callable[[Any], Any] | None,
-        disk: _RawDisk | None,
     ) -> Self: ...
     def _store(
         self,
@@ -65,7 +71,7 @@ class NamedCache:
         """Ends the cache. A disk tier gets what is in RAM and is let go of, for this or another process
         to open again. Calls that follow raise `ClosedError`; tensors stay valid.
         """
-    def get_cached_kv(self, prefix: str, layer: int) -> tuple[Any, Any] | None:
+    def get_cached_kv(self, prefix: str, layer: int) -> tuple[Tensor, Tensor] | None:
         """K and V of one layer as they were stored, or None if they are not there (any more).
 
         Tensors of the kind that was stored (torch or numpy), writable: writing into them changes neither
@@ -74,7 +80,7 @@ class NamedCache:
 
         Raises `EmptyPrefixError`, `LayerOutOfRangeError`.
         """
-    def get_all_layers(self, prefix: str, num_layers: int) -> dict[int, tuple[Any, Any]] | None:
+    def get_all_layers(self, prefix: str, num_layers: int) -> dict[int, tuple[Tensor, Tensor]] | None:
         """K and V of the layers 0 to `num_layers`, or None if any is missing. One request.
 
         Raises `EmptyPrefixError`, `ZeroLayersError`, `LayerOutOfRangeError`.
@@ -131,7 +137,7 @@ class Match:
     def close(self) -> None: ...
 
 class TokenCache:
-    def __new__(cls, max_size_gb: float, default_ttl_seconds: float | None, disk: _RawDisk | None) -> Self: ...
+    def __new__(cls, settings: Settings) -> Self: ...
     def flush(self) -> None: ...
     def prefetch(self, namespace: Namespace, tokens: _Tokens) -> int: ...
     def close(self) -> None: ...
@@ -145,7 +151,12 @@ class TokenCache:
         layers: Sequence[tuple[Any, Any]],
         ttl_seconds: float | None,
         compute_seconds: float | None,
+        priority: str,
     ) -> StoreReport: ...
+    def look(self, namespace: Namespace, tokens: _Tokens) -> tuple[int, int, int, float, list[tuple[str, int]]]: ...
+    def load_layers(
+        self, namespace: Namespace, tokens: _Tokens, first_layer: int, into: Sequence[tuple[Any, Any]]
+    ) -> int: ...
     def get_or_prefill(
         self, namespace: Namespace, tokens: _Tokens, prefill: Callable[[int, Match | None], None]
     ) -> Match: ...

@@ -6,12 +6,14 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from kvkeep._disk import DiskWrite, raw_disk
 from kvkeep._errors import DeviceError
 from kvkeep._kvkeep import NamedCache, Outcome
+from kvkeep._settings import DiskConfig, DiskOptions, Policy, settings
+from kvkeep._stats import Stats, html_of, text_of
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Unpack
 
     from kvkeep._tensors import Tensor
 
@@ -25,14 +27,9 @@ class SimpleKVCache(NamedCache):
     - `device`: where torch tensors are handed back, `"cpu"` or a CUDA device. The cache itself
       is in the CPU's memory either way.
     - `default_ttl_seconds`: how long entries live; None keeps them until they are evicted.
-    - `disk_path`, `disk_size_gb`: a directory of its own and a cap in GiB for a disk tier: what RAM has no
-      room for goes there, and what is there is found again after a restart.
-    - `disk_write`: `"through"` writes what is stored at once, in the background; `"back"` when RAM evicts it.
-    - `disk_admission`: what is written at all: `"all"`, `"second-use"` (what was used again), or `"worth:R"` (kinds
-      of entries that are read from the disk at least R times for each write). The rest stays in RAM only.
-    - `disk_key_file`: encrypts the disk tier under the key in this file (32 bytes, or 64 hexadecimal digits).
-    - `disk_flush_timeout_seconds`: how long `flush` and `close` wait for a disk that gets nothing done, before they
-      raise `DiskError`. A slow disk that gets on is waited for.
+    - `policy`: what goes first when room is needed: `"adaptive"` learns it; or `"lru"`, `"s3fifo"`, `"arc"`, `"lru2"`.
+    - `disk`: a disk tier: a `DiskConfig`, or a directory. Or its parts by name: `disk_path`, `disk_size_gb`, `disk_write`,
+      `disk_admission`, `disk_key_file`, `disk_flush_timeout_seconds`.
 
     Use it in a `with` statement, or call `close`, so that the disk tier is complete. Safe from many threads.
     Raises `ConfigError`, `DeviceError`, `OutOfMemoryError`, `DiskError`, `DiskLockedError`, `DiskRefusedError`.
@@ -44,17 +41,12 @@ class SimpleKVCache(NamedCache):
         device: str = "cpu",
         default_ttl_seconds: float | None = 3600.0,
         *,
-        disk_path: str | os.PathLike[str] | None = None,
-        disk_size_gb: float = 10.0,
-        disk_write: DiskWrite = "through",
-        disk_admission: str = "all",
-        disk_key_file: str | os.PathLike[str] | None = None,
-        disk_flush_timeout_seconds: float = 30.0,
+        policy: Policy = "adaptive",
+        disk: DiskConfig | str | os.PathLike[str] | None = None,
+        **disk_options: Unpack[DiskOptions],
     ) -> SimpleKVCache:
-        disk = raw_disk(
-            disk_path, disk_size_gb, disk_write, disk_admission, disk_key_file, disk_flush_timeout_seconds
-        )
-        return super().__new__(cls, max_size_gb, default_ttl_seconds, _mover(device), disk)
+        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, disk_options)
+        return super().__new__(cls, chosen, _mover(device))
 
     def __init__(
         self,
@@ -62,12 +54,9 @@ class SimpleKVCache(NamedCache):
         device: str = "cpu",
         default_ttl_seconds: float | None = 3600.0,
         *,
-        disk_path: str | os.PathLike[str] | None = None,
-        disk_size_gb: float = 10.0,
-        disk_write: DiskWrite = "through",
-        disk_admission: str = "all",
-        disk_key_file: str | os.PathLike[str] | None = None,
-        disk_flush_timeout_seconds: float = 30.0,
+        policy: Policy = "adaptive",
+        disk: DiskConfig | str | os.PathLike[str] | None = None,
+        **disk_options: Unpack[DiskOptions],
     ) -> None:
         self.device = str(device)
 
@@ -115,16 +104,19 @@ class SimpleKVCache(NamedCache):
         layers = [(layer, k, v) for layer, (k, v) in kv_dict.items()]
         return self._store(prefix, layers, ttl_seconds, compute_seconds)
 
+    def stats(self) -> Stats:
+        """Counters and sizes as of now; `get_stats` by another name."""
+        return self.get_stats()
+
     def print_stats(self) -> None:
         """Prints counters and sizes."""
         print(self._stats_text(), end="")
 
     def __repr__(self) -> str:
-        stats = self.get_stats()
-        return (
-            f"<SimpleKVCache {stats['entries']} entries, {stats['size_mb']:.1f} of {stats['max_size_mb']:.1f} MiB, "
-            f"{stats['hit_rate_percent']:.1f}% hits>"
-        )
+        return text_of(self)
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
 
 def _mover(device: object) -> Callable[[Any], Any] | None:

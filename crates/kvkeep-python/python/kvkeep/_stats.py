@@ -1,6 +1,14 @@
-"""What `get_stats` and `stats` return."""
+"""What `stats` returns, and how a cache shows it."""
 
-from typing import TypedDict
+from __future__ import annotations
+
+import html
+from typing import TYPE_CHECKING, TypedDict
+
+from kvkeep._errors import ClosedError, ForkError
+
+if TYPE_CHECKING:
+    from kvkeep import KVCache, SimpleKVCache
 
 
 class DiskStats(TypedDict):
@@ -72,3 +80,52 @@ class Stats(TypedDict):
     """Compute time, as callers reported it, that hits made unnecessary."""
     disk: DiskStats | None
     """None without a disk tier."""
+    tiers: dict[str, DiskStats]
+    """Every tier behind RAM, by its name."""
+
+
+def text_of(cache: SimpleKVCache | KVCache) -> str:
+    """A cache in one line."""
+    name, stats = type(cache).__name__, _stats_of(cache)
+    if stats is None:
+        return f"<{name}, closed>"
+    return (
+        f"<{name} {stats['entries']} entries, {stats['size_mb']:.1f} of {stats['max_size_mb']:.1f} MiB, "
+        f"{stats['hit_rate_percent']:.1f}% hits>"
+    )
+
+
+def html_of(cache: SimpleKVCache | KVCache) -> str:
+    """A cache as a table, for notebooks."""
+    stats = _stats_of(cache)
+    if stats is None:
+        return f"<p>{html.escape(text_of(cache))}</p>"
+    rows = [
+        ("RAM", f"{_size(stats['used_bytes'])} of {_size(stats['capacity_bytes'])} ({stats['size_percent']:.1f}%)"),
+        ("Entries", f"{stats['entries']:,}"),
+        ("Requests", f"{stats['total_requests']:,}, {stats['hit_rate_percent']:.1f}% hits"),
+        ("Tokens asked for", f"{stats['requested_tokens_total']:,}, {stats['token_hit_rate_percent']:.1f}% cached"),
+        ("Compute time saved", f"{stats['time_saved_seconds']:.1f} s"),
+        ("Evicted, expired, refused", f"{stats['evictions']:,}, {stats['expirations']:,}, {stats['rejections']:,}"),
+    ]
+    for tier, of in stats["tiers"].items():
+        state = ", failing" if of["failing"] else ""
+        rows.append((f"Tier {tier}", f"{_size(of['used_bytes'])} of {_size(of['capacity_bytes'])}, {of['entries']:,} entries{state}"))
+    cells = "".join(f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in rows)
+    return f"<table><caption>{type(cache).__name__}</caption>{cells}</table>"
+
+
+def _stats_of(cache: SimpleKVCache | KVCache) -> Stats | None:
+    """None if it is closed, or another process's."""
+    try:
+        return cache.stats()
+    except (ClosedError, ForkError):
+        return None
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

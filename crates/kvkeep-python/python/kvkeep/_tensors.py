@@ -5,6 +5,7 @@ Torch is never imported from here unless a tensor of it was given.
 
 from __future__ import annotations
 
+import importlib
 import math
 import sys
 from collections.abc import Mapping
@@ -69,6 +70,17 @@ def dtype_code(dtype: object) -> int:
     return code
 
 
+def needed(module: str, what: str) -> Any:
+    """A module that only some of the package needs.
+
+    Raises `ImportError` that says how to get it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(f"{what} needs {module}, which is not installed: pip install {module}", name=module) from error
+
+
 def torch_dtype(name: str) -> torch.dtype:
     """Torch's dtype for kvkeep's name."""
     import torch
@@ -81,9 +93,7 @@ def numpy_dtype(code: int) -> np.dtype[Any]:
     """numpy's dtype for a code; bfloat16 and float8 need `ml_dtypes`."""
     name = _FULL_NAMES[DTYPES[code]]
     if name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
-        import ml_dtypes
-
-        dtype: np.dtype[Any] = np.dtype(getattr(ml_dtypes, name))
+        dtype: np.dtype[Any] = np.dtype(getattr(needed("ml_dtypes", f"{name} in numpy"), name))
         return dtype
     return np.dtype(name)
 

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
 from kvkeep import _kvkeep
-from kvkeep._disk import DiskWrite, raw_disk
 from kvkeep._errors import LayoutError, TokenIdError
 from kvkeep._kvkeep import DTYPES
-from kvkeep._stats import Stats
-from kvkeep._tensors import dtype_code, is_torch, numpy_dtype, torch_dtype
+from kvkeep._settings import DiskConfig, DiskOptions, Policy, Priority, settings
+from kvkeep._stats import Stats, html_of, text_of
+from kvkeep._tensors import dtype_code, is_torch, needed, numpy_dtype, torch_dtype
 
 if TYPE_CHECKING:
     import torch
+    from typing_extensions import Unpack
 
     from kvkeep._tensors import Tensor
 
@@ -158,8 +160,7 @@ class Match:
         self, room_tokens: int | None = None, *, pin_memory: bool = False
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """As `to_numpy`, but torch tensors on the CPU; `pin_memory` as in torch, for copies to a GPU."""
-        import torch
-
+        torch = needed("torch", "Match.to_torch")
         dtype = torch_dtype(self.namespace.dtype)
         layers = self._new(lambda shape: torch.empty(shape, dtype=dtype, pin_memory=pin_memory), room_tokens)
         self._raw.load(0, layers, True)
@@ -192,6 +193,27 @@ class Match:
         tokens = self.cached_tokens if room_tokens is None else room_tokens
         shapes = [self.namespace.shape(tokens, dim) for dim in (self.namespace.k_head_dim, self.namespace.v_head_dim)]
         return [(make(shapes[0]), make(shapes[1])) for _ in range(self.namespace.layers)]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Where the tokens of a prompt are, from the first one on."""
+
+    ram_tokens: int
+    """In RAM."""
+    load_tokens: int
+    """Behind those, worth loading: on the disk, or in RAM behind such."""
+    not_worth_tokens: int
+    """Behind those: there, but computing them again is faster than loading them."""
+    load_seconds: float
+    """How long loading takes, as measured so far; 0 before the first load."""
+    tiers: Mapping[str, int]
+    """All of these by where they lie: the name of each tier, and its tokens."""
+
+    @property
+    def worth_tokens(self) -> int:
+        """Tokens that a lookup gives."""
+        return self.ram_tokens + self.load_tokens
 
 
 class Missing:
@@ -228,10 +250,13 @@ class KVCache:
 
     - `max_size_gb`: the cap in GiB. Memory is taken as it is used, never more than this.
     - `default_ttl_seconds`: how long blocks live; None keeps them until they are evicted.
-    - `disk_path`, `disk_size_gb`, `disk_write`, `disk_admission`, `disk_key_file`, `disk_flush_timeout_seconds`: a disk
-      tier, as in `SimpleKVCache`.
+    - `policy`: what goes first when room is needed: `"adaptive"` learns it; or `"lru"`, `"s3fifo"`, `"arc"`, `"lru2"`.
+    - `quotas`: namespaces to the weights of their shares, for tenants that must not evict each other. All without one
+      count as 1 together. What nobody else needs may be used by all.
+    - `disk`: a disk tier: a `DiskConfig`, or a directory. Or its parts by name: `disk_path`, `disk_size_gb`, `disk_write`,
+      `disk_admission`, `disk_key_file`, `disk_flush_timeout_seconds`.
 
-    Token ids are a list of ints, or a numpy array or torch tensor of one dimension. Safe from many
+    Token ids are a list of ints, or a numpy array or torch tensor of shape `(n,)` or `(1, n)`. Safe from many
     threads; the GIL is released while it hashes, copies and waits. Use it in a `with` statement, or call `close`,
     so that a disk tier is complete. Raises `ConfigError`, `OutOfMemoryError`, `DiskError`, `DiskLockedError`,
     `DiskRefusedError`.
@@ -242,17 +267,13 @@ class KVCache:
         max_size_gb: float = 10.0,
         *,
         default_ttl_seconds: float | None = None,
-        disk_path: str | os.PathLike[str] | None = None,
-        disk_size_gb: float = 10.0,
-        disk_write: DiskWrite = "through",
-        disk_admission: str = "all",
-        disk_key_file: str | os.PathLike[str] | None = None,
-        disk_flush_timeout_seconds: float = 30.0,
+        policy: Policy = "adaptive",
+        quotas: Mapping[Namespace, float] | None = None,
+        disk: DiskConfig | str | os.PathLike[str] | None = None,
+        **disk_options: Unpack[DiskOptions],
     ) -> None:
-        disk = raw_disk(
-            disk_path, disk_size_gb, disk_write, disk_admission, disk_key_file, disk_flush_timeout_seconds
-        )
-        self._raw = _kvkeep.TokenCache(max_size_gb, default_ttl_seconds, disk)
+        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, disk_options, quotas)
+        self._raw = _kvkeep.TokenCache(chosen)
 
     def __enter__(self) -> KVCache:
         return self
@@ -273,6 +294,27 @@ class KVCache:
         ids = token_ids(tokens)
         return Match(self._raw.pin(namespace.raw, ids), namespace)
 
+    def look(self, namespace: Namespace, tokens: Tokens) -> Look:
+        """Where a prompt's KV is now. Not a request: nothing is loaded, touched or counted.
+
+        Raises `EmptyTokensError`, `TokenIdError`.
+        """
+        ids = token_ids(tokens)
+        ram, load, not_worth, seconds, tiers = self._raw.look(namespace.raw, ids)
+        return Look(ram, load, not_worth, seconds, dict(tiers))
+
+    def load_layers(self, namespace: Namespace, tokens: Tokens, into: Layers, first_layer: int = 0) -> int:
+        """Copies some layers of the longest run of blocks into tensors of yours: from RAM, behind that straight from the
+        disk, of which only these layers are read and nothing is kept in RAM. For loading layer by layer.
+
+        `into` has one (k, v) for each layer from `first_layer` on, as in `Match.load`, with room for all full blocks of the
+        prompt. Counts as a request. Returns how many tokens were written, at the tensors' beginning.
+
+        Raises `EmptyTokensError`, and as `Match.load`.
+        """
+        ids = token_ids(tokens)
+        return self._raw.load_layers(namespace.raw, ids, first_layer, [(k, v) for k, v in into])
+
     def store(
         self,
         namespace: Namespace,
@@ -282,19 +324,23 @@ class KVCache:
         first_token: int = 0,
         ttl_seconds: float | None = None,
         compute_seconds: float | None = None,
+        priority: Priority = "normal",
     ) -> _kvkeep.StoreReport:
         """Stores the full blocks of `tokens`; those already there are skipped.
 
         `layers` holds (k, v) of every layer, in the namespace's order, from `first_token` on: of at
         least as many tokens as the full blocks behind it. What comes before must be in the cache,
-        or the report says `prefix_gone`.
+        or the report says `prefix_gone`. `priority`: of what is evicted, `"drop-first"` goes before everything else and
+        `"keep-longer"` last.
 
         Returns a `StoreReport`. Raises `EmptyTokensError`, `LayerCountError`, `DTypeMismatchError`,
         `ShapeMismatchError`, `UnsupportedTensorError`; then nothing was stored.
         """
+        if first_token < 0:
+            raise TokenIdError(f"first_token is {first_token}: give the position of a token, from 0 on")
         ids = token_ids(tokens)
         pairs = [(k, v) for k, v in layers]
-        return self._raw.store(namespace.raw, ids, first_token, pairs, ttl_seconds, compute_seconds)
+        return self._raw.store(namespace.raw, ids, first_token, pairs, ttl_seconds, compute_seconds, priority)
 
     def get_or_prefill(
         self, namespace: Namespace, tokens: Tokens, prefill: Callable[[Missing], Layers | None]
@@ -355,15 +401,25 @@ class KVCache:
         """Counters and sizes as of now."""
         return self._raw.stats()
 
+    def get_stats(self) -> Stats:
+        """`stats` by the name that `SimpleKVCache` has for it, too."""
+        return self.stats()
+
     def print_stats(self) -> None:
         """Prints counters and sizes."""
         print(self._raw.stats_text(), end="")
 
+    def __repr__(self) -> str:
+        return text_of(self)
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
+
 
 def token_ids(tokens: Any) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """Token ids as one contiguous array of `uint32`.
+    """Token ids as one contiguous array of `uint32`. An array or tensor of one prompt as a batch, as tokenizers give it, is that prompt.
 
-    Raises `TokenIdError` for anything else than integers from 0 to 2**32 - 1 in one dimension.
+    Raises `TokenIdError` for anything else than integers from 0 to 2**32 - 1, in one dimension or, as an array or a tensor, in a batch of one.
     """
     if is_torch(tokens):
         tokens = tokens.detach().to("cpu").numpy()
@@ -371,6 +427,8 @@ def token_ids(tokens: Any) -> np.ndarray[Any, np.dtype[np.uint32]]:
         ids = np.asarray(tokens if isinstance(tokens, (np.ndarray, list, tuple)) else list(tokens))
     except (TypeError, ValueError, OverflowError) as error:
         raise TokenIdError(f"token ids must be integers in one dimension: {error}") from error
+    if ids.ndim == 2 and ids.shape[0] == 1 and isinstance(tokens, np.ndarray):
+        ids = ids[0]
     if ids.size == 0 and ids.ndim == 1:
         return np.empty(0, np.uint32)
     if ids.ndim != 1 or ids.dtype.kind not in "iu":

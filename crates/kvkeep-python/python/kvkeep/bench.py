@@ -154,7 +154,7 @@ def reading(report: Report, rounds: int) -> None:
 
         def ours() -> None:
             for tensor in cache.get_cached_kv(prefix, 0):  # type: ignore[union-attr]
-                into.copy_(tensor)
+                into.copy_(tensor)  # type: ignore[arg-type]
 
         def theirs() -> None:
             for tensor in pair:
@@ -255,7 +255,7 @@ def threads(report: Report, seconds: float) -> None:
 
     def hit_and_copy(me: int) -> None:
         for tensor in cache.get_cached_kv(prefix, 3):  # type: ignore[union-attr]
-            into[me].copy_(tensor)
+            into[me].copy_(tensor)  # type: ignore[arg-type]
 
     for name, work, unit in (
         ("cache_kv, K and V of 4 MiB", lambda me: cache.cache_kv(f"t{me}", 0, big, big), "calls/s"),

@@ -24,6 +24,11 @@ built from blocks is cut to the window by the layer itself.
 """
 
 from kvkeep._errors import UnsupportedModelError
-from kvkeep.transformers._generator import CachedGenerator, FirstToken, Generation
+from kvkeep._tensors import needed
+
+needed("torch", "kvkeep.transformers")
+needed("transformers", "kvkeep.transformers")
+
+from kvkeep.transformers._generator import CachedGenerator, FirstToken, Generation  # noqa: E402
 
 __all__ = ["CachedGenerator", "FirstToken", "Generation", "UnsupportedModelError"]

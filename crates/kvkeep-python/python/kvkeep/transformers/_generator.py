@@ -101,6 +101,8 @@ class CachedGenerator:
         store_answers: bool = True,
         weights: str | None = None,
     ) -> None:
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache is a {type(cache).__name__}: give a kvkeep.KVCache, which keeps KV by tokens")
         check_model(model)
         self.model, self.cache, self.store_answers = model, cache, store_answers
         self.last: Generation | None = None
@@ -115,6 +117,14 @@ class CachedGenerator:
         state = self._identity.now()
         if state.refusal is None:
             self._served = self._serve(state)
+
+    def __repr__(self) -> str:
+        name = type(inner(self.model)).__name__
+        last = self.last
+        if last is None:
+            return f"<CachedGenerator of {name}>"
+        said = f"plain: {last.plain}" if last.plain else f"{last.cached_tokens} of {last.prompt_tokens} tokens cached"
+        return f"<CachedGenerator of {name}, last call: {said}>"
 
     @property
     def namespace(self) -> Namespace | None:

@@ -1,0 +1,103 @@
+"""The settings of a cache, as both doors take them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
+
+from kvkeep._errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvkeep._kvkeep import Settings
+
+DiskWrite: TypeAlias = Literal["through", "back"]
+Policy: TypeAlias = Literal["adaptive", "lru", "s3fifo", "arc", "lru2"]
+Priority: TypeAlias = Literal["drop-first", "normal", "keep-longer"]
+
+
+@dataclass(frozen=True)
+class DiskConfig:
+    """A disk tier: a directory of its own, and a cap. What RAM has no room for goes there, and what is there is found
+    again after a restart.
+
+    Both doors take it as `disk=DiskConfig(...)`, as `disk="directory"`, or in parts as `disk_path=...`, `disk_size_gb=...` and so on.
+    """
+
+    path: str | os.PathLike[str]
+    """The directory. One process at a time has it open."""
+    size_gb: float = 10.0
+    """The cap in GiB, as `du` counts."""
+    write: DiskWrite = "through"
+    """`"through"` writes what is stored at once, in the background; `"back"` when RAM evicts it."""
+    admission: str = "all"
+    """What is written at all: `"all"`, `"second-use"` (what was used again), or `"worth:R"` (kinds of entries that are
+    read from the disk at least R times for each write). The rest stays in RAM only."""
+    key_file: str | os.PathLike[str] | None = None
+    """Encrypts the directory under the key in this file (32 bytes, or 64 hexadecimal digits)."""
+    flush_timeout_seconds: float = 30.0
+    """How long `flush` and `close` wait for a disk that gets nothing done, before they raise `DiskError`. A slow disk
+    that gets on is waited for."""
+
+
+class DiskOptions(TypedDict, total=False):
+    """The parts of a `DiskConfig`, as keyword arguments of both doors."""
+
+    disk_path: str | os.PathLike[str] | None
+    disk_size_gb: float
+    disk_write: DiskWrite
+    disk_admission: str
+    disk_key_file: str | os.PathLike[str] | None
+    disk_flush_timeout_seconds: float
+
+
+_PREFIX = "disk_"
+
+
+def settings(
+    max_size_gb: float,
+    default_ttl_seconds: float | None,
+    policy: str,
+    disk: DiskConfig | str | os.PathLike[str] | None,
+    options: Mapping[str, Any],
+    quotas: Mapping[Any, float] | None = None,
+) -> Settings:
+    """What the extension takes.
+
+    Raises `ConfigError` for a disk that is given twice or in part, `TypeError` for an option that there is not.
+    """
+    whole = disk_config(disk, options)
+    return {
+        "max_size_gb": max_size_gb,
+        "default_ttl_seconds": default_ttl_seconds,
+        "policy": policy,
+        "quotas": [(namespace.raw, weight) for namespace, weight in (quotas or {}).items()],
+        "disk": None if whole is None else _raw(whole),
+    }
+
+
+def disk_config(disk: DiskConfig | str | os.PathLike[str] | None, options: Mapping[str, Any]) -> DiskConfig | None:
+    """The disk tier that is meant, or None."""
+    known = {_PREFIX + field.name for field in fields(DiskConfig)}
+    for name in options:
+        if name not in known:
+            raise TypeError(f"there is no option {name!r}: those of a disk are {', '.join(sorted(known))}")
+    if disk is not None and options:
+        raise ConfigError(f"disk and {', '.join(options)} are both given: give DiskConfig(...) alone, or its parts")
+    if isinstance(disk, DiskConfig):
+        return disk
+    if disk is not None:
+        return DiskConfig(disk)
+    parts = {name.removeprefix(_PREFIX): value for name, value in options.items()}
+    if parts.get("path") is None:
+        given = [name for name in options if name != "disk_path"]
+        if given:
+            raise ConfigError(f"{', '.join(given)} without disk_path: give the directory, or leave it out")
+        return None
+    return DiskConfig(**parts)
+
+
+def _raw(disk: DiskConfig) -> tuple[str, float, str, str, str | None, float]:
+    key_file = None if disk.key_file is None else os.fspath(disk.key_file)
+    return os.fspath(disk.path), disk.size_gb, disk.write, disk.admission, key_file, disk.flush_timeout_seconds

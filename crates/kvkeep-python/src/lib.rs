@@ -13,6 +13,9 @@
 mod array;
 mod checksum;
 mod convert;
+mod engine_jobs;
+mod engine_rows;
+mod engine_tier;
 mod error;
 mod fork;
 mod memory;
@@ -31,6 +34,8 @@ mod _kvkeep {
     use crate::array::Memory;
     #[pymodule_export]
     use crate::checksum::checksum;
+    #[pymodule_export]
+    use crate::engine_tier::EngineTier;
     #[pymodule_export]
     use crate::error::{Outcome, Rejection};
     #[pymodule_export]

@@ -114,7 +114,7 @@ class KvkeepTier(SecondaryTierManager):
         _log.info("kvkeep: identity %s in %.1f s", self.identity[:16], time.monotonic() - began)
         dims = (1, 1, self._row_bytes // 2, self._row_bytes // 2, 1)
         salt = self.settings.salt
-        code = _kvkeep.DTYPES.index("uint8")
+        code = _kvkeep.DTYPES.index("u8")
         return _kvkeep.Namespace(config.model_config.model, dims, code, False, (self.identity, "vllm", "", salt))
 
     def _open(self, rows: Any, namespace: _kvkeep.Namespace, config: Any, spec: Any) -> None:

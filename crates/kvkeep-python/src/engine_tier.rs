@@ -412,7 +412,9 @@ impl Events {
     fn are_gone(&self, keys: Vec<Key>) {
         {
             let mut announced = self.announced.lock().unwrap_or_else(PoisonError::into_inner);
-            keys.iter().for_each(|key| drop(announced.remove(key)));
+            for key in &keys {
+                announced.remove(key);
+            }
         }
         self.removed.lock().unwrap_or_else(PoisonError::into_inner).extend(keys);
     }

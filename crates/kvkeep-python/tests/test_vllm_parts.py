@@ -105,6 +105,13 @@ def test_a_short_prefill_says_nothing_of_long_ones() -> None:
     assert rates.compute_seconds(0, 32768) < 2
 
 
+def test_where_all_prompts_are_long_none_of_their_time_is_a_steps() -> None:
+    """The shortest prefill of all was taken for what a step takes anyway: where all prompts had one length, computing seemed to be free."""
+    rates = Rates()
+    rates.computed(8192, 0.208)
+    assert rates.compute_seconds(0, 8192) == pytest.approx(0.208)
+
+
 def test_a_batch_that_was_slow_once_is_not_believed() -> None:
     rates = h100()
     before = rates.compute_seconds(0, 8192)

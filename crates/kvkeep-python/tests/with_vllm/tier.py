@@ -104,6 +104,8 @@ class Lab:
         from vllm.v1.kv_offload.base import LookupResult
 
         context = context or request(f"asks {time.monotonic_ns()}")
+        if context.req_id not in self.tier._requests:
+            self.tier.on_new_request(context)
         return [self.tier.lookup(key, context) is LookupResult.HIT for key in keys]
 
 

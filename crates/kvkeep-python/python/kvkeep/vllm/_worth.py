@@ -24,6 +24,8 @@ STEP_SECONDS = 0.010
 DEVICE_BYTES_PER_SECOND = 20e9
 """From RAM to the device: PCIe 4, or a slow core's memcpy."""
 
+_SHORT_TOKENS = 256
+
 _FASTER, _SLOWER = 0.5, 1.03
 """A faster time counts at once by half, a slower one moves what is believed up by so much at most."""
 
@@ -37,7 +39,7 @@ class Rates:
     seconds_by_length: dict[int, float] = field(default_factory=dict)
     """Seconds a token takes in a prefill of 2^n tokens from the beginning."""
     step_seconds: float | None = None
-    """The shortest prefill that was seen: what a step takes anyway."""
+    """A prefill of a few tokens: what a step takes anyway."""
     disk_is_measured: bool = False
 
     def computed(self, tokens: int, seconds: float) -> None:
@@ -46,7 +48,8 @@ class Rates:
             return
         bucket, each = tokens.bit_length() - 1, seconds / tokens
         self.seconds_by_length[bucket] = _believe(self.seconds_by_length.get(bucket), each)
-        self.step_seconds = _believe(self.step_seconds, seconds)
+        if tokens <= _SHORT_TOKENS:
+            self.step_seconds = _believe(self.step_seconds, seconds)
 
     def loaded(self, size: int, seconds: float) -> None:
         """A load of so many bytes took so long."""
@@ -81,11 +84,16 @@ class Rates:
         longest = 1 << max(known) if known else 0
         if tokens > 2 * longest:
             return (longest * known[max(known)] if known else 0.0) + (tokens - longest) / self.prefill_tokens_per_s
-        wanted = math.log2(tokens)
-        below = max((bucket for bucket in known if bucket <= wanted), default=min(known))
-        above = min((bucket for bucket in known if bucket >= wanted), default=max(known))
-        share = 0.0 if above == below else (wanted - below) / (above - below)
-        return tokens * (known[below] * (1 - share) + known[above] * share)
+        # Between two lengths that were seen, along the line: what a step takes anyway is in both.
+        times = {1 << bucket: (1 << bucket) * each for bucket, each in known.items()}
+        below = max((length for length in times if length <= tokens), default=None)
+        above = min((length for length in times if length >= tokens), default=None)
+        if below is None or above is None:
+            nearest = above or below or tokens
+            return times[nearest] * tokens / nearest
+        if below == above:
+            return times[below]
+        return times[below] + (times[above] - times[below]) * (tokens - below) / (above - below)
 
 
 def _believe(known: float | None, seen: float) -> float:

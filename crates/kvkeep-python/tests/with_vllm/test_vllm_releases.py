@@ -16,7 +16,7 @@ import pytest
 RELEASES = Path(os.environ.get("KVKEEP_VLLM_RELEASES", ""))
 
 PROGRAM = """
-import importlib.machinery, inspect, logging, sys, types
+import dataclasses, importlib.machinery, inspect, logging, sys, types
 from pathlib import Path
 
 root = Path({root!r})
@@ -42,10 +42,9 @@ for name in ("vllm", "vllm.v1", "vllm.v1.kv_offload", "vllm.v1.kv_offload.tierin
 sys.modules["vllm"].__version__ = {version!r}
 stub("vllm.logger", init_logger=lambda name: logger)
 stub("vllm.config", VllmConfig=object)
+@dataclasses.dataclass
 class Stats:
-    def __init__(self, data=None):
-        self.data = data or {{}}
-        self.__post_init__()
+    data: dict = dataclasses.field(default_factory=dict)
 stub("vllm.distributed.kv_transfer.kv_connector.v1.metrics", KVConnectorPromMetrics=object, KVConnectorStats=Stats, PromMetric=object, PromMetricT=object)
 stub("vllm.v1.kv_offload.factory", OffloadingSpecFactory=object)
 

@@ -47,7 +47,7 @@ def engine(model: str, cache: str) -> None:
         "kv_connector_extra_config": {
             **spec,
             "cpu_bytes_to_use": 256 << 20,
-            "block_size": 64,
+            "block_size": 128,
             "secondary_tiers": [{"type": "kvkeep", "root_dir": cache, "capacity_gb": 1}],
         },
     }

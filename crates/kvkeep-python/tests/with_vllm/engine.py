@@ -38,7 +38,7 @@ def make(model: str, tier: dict[str, Any] | None, prefix_caching: bool = True, r
         },
     }
     extra = {"kv_transfer_config": transfer} if tier else {}
-    settings = {"dtype": "bfloat16", "max_model_len": 1536, "max_num_batched_tokens": 1024, "max_num_seqs": 8, **more}
+    settings = {"dtype": "float32", "block_size": 64, "max_model_len": 1536, "max_num_batched_tokens": 1024, "max_num_seqs": 8, **more}
     return LLM(model=model, skip_tokenizer_init=True, enforce_eager=True, enable_prefix_caching=prefix_caching, seed=0, **settings, **extra)
 
 

@@ -20,6 +20,17 @@ def llama(folder: Path, seed: int = 1, layers: int = 12) -> str:
     return str(folder)
 
 
+def tokenizer(folder: Path, words: int = 16384) -> None:
+    """One word a token: a server wants to turn tokens into text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    if not (folder / "tokenizer.json").exists():
+        made = Tokenizer(models.WordLevel({f"t{number}": number for number in range(words)}, unk_token="t0"))
+        made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        PreTrainedTokenizerFast(tokenizer_object=made, bos_token="t1", eos_token="t2", unk_token="t0").save_pretrained(folder)
+
+
 def lora(folder: Path, seed: int, layers: int = 12) -> str:
     import torch
     from safetensors.torch import save_file

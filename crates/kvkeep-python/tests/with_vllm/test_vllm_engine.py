@@ -9,9 +9,11 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -233,6 +235,97 @@ def test_a_disk_that_is_full_fails_no_request(model: str, alone: Engine, tmp_pat
 def _free(mount: Path) -> int:
     free = os.statvfs(mount)
     return free.f_bavail * free.f_bsize
+
+
+@long_run
+def test_what_is_computed_faster_is_not_loaded_and_the_answer_is_the_same(model: str, alone: Engine, tmp_path: Path) -> None:
+    """The next engine knows what the last one measured: it does not have to load once to find out that loading is slow."""
+    asked = prompts(3, 700)
+    expected = alone.generate(asked)["tokens"]
+    with Engine(model, tier_at(tmp_path / "kv", worth="measured")) as engine:
+        assert engine.generate(asked)["tokens"] == expected
+        engine.ask("flush")
+        engine.generate(prompts(1, 100))
+    rates = tmp_path / "kv" / "rates.json"
+    for disk, known in ((1e3, False), (1e12, True)):
+        (measured,) = json.loads(rates.read_text()).items()
+        assert measured[1]["seconds_by_length"] and measured[1]["disk_is_measured"], measured
+        rates.write_text(json.dumps({measured[0]: measured[1] | {"disk_bytes_per_s": disk, "step_seconds": 0.001}}))
+        with Engine(model, tier_at(tmp_path / "kv", worth="measured")) as engine:
+            found = engine.generate(asked)
+            assert found["tokens"] == expected
+            assert (min(found["cached"]) >= 640) if known else (found["cached"] == [0, 0, 0]), found["cached"]
+            counters = engine.ask("counters")
+            assert (counters["hits"], counters["not_worth"]) == ((30, 0) if known else (0, 30))
+
+
+class Server:
+    """vLLM's own server: the engine in one process, the front door in another."""
+
+    def __init__(self, model: str, tier: dict[str, Any]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        extra = {"spec_name": "CpuTieringOffloadingSpec", "spec_module_path": "kvkeep.vllm.cpu", "cpu_bytes_to_use": 256 << 20, "block_size": 64}
+        transfer = {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute",
+                    "kv_connector_extra_config": {**extra, "secondary_tiers": [tier]}}  # fmt: skip
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--host", "127.0.0.1", "--port", str(self.port),
+                   "--dtype", "float32", "--block-size", "64", "--max-model-len", "1536", "--enforce-eager", "--served-model-name", "m",
+                   "--enable-prompt-tokens-details", "--kv-transfer-config", json.dumps(transfer)]  # fmt: skip
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+        end = time.monotonic() + 300
+        while not self._answers():
+            assert self.process.poll() is None and time.monotonic() < end, "the server did not start"
+            time.sleep(0.5)
+
+    def _answers(self) -> bool:
+        try:
+            return bool(self.get("/health") is not None)
+        except OSError:
+            return False
+
+    def get(self, path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=60) as answer:
+            return answer.read().decode()
+
+    def complete(self, ids: list[int]) -> tuple[str, int]:
+        """The answer, and how many tokens of the prompt were not computed."""
+        body = {"model": "m", "prompt": ids, "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        asked = urllib.request.Request(f"http://127.0.0.1:{self.port}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(asked, timeout=120) as answer:
+            done = json.load(answer)
+        return done["choices"][0]["text"], (done["usage"].get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+
+    def metric(self, name: str) -> float:
+        lines = [line for line in self.get("/metrics").splitlines() if line.startswith((f"{name}{{", f"{name}_total{{"))]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines) if lines else -1
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@long_run
+def test_vllms_server_is_warm_after_kill_9_and_publishes_the_figures(model: str, tmp_path: Path) -> None:
+    models.tokenizer(Path(model))
+    (asked,) = prompts(1, 700)
+    server = Server(model, tier_at(tmp_path / "kv"))
+    try:
+        text, cached = server.complete(asked)
+        assert cached == 0
+        end = time.monotonic() + 60
+        while server.metric("vllm:kvkeep_written") < 10 and time.monotonic() < end:
+            time.sleep(0.5)
+        assert server.metric("vllm:kvkeep_written") == 10
+        assert 0 < server.metric("vllm:kvkeep_used_bytes") < server.metric("vllm:kvkeep_capacity_bytes")
+    finally:
+        server.kill()
+    server = Server(model, tier_at(tmp_path / "kv"))
+    try:
+        assert server.complete(asked) == (text, 640)
+        assert server.metric("vllm:kvkeep_hits") == 10
+    finally:
+        server.kill()
 
 
 @long_run

@@ -50,6 +50,8 @@ class _Request:
     run: set[bytes] | None = None
     """Blocks that are there and worth it, once that is known."""
     planned_at: float = 0.0
+    could_pay: bool | None = None
+    """Where its blocks are not known: is there any load that is worth it?"""
     declined: bool = False
     """Its load was judged, and is not worth it."""
     counted: bool = False
@@ -146,7 +148,7 @@ class KvkeepTier(SecondaryTierManager):
             self._plan(request, key, req_context)
         if request.run is not None:
             return LookupResult.HIT if key in request.run else LookupResult.MISS
-        return LookupResult.HIT if self._engine.has([self._name(key)])[0] and self._could_pay(request) else LookupResult.MISS
+        return LookupResult.HIT if self._could_pay(request) and self._engine.has([self._name(key)])[0] else LookupResult.MISS
 
     def _plan(self, request: _Request, key: bytes, context: Any) -> None:
         """Looks up all that this request may ask for from this block on, and judges it."""
@@ -180,9 +182,10 @@ class KvkeepTier(SecondaryTierManager):
         return self.rates.pays(first, end, blocks * self._row_bytes)
 
     def _could_pay(self, request: _Request) -> bool:
-        if self.settings.worth == "always" or request.hints.always_load:
-            return True
-        return self.rates.could_pay(self._chunk_tokens[0], self._row_bytes, self._longest)
+        if request.could_pay is None:
+            always = self.settings.worth == "always" or request.hints.always_load
+            request.could_pay = always or self.rates.could_pay(self._chunk_tokens[0], self._row_bytes, self._longest)
+        return request.could_pay
 
     def _decline(self, request: _Request, names: list[bytes]) -> None:
         """These are there, and computing them is faster."""

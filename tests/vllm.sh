@@ -45,3 +45,5 @@ echo "-- pytest with vLLM $release on the CPU"
 (cd crates/kvkeep-python/tests/with_vllm && ../../../../.venv-vllm/bin/python -m pytest -c ../../pyproject.toml --rootdir ../.. -p no:cacheprovider . ../test_vllm_parts.py --durations 5)
 echo "-- the example"
 .venv-vllm/bin/python examples/vllm_restart.py
+if [ "${1:-}" = short ]; then others=""; else others=", and fits the abstract classes of 0.26.0, $release and 0.33.0"; fi
+echo "passed: kvkeep in vLLM $release on the CPU$others"

@@ -112,6 +112,14 @@ def test_where_all_prompts_are_long_none_of_their_time_is_a_steps() -> None:
     assert rates.compute_seconds(0, 8192) == pytest.approx(0.208)
 
 
+def test_a_step_full_of_others_is_not_what_a_step_takes_anyway() -> None:
+    """192 tokens came with 800 of others, and took 6 s on a slow machine: as long as 640 tokens alone, so that no load seemed to pay."""
+    rates = Rates()
+    rates.computed(192, 6.0)
+    rates.computed(640, 6.0)
+    assert rates.compute_seconds(0, 640) > 5
+
+
 def test_a_batch_that_was_slow_once_is_not_believed() -> None:
     rates = h100()
     before = rates.compute_seconds(0, 8192)

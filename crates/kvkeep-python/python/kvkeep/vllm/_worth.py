@@ -24,7 +24,8 @@ STEP_SECONDS = 0.010
 DEVICE_BYTES_PER_SECOND = 20e9
 """From RAM to the device: PCIe 4, or a slow core's memcpy."""
 
-_SHORT_TOKENS = 256
+_SHORT_TOKENS, _STEP_AT_MOST = 256, 0.05
+"""What takes longer than this is computing, also in a step that is full of others' tokens."""
 
 _FASTER, _SLOWER = 0.5, 1.03
 """A faster time counts at once by half, a slower one moves what is believed up by so much at most."""
@@ -49,7 +50,7 @@ class Rates:
         bucket, each = tokens.bit_length() - 1, seconds / tokens
         self.seconds_by_length[bucket] = _believe(self.seconds_by_length.get(bucket), each)
         if tokens <= _SHORT_TOKENS:
-            self.step_seconds = _believe(self.step_seconds, seconds)
+            self.step_seconds = _believe(self.step_seconds, min(seconds, _STEP_AT_MOST))
 
     def loaded(self, size: int, seconds: float) -> None:
         """A load of so many bytes took so long."""

@@ -8,7 +8,7 @@ MINUTES ?= 30
 # And `make fuzz`.
 SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize crash-test test-integrations sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint fmt clean
+.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize crash-test test-integrations test-vllm sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -48,6 +48,9 @@ test-python: wheel ## The Python tests that need numpy alone, and the wheel in a
 test-integrations: wheel ## The slower end-to-end runs: the demos, the benchmarks, the dashboard in Chromium, torch, transformers, notebooks
 	CARGO="$(CARGO)" PYTHON="$(PYTHON)" bash tests/integrations.sh
 	PYTHON="$(PYTHON)" bash tests/integrations_python.sh
+
+test-vllm: wheel ## kvkeep under vLLM on the CPU: a real engine, and the abstract classes of other releases (fetches 1 GB the first time)
+	PYTHON="$(PYTHON)" bash tests/vllm.sh
 
 # What handles raw memory: the arena, its huge pages, and its private views.
 # Not the one that reads how the kernel maps the arena: under valgrind it maps another way.
@@ -122,4 +125,4 @@ fmt: ## Format everything
 
 clean: ## Remove what was built
 	$(CARGO) clean
-	rm -rf dist .venv-build .venv-empty .venv-release .venv-server .venv-test .venv-torch
+	rm -rf dist .venv-build .venv-empty .venv-release .venv-server .venv-test .venv-torch .venv-vllm .venv-vllm-releases

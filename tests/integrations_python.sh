@@ -39,7 +39,9 @@ mkdir -p "$out/types" && cp crates/kvkeep-python/tests/sample.py "$out/types"
 echo "-- README's snippets"
 python tests/readme.py
 echo "-- examples"
-for example in examples/*.py; do python "$example"; done
+for example in examples/example_*.py; do python "$example"; done
+echo "-- vLLM"
+bash tests/vllm.sh short
 echo "-- demos"
 python -m kvkeep.demo --layers 3 --json --plot "$out/python-demo.png" >"$out/python-demo.json" 2>"$out/python-demo.err" \
   || { cat "$out/python-demo.err"; exit 1; }

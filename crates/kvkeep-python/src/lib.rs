@@ -13,6 +13,9 @@
 mod array;
 mod checksum;
 mod convert;
+mod engine_jobs;
+mod engine_rows;
+mod engine_tier;
 mod error;
 mod fork;
 mod logs;
@@ -32,6 +35,8 @@ mod _kvkeep {
     use crate::array::Memory;
     #[pymodule_export]
     use crate::checksum::checksum;
+    #[pymodule_export]
+    use crate::engine_tier::EngineTier;
     #[pymodule_export]
     use crate::error::{Outcome, Rejection};
     #[pymodule_export]

@@ -139,6 +139,11 @@ impl Lent {
         self.bytes
     }
 
+    /// Where it lies, for as long as this is held.
+    pub(crate) fn address(&self) -> usize {
+        self.address
+    }
+
     pub(crate) fn is_torch(&self) -> bool {
         self.is_torch
     }

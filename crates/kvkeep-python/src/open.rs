@@ -107,7 +107,7 @@ impl<T: Clone + Send + 'static> Open<T> {
 }
 
 /// Runs `work` on another thread and waits for it, unless a signal's handler raises.
-fn waiting<R: Send + 'static>(py: Python<'_>, work: impl FnOnce() -> R + Send + 'static) -> PyResult<R> {
+pub(crate) fn waiting<R: Send + 'static>(py: Python<'_>, work: impl FnOnce() -> R + Send + 'static) -> PyResult<R> {
     let (answer, mut answered) = mpsc::sync_channel(1);
     // Nobody waits any more for an answer that cannot be sent.
     let run = move || drop(answer.send(work()));

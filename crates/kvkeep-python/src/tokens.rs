@@ -25,7 +25,7 @@ type RawLook = (usize, usize, usize, f64, Vec<(String, usize)>);
 /// What makes KV reusable: model, revision, engine, LoRA, tenant's salt, and the layout of a block.
 #[pyclass(frozen, module = "kvkeep._kvkeep")]
 #[derive(Debug)]
-pub(crate) struct Namespace(kvkeep::Namespace);
+pub(crate) struct Namespace(pub(crate) kvkeep::Namespace);
 
 /// The cache by tokens.
 #[pyclass(frozen, module = "kvkeep._kvkeep")]

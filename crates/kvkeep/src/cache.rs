@@ -18,7 +18,6 @@ use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
 use crate::stats::Stats;
 use crate::store::{OnPresent, Pin, Removed, Request, Reserved, Sealing, Store, Wanted};
 use crate::tensor::TensorView;
-use crate::tier::{Payload, ReadTarget};
 
 /// KV of prompts, by tokens. Cheap to clone: clones share everything.
 ///
@@ -403,25 +402,6 @@ impl KvCache {
             }
             return Ok(found);
         }
-    }
-
-    /// Offers blocks that an engine keeps to the tiers behind RAM, past RAM, from block `first_block` of a chain on. Each
-    /// payload has the bytes of a block, and stays readable until it is dropped. Says how many were taken.
-    pub fn write_lent(
-        &self,
-        chain: &Chain,
-        first_block: usize,
-        payloads: Vec<Arc<dyn Payload>>,
-        options: &StoreOptions,
-    ) -> usize {
-        self.store.write_lent(chain, first_block, payloads, options)
-    }
-
-    /// Begins to read blocks from the tiers behind RAM, past RAM, into memory that an engine lends, from block
-    /// `first_block` of a chain on. Does not wait: each target is completed exactly once, on any thread. Says how many
-    /// blocks in a row a tier has.
-    pub fn read_lent(&self, chain: &Chain, first_block: usize, targets: Vec<Box<dyn ReadTarget>>) -> usize {
-        self.store.read_lent(chain, first_block, targets)
     }
 
     /// Removes the blocks of this prompt, from its first token on. Blocks of longer prompts

@@ -39,16 +39,17 @@ impl Chain {
     }
 
     /// Blocks that an engine has named by hashes of its own, in the order of the prompt. Each hash must cover all
-    /// tokens before its block, as a chain of hashes does. The key is SHA-256 of the namespace and the hash.
+    /// tokens before its block, as a chain of hashes does, and may have any length. The key is SHA-256 of the namespace
+    /// and the hash.
     ///
     /// # Errors
     /// [`Error::EmptyTokens`] if there are no hashes at all.
-    pub fn external(namespace: &Namespace, hashes: &[[u8; 32]]) -> Result<Self> {
+    pub fn external<H: AsRef<[u8]>>(namespace: &Namespace, hashes: &[H]) -> Result<Self> {
         if hashes.is_empty() {
             return Err(Error::EmptyTokens);
         }
         let begin = Sha256::new_with_prefix(b"kvkeep external block 1").chain_update(namespace.id().as_bytes());
-        let key = |hash: &[u8; 32]| ObjectKey::new(begin.clone().chain_update(hash).finalize().into(), 0);
+        let key = |hash: &H| ObjectKey::new(begin.clone().chain_update(hash).finalize().into(), 0);
         let tokens = hashes.len().saturating_mul(namespace.layout().block_tokens());
         Ok(Self { namespace: namespace.clone(), keys: hashes.iter().map(key).collect(), tokens })
     }
@@ -144,7 +145,7 @@ mod tests {
         assert!(one.hashes().zip(two.hashes()).all(|(one, two)| one != two));
         assert!(one.hashes().zip(hashes).all(|(key, hash)| *key.as_bytes() != hash));
         assert_eq!((one.blocks(), one.tokens()), (2, 8));
-        assert!(matches!(Chain::external(&namespace(), &[]), Err(Error::EmptyTokens)));
+        assert!(matches!(Chain::external::<[u8; 32]>(&namespace(), &[]), Err(Error::EmptyTokens)));
     }
 
     /// A block of eight tokens has as many bytes as a hash: neither may stand for the other.

@@ -28,6 +28,7 @@ mod flight;
 mod index;
 mod key;
 mod layout;
+mod lend;
 mod named;
 mod namespaces;
 mod process;

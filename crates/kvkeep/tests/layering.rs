@@ -18,6 +18,7 @@ const RANKS: &[&[&str]] = &[
     &["config", "index"],
     &["store"],
     &["cache", "named", "simulation"],
+    &["lend"],
 ];
 
 /// Pairs that know each other, each for a reason.

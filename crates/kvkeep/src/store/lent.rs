@@ -81,6 +81,38 @@ impl Store {
     }
 }
 
+impl Store {
+    /// Which of these a tier has.
+    pub(crate) fn has_lent(&self, chain: &Chain) -> Vec<bool> {
+        let tiers = self.here().ok().and_then(|store| store.tiers.as_ref());
+        tiers.map_or_else(|| vec![false; chain.blocks()], |tiers| tiers.has_each(chain.keys()))
+    }
+
+    /// These were used in the engine's own memory.
+    pub(crate) fn touch_lent(&self, chain: &Chain) {
+        if let Some(tiers) = self.here().ok().and_then(|store| store.tiers.as_ref()) {
+            tiers.touch(chain.keys());
+        }
+    }
+
+    /// Keeps these before others; says how many.
+    pub(crate) fn retain_lent(&self, chain: &Chain, time: Option<Duration>) -> usize {
+        if self.here().is_err() {
+            return 0;
+        }
+        let now_ms = self.shared.now_ms();
+        let until_ms = time.map_or(NEVER, |time| now_ms.saturating_add(duration_ms(time)));
+        self.shared.retained.add(chain.keys(), until_ms, now_ms)
+    }
+
+    /// These are like others again.
+    pub(crate) fn release_lent(&self, chain: &Chain) {
+        if self.here().is_ok() {
+            self.shared.retained.remove(chain.keys());
+        }
+    }
+}
+
 /// When what is stored now expires.
 pub(super) fn expires_at_ms(shared: &Shared, options: &StoreOptions) -> u64 {
     let ttl = options.ttl.or(shared.default_ttl);

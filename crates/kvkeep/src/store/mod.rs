@@ -21,6 +21,7 @@ mod loads;
 mod meter;
 mod patience;
 mod plan;
+mod retained;
 #[cfg(test)]
 mod tests;
 mod tiers;
@@ -52,6 +53,7 @@ pub(crate) use guard::{Pending, Pin, PrivatePin};
 use ledger::Written;
 use ledger::{Gone, Ledger, News, Reservation, Shortage};
 pub(crate) use ledger::{Request, Wanted};
+use retained::Retained;
 use tiers::Tiers;
 
 /// Keyed, sealed objects in RAM and, if configured, in tiers behind it, each under a cap. Cheap to clone:
@@ -81,6 +83,8 @@ pub(crate) struct Shared {
     sink: Option<Arc<dyn EventSink>>,
     /// A hint: looking at it costs a hit less than the lock.
     has_offers: AtomicBool,
+    /// Its lock is taken alone.
+    retained: Retained,
 }
 
 /// What was taken out of the cache.
@@ -154,6 +158,7 @@ impl Shared {
             recorder,
             sink,
             has_offers: AtomicBool::new(false),
+            retained: Retained::default(),
             process: Process::current(),
             given_back: GiveBack::default(),
         }

@@ -194,6 +194,12 @@ impl Tiers {
         has
     }
 
+    /// These were used outside.
+    pub(super) fn touch(&self, keys: &[ObjectKey]) {
+        let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
+        self.tiers.iter().for_each(|tier| tier.touch(&names));
+    }
+
     pub(super) fn loads(&self) -> &Arc<Loads> {
         &self.loads
     }
@@ -220,11 +226,13 @@ impl fmt::Debug for Tiers {
     }
 }
 
-/// Says which keys are in RAM. Weak: what it asks owns the tier that asks.
+/// Says which keys are in RAM, or retained. Weak: what it asks owns the tier that asks.
 pub(super) fn resident_of(shared: &Arc<Shared>) -> Resident {
     let weak: Weak<Shared> = Arc::downgrade(shared);
     Box::new(move |keys| {
-        let shared = weak.upgrade();
-        shared.map_or_else(|| vec![false; keys.len()], |shared| shared.with(|ledger| ledger.resident(keys)))
+        let Some(shared) = weak.upgrade() else { return vec![false; keys.len()] };
+        let mut hot = shared.with(|ledger| ledger.resident(keys));
+        shared.retained.mark(keys, shared.now_ms(), &mut hot);
+        hot
     })
 }

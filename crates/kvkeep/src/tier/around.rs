@@ -35,6 +35,9 @@ macro_rules! pass_on {
         fn close(&self) -> Result<()> {
             self.inner.close()
         }
+        fn touch(&self, keys: &[BlockKey]) {
+            self.inner.touch(keys);
+        }
         fn stats(&self) -> TierStats {
             self.inner.stats()
         }

@@ -74,6 +74,9 @@ pub trait Tier: Send + Sync + fmt::Debug {
     /// Counters and sizes as of now.
     fn stats(&self) -> TierStats;
 
+    /// These were used where the tier did not see it, in memory before it: they are kept as if they had been read.
+    fn touch(&self, _keys: &[BlockKey]) {}
+
     /// A request has waited for reads until its time was over. A tier that finds that it is silent answers no more
     /// until it is back.
     fn gave_up_waiting(&self) {}

@@ -68,3 +68,65 @@ fn a_store_without_ram_keeps_and_gives_back_what_an_engine_lends() {
     let (targets, answers) = rooms(1);
     assert_eq!((cache.read_lent(&chain, 0, targets), answers.recv().unwrap().1), (0, None));
 }
+
+#[test]
+fn an_engine_asks_what_is_there_without_loading_it() {
+    let mut lab = Lab::new();
+    lab.config = lab.config.queue_bytes(MIB);
+    let cache = lab.open(1);
+    let hashes: Vec<Vec<u8>> = (0..6u8).map(|number| vec![number; 12 + usize::from(number)]).collect();
+    let chain = Chain::external(&namespace(), &hashes).unwrap();
+    assert_eq!(cache.has_lent(&chain), [false; 6]);
+    let even = |number: &usize| number.is_multiple_of(2);
+    for number in (0..6).filter(even) {
+        let one = Chain::external(&namespace(), &hashes[number..=number]).unwrap();
+        assert_eq!(cache.write_lent(&one, 0, vec![Arc::new(Row(row(number)))], &plain()), 1);
+    }
+    cache.flush().unwrap();
+    assert_eq!(cache.has_lent(&chain), [true, false, true, false, true, false]);
+    assert_eq!(disk(&cache).hits, 0);
+    cache.remove_chain(&Chain::external(&namespace(), &hashes[2..3]).unwrap(), 0);
+    assert_eq!(cache.has_lent(&chain), [true, false, false, false, true, false]);
+}
+
+/// What an engine uses in its own memory is never read from the disk, and went first from there.
+#[test]
+fn what_was_touched_or_retained_outlives_what_was_not() {
+    let mut lab = Lab::new();
+    lab.config = lab.config.queue_bytes(MIB);
+    let cache = lab.open(1);
+    let chain = |from: u32, count: u32| {
+        let hashes: Vec<[u8; 4]> = (from..from + count).map(u32::to_be_bytes).collect();
+        Chain::external(&namespace(), &hashes).unwrap()
+    };
+    let store = |from: u32, count: u32| {
+        let rows = (0..count).map(|number| Arc::new(Row(row(number as usize))) as Arc<dyn Payload>).collect();
+        cache.write_lent(&chain(from, count), 0, rows, &plain());
+        cache.flush().unwrap();
+    };
+    let (retained, touched, others) = (chain(0, 2), chain(100, 2), chain(200, 2));
+    [0, 100, 200].into_iter().for_each(|from| store(from, 2));
+    assert_eq!(cache.retain_lent(&retained, None), 2);
+    let mut next = 1_000;
+    let mut fill = |rounds: u32, touch: bool| {
+        for _ in 0..rounds {
+            store(next, 16);
+            next += 16;
+            if touch {
+                cache.touch_lent(&touched);
+            }
+        }
+    };
+    let evicted = |cache: &KvCache| disk(cache).evictions;
+    while evicted(&cache) < 500 {
+        fill(4, true);
+    }
+    assert_eq!((cache.has_lent(&retained), cache.has_lent(&touched)), (vec![true; 2], vec![true; 2]));
+    assert_eq!(cache.has_lent(&others), [false; 2]);
+    cache.release_lent(&retained);
+    let before = evicted(&cache);
+    while evicted(&cache) < before + 1_500 {
+        fill(4, false);
+    }
+    assert_eq!((cache.has_lent(&retained), cache.has_lent(&touched)), (vec![false; 2], vec![false; 2]));
+}

@@ -295,6 +295,12 @@ impl Disk {
         keys.iter().map(|key| state.index.find(key, now_ms)).collect()
     }
 
+    /// These were used without being read.
+    fn heat_each(&self, keys: &[ObjectKey]) {
+        let mut state = self.shared.state.lock();
+        keys.iter().for_each(|key| state.index.heat(key));
+    }
+
     /// Reads a record into exactly its pages. `None` is a miss: the disk failed, or the record
     /// is not what it should be and is forgotten.
     pub(crate) fn read(&self, key: &ObjectKey, found: &Found, into: &mut [u8]) -> Option<RecordHeader> {

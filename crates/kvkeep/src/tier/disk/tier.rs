@@ -25,6 +25,8 @@ use crate::tier::{Epoch, Forget, Forgets, Forgotten, Located, Offer, Payload, Re
 const QUEUE_DIVISOR: u64 = 8;
 /// What is written at once is at most this part of RAM: it cannot be given up.
 const AT_ONCE_DIVISOR: u64 = 16;
+/// Behind no RAM, this part of the queue.
+const QUEUE_PARTS_AT_ONCE: u64 = 4;
 /// More at once makes a disk no faster.
 const MAX_AT_ONCE_BYTES: u64 = 8 << 20;
 
@@ -77,7 +79,7 @@ impl DiskTier {
             capacity_bytes: config.capacity_bytes,
             key_file: config.key_file.as_deref(),
             queue_bytes: config.queue_bytes.unwrap_or(ram_bytes / QUEUE_DIVISOR),
-            at_once_bytes: (ram_bytes / AT_ONCE_DIVISOR).min(MAX_AT_ONCE_BYTES),
+            at_once_bytes: at_once_bytes(config, ram_bytes).min(MAX_AT_ONCE_BYTES),
             flush_timeout: config.flush_timeout,
         }
     }
@@ -133,6 +135,14 @@ impl DiskTier {
             forgets.record(&Forget::Replaced(&[meta.key]), offer.epoch);
         }
         taken
+    }
+}
+
+/// A tier behind no RAM has its queue to go by: else each small block is a write of its own.
+fn at_once_bytes(config: &DiskConfig, ram_bytes: u64) -> u64 {
+    match config.queue_bytes {
+        Some(queue_bytes) if ram_bytes <= PAGE_BYTES as u64 => queue_bytes / QUEUE_PARTS_AT_ONCE,
+        _ => ram_bytes / AT_ONCE_DIVISOR,
     }
 }
 
@@ -335,6 +345,10 @@ impl Tier for DiskTier {
     fn stats(&self) -> TierStats {
         self.is_silent(self.read_timeout);
         TierStats { name: self.name().to_owned(), ..self.disk.stats() }
+    }
+
+    fn touch(&self, keys: &[BlockKey]) {
+        self.disk.heat_each(&keys_of(keys));
     }
 
     fn gave_up_waiting(&self) {

@@ -1,0 +1,72 @@
+#!/usr/bin/env python3
+"""Tables, and a plot if matplotlib is there, of what `ttft.py` printed.
+
+    cat runs/*.jsonl | table.py [--plot ttft.png]
+
+Several runs of one mode are put together: the median of their medians, and the lowest and highest.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections import defaultdict
+from typing import Any
+
+COLUMNS = ("cold", "gpu", "below", "restart")
+
+
+def read(lines: Any) -> dict[str, dict[int, dict[str, list[float]]]]:
+    """mode → prefix → column → medians of each run."""
+    runs: dict[str, dict[int, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    for line in lines:
+        row = json.loads(line)
+        for column in COLUMNS:
+            if f"{column}_ms" in row:
+                runs[row["mode"]][row["prefix"]][column].append(row[f"{column}_ms"])
+        if "same" in row:
+            runs[row["mode"]][row["prefix"]]["same"].append(float(row["same"]))
+    return runs
+
+
+def cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    middle = f"{statistics.median(values):,.0f}"
+    return middle if len(values) == 1 else f"{middle} ({min(values):,.0f} to {max(values):,.0f})"
+
+
+def main() -> None:
+    runs = read(line for line in sys.stdin if line.startswith("{"))
+    print("| mode | prefix | cold | GPU | below | new process | restart / cold | same |\n|---|---|---|---|---|---|---|---|")
+    for mode, by_length in runs.items():
+        for prefix, columns in sorted(by_length.items()):
+            ratio = f"{statistics.median(columns['restart']) / statistics.median(columns['cold']):.2f}" if columns["restart"] else ""
+            cells = [cell(columns[column]) for column in COLUMNS]
+            print(f"| {mode} | {prefix:,} | {' | '.join(cells)} | {ratio} | {'yes' if all(columns['same']) else 'NO'} |")
+    if "--plot" in sys.argv:
+        plot(runs, sys.argv[sys.argv.index("--plot") + 1])
+
+
+def plot(runs: Any, path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    lines = [("none", "cold", "computed"), ("native", "gpu", "in the GPU"), ("native", "below", "vLLM's RAM"), ("kvkeep", "below", "kvkeep over RAM"),
+             ("fs", "restart", "vLLM's files, new process"), ("kvkeep", "restart", "kvkeep's disk, new process")]  # fmt: skip
+    for mode, column, label in lines:
+        points = [(prefix, statistics.median(columns[column])) for prefix, columns in sorted(runs.get(mode, {}).items()) if columns[column]]
+        if points:
+            axes.plot(*zip(*points), marker="o", label=label)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of the prefix", ylabel="time to first token, ms")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

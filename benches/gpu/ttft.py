@@ -1,0 +1,173 @@
+#!/usr/bin/env python3
+"""Time to first token in vLLM, by where the prefix is: one GPU, one request at a time, random weights.
+
+    ttft.py none                                 # no offloading
+    ttft.py native                               # vLLM's own offloading to RAM
+    ttft.py tiering                              # vLLM's tiering without a tier
+    ttft.py fs --dir /data/fs                    # vLLM's tier of files
+    ttft.py kvkeep --dir /data/kvkeep            # kvkeep's tier, as docs/vllm.md says
+    ttft.py kvkeep --dir /data/kvkeep --phase restart
+
+For each prompt length: `cold` (nobody knows the prefix), `gpu` (it is still in the GPU) and `below` (the GPU's own cache was emptied: RAM, or
+a tier). With `--phase restart`, in a process after the first one with the same seed: `restart` (the first process stored it; RAM is empty),
+beside `cold` prefixes that are new. `same` says that the token after the prompt was the same each time.
+
+One JSON object a line; `table.py` makes a table and a plot of several runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+os.environ.update(VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="WARNING")
+os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
+
+QUESTION_TOKENS = 32
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=["none", "native", "tiering", "fs", "kvkeep"])
+    parser.add_argument("--phase", choices=["first", "restart"], default="first")
+    parser.add_argument("--dir", help="where a tier keeps its files")
+    parser.add_argument("--worth", choices=["measured", "always"], default="measured", help="kvkeep: also load what is slower than computing?")
+    parser.add_argument("--capacity-gb", type=float, default=40.0)
+    parser.add_argument("--chunk", type=int, default=256, help="tokens of a block of the tiers; of `native`, vLLM's own default")
+    parser.add_argument("--lens", default="2048,8192,32768")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=32, help="32: a Llama of 8B's shape")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--cpu-gib", type=int, default=24)
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--pause", type=float, default=1.0, help="seconds for stores to end")
+    return parser.parse_args()
+
+
+def model(layers: int) -> str:
+    """A folder with a configuration and no weights."""
+    folder = Path(f"/tmp/llama-{layers}")
+    folder.mkdir(exist_ok=True)
+    config = {
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
+        "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def transfer_config(given: argparse.Namespace) -> dict[str, Any] | None:
+    extra: dict[str, Any] = {"cpu_bytes_to_use": given.cpu_gib << 30}
+    if given.mode == "none":
+        return None
+    if given.mode != "native":
+        extra |= {"spec_name": "TieringOffloadingSpec", "block_size": given.chunk}
+    if given.mode == "fs":
+        extra["secondary_tiers"] = [{"type": "fs", "root_dir": given.dir}]
+    if given.mode == "kvkeep":
+        extra["secondary_tiers"] = [{"type": "kvkeep", "root_dir": given.dir, "capacity_gb": given.capacity_gb, "worth": given.worth}]
+    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute", "kv_connector_extra_config": extra}
+
+
+class Bench:
+    def __init__(self, given: argparse.Namespace) -> None:
+        from vllm import LLM, SamplingParams
+
+        self.given, self.lens = given, [int(length) for length in given.lens.split(",")]
+        config = transfer_config(given)
+        began = time.time()
+        self.llm = LLM(
+            model=model(given.layers), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max(self.lens) + 512,
+            gpu_memory_utilization=0.85, enforce_eager=True, max_num_batched_tokens=16384, enable_prefix_caching=True, seed=1,
+            tensor_parallel_size=given.tp, **({"kv_transfer_config": config} if config else {}),
+        )  # fmt: skip
+        self.params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, ignore_eos=True)
+        self.say({"start_s": round(time.time() - began, 1)})
+
+    def say(self, what: dict[str, Any]) -> None:
+        name = self.given.mode if self.given.worth == "measured" else f"{self.given.mode}-{self.given.worth}"
+        print(json.dumps({"mode": name, "phase": self.given.phase, **what}), flush=True)
+
+    def ttft(self, ids: list[int]) -> tuple[float, int, int]:
+        """Milliseconds, tokens that were not computed, and the token that came."""
+        began = time.perf_counter()
+        (done,) = self.llm.generate([{"prompt_token_ids": ids}], self.params, use_tqdm=False)
+        return (time.perf_counter() - began) * 1e3, done.num_cached_tokens or 0, done.outputs[0].token_ids[0]
+
+    def warm_up(self) -> None:
+        draw = random.Random(99)
+        for length in (64, 3000, 16000):
+            self.ttft([draw.randrange(3, 31000) for _ in range(min(length, max(self.lens)))])
+
+    def run(self) -> None:
+        self.warm_up()
+        known, fresh = random.Random(self.given.seed), random.Random(self.given.seed + 1000)
+        for length in self.lens:
+            self.measure(length, known, fresh)
+        self.say({"tier": figures(self.llm)})
+
+    def measure(self, length: int, known: random.Random, fresh: random.Random) -> None:
+        first = self.given.phase == "first"
+        times: dict[str, list[float]] = {}
+        cached: dict[str, int] = {}
+        same = True
+
+        def ask(what: str, ids: list[int]) -> int:
+            ms, hit, token = self.ttft(ids)
+            times.setdefault(what, []).append(ms)
+            cached[what] = hit
+            time.sleep(self.given.pause)
+            return token
+
+        for _ in range(self.given.rounds):
+            prefix, other, question = tokens(known, length), tokens(known, QUESTION_TOKENS), tokens(known, QUESTION_TOKENS)
+            if first:
+                ask("cold", prefix + other)
+            else:
+                ask("cold", tokens(fresh, length) + tokens(fresh, QUESTION_TOKENS))
+                ask("restart", prefix + other)
+            answers = [ask("gpu", prefix + question)]
+            assert self.llm.reset_prefix_cache()
+            answers.append(ask("below", prefix + question))
+            same &= answers[0] == answers[1]
+        medians = {f"{what}_ms": round(statistics.median(all_ms), 1) for what, all_ms in times.items()}
+        rounded = {what: [round(ms, 1) for ms in all_ms] for what, all_ms in times.items()}
+        self.say({"prefix": length, **medians, "cached": cached, "same": same, "all_ms": rounded})
+
+
+def tokens(draw: random.Random, count: int) -> list[int]:
+    return [draw.randrange(3, 31000) for _ in range(count)]
+
+
+def figures(llm: Any) -> Any:
+    """What kvkeep's tier counted and measured."""
+    try:
+        core = llm.llm_engine.engine_core.engine_core
+        (tier,) = core.scheduler.connector.connector_scheduler.manager.secondary_tiers
+        return {**tier.counters(), "rates": vars(tier.rates)}
+    except (AttributeError, ValueError):
+        return None
+
+
+def end(llm: Any) -> None:
+    """What waits is written, as when an engine is told to end."""
+    core = llm.llm_engine.engine_core.engine_core
+    core.shutdown()
+
+
+if __name__ == "__main__":
+    bench = Bench(arguments())
+    bench.run()
+    end(bench.llm)
+    sys.stdout.flush()
+    os._exit(0)

@@ -1,0 +1,89 @@
+"""vLLM's tiers where vLLM itself runs on the CPU: its offloading knows GPUs alone.
+
+    {"spec_name": "CpuTieringOffloadingSpec", "spec_module_path": "kvkeep.vllm.cpu", "cpu_bytes_to_use": ..., "secondary_tiers": [...]}
+
+The model's KV and the first tier are then both in RAM, and one is copied into the other at once, by memcpy. Invariant: a transfer is done
+when it is submitted. Everything else is vLLM's own: its manager, its tiers, its recovery.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.kv_offload.base import CanonicalKVCaches, GPULoadStoreSpec, OffloadingWorker, TransferResult
+from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
+from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
+
+__all__ = ["CpuTieringOffloadingSpec"]
+
+
+class CpuTieringOffloadingSpec(TieringOffloadingSpec):
+    """`TieringOffloadingSpec` with a worker that copies between two places in RAM."""
+
+    def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
+        if self._worker is None:
+            region = SharedOffloadRegion(
+                engine_id=self.config.engine_id,
+                num_chunks=self.num_chunks,
+                rank=self.config.parallel.rank,
+                kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+                cpu_page_size=self.cpu_page_size_per_worker,
+            )
+            self._worker = _MemcpyWorker(kv_caches, self.blocks_per_chunk, region)
+        return self._worker
+
+
+class _MemcpyWorker(OffloadingWorker):
+    def __init__(self, kv_caches: CanonicalKVCaches, blocks_per_chunk: int, region: SharedOffloadRegion) -> None:
+        self._per_chunk, self._region = blocks_per_chunk, region
+        self._engine = [cache.tensor.view(torch.int8).view(-1, cache.page_size_bytes) for cache in kv_caches.tensors]
+        self._chunks = [region.create_next_worker_view(cache.page_size_bytes * blocks_per_chunk) for cache in kv_caches.tensors]
+        self._groups = kv_caches.group_data_refs
+        self._finished: list[TransferResult] = []
+
+    def submit_store(self, job_id: int, src_spec: GPULoadStoreSpec, dst_spec: Any) -> bool:
+        return self._copy(job_id, src_spec, dst_spec.block_ids, to_engine=False)
+
+    def submit_load(self, job_id: int, src_spec: Any, dst_spec: GPULoadStoreSpec, expedited: bool = False) -> bool:
+        return self._copy(job_id, dst_spec, src_spec.block_ids, to_engine=True)
+
+    def _copy(self, job_id: int, blocks: GPULoadStoreSpec, chunk_ids: Any, to_engine: bool) -> bool:
+        begun, size, block, chunk = time.perf_counter(), 0, 0, 0
+        for group, count, first in zip(self._groups, blocks.group_sizes, blocks.block_indices):
+            if not count:
+                continue
+            # The first block may lie in the middle of its chunk.
+            places = first % self._per_chunk + np.arange(count)
+            numbers = torch.from_numpy(np.asarray(chunk_ids)[chunk + places // self._per_chunk].astype(np.int64))
+            within = torch.from_numpy(places % self._per_chunk)
+            ids = torch.from_numpy(blocks.block_ids[block : block + count].astype(np.int64))
+            for ref in group:
+                size += self._copy_layer(ref, ids, numbers, within, to_engine)
+            block, chunk = block + count, chunk + int(places[-1]) // self._per_chunk + 1
+        self._finished.append(TransferResult(job_id=job_id, success=True, transfer_size=size, transfer_time=time.perf_counter() - begun))
+        return True
+
+    def _copy_layer(self, ref: Any, ids: torch.Tensor, numbers: torch.Tensor, within: torch.Tensor, to_engine: bool) -> int:
+        engine, chunks, size = self._engine[ref.tensor_idx], self._chunks[ref.tensor_idx], ref.page_size_bytes
+        page = engine.shape[1]
+        parts = chunks.as_strided((chunks.shape[0], self._per_chunk, page), (chunks.stride(0), page, 1), chunks.storage_offset())
+        if to_engine:
+            engine[ids, :size] = parts[numbers, within, :size]
+        else:
+            parts[numbers, within, :size] = engine[ids, :size]
+        return len(ids) * size
+
+    def get_finished(self) -> list[TransferResult]:
+        finished, self._finished = self._finished, []
+        return finished
+
+    def wait(self, job_ids: set[int]) -> None:
+        pass
+
+    def shutdown(self) -> None:
+        self._engine.clear()
+        self._chunks.clear()
+        self._region.cleanup()

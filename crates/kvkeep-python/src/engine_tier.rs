@@ -1,0 +1,421 @@
+//! A disk behind an engine that keeps KV in RAM of its own: what `kvkeep.vllm` puts under vLLM's tiering.
+//!
+//! Nothing here waits, but [`EngineTier::drain`] and [`EngineTier::close`]. A store is copied out of its row by a thread
+//! of this module and written by the disk's; a load is read and checked by the disk's threads and copied into its row by
+//! them. So a row is held for a copy and for as long as the queue is full, and no longer than the job's deadline.
+
+use std::collections::{HashSet, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use kvkeep::tiers::{Payload, ReadTarget};
+use kvkeep::{CacheConfig, Chain, DiskConfig, KvCache, StoreOptions};
+use pyo3::prelude::*;
+use pyo3::types::{PyBytes, PyDict};
+
+use crate::convert::{seconds, some_seconds};
+use crate::engine_jobs::{Job, Jobs, Key, Kind, Staged, Target};
+use crate::engine_rows::{Pool, Rows};
+use crate::error::{raise, to_python};
+use crate::fork::Here;
+use crate::open::waiting;
+use crate::stats;
+use crate::tokens::Namespace;
+
+/// Stores that wait for the thread that copies; more are refused.
+const MAX_WAITING: usize = 4096;
+/// Memory to read into that is kept: as much as there are threads that read.
+const BOUNCE: usize = 8;
+/// How often it is looked which of the blocks that were announced are gone.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// And anyway after so many times: what expires changes no counter.
+const LOOKS_PASSED: u32 = 30;
+/// Keys that are looked up at once.
+const AT_ONCE: usize = 1024;
+
+/// (number, kind, positions that are done, blocks, seconds)
+type RawEnded = (u64, &'static str, Vec<usize>, usize, f64);
+
+/// The tier.
+#[pyclass(frozen, module = "kvkeep._kvkeep")]
+#[derive(Debug)]
+pub(crate) struct EngineTier {
+    here: Here<Mutex<Option<Arc<Engine>>>>,
+}
+
+#[derive(Debug)]
+struct Engine {
+    cache: KvCache,
+    namespace: kvkeep::Namespace,
+    jobs: Arc<Jobs>,
+    staging: Arc<Pool>,
+    queue: Mutex<Queue>,
+    work: Condvar,
+    refused: AtomicU64,
+    events: Option<Events>,
+    load_time: Duration,
+    store_time: Duration,
+    thread: Mutex<Option<thread::JoinHandle<()>>>,
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    stores: VecDeque<(Arc<Job>, Vec<Key>, StoreOptions)>,
+    closed: bool,
+}
+
+/// What came to the disk and went from it.
+#[derive(Debug, Default)]
+struct Events {
+    stored: Arc<Mutex<Vec<Key>>>,
+    removed: Mutex<Vec<Key>>,
+    /// What was announced and not yet taken back.
+    announced: Mutex<HashSet<Key>>,
+    /// Counters of the disk when that was last looked at, and how often it was not since.
+    seen: Mutex<([u64; 4], u32)>,
+}
+
+/// What a tier is opened with: directory, bytes, bytes of the queue, key file.
+type RawDir = (std::path::PathBuf, u64, u64, Option<std::path::PathBuf>);
+
+#[pymethods]
+impl EngineTier {
+    /// `rows` is a writeable array of bytes, `[rows, bytes]`. `times` are seconds: of a load, of a store, of a flush.
+    #[new]
+    fn new(
+        py: Python<'_>,
+        rows: &Bound<'_, PyAny>,
+        namespace: &Namespace,
+        disk: RawDir,
+        times: [f64; 3],
+        events: bool,
+    ) -> PyResult<Self> {
+        let rows = Rows::new(rows)?;
+        if rows.row_bytes() != namespace.0.layout().block_bytes() {
+            return Err(raise("ConfigError", "a row must have the bytes of a block of the namespace"));
+        }
+        let [load, store, flush] = times;
+        let (load, store) = (some_seconds(load, "load_timeout_s")?, some_seconds(store, "store_timeout_s")?);
+        let (dir, capacity_bytes, queue_bytes, key_file) = disk;
+        let mut config = DiskConfig::new(dir, capacity_bytes)
+            .queue_bytes(queue_bytes)
+            .read_timeout(load)
+            .flush_timeout(some_seconds(flush, "flush_timeout_s")?);
+        if let Some(key_file) = key_file {
+            config = config.key_file(key_file);
+        }
+        let opened = waiting(py, || KvCache::new(CacheConfig::without_ram().disk(config)))?;
+        let cache = opened.map_err(|error| to_python(&error))?;
+        let row_bytes = rows.row_bytes();
+        let staged = usize::try_from(queue_bytes).unwrap_or(usize::MAX) / row_bytes;
+        let engine = Arc::new(Engine {
+            cache,
+            namespace: namespace.0.clone(),
+            jobs: Arc::new(Jobs::new(rows, Pool::new(row_bytes, BOUNCE))),
+            staging: Pool::new(row_bytes, staged.clamp(1, 1 << 16)),
+            queue: Mutex::default(),
+            work: Condvar::new(),
+            refused: AtomicU64::new(0),
+            events: events.then(Events::default),
+            load_time: load,
+            store_time: store,
+            thread: Mutex::default(),
+        });
+        engine.start()?;
+        Ok(Self { here: Here::new(Mutex::new(Some(engine))) })
+    }
+
+    /// Which of these can be loaded now.
+    fn has(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<Vec<bool>> {
+        let engine = self.engine()?;
+        Ok(py.detach(|| engine.has(&keys)))
+    }
+
+    /// Begins to store rows; the job ends by itself.
+    fn store(&self, py: Python<'_>, id: u64, keys: Vec<Key>, rows: Vec<usize>, ttl: Option<f64>) -> PyResult<()> {
+        let engine = self.engine()?;
+        let mut options = StoreOptions::default();
+        options.ttl = seconds(ttl, "ttl_s")?;
+        engine.check(&keys, &rows)?;
+        begun(py.detach(|| engine.store(id, keys, rows, options)))
+    }
+
+    /// Begins to load into rows; the job ends by itself.
+    fn load(&self, py: Python<'_>, id: u64, keys: Vec<Key>, rows: Vec<usize>) -> PyResult<()> {
+        let engine = self.engine()?;
+        engine.check(&keys, &rows)?;
+        begun(py.detach(|| engine.load(id, Kind::Load, &keys, rows)))
+    }
+
+    /// Begins to load into nowhere, to see how fast the disk is.
+    fn probe(&self, py: Python<'_>, id: u64, keys: Vec<Key>) -> PyResult<()> {
+        let engine = self.engine()?;
+        begun(py.detach(|| engine.load(id, Kind::Probe, &keys, vec![0; keys.len()])))
+    }
+
+    /// What has ended since this was last asked.
+    fn ended(&self, py: Python<'_>) -> PyResult<Vec<RawEnded>> {
+        let engine = self.engine()?;
+        let ended = py.detach(|| engine.jobs.take_ended());
+        let raw = |ended: crate::engine_jobs::Ended| {
+            let kind = match ended.kind {
+                Kind::Store => "store",
+                Kind::Load => "load",
+                Kind::Probe => "probe",
+            };
+            (ended.id, kind, ended.done, ended.blocks, ended.time.as_secs_f64())
+        };
+        Ok(ended.into_iter().map(raw).collect())
+    }
+
+    /// Waits until no job is under way.
+    fn drain(&self, py: Python<'_>) -> PyResult<()> {
+        let engine = self.engine()?;
+        py.detach(|| engine.jobs.drain());
+        Ok(())
+    }
+
+    /// These were used in the engine's own memory.
+    fn touch(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<()> {
+        let engine = self.engine()?;
+        py.detach(|| engine.chain(&keys).iter().for_each(|chain| engine.cache.touch_lent(chain)));
+        Ok(())
+    }
+
+    /// Keeps these before others, for so long; says how many.
+    fn retain(&self, py: Python<'_>, keys: Vec<Key>, time: Option<f64>) -> PyResult<usize> {
+        let (engine, time) = (self.engine()?, seconds(time, "ttl_s")?);
+        Ok(py.detach(|| engine.chain(&keys).map_or(0, |chain| engine.cache.retain_lent(&chain, time))))
+    }
+
+    /// These are like others again.
+    fn release(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<()> {
+        let engine = self.engine()?;
+        py.detach(|| engine.chain(&keys).iter().for_each(|chain| engine.cache.release_lent(chain)));
+        Ok(())
+    }
+
+    /// Removes these; says how many there were.
+    fn remove(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<u64> {
+        let engine = self.engine()?;
+        Ok(py.detach(|| engine.chain(&keys).map_or(0, |chain| engine.cache.remove_chain(&chain, 0).entries)))
+    }
+
+    /// What was written and what has gone since this was last asked.
+    fn take_events<'py>(&self, py: Python<'py>) -> PyResult<(Vec<Bound<'py, PyBytes>>, Vec<Bound<'py, PyBytes>>)> {
+        let engine = self.engine()?;
+        let (stored, removed) = py.detach(|| engine.events.as_ref().map(Events::take)).unwrap_or_default();
+        let bytes = |keys: Vec<Key>| keys.iter().map(|key| PyBytes::new(py, key)).collect();
+        Ok((bytes(stored), bytes(removed)))
+    }
+
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        let engine = self.engine()?;
+        waiting(py, move || engine.cache.flush())?.map_err(|error| to_python(&error))
+    }
+
+    /// Of the disk, and of the jobs.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let engine = self.engine()?;
+        let dict = stats::to_dict(py, &py.detach(|| engine.cache.stats()))?;
+        dict.set_item("jobs_under_way", engine.jobs.under_way())?;
+        dict.set_item("jobs_late_total", engine.jobs.late.load(Ordering::Relaxed))?;
+        dict.set_item("jobs_refused_total", engine.refused.load(Ordering::Relaxed))?;
+        Ok(dict)
+    }
+
+    /// Ends every job, gives the rows back, writes what was taken, and lets go of the directory. A second time does
+    /// nothing.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let engine = self.here.get()?.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(engine) = engine else { return Ok(()) };
+        // With the GIL held: they are an object of Python's.
+        drop(py.detach(|| engine.give_back()));
+        waiting(py, move || engine.close())?.map_err(|error| to_python(&error))
+    }
+}
+
+impl EngineTier {
+    fn engine(&self) -> PyResult<Arc<Engine>> {
+        let engine = self.here.get()?.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        engine.ok_or_else(|| raise("ClosedError", "this tier is closed: make a new one"))
+    }
+}
+
+impl Engine {
+    fn start(self: &Arc<Self>) -> PyResult<()> {
+        let weak = Arc::downgrade(self);
+        let thread = thread::Builder::new().name("kvkeep-store".to_owned()).spawn(move || {
+            while let Some(engine) = weak.upgrade() {
+                match engine.next_store() {
+                    Some(Some((job, keys, options))) => engine.write(&job, keys, &options),
+                    Some(None) => engine.look_for_gone(),
+                    None => return,
+                }
+            }
+        })?;
+        *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
+        Ok(())
+    }
+
+    fn chain<K: AsRef<[u8]>>(&self, keys: &[K]) -> Option<Chain> {
+        Chain::external(&self.namespace, keys).ok()
+    }
+
+    fn has(&self, keys: &[Key]) -> Vec<bool> {
+        self.chain(keys).map_or_else(Vec::new, |chain| self.cache.has_lent(&chain))
+    }
+
+    /// # Errors
+    /// `ConfigError` for rows that are not there.
+    fn check(&self, keys: &[Key], rows: &[usize]) -> PyResult<()> {
+        if keys.len() == rows.len() && self.jobs.has_rows(rows) {
+            return Ok(());
+        }
+        Err(raise("ConfigError", "give one row that is there for each key"))
+    }
+
+    /// Says whether no other job has this number.
+    fn store(&self, id: u64, keys: Vec<Key>, rows: Vec<usize>, options: StoreOptions) -> bool {
+        let Some(job) = self.jobs.begin(id, Kind::Store, rows, self.store_time) else { return false };
+        {
+            let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+            if !queue.closed && queue.stores.len() < MAX_WAITING {
+                queue.stores.push_back((job, keys, options));
+                self.work.notify_one();
+                return true;
+            }
+        }
+        self.refused.fetch_add(1, Ordering::Relaxed);
+        self.jobs.end(&job);
+        true
+    }
+
+    /// Says whether no other job has this number.
+    fn load(&self, id: u64, kind: Kind, keys: &[Key], rows: Vec<usize>) -> bool {
+        let Some(job) = self.jobs.begin(id, kind, rows, self.load_time) else { return false };
+        let Some(chain) = self.chain(keys) else {
+            self.jobs.end(&job);
+            return true;
+        };
+        let target = |block| {
+            let (jobs, job) = (Arc::clone(&self.jobs), Arc::clone(&job));
+            Box::new(Target { jobs, job, block, page: None }) as Box<dyn ReadTarget>
+        };
+        self.cache.read_lent(&chain, 0, (0..keys.len()).map(target).collect());
+        true
+    }
+
+    /// The next store; `Some(None)` if there is none and it is time to look around; `None` at the end.
+    #[expect(clippy::type_complexity, reason = "used here alone")]
+    fn next_store(&self) -> Option<Option<(Arc<Job>, Vec<Key>, StoreOptions)>> {
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let waits = |queue: &mut Queue| queue.stores.is_empty() && !queue.closed;
+        let waited = self.work.wait_timeout_while(queue, LOOK_EVERY, waits);
+        let (mut queue, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        match queue.stores.pop_front() {
+            None if queue.closed => None,
+            next => Some(next),
+        }
+    }
+
+    /// Copies what is not there yet out of its rows, and has it written.
+    fn write(&self, job: &Job, keys: Vec<Key>, options: &StoreOptions) {
+        let there = self.has(&keys);
+        for (block, (key, there)) in keys.into_iter().zip(there).enumerate() {
+            if job.is_over() {
+                break;
+            }
+            if there || self.write_one(job, block, key, options) {
+                job.came(block);
+            }
+        }
+        self.jobs.end(job);
+    }
+
+    fn write_one(&self, job: &Job, block: usize, key: Key, options: &StoreOptions) -> bool {
+        let mut page = self.staging.take();
+        if !self.jobs.with_row(job, block, |rows, row| rows.copy_out(row, page.bytes_mut())) {
+            return false;
+        }
+        let Some(chain) = self.chain(std::slice::from_ref(&key)) else { return false };
+        let told = self.events.as_ref().map(|events| (key, Arc::clone(&events.stored)));
+        let payload: Arc<dyn Payload> = Arc::new(Staged { page, told });
+        self.cache.write_lent(&chain, 0, vec![payload], options) == 1
+    }
+
+    /// Finds out which of the blocks that were announced are gone: evicted, expired, damaged.
+    fn look_for_gone(&self) {
+        let Some(events) = &self.events else { return };
+        let stats = self.cache.stats();
+        // A disk that fails has nothing now, and all of it when it is back.
+        let Some(disk) = stats.tier("disk").filter(|disk| !disk.failing) else { return };
+        if !events.is_time([disk.entries, disk.stored_total, disk.evictions, disk.damaged_total]) {
+            return;
+        }
+        let announced: Vec<Key> =
+            events.announced.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect();
+        for keys in announced.chunks(AT_ONCE) {
+            let gone = keys.iter().zip(self.has(keys)).filter(|(_, there)| !there).map(|(key, _)| key);
+            events.are_gone(gone.cloned().collect());
+        }
+    }
+
+    /// Ends every job; the engine may have its memory back.
+    fn give_back(&self) -> Option<Rows> {
+        let waiting = {
+            let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+            queue.closed = true;
+            std::mem::take(&mut queue.stores)
+        };
+        self.work.notify_all();
+        drop(waiting);
+        self.jobs.close()
+    }
+
+    /// Writes what was taken, and lets go of the directory.
+    fn close(self: Arc<Self>) -> kvkeep::Result<()> {
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // It waits for room in the queue at most, and that ends.
+        drop(thread.map(thread::JoinHandle::join));
+        self.cache.flush()
+    }
+}
+
+/// # Errors
+/// `ConfigError` if the number is another job's.
+fn begun(begun: bool) -> PyResult<()> {
+    if begun { Ok(()) } else { Err(raise("ConfigError", "a job of this number is under way: give each its own")) }
+}
+
+impl Events {
+    fn take(&self) -> (Vec<Key>, Vec<Key>) {
+        let stored = std::mem::take(&mut *self.stored.lock().unwrap_or_else(PoisonError::into_inner));
+        let removed = std::mem::take(&mut *self.removed.lock().unwrap_or_else(PoisonError::into_inner));
+        self.announced.lock().unwrap_or_else(PoisonError::into_inner).extend(stored.iter().cloned());
+        (stored, removed)
+    }
+
+    /// Has anything come or gone, or is it long since anybody looked?
+    fn is_time(&self, counters: [u64; 4]) -> bool {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        seen.1 += 1;
+        let is_time = seen.0 != counters || seen.1 >= LOOKS_PASSED;
+        if is_time {
+            *seen = (counters, 0);
+        }
+        is_time
+    }
+
+    fn are_gone(&self, keys: Vec<Key>) {
+        {
+            let mut announced = self.announced.lock().unwrap_or_else(PoisonError::into_inner);
+            for key in &keys {
+                announced.remove(key);
+            }
+        }
+        self.removed.lock().unwrap_or_else(PoisonError::into_inner).extend(keys);
+    }
+}

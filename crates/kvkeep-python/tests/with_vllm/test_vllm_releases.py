@@ -1,0 +1,101 @@
+"""Each release of vLLM that the tier works with: its abstract classes, read from its own wheel, and the tier built on them.
+
+The folders come from `make test-vllm`, which unpacks the wheels' Python files (`KVKEEP_VLLM_RELEASES` names the folder above them). Only what
+a tier touches is imported; what that imports of the engine is stubbed.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+RELEASES = Path(os.environ.get("KVKEEP_VLLM_RELEASES", ""))
+
+PROGRAM = """
+import dataclasses, importlib.machinery, inspect, logging, sys, types
+from pathlib import Path
+
+root = Path({root!r})
+
+def stub(name, **content):
+    module = types.ModuleType(name)
+    module.__dict__.update(content)
+    sys.modules[name] = module
+
+def folder(name):
+    # The folder of a package, without running its __init__.
+    module = types.ModuleType(name)
+    module.__path__ = [str(root / name.replace(".", "/"))]
+    module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=True)
+    sys.modules[name] = module
+
+logger = logging.getLogger("vllm")
+logger.info_once = logger.warning_once = lambda *_, **__: None
+for name in ("vllm", "vllm.v1", "vllm.v1.kv_offload", "vllm.v1.kv_offload.tiering", "vllm.v1.metrics", "vllm.distributed",
+             "vllm.distributed.kv_transfer", "vllm.distributed.kv_transfer.kv_connector", "vllm.distributed.kv_transfer.kv_connector.v1",
+             "vllm.distributed.kv_transfer.kv_connector.v1.offloading"):
+    folder(name)
+sys.modules["vllm"].__version__ = {version!r}
+stub("vllm.logger", init_logger=lambda name: logger)
+stub("vllm.config", VllmConfig=object)
+@dataclasses.dataclass
+class Stats:
+    data: dict = dataclasses.field(default_factory=dict)
+stub("vllm.distributed.kv_transfer.kv_connector.v1.metrics", KVConnectorPromMetrics=object, KVConnectorStats=Stats, PromMetric=object, PromMetricT=object)
+stub("vllm.v1.kv_offload.factory", OffloadingSpecFactory=object)
+
+sys.path.insert(0, {here!r})
+from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
+from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+from kvkeep.vllm import KvkeepTier, register
+import kvkeep.vllm, tier
+
+assert Path(inspect.getfile(SecondaryTierManager)).is_relative_to(root)
+assert not KvkeepTier.__abstractmethods__, KvkeepTier.__abstractmethods__
+
+# What the base class has, we have with its parameters, in their order, under their names.
+for name, theirs in inspect.getmembers(SecondaryTierManager, inspect.isfunction):
+    ours = getattr(KvkeepTier, name)
+    if name.startswith("_") or ours is theirs:
+        continue
+    expected, found = (list(inspect.signature(function).parameters) for function in (theirs, ours))
+    assert found[: len(expected)] == expected, (name, expected, found)
+    print("same", name)
+
+# The factory's own call, with the arguments that this release gives.
+register()
+config = {{"type": "kvkeep", "root_dir": {work!r}, "capacity_gb": 0.1, "worth": "always"}}
+assert SecondaryTierFactory.get_tier_class(config) is KvkeepTier
+from pathlib import Path
+import numpy as np
+vllm_config = tier.engine_config(Path({work!r}).parent / "model")
+made = SecondaryTierFactory.create_secondary_tier(config, memoryview(np.zeros((8, tier.ROW_BYTES), np.int8)), tier.offloading_spec())
+made.shutdown()
+
+# And a round: store, look up, load, in a second life.
+keys = tier.names(6)
+for life in range(2):
+    with tier.Lab(Path({work!r}), rows=8) as lab:
+        if life == 0:
+            lab.store(keys)
+        assert all(lab.hits(keys, tier.request("asks", keys)))
+        assert lab.load(keys).success
+        assert all((lab.rows[row] == tier.content(key)).all() for row, key in enumerate(keys))
+        assert set(lab.tier.get_stats().data["data"]) <= set(KvkeepTier.build_metric_definitions({{}}))
+print("round done")
+"""
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.33.0"])
+def test_the_tier_fits_this_releases_abstract_classes(version: str, tmp_path: Path) -> None:
+    root = RELEASES / version
+    if not (root / "vllm").is_dir():
+        pytest.skip(f"the wheel of vLLM {version} is not unpacked: make test-vllm does it")
+    program = PROGRAM.format(root=str(root), version=version, here=str(Path(__file__).parent), work=str(tmp_path / "kv"))
+    done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {"same lookup", "same submit_store", "same submit_load", "same get_finished_jobs", "round done"} <= set(done.stdout.splitlines())

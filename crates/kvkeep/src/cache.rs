@@ -220,7 +220,7 @@ impl KvCache {
                 for (side, tensor, room) in [(Side::K, &mut target.k, room.0), (Side::V, &mut target.v, room.1)] {
                     let range = layout.range(layer, side);
                     let payload = bytes.get(range.start - first..range.end - first).unwrap_or_default();
-                    copy_block(layout, side, block, payload, tensor, room);
+                    copy_block(layout, (layer, side), block, payload, tensor, room);
                 }
             }
         });
@@ -297,10 +297,59 @@ impl KvCache {
         layers: &[LayerView<'_>],
         options: &StoreOptions,
     ) -> Result<StoreReport> {
-        let (layout, keys) = (chain.namespace().layout(), chain.keys());
-        self.store.here()?.describe(chain.namespace());
-        let source = Source::checked(layout, layers, first_token, keys.len() * layout.block_tokens())?;
+        let layout = chain.namespace().layout();
+        self.store.here()?;
+        let source = Source::checked(layout, layers, first_token, chain.blocks() * layout.block_tokens())?;
         let first_block = first_token.div_ceil(layout.block_tokens());
+        self.store_each(chain, first_block, options, |block, payload| {
+            source.write_block(block * layout.block_tokens(), payload);
+        })
+    }
+
+    /// Stores whole blocks of a chain, from block `first_block` on, as bytes in the order of the namespace's layout: for
+    /// engines whose blocks are opaque, or lie so already. What comes before must be in the cache, or the report says
+    /// [`Rejection::PrefixGone`].
+    ///
+    /// # Errors
+    /// [`Error::Layout`] if one has not the bytes of a block, or there are more than the chain has; then nothing is
+    /// stored. [`Error::Stopped`].
+    pub fn store_blocks(
+        &self,
+        chain: &Chain,
+        first_block: usize,
+        blocks: &[&[u8]],
+        options: &StoreOptions,
+    ) -> Result<StoreReport> {
+        self.store.here()?;
+        let (all, block_bytes) = (chain.blocks(), chain.namespace().layout().block_bytes());
+        if first_block + blocks.len() > all {
+            let text = format!("{} blocks from block {first_block} on: the chain has {all}", blocks.len());
+            return Err(Error::Layout(text));
+        }
+        if let Some(wrong) = blocks.iter().find(|block| block.len() != block_bytes) {
+            let text = format!("a block of {} bytes: blocks of this namespace have {block_bytes}", wrong.len());
+            return Err(Error::Layout(text));
+        }
+        let mut given = chain.clone();
+        given.truncate(first_block + blocks.len());
+        self.store_each(&given, first_block, options, |block, payload| {
+            let from = block.checked_sub(first_block).and_then(|at| blocks.get(at));
+            if let (Some(from), Some(to)) = (from, payload.get_mut(..block_bytes)) {
+                to.copy_from_slice(from);
+            }
+        })
+    }
+
+    /// Stores what is not there of a chain. `write` gets the number of a block, and its pages.
+    fn store_each(
+        &self,
+        chain: &Chain,
+        first_block: usize,
+        options: &StoreOptions,
+        write: impl Fn(usize, &mut [u8]),
+    ) -> Result<StoreReport> {
+        let (layout, keys) = (chain.namespace().layout(), chain.keys());
+        self.store.describe(chain.namespace());
         let wanted = Wanted { bytes_each: layout.block_bytes(), first_given: first_block, priority: options.priority };
         let namespace = chain.namespace().id();
         let Reserved { present, missing, below, rejection } = self.store.reserve(namespace, keys, wanted);
@@ -313,7 +362,7 @@ impl KvCache {
         let found = missing.first().map_or(keys.len(), |(position, _)| *position);
         let (mut objects, mut copied) = (Vec::with_capacity(missing.len()), options.copied());
         for (position, mut pending) in missing {
-            source.write_block(position * layout.block_tokens(), pending.bytes_mut());
+            write(position, pending.bytes_mut());
             copied.add(layout.block_bytes())?;
             if let Some(key) = keys.get(position) {
                 let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
@@ -550,6 +599,17 @@ impl Match {
         Ok(LayerView { k: self.view(block, layer, Side::K)?, v: self.view(block, layer, Side::V)? })
     }
 
+    /// A whole block, without copying: bytes in the order of the namespace's layout. All there is to read of an opaque
+    /// one.
+    ///
+    /// # Errors
+    /// [`Error::BlockOutOfRange`] for a block that was not matched.
+    pub fn block(&self, block: usize) -> Result<&[u8]> {
+        self.pin.check()?;
+        let bytes = if block < self.blocks() { self.pin.bytes(block).get(..self.layout.block_bytes()) } else { None };
+        bytes.ok_or(Error::BlockOutOfRange { block, blocks: self.blocks() })
+    }
+
     /// Copies K and V of these layers into an engine's tensors, one for each layer of the
     /// range. Each tensor has room for at least [`Match::cached_tokens`] tokens; the matched
     /// ones are written at its beginning, the rest is left alone.
@@ -565,7 +625,7 @@ impl Match {
                 let range = self.layout.range(layer, side);
                 for block in 0..self.blocks() {
                     let payload = self.pin.bytes(block).get(range.clone()).unwrap_or_default();
-                    copy_block(&self.layout, side, block, payload, tensor, room);
+                    copy_block(&self.layout, (layer, side), block, payload, tensor, room);
                 }
             }
         }
@@ -574,7 +634,7 @@ impl Match {
 
     fn view(&self, block: usize, layer: usize, side: Side) -> Result<TensorView<'_>> {
         let bytes = self.pin.bytes(block).get(self.layout.range(layer, side)).unwrap_or_default();
-        let shape = self.layout.shape(side, self.layout.block_tokens())?;
+        let shape = self.layout.shape(layer, side, self.layout.block_tokens())?;
         Ok(TensorView::trusted(self.layout.dtype(), shape, bytes))
     }
 }
@@ -635,14 +695,14 @@ fn check_targets(
 /// Copies one side of one layer of a block to where it belongs in a tensor of `room` tokens.
 fn copy_block(
     layout: &KvLayout,
-    side: Side,
+    of: (usize, Side),
     block: usize,
     payload: &[u8],
     target: &mut crate::TensorViewMut<'_>,
     room: usize,
 ) {
     let bytes = target.bytes_mut();
-    layout.each_run(side, room, block * layout.block_tokens(), |from, to| {
+    layout.each_run(of, room, block * layout.block_tokens(), |from, to| {
         if let (Some(from), Some(to)) = (payload.get(from), bytes.get_mut(to)) {
             to.copy_from_slice(from);
         }
@@ -667,6 +727,7 @@ impl<'a> Source<'a> {
         if layers.is_empty() {
             return Err(Error::ZeroLayers);
         }
+        layout.check_layers(&(0..layout.layers()))?;
         if layers.len() != layout.layers() {
             return Err(Error::LayerCount { expected: layout.layers(), got: layers.len() });
         }
@@ -696,7 +757,7 @@ impl<'a> Source<'a> {
         payload: &mut [u8],
     ) {
         let Some(payload) = payload.get_mut(self.layout.range(layer, side)) else { return };
-        self.layout.each_run(side, tensor_tokens, at_token - self.first_token, |to, from| {
+        self.layout.each_run((layer, side), tensor_tokens, at_token - self.first_token, |to, from| {
             if let (Some(from), Some(to)) = (tensor.bytes().get(from), payload.get_mut(to)) {
                 to.copy_from_slice(from);
             }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::{Clock, SystemClock};
+use crate::codec::Codecs;
 use crate::error::{Error, Result};
 use crate::event::EventSink;
 use crate::eviction::{Admission, PolicyKind, Priority};
@@ -41,6 +42,7 @@ pub struct DiskConfig {
     pub(crate) queue_bytes: Option<u64>,
     pub(crate) read_timeout: Duration,
     pub(crate) flush_timeout: Duration,
+    pub(crate) codecs: Codecs,
 }
 
 /// When what is stored goes to the disk.
@@ -67,6 +69,7 @@ impl DiskConfig {
             queue_bytes: None,
             read_timeout: Duration::from_secs(5),
             flush_timeout: Duration::from_secs(30),
+            codecs: Codecs::default(),
         }
     }
 
@@ -108,6 +111,14 @@ impl DiskConfig {
     #[must_use]
     pub fn queue_bytes(mut self, queue_bytes: u64) -> Self {
         self.queue_bytes = Some(queue_bytes);
+        self
+    }
+
+    /// How blocks are encoded on the disk: as they are, unless said otherwise. A directory may hold blocks of several
+    /// codecs, and is read with all of them; those of a codec that is not known here are misses.
+    #[must_use]
+    pub fn codecs(mut self, codecs: Codecs) -> Self {
+        self.codecs = codecs;
         self
     }
 

@@ -10,9 +10,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
-use super::format::{Content, Kind, RecordMeta};
+use super::coded::Draft;
+use super::format::{Kind, RecordMeta};
 use super::index::{DiskIndex, Fingerprint, SegmentNumber, Slot};
 use crate::clock::{Clock, Deadline, Moment};
+use crate::codec::Codecs;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::stats::TierStats;
 use crate::sync::{Condvar, Mutex};
@@ -62,8 +64,9 @@ pub(crate) struct Shared {
     /// Something is queued.
     pub(crate) work: Condvar,
     /// Something left the queue, or was answered.
-    room: Condvar,
+    pub(crate) room: Condvar,
     pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) codecs: Codecs,
     resident: OnceLock<Resident>,
 }
 
@@ -80,39 +83,33 @@ pub(crate) enum Op {
 /// A record to be written.
 pub(crate) struct Write {
     pub(crate) ticket: u64,
-    pub(crate) meta: RecordMeta,
+    pub(crate) draft: Arc<Draft>,
     /// Of whoever admitted it, kept with it.
     pub(crate) mark: u8,
-    pub(crate) content: Content,
     pub(crate) payload: Arc<dyn Payload>,
-    pub(crate) sums: Arc<Sums>,
 }
 
 /// A payload in the queue. It counts until its last holder has dropped it: the writer, or whoever
-/// makes its checksums. Who waits for its pages goes by that.
+/// works ahead of it. Who waits for its pages goes by that.
 struct Counted {
     payload: Option<Arc<dyn Payload>>,
     bytes: u64,
     shared: Weak<Shared>,
 }
 
-/// The checksums of a queued payload: made by whoever needs or has time for them first.
-pub(crate) type Sums = OnceLock<Vec<u8>>;
-
-/// A payload that waits for its checksums, if it still waits to be written.
-pub(crate) struct ToSum {
-    meta: RecordMeta,
+/// A block of which something can be made ahead of the writer, if it still waits.
+pub(crate) struct Ahead {
     payload: Weak<dyn Payload>,
-    sums: Arc<Sums>,
+    draft: Weak<Draft>,
 }
 
 /// What is to be written, in order. Bounded by the bytes of its payloads.
 #[derive(Default)]
 pub(crate) struct Queue {
     pub(crate) ops: VecDeque<Op>,
-    pub(crate) to_sum: VecDeque<ToSum>,
-    /// Does anybody make checksums ahead?
-    pub(crate) sums_ahead: bool,
+    pub(crate) ahead: VecDeque<Ahead>,
+    /// Does anybody work ahead?
+    pub(crate) works_ahead: bool,
     pub(crate) bytes: u64,
     /// The newest write of each key that is queued or under way: others are of no use.
     wanted: HashMap<Fingerprint, Wanted>,
@@ -140,13 +137,14 @@ pub(crate) struct Latch {
 }
 
 impl Shared {
-    pub(crate) fn new(dir: &Path, clock: Arc<dyn Clock>) -> Self {
+    pub(crate) fn new(dir: &Path, clock: Arc<dyn Clock>, codecs: Codecs) -> Self {
         Self {
             dir: dir.to_owned(),
             state: Mutex::new(DiskState::default()),
             work: Condvar::default(),
             room: Condvar::default(),
             clock,
+            codecs,
             resident: OnceLock::new(),
         }
     }
@@ -385,26 +383,19 @@ impl DiskState {
 
 impl Queue {
     /// Queues a write, in place of an earlier one of its key.
-    pub(crate) fn push(
-        &mut self,
-        meta: RecordMeta,
-        mark: u8,
-        content: Content,
-        payload: Arc<dyn Payload>,
-        shared: &Arc<Shared>,
-    ) {
+    pub(crate) fn push(&mut self, draft: Draft, mark: u8, payload: Arc<dyn Payload>, shared: &Arc<Shared>) {
         let payload: Arc<dyn Payload> = Arc::new(Counted::new(payload, shared));
         self.last_ticket += 1;
-        let ticket = self.last_ticket;
+        let (ticket, meta) = (self.last_ticket, draft.meta);
         let wanted =
             Wanted { ticket, namespace: meta.namespace, layer: meta.key.layer(), expires_at_ms: meta.expires_at_ms };
         self.wanted.insert(Fingerprint::of(&meta.key), wanted);
         self.bytes += payload.bytes().len() as u64;
-        let sums = Arc::<Sums>::default();
-        if self.sums_ahead {
-            self.to_sum.push_back(ToSum { meta, payload: Arc::downgrade(&payload), sums: Arc::clone(&sums) });
+        let draft = Arc::new(draft);
+        if self.works_ahead && draft.is_work() {
+            self.ahead.push_back(Ahead { payload: Arc::downgrade(&payload), draft: Arc::downgrade(&draft) });
         }
-        self.ops.push_back(Op::Write(Box::new(Write { ticket, meta, mark, content, payload, sums })));
+        self.ops.push_back(Op::Write(Box::new(Write { ticket, draft, mark, payload })));
     }
 
     /// Is a write of this key queued or under way?
@@ -455,7 +446,7 @@ impl Queue {
         }
         self.ops = kept;
         for write in &writes {
-            self.finish(&write.meta.key, write.ticket);
+            self.finish(&write.draft.meta.key, write.ticket);
         }
         writes
     }
@@ -490,14 +481,15 @@ impl Drop for Counted {
     }
 }
 
-impl ToSum {
-    /// Makes the checksums, if the payload still waits and has none.
-    pub(crate) fn sum(self) {
-        if self.sums.get().is_none()
-            && let Some(payload) = self.payload.upgrade()
+impl Ahead {
+    /// Makes what is written of it, if it still waits and nobody has. Gives it back to be looked at again.
+    pub(crate) fn make(&self) -> Weak<Draft> {
+        if let (Some(payload), Some(draft)) = (self.payload.upgrade(), self.draft.upgrade())
+            && draft.is_work()
         {
-            self.sums.get_or_init(|| self.meta.sums(payload.bytes()));
+            draft.form(payload.bytes());
         }
+        Weak::clone(&self.draft)
     }
 }
 

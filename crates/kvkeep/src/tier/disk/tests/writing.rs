@@ -1,5 +1,6 @@
 //! Storing, reading, replacing, removing, and the cap.
 
+use super::super::segment::Expected;
 use super::*;
 
 #[test]
@@ -196,12 +197,17 @@ fn a_part_of_a_payload_is_read_and_checked_by_itself() {
         disk.flush().unwrap();
         let found = disk.find(&thing.key()).unwrap();
         for range in [0..1, 5_000..70_000, 131_072..131_073, 65_536..200_000, 300_000..409_504] {
-            let (_, pages, at) = disk.read_range(&thing.key(), &found, &range).unwrap();
-            assert_eq!(pages.bytes()[at..at + range.len()], thing.bytes()[range.clone()]);
+            let mut part = vec![0; range.len()];
+            disk.read_part(&thing.key(), &found, &range, &mut part).unwrap();
+            assert_eq!(part, thing.bytes()[range.clone()]);
+            let expected = Expected::from(&thing.meta());
+            let read = found.segment.read_range(found.slot.page, &expected, disk.cipher.as_deref(), &range);
+            let (_, pages, at) = read.unwrap();
+            assert_eq!(pages.bytes()[at..at + range.len()], part);
             assert!(pages.bytes().len() <= range.len() + 2 * 65_536, "not the whole");
         }
         let beyond = 0..100 * 4096 + 1;
-        assert!(disk.read_range(&thing.key(), &found, &beyond).is_none());
+        assert!(disk.read_part(&thing.key(), &found, &beyond, &mut vec![0; beyond.end]).is_none());
     }
 }
 

@@ -60,7 +60,7 @@ pub use process::Process;
 pub use record::TraceRecorder;
 pub use simulation::{Hits, Simulation};
 pub use stats::{Stats, TierStats};
-pub use store::{Removed, Store};
+pub use store::{Lease, LeaseId, Leased, Removed, Store};
 pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};
 pub use tier::Tier;
 pub use tier::disk::{Archive, Contents, ManifestState, RecordInfo, RecordState, Verified};

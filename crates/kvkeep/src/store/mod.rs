@@ -4,7 +4,7 @@
 //!
 //! - `ledger` is everything under the one lock: index, policy, free pages. It does no I/O and asks no tier.
 //! - `plan` says what of a chain lies where, and what is worth loading. `fetch` brings it up, `demote` takes it down.
-//! - `guard` has what callers hold: [`Pending`] to write, [`Pin`] to read.
+//! - `guard` has what callers hold: [`Pending`] to write, [`Pin`] to read. `lease` has pins for holders elsewhere.
 //!
 //! The lock is never held while payload bytes are copied, while a tier is asked, or while something is logged or
 //! published. Shards with a lock each were the alternative: the blocks of one prompt would lie in all of them, and a
@@ -15,6 +15,7 @@ mod fetch;
 mod gate;
 mod give_back;
 mod guard;
+mod lease;
 pub(crate) mod ledger;
 mod lent;
 mod loads;
@@ -48,6 +49,8 @@ use crate::tier::{Forget, Forgotten, Tier};
 
 use give_back::GiveBack;
 pub(crate) use guard::{Pending, Pin, PrivatePin};
+use lease::Leases;
+pub use lease::{Lease, LeaseId, Leased};
 use ledger::Written;
 use ledger::{Gone, Ledger, News, Reservation, Shortage};
 pub(crate) use ledger::{Request, Wanted};
@@ -62,6 +65,8 @@ pub struct Store {
     shared: Arc<Shared>,
     /// Not part of `shared`, which pins keep alive: with the last clone it closes.
     tiers: Option<Arc<Tiers>>,
+    /// Not part of `shared` either: they hold pins.
+    leases: Arc<Leases>,
 }
 
 /// What all clones, pins and pending objects share.
@@ -212,8 +217,9 @@ impl Store {
         let clock = Arc::clone(&config.clock);
         let shared =
             Arc::new(Shared::new(ledger, arena, clock, config.ttl, config.recorder.clone(), config.sink.clone()));
+        let leases = Arc::new(Leases::new(lease_epoch(&*config.clock), config.capacity_bytes));
         let tiers = Tiers::open(config, &shared)?.map(Arc::new);
-        Ok(Self { tiers, shared })
+        Ok(Self { tiers, shared, leases })
     }
 
     /// This store, in the process that made it.
@@ -230,6 +236,7 @@ impl Store {
         if self.here().is_err() {
             return Stats::default();
         }
+        self.end_expired();
         self.sweep_ram();
         let stats = self.shared.with(|ledger| ledger.stats());
         Stats { tiers: self.tiers.as_ref().map_or_else(Vec::new, |tiers| tiers.stats()), ..stats }
@@ -292,6 +299,7 @@ impl Store {
         if self.here().is_err() {
             return 0;
         }
+        self.end_expired();
         self.each_tier().for_each(|tier| tier.sweep());
         self.sweep_ram()
     }
@@ -305,6 +313,7 @@ impl Store {
         if self.here().is_err() {
             return Removed::default();
         }
+        self.end_leases(|lease| namespace.is_none_or(|namespace| namespace == lease.namespace));
         let gone = namespace.map_or(Gone::All, Gone::Namespace);
         let what = namespace.map_or(Forget::All, Forget::Namespace);
         let mut removed = Removed::default();
@@ -335,6 +344,7 @@ impl Store {
         if self.here().is_err() {
             return (Removed::default(), vec![false; keys.len()]);
         }
+        self.end_leases_of(keys);
         let now_ms = self.shared.now_ms();
         let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
         let begin = |ledger: &mut Ledger| ledger.remove(keys, now_ms);
@@ -551,6 +561,7 @@ impl Store {
     /// Tries until there is room, or none to come. Between two tries what departs is offered to the tiers, and their
     /// writes are waited for: as long as one request waits at most, in all.
     fn with_room<T>(&self, attempt: impl Fn(&mut Ledger) -> T, shortage: impl Fn(&T) -> Option<Shortage>) -> T {
+        self.end_expired();
         let mut gave_back = self.shared.given_back.times();
         let mut made = self.shared.with(&attempt);
         // Giving memory back has pages for a moment, too.
@@ -596,6 +607,13 @@ impl Store {
             }
         }
     }
+}
+
+/// Tells this store's leases from those of others, also of one that was there before a restart.
+fn lease_epoch(clock: &dyn Clock) -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    // Keyed by what the system drew for this process and this call.
+    RandomState::new().hash_one(clock.now_us())
 }
 
 /// A reservation that goes back if it is not taken.

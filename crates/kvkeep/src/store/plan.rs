@@ -86,6 +86,8 @@ impl Store {
             Ok(held) => return (Pin::new(Arc::clone(&self.shared), held), 0..0),
             Err(plan) => plan,
         };
+        // What is to be loaded needs room.
+        self.end_expired();
         let first = plan.in_ram();
         let worth = tiers.judge(&plan, first, None);
         tiers.count_skipped(&plan, worth, request);

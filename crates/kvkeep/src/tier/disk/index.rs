@@ -12,7 +12,7 @@ use super::format::{Kind, PAGE_BYTES, RecordMeta};
 use super::segment::Segment;
 use crate::codec::CodecId;
 use crate::key::{NamespaceId, ObjectKey};
-use crate::namespaces::Namespaces;
+use crate::namespaces::{Closed, Namespaces};
 
 /// 12 bytes of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -30,7 +30,7 @@ pub(crate) struct Slot {
     pub(crate) payload_pages: u32,
     /// The codec's number, and behind it 24 bits with the pages of the block; 0 for those that are as they were.
     coded: u32,
-    namespace: u32,
+    pub(crate) namespace: u32,
     pub(crate) compute_us: u32,
     /// Of a named one, the bytes of its prefix text; of a block, when it was last used.
     extra: u32,
@@ -46,6 +46,16 @@ const MAX_CODED_PAGES: u32 = (1 << RAW_PAGES_BITS) - 1;
 const NAMED: u8 = 1;
 /// Read since it was written here.
 const READ: u8 = 2;
+
+/// Records that were taken out of the index.
+#[derive(Debug)]
+pub(crate) struct Records(HashTable<Slot>);
+
+impl Records {
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
 
 /// Where a record is, with what it takes to read it.
 #[derive(Debug, Clone)]
@@ -124,7 +134,7 @@ impl Slot {
         self.is_named().then_some(self.extra as usize)
     }
 
-    fn is_named(&self) -> bool {
+    pub(crate) fn is_named(&self) -> bool {
         self.flags & NAMED != 0
     }
 
@@ -202,7 +212,10 @@ impl DiskIndex {
     /// Is a live record there?
     pub(crate) fn contains(&self, key: &ObjectKey, now_ms: u64) -> bool {
         let live = self.get(Fingerprint::of(key)).filter(|slot| slot.expires_at_ms > now_ms);
-        live.is_some_and(|slot| matches!(self.segments.get(usize::from(slot.segment)), Some(SegmentSlot::Open(_))))
+        live.is_some_and(|slot| {
+            let is_open = matches!(self.segments.get(usize::from(slot.segment)), Some(SegmentSlot::Open(_)));
+            is_open && self.namespaces.id(slot.namespace).is_some()
+        })
     }
 
     /// Makes room for so many more records at once.
@@ -252,28 +265,29 @@ impl DiskIndex {
         same && self.remove(key)
     }
 
-    /// Says how many records that were.
-    pub(crate) fn remove_namespace(&mut self, id: NamespaceId) -> usize {
-        let Some(number) = self.namespaces.known(id) else { return 0 };
-        self.retain(|slot| slot.namespace != number)
+    /// Nothing in a namespace can be found any more. Its records stay until they are removed, and then it is freed
+    /// ([`DiskIndex::free_namespace`]).
+    pub(crate) fn close_namespace(&mut self, id: NamespaceId) -> Option<Closed> {
+        self.namespaces.close(id)
     }
 
-    /// Removes everything that a later record could have replaced or removed unseen.
-    pub(crate) fn remove_named(&mut self) -> usize {
-        self.retain(|slot| !slot.is_named())
+    /// Another namespace may have its number: no record has it any more.
+    pub(crate) fn free_namespace(&mut self, closed: &Closed) {
+        self.namespaces.free(closed);
     }
 
-    /// Says how many records that were. Segments stay.
-    pub(crate) fn clear(&mut self) -> usize {
-        let removed = self.table.len();
-        self.table.clear();
-        self.namespaces = Namespaces::default();
-        removed
+    /// Takes all records out, to be dropped without a lock. Segments stay.
+    pub(crate) fn clear(&mut self) -> Records {
+        self.namespaces.clear();
+        Records(std::mem::take(&mut self.table))
     }
 
     /// The directory is another one.
     pub(crate) fn forget_everything(&mut self) {
-        *self = Self::default();
+        let mut namespaces = std::mem::take(&mut self.namespaces);
+        // A clearing may still be going on in the old one.
+        namespaces.clear();
+        *self = Self { namespaces, ..Self::default() };
     }
 
     /// A record was read.
@@ -333,18 +347,5 @@ impl DiskIndex {
 
     fn get(&self, fingerprint: Fingerprint) -> Option<&Slot> {
         self.table.find(fingerprint.table_hash(), |slot| slot.fingerprint == fingerprint)
-    }
-
-    fn retain(&mut self, keep: impl Fn(&Slot) -> bool) -> usize {
-        let before = self.table.len();
-        let Self { table, namespaces, .. } = self;
-        table.retain(|slot| {
-            let kept = keep(slot);
-            if !kept {
-                namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
-            }
-            kept
-        });
-        before - self.table.len()
     }
 }

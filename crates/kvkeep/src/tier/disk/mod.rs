@@ -399,11 +399,11 @@ impl Disk {
     /// Removes a namespace, or everything; says how many records.
     pub(crate) fn clear(&self, namespace: Option<NamespaceId>) -> u64 {
         let mut state = self.shared.state.lock();
-        let removed = match namespace {
-            Some(id) => state.index.remove_namespace(id),
+        let (closed, cleared) = match namespace {
+            Some(id) => (state.index.close_namespace(id), None),
             None => {
                 state.forget_hidden();
-                state.index.clear()
+                (None, Some(state.index.clear()))
             }
         };
         state.queue.forget_all(namespace);
@@ -412,7 +412,11 @@ impl Disk {
         }
         drop(state);
         self.shared.work.notify_all();
-        removed as u64
+        if let Some(closed) = &closed {
+            self.shared.remove_namespace(closed);
+        }
+        let removed = closed.map_or(0, |closed| closed.entries);
+        removed + cleared.map_or(0, |records| records.len() as u64)
     }
 
     /// Makes everything durable that was written or removed before. Ends also where the disk hangs.

@@ -26,6 +26,9 @@ use super::survey::{Listed, Refusal, Seen, Survey, Surveyed, survey};
 use crate::codec::CodecId;
 use crate::key::ObjectKey;
 
+/// Records that are put into the index under one lock.
+const RECORDS_AT_ONCE: usize = 1024;
+
 /// A directory that is being opened.
 struct Opening<'a> {
     cipher: Option<Arc<Cipher>>,
@@ -119,11 +122,20 @@ impl<'a> Opening<'a> {
     }
 
     fn index(&self, segment: &Arc<Segment>, records: &Records) -> io::Result<SegmentNumber> {
+        let number = {
+            let mut state = self.shared.state.lock();
+            state.index.reserve(records.entries.len());
+            state.index.add_segment(Arc::clone(segment)).ok_or(io::ErrorKind::StorageFull)?
+        };
+        // In slices: a directory may come back while requests go on.
+        records.entries.chunks(RECORDS_AT_ONCE).for_each(|records| self.index_some(number, records));
+        Ok(number)
+    }
+
+    fn index_some(&self, number: SegmentNumber, records: &[(u32, RecordMeta)]) {
         let now_ms = self.shared.now_ms();
         let mut state = self.shared.state.lock();
-        let number = state.index.add_segment(Arc::clone(segment)).ok_or(io::ErrorKind::StorageFull)?;
-        state.index.reserve(records.entries.len());
-        for (page, meta) in &records.entries {
+        for (page, meta) in records {
             let meta = RecordMeta { expires_at_ms: meta.expires_at_ms(now_ms), ..*meta };
             match meta.kind {
                 Kind::Block | Kind::Named if meta.expires_at_ms > now_ms && self.knows(&meta) => {
@@ -131,11 +143,15 @@ impl<'a> Opening<'a> {
                 }
                 // One that has expired or cannot be decoded still replaces what was before it.
                 Kind::Block | Kind::Named | Kind::Removal => drop(state.index.remove(&meta.key)),
-                Kind::NamespaceCleared => drop(state.index.remove_namespace(meta.namespace)),
+                Kind::NamespaceCleared => {
+                    let closed = state.index.close_namespace(meta.namespace);
+                    drop(state);
+                    closed.iter().for_each(|closed| self.shared.remove_namespace(closed));
+                    state = self.shared.state.lock();
+                }
                 Kind::Cleared => drop(state.index.clear()),
             }
         }
-        Ok(number)
     }
 
     fn knows(&self, meta: &RecordMeta) -> bool {
@@ -146,16 +162,16 @@ impl<'a> Opening<'a> {
     fn lose(&mut self) {
         self.lost += 1;
         self.unsure.append(&mut self.named);
+        let dropped = self.shared.remove_named();
         let mut state = self.shared.state.lock();
-        let dropped = state.index.remove_named();
         state.counters.damaged_total += 1 + dropped as u64;
     }
 
     /// Something cannot be read now. As long as that is so, it may as well be lost.
     fn leave_aside(&mut self) {
         self.unreadable += 1;
+        self.shared.remove_named();
         let mut state = self.shared.state.lock();
-        state.index.remove_named();
         state.counters.read_errors_total += 1;
     }
 

@@ -16,6 +16,7 @@ use super::index::{DiskIndex, Fingerprint, SegmentNumber, Slot};
 use crate::clock::{Clock, Deadline, Moment};
 use crate::codec::Codecs;
 use crate::key::{NamespaceId, ObjectKey};
+use crate::namespaces::Closed;
 use crate::stats::TierStats;
 use crate::sync::{Condvar, Mutex};
 use crate::tier::Payload;
@@ -168,17 +169,33 @@ impl Shared {
     /// get the lock.
     pub(crate) fn remove_segment(&self, number: SegmentNumber) -> usize {
         self.state.lock().index.close_segment(number);
-        let mut removed = 0;
-        loop {
-            // A table that grew meanwhile may have moved some out of sight: until there are none.
-            let now = self.remove_where(|slot| slot.segment == number);
-            removed += now;
-            if now == 0 {
-                break;
-            }
-        }
+        let removed = self.remove_all(|slot| slot.segment == number);
         self.state.lock().index.free_segment(number);
         removed
+    }
+
+    /// Forgets what a namespace had when it was closed, in slices.
+    pub(crate) fn remove_namespace(&self, closed: &Closed) {
+        self.remove_all(|slot| slot.namespace == closed.number);
+        self.state.lock().index.free_namespace(closed);
+    }
+
+    /// Forgets everything that a later record could have replaced or removed unseen, in slices; says how many records.
+    pub(crate) fn remove_named(&self) -> usize {
+        self.remove_all(Slot::is_named)
+    }
+
+    /// Removes from the index in slices, until a look at all of it finds no more.
+    fn remove_all(&self, goes: impl Fn(&Slot) -> bool) -> usize {
+        let mut removed = 0;
+        loop {
+            // A table that grew meanwhile may have moved some out of sight.
+            let now = self.remove_where(&goes);
+            removed += now;
+            if now == 0 {
+                return removed;
+            }
+        }
     }
 
     /// Removes from the index in slices; says how many records.

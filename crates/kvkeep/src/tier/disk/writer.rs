@@ -352,7 +352,8 @@ impl Owed {
             }
             _ => {
                 *self = Self { all: true, ..Self::default() };
-                shared.state.lock().index.clear();
+                let cleared = shared.state.lock().index.clear();
+                drop(cleared);
             }
         }
     }

@@ -17,6 +17,11 @@ use crate::tier::Tier;
 /// Bytes in a GiB. `max_size_gb` and `size_mb` count in powers of two, as memory is sold.
 const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
 
+/// How long a request waits for tiers.
+pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a flush waits for a sign of life.
+pub(crate) const FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// Settings of a [`Store`](crate::Store).
 #[derive(Debug, Clone)]
 pub struct CacheConfig {
@@ -67,8 +72,8 @@ impl DiskConfig {
             admission: Admission::default(),
             key_file: None,
             queue_bytes: None,
-            read_timeout: Duration::from_secs(5),
-            flush_timeout: Duration::from_secs(30),
+            read_timeout: READ_TIMEOUT,
+            flush_timeout: FLUSH_TIMEOUT,
             codecs: Codecs::default(),
         }
     }

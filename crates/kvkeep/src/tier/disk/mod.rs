@@ -5,8 +5,8 @@
 //! - `io` makes the system calls, behind a trait that tests put a simulated disk behind.
 //! - `segment` reads and checks records, `coded` takes them through codecs; `records` says what is in a segment, `survey` what is in a directory.
 //! - `active` writes one segment, `log` all of them within `room`, and evicts; `recover` opens a directory.
-//! - `shared` is what callers, readers and the writer share; `writer` is the one thread that
-//!   writes.
+//! - `shared` is what callers, readers and the writer share, `queue` what is to be written; `writer` is the one thread
+//!   that writes.
 //!
 //! Writes are queued and never hold a request up. Reads are made by whoever wants them.
 //! Nothing here knows of RAM: payloads come as bytes that stay readable while they are queued.
@@ -20,6 +20,7 @@ mod index;
 mod io;
 mod log;
 mod manifest;
+mod queue;
 mod readers;
 mod records;
 mod recover;
@@ -58,10 +59,11 @@ pub(crate) use format::decode_anything;
 use format::{Content, RecordHeader, RecordMeta};
 pub(crate) use index::Found;
 use io::{Access, Backend, Directory, OpenError, Opener};
+use queue::{Op, Reply};
 use refusal::{open_error, refused};
 use segment::{Expected, ReadError};
 pub(crate) use shared::Resident;
-use shared::{Op, Reply, Shared};
+use shared::Shared;
 pub use survey::ManifestState;
 pub(crate) use tier::DiskTier;
 pub use tier::{decode_header, encode_header};
@@ -194,7 +196,7 @@ impl Disk {
         }
         let codec = self.shared.codecs.writing(meta.namespace).cloned();
         let draft = Draft::new(meta, content, codec, self.cipher.is_none());
-        state.queue.push(draft, mark, payload(), &self.shared);
+        state.queue.push(draft, mark, self.shared.counted(payload()));
         drop(state);
         self.shared.work.notify_all();
         Taken::Queued

@@ -14,8 +14,9 @@ use super::coded::Draft;
 use super::format::PAGE_BYTES;
 use super::io::Opener;
 use super::log::{Log, Written};
+use super::queue::{Op, Write};
 use super::recover;
-use super::shared::{Op, Shared, Write};
+use super::shared::Shared;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::sync::thread;
 

@@ -119,10 +119,8 @@ impl Store {
         };
         let block_bytes = (layout.block_bytes() as u64).next_multiple_of(PAGE_BYTES as u64);
         let held = Held { lease, keys, block_tokens: layout.block_tokens(), block_bytes, _pin: pin };
-        self.leases.add(held).map_err(|(held, error)| {
-            drop(held);
-            error
-        })
+        // Here, without the table's lock, the pin of a refused one is dropped.
+        self.leases.add(held).map_err(|refused| refused.1)
     }
 
     /// A lease goes on for so long from now, or without end; `None` if it has ended.
@@ -196,13 +194,13 @@ impl Leases {
     }
 
     /// Gives it back if leases would hold too much: it is dropped without the lock.
-    fn add(&self, mut held: Held) -> Result<Lease, (Box<Held>, Error)> {
+    fn add(&self, mut held: Held) -> Result<Lease, Box<(Held, Error)>> {
         let mut table = self.table.lock();
         let new = held.keys.iter().filter(|key| !table.blocks.contains_key(*key)).count();
         let needed_bytes = table.sum.bytes + new as u64 * held.block_bytes;
         if needed_bytes > self.limit_bytes {
             let error = Error::LeasesFull { needed_bytes, limit_bytes: self.limit_bytes };
-            return Err((Box::new(held), error));
+            return Err(Box::new((held, error)));
         }
         table.last_number += 1;
         held.lease.id.number = table.last_number;

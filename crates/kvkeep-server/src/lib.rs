@@ -21,7 +21,6 @@ mod metrics;
 mod observed;
 mod openai;
 mod operator;
-mod pins;
 mod prefixes;
 mod recent;
 mod scheduler;

@@ -1,5 +1,5 @@
-//! What is remembered of requests that have ended: figures, the last of them, which prefixes
-//! they had in common, and what of that is pinned.
+//! What is remembered of requests that have ended: figures, the last of them, and which prefixes
+//! they had in common.
 //!
 //! Each part has a lock of its own; none is held while another is taken, or while the cache is
 //! asked.
@@ -8,7 +8,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use crate::metrics::Metrics;
-use crate::pins::Pins;
 use crate::prefixes::{Limits, PrefixTree};
 use crate::recent::Recent;
 use crate::served::Served;
@@ -18,7 +17,6 @@ pub(crate) struct Observed {
     pub(crate) metrics: Metrics,
     recent: Mutex<Recent>,
     prefixes: Mutex<PrefixTree>,
-    pins: Mutex<Pins>,
 }
 
 impl Default for Observed {
@@ -27,7 +25,6 @@ impl Default for Observed {
             metrics: Metrics::default(),
             recent: Mutex::default(),
             prefixes: Mutex::new(PrefixTree::new(Limits::default())),
-            pins: Mutex::default(),
         }
     }
 }
@@ -50,9 +47,5 @@ impl Observed {
 
     pub(crate) fn prefixes(&self) -> MutexGuard<'_, PrefixTree> {
         self.prefixes.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(crate) fn pins(&self) -> MutexGuard<'_, Pins> {
-        self.pins.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -8,8 +8,11 @@
 //! The indexes keep their own, smaller form of it (a number for the namespace, no layout): 128 bytes a block is all
 //! that they may take.
 
+use std::ops::Range;
+
+use crate::codec::{self, CodecId, Codecs, Ends};
 use crate::key::{NamespaceId, ObjectKey};
-use crate::layout::KvLayout;
+use crate::layout::{Frame, KvLayout};
 use crate::tensor::PairSpec;
 
 /// The key of one block, or of one layer under a prefix text.
@@ -22,6 +25,26 @@ pub(crate) enum Content {
     Block { layout: KvLayout, model: String },
     Named(PairSpec),
     Nothing,
+}
+
+impl Content {
+    /// Bytes of the block; `None` if that overflows.
+    pub(crate) fn raw_bytes(&self) -> Option<u64> {
+        match self {
+            Self::Block { layout, .. } => Some(layout.block_bytes() as u64),
+            Self::Named(pair) => pair.payload_bytes().map(|bytes| bytes as u64),
+            Self::Nothing => Some(0),
+        }
+    }
+
+    /// The parts that a codec encodes by themselves.
+    pub(crate) fn frames(&self) -> Vec<Frame> {
+        match self {
+            Self::Block { layout, .. } => layout.frames(),
+            Self::Named(pair) => Frame::of_pair(pair),
+            Self::Nothing => Vec::new(),
+        }
+    }
 }
 
 /// What is known of a block besides its bytes.
@@ -37,7 +60,7 @@ pub struct BlockMeta {
     /// Bytes of what its codec made of it: those of the payload that travels with this.
     pub stored_bytes: u64,
     /// The codec.
-    pub codec: crate::codec::CodecId,
+    pub codec: CodecId,
     /// When it expires, in milliseconds since the Unix epoch; `u64::MAX` for never.
     pub expires_at_ms: u64,
     /// What it took to compute, in microseconds; 0 if nobody said.
@@ -60,6 +83,42 @@ impl BlockKey {
 }
 
 impl BlockMeta {
+    /// What tiers keep of a block with these bytes, and its description: where its codec makes it smaller. For tiers
+    /// that encode what is offered.
+    #[must_use]
+    pub fn encoded(&self, codecs: &Codecs, raw: &[u8]) -> Option<(Self, Vec<u8>)> {
+        let codec = codecs.writing(self.namespace).filter(|_| self.codec == CodecId::RAW)?;
+        let raw = raw.get(..usize::try_from(self.raw_bytes).ok()?)?;
+        let frames = self.content.frames();
+        let (mut stored, bytes) = codec::encode(codec.as_ref(), &frames, raw, |bytes| vec![0; bytes])?;
+        stored.truncate(bytes);
+        Some((Self { codec: codec.id(), stored_bytes: bytes as u64, ..self.clone() }, stored))
+    }
+
+    /// Writes the bytes of `range` of the block, all of them if `None`, into the beginning of `into`, and zeros behind
+    /// them. `stored` is what a tier kept of it. `false` if that is not its stored form, or its codec is not known.
+    #[must_use]
+    pub fn decode(&self, codecs: &Codecs, stored: &[u8], range: Option<Range<usize>>, into: &mut [u8]) -> bool {
+        let range = range.unwrap_or(0..usize::try_from(self.raw_bytes).unwrap_or(usize::MAX));
+        let Some((into, rest)) = into.split_at_mut_checked(range.len()) else { return false };
+        rest.fill(0);
+        if range.end as u64 > self.raw_bytes {
+            return false;
+        }
+        if self.codec == CodecId::RAW {
+            return stored.get(range).map(|stored| into.copy_from_slice(stored)).is_some();
+        }
+        let (Some(codec), frames) = (codecs.get(self.codec), self.content.frames()) else { return false };
+        let Some(ends) = Ends::read(frames.len(), stored) else { return false };
+        codec::decode_range(codec.as_ref(), &frames, &ends, (stored, 0), &range, into)
+    }
+
+    /// Of the block itself, as a tier hands it over.
+    #[must_use]
+    pub fn decoded(self) -> Self {
+        Self { stored_bytes: self.raw_bytes, codec: CodecId::RAW, ..self }
+    }
+
     /// Does a later one of the same key replace it? Blocks of tokens stay what they are for ever.
     #[must_use]
     pub fn is_replaceable(&self) -> bool {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::{Clock, SystemClock};
+use crate::codec::Codecs;
 use crate::error::{Error, Result};
 use crate::event::EventSink;
 use crate::eviction::{Admission, PolicyKind, Priority};
@@ -15,6 +16,11 @@ use crate::tier::Tier;
 
 /// Bytes in a GiB. `max_size_gb` and `size_mb` count in powers of two, as memory is sold.
 const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
+
+/// How long a request waits for tiers.
+pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a flush waits for a sign of life.
+pub(crate) const FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Settings of a [`Store`](crate::Store).
 #[derive(Debug, Clone)]
@@ -41,6 +47,7 @@ pub struct DiskConfig {
     pub(crate) queue_bytes: Option<u64>,
     pub(crate) read_timeout: Duration,
     pub(crate) flush_timeout: Duration,
+    pub(crate) codecs: Codecs,
 }
 
 /// When what is stored goes to the disk.
@@ -65,8 +72,9 @@ impl DiskConfig {
             admission: Admission::default(),
             key_file: None,
             queue_bytes: None,
-            read_timeout: Duration::from_secs(5),
-            flush_timeout: Duration::from_secs(30),
+            read_timeout: READ_TIMEOUT,
+            flush_timeout: FLUSH_TIMEOUT,
+            codecs: Codecs::default(),
         }
     }
 
@@ -108,6 +116,14 @@ impl DiskConfig {
     #[must_use]
     pub fn queue_bytes(mut self, queue_bytes: u64) -> Self {
         self.queue_bytes = Some(queue_bytes);
+        self
+    }
+
+    /// How blocks are encoded on the disk: as they are, unless said otherwise. A directory may hold blocks of several
+    /// codecs, and is read with all of them; those of a codec that is not known here are misses.
+    #[must_use]
+    pub fn codecs(mut self, codecs: Codecs) -> Self {
+        self.codecs = codecs;
         self
     }
 

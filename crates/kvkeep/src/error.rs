@@ -148,6 +148,17 @@ pub enum Error {
         /// Why, and what to do.
         reason: String,
     },
+    /// Leases hold at most a part of RAM.
+    #[error("leases would hold {needed_bytes} bytes, and may hold {limit_bytes}, half of RAM: end another one first")]
+    LeasesFull {
+        /// Bytes that all of them would hold, in whole pages.
+        needed_bytes: u64,
+        /// Bytes that they may hold.
+        limit_bytes: u64,
+    },
+    /// A text that is no name of a lease.
+    #[error("{0:?} is no lease: give the 32 hexadecimal digits that it was given by")]
+    BadLeaseId(String),
     /// A child of the process that made the cache.
     #[error(
         "this cache belongs to the process that made it and cannot be used after a fork: \

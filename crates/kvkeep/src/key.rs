@@ -163,6 +163,17 @@ impl Namespace {
             TokenOrder::TokenHeadDim => b"thd",
             TokenOrder::HeadTokenDim => b"htd",
         });
+        if layout.is_opaque() {
+            hasher.update(b"opaque");
+        }
+        // One shape for all layers says no more: so its namespaces are those of releases that knew no other.
+        if !layout.is_uniform() {
+            for layer in (0..layout.layers()).map(|layer| layout.layer_shape(layer)) {
+                for number in [layer.kv_heads, layer.k_head_dim, layer.v_head_dim] {
+                    hasher.update(u64::from(number).to_le_bytes());
+                }
+            }
+        }
         self.id = NamespaceId(hasher.finalize().into());
         self
     }
@@ -325,6 +336,7 @@ fn from_hex(text: &str) -> Option<[u8; 32]> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::layout::LayerShape;
     use crate::tensor::DType;
 
     fn namespace() -> Namespace {
@@ -346,6 +358,19 @@ mod tests {
             Namespace::new("m", layout.with_block_tokens(8).unwrap()),
             Namespace::new("m", layout.with_v_head_dim(8).unwrap()),
             Namespace::new("m", KvLayout::new(2, 1, 4, DType::BF16).unwrap()),
+            Namespace::new("m", layout.with_v_head_dim(0).unwrap()),
+            Namespace::new(
+                "m",
+                layout.with_layers([1], LayerShape { v_head_dim: 8, ..layout.layer_shape(0) }).unwrap(),
+            ),
+            Namespace::new(
+                "m",
+                layout.with_layers([0], LayerShape { v_head_dim: 8, ..layout.layer_shape(0) }).unwrap(),
+            ),
+            Namespace::new("m", layout.with_layers([1], LayerShape::NONE).unwrap()),
+            Namespace::new("m", KvLayout::opaque(64, 4).unwrap()),
+            Namespace::new("m", KvLayout::opaque(64, 8).unwrap()),
+            Namespace::new("m", KvLayout::opaque(128, 4).unwrap()),
         ];
         let mut ids: Vec<_> = others.iter().map(Namespace::id).chain([base.id()]).collect();
         ids.sort_unstable();

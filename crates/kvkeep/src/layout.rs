@@ -6,11 +6,14 @@
 //! engine uses, so that a layer's K (or V) of a block is one contiguous slice and
 //! no copy transposes. One order for all engines was the alternative: it makes
 //! every load of the other half of them a transposition.
+//!
+//! Layers may differ in shape, have one tensor instead of two, or none; and a payload may be opaque: bytes of an
+//! engine's own, without layers. A list of shapes of any length was the alternative: a record's header has no room for it.
 
 use std::ops::Range;
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Shape, TensorView, TensorViewMut};
+use crate::tensor::{DType, PairSpec, Shape, TensorView, TensorViewMut};
 
 /// Tokens in a block unless said otherwise.
 pub const DEFAULT_BLOCK_TOKENS: u32 = 64;
@@ -29,12 +32,88 @@ pub enum TokenOrder {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct KvLayout {
     layers: u32,
-    kv_heads: u32,
-    k_head_dim: u32,
-    v_head_dim: u32,
+    /// The usual shape first, then up to two others.
+    shapes: [LayerShape; SHAPES],
+    kinds: Kinds,
     dtype: DType,
     block_tokens: u32,
     order: TokenOrder,
+    /// Are blocks bytes without layers, as many as `k_head_dim` says?
+    is_opaque: bool,
+}
+
+/// What one layer keeps of a token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct LayerShape {
+    /// Key/value heads.
+    pub kv_heads: u32,
+    /// Elements of one head's K.
+    pub k_head_dim: u32,
+    /// Elements of one head's V; 0 where there is one tensor only, which counts as K.
+    pub v_head_dim: u32,
+}
+
+/// Shapes that a layout can have.
+pub(crate) const SHAPES: usize = 3;
+/// Layers of a layout in which they differ, at most.
+const MAX_MIXED_LAYERS: u32 = 128;
+
+/// Which shape each layer has, 2 bits a layer: a number, or [`Kinds::NONE`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub(crate) struct Kinds(pub(crate) [u64; 4]);
+
+impl Kinds {
+    /// Of a layer that keeps nothing.
+    const NONE: u64 = 3;
+    const LAYERS_A_WORD: usize = 32;
+
+    fn is_uniform(&self) -> bool {
+        self.0 == [0; 4]
+    }
+
+    fn of(&self, layer: usize) -> u64 {
+        let word = self.0.get(layer / Self::LAYERS_A_WORD).copied().unwrap_or(0);
+        word >> (layer % Self::LAYERS_A_WORD * 2) & 3
+    }
+
+    fn set(&mut self, layer: usize, kind: u64) {
+        if let Some(word) = self.0.get_mut(layer / Self::LAYERS_A_WORD) {
+            let at = layer % Self::LAYERS_A_WORD * 2;
+            *word = *word & !(3 << at) | kind << at;
+        }
+    }
+
+    /// Layers of a kind before this one.
+    fn count_before(&self, layer: usize, kind: u64) -> usize {
+        let word = |(number, word): (usize, &u64)| {
+            let layers = layer.saturating_sub(number * Self::LAYERS_A_WORD).min(Self::LAYERS_A_WORD);
+            let bits = u32::try_from(2 * layers).unwrap_or(u64::BITS);
+            let inside = u64::MAX.checked_shr(u64::BITS - bits).unwrap_or(0) & LOW_BITS;
+            let other = word ^ (kind * LOW_BITS);
+            (!(other | other >> 1) & inside).count_ones() as usize
+        };
+        self.0.iter().enumerate().map(word).sum()
+    }
+}
+
+/// The lower bit of each pair.
+const LOW_BITS: u64 = u64::MAX / 3;
+
+impl LayerShape {
+    /// Of a layer that keeps nothing.
+    pub const NONE: Self = Self { kv_heads: 0, k_head_dim: 0, v_head_dim: 0 };
+
+    fn dim(&self, side: Side) -> u32 {
+        match side {
+            Side::K => self.k_head_dim,
+            Side::V => self.v_head_dim,
+        }
+    }
+
+    /// Elements of one token; `None` if that overflows.
+    fn elements(&self) -> Option<u64> {
+        (u64::from(self.k_head_dim) + u64::from(self.v_head_dim)).checked_mul(u64::from(self.kv_heads))
+    }
 }
 
 /// K and V of one layer, each `[tokens, kv_heads, head_dim]` or
@@ -47,6 +126,18 @@ pub struct LayerView<'a> {
     pub v: TensorView<'a>,
 }
 
+impl<'a> LayerView<'a> {
+    /// Of a layer with one tensor only: its V has no elements.
+    ///
+    /// # Errors
+    /// As [`TensorView::new`], never for three dimensions.
+    pub fn latent(k: TensorView<'a>) -> Result<Self> {
+        let mut dims = k.shape().dims().to_vec();
+        dims.last_mut().into_iter().for_each(|dim| *dim = 0);
+        Ok(Self { k, v: TensorView::new(k.dtype(), &dims, &[])? })
+    }
+}
+
 /// K and V of one layer to be written into; shapes as in [`LayerView`].
 #[derive(Debug)]
 pub struct LayerViewMut<'a> {
@@ -56,11 +147,55 @@ pub struct LayerViewMut<'a> {
     pub v: TensorViewMut<'a>,
 }
 
+impl<'a> LayerViewMut<'a> {
+    /// Of a layer with one tensor only: its V has no elements.
+    ///
+    /// # Errors
+    /// As [`TensorViewMut::new`], never for three dimensions.
+    pub fn latent(k: TensorViewMut<'a>) -> Result<Self> {
+        let (dtype, mut dims) = (k.as_view().dtype(), k.as_view().shape().dims().to_vec());
+        dims.last_mut().into_iter().for_each(|dim| *dim = 0);
+        Ok(Self { k, v: TensorViewMut::new(dtype, &dims, &mut [])? })
+    }
+}
+
 /// The two tensors of a layer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Side {
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Side {
+    /// The keys.
     K,
+    /// The values.
     V,
+}
+
+/// A part of a block that codecs encode by itself: K or V of one layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Frame {
+    /// Where it lies in the block. Frames are in order, without overlap, and have bytes.
+    pub range: Range<usize>,
+    /// Its layer; 0 for opaque bytes.
+    pub layer: u32,
+    /// What of its layer it is; `None` for opaque bytes.
+    pub side: Option<Side>,
+    /// Its elements.
+    pub dtype: DType,
+    /// Its dimensions: all of the range.
+    pub shape: Shape,
+    /// Which dimension is the token's; `None` where nobody said.
+    pub order: Option<TokenOrder>,
+}
+
+impl Frame {
+    /// Of a named pair, which has a layer of its own.
+    pub(crate) fn of_pair(pair: &PairSpec) -> Vec<Self> {
+        let at = [(Side::K, Some(0), pair.k), (Side::V, pair.v_start(), pair.v)];
+        let frame = |(side, start, (dtype, shape)): (Side, Option<usize>, (DType, Shape))| {
+            let range = start?..start?.checked_add(shape.size_bytes(dtype)?)?;
+            Some(Self { range, layer: 0, side: Some(side), dtype, shape, order: None })
+        };
+        at.into_iter().filter_map(frame).filter(|frame| !frame.range.is_empty()).collect()
+    }
 }
 
 impl KvLayout {
@@ -71,24 +206,70 @@ impl KvLayout {
     /// [`Error::Layout`] if a dimension is zero, [`Error::SizeOverflow`] if a block
     /// would not fit 4 GiB.
     pub fn new(layers: u32, kv_heads: u32, head_dim: u32, dtype: DType) -> Result<Self> {
-        Self {
-            layers,
-            kv_heads,
-            k_head_dim: head_dim,
-            v_head_dim: head_dim,
-            dtype,
-            block_tokens: DEFAULT_BLOCK_TOKENS,
-            order: TokenOrder::default(),
-        }
-        .checked()
+        let shape = LayerShape { kv_heads, k_head_dim: head_dim, v_head_dim: head_dim };
+        let shapes = [shape, LayerShape::NONE, LayerShape::NONE];
+        Self::of_shapes(layers, shapes, Kinds::default(), dtype, DEFAULT_BLOCK_TOKENS, TokenOrder::default())
     }
 
-    /// The same with another `head_dim` for V.
+    /// A layout with one tensor of `dim` elements a token in each layer, as models with latent attention (MLA) keep it.
+    /// It counts as K of one head; V has no elements.
+    ///
+    /// # Errors
+    /// As [`KvLayout::new`].
+    pub fn latent(layers: u32, dim: u32, dtype: DType) -> Result<Self> {
+        Self::new(layers, 1, dim, dtype)?.with_v_head_dim(0)
+    }
+
+    /// Blocks of `block_bytes` bytes for `block_tokens` tokens, whatever an engine has in them: they have no layers, and are
+    /// stored and read whole.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] if either is zero.
+    pub fn opaque(block_bytes: u32, block_tokens: u32) -> Result<Self> {
+        let shape = LayerShape { kv_heads: 1, k_head_dim: block_bytes, v_head_dim: 0 };
+        let shapes = [shape, LayerShape::NONE, LayerShape::NONE];
+        let layout = Self::latent(1, 1, DType::U8)?;
+        Self { shapes, is_opaque: true, block_tokens, ..layout }.checked()
+    }
+
+    /// The same with another `head_dim` for V; 0 where each layer has one tensor only, which counts as K.
     ///
     /// # Errors
     /// As [`KvLayout::new`].
     pub fn with_v_head_dim(mut self, v_head_dim: u32) -> Result<Self> {
-        self.v_head_dim = v_head_dim;
+        self.usual_mut().v_head_dim = v_head_dim;
+        self.checked()
+    }
+
+    /// The same with another shape for these layers: of models whose layers differ. [`LayerShape::NONE`] for layers that keep
+    /// nothing of a token.
+    ///
+    /// # Errors
+    /// [`Error::Layout`] for layers that the layout does not have or beyond the 128th, for a third shape besides the
+    /// usual one, and for a shape with heads and without elements; and as [`KvLayout::new`].
+    pub fn with_layers(mut self, layers: impl IntoIterator<Item = u32>, shape: LayerShape) -> Result<Self> {
+        let refuse = |text: String| Err(Error::Layout(text));
+        let kind = match self.shapes.iter().position(|other| *other == shape) {
+            _ if shape == LayerShape::NONE => Kinds::NONE,
+            Some(kind) => kind as u64,
+            None => {
+                let free = self.shapes.iter().position(|other| *other == LayerShape::NONE);
+                let Some((kind, slot)) = free.and_then(|free| Some((free, self.shapes.get_mut(free)?))) else {
+                    return refuse(format!("layers of more than {SHAPES} shapes: keep such blocks as opaque ones"));
+                };
+                *slot = shape;
+                kind as u64
+            }
+        };
+        for layer in layers {
+            if layer >= self.layers.min(MAX_MIXED_LAYERS) || self.is_opaque {
+                let (all, most) = (self.layers(), MAX_MIXED_LAYERS);
+                return refuse(format!(
+                    "no shape of its own for layer {layer}: it has {all} layers, the first {most} may"
+                ));
+            }
+            self.kinds.set(layer as usize, kind);
+        }
         self.checked()
     }
 
@@ -108,28 +289,47 @@ impl KvLayout {
         self
     }
 
-    /// Number of layers.
+    /// Number of layers; 0 of opaque blocks.
     #[must_use]
     pub fn layers(&self) -> usize {
-        self.layers as usize
+        if self.is_opaque { 0 } else { self.layers as usize }
     }
 
-    /// Key/value heads of each layer.
+    /// Are blocks bytes without layers?
+    #[must_use]
+    pub fn is_opaque(&self) -> bool {
+        self.is_opaque
+    }
+
+    /// Have all layers the same shape?
+    #[must_use]
+    pub fn is_uniform(&self) -> bool {
+        self.kinds.is_uniform()
+    }
+
+    /// The shape of one layer.
+    #[must_use]
+    pub fn layer_shape(&self, layer: usize) -> LayerShape {
+        let kind = usize::try_from(self.kinds.of(layer)).unwrap_or(SHAPES);
+        self.shapes.get(kind).copied().unwrap_or(LayerShape::NONE)
+    }
+
+    /// Key/value heads of a layer of the usual shape.
     #[must_use]
     pub fn kv_heads(&self) -> usize {
-        self.kv_heads as usize
+        self.usual().kv_heads as usize
     }
 
-    /// Elements of one head's K.
+    /// Elements of one head's K in a layer of the usual shape.
     #[must_use]
     pub fn k_head_dim(&self) -> usize {
-        self.k_head_dim as usize
+        self.usual().k_head_dim as usize
     }
 
-    /// Elements of one head's V.
+    /// Elements of one head's V in a layer of the usual shape.
     #[must_use]
     pub fn v_head_dim(&self) -> usize {
-        self.v_head_dim as usize
+        self.usual().v_head_dim as usize
     }
 
     /// Element type of K and V.
@@ -153,7 +353,7 @@ impl KvLayout {
     /// Bytes of one block: all layers, K and V.
     #[must_use]
     pub fn block_bytes(&self) -> usize {
-        self.layers() * self.layer_bytes()
+        if self.is_opaque { self.k_head_dim() } else { self.layer_start(self.layers()) }
     }
 
     /// Bytes of one token: all layers, K and V.
@@ -162,41 +362,74 @@ impl KvLayout {
         self.block_bytes() / self.block_tokens()
     }
 
-    /// The shape of one layer's K of `tokens` tokens.
+    /// The shape of K of `tokens` tokens in a layer of the usual shape.
     ///
     /// # Errors
     /// Never for shapes this small; the signature is [`Shape::new`]'s.
     pub fn k_shape(&self, tokens: usize) -> Result<Shape> {
-        self.shape(Side::K, tokens)
+        self.tensor_shape(self.usual(), Side::K, tokens)
     }
 
-    /// The shape of one layer's V of `tokens` tokens.
+    /// The shape of V of `tokens` tokens in a layer of the usual shape.
     ///
     /// # Errors
     /// As [`KvLayout::k_shape`].
     pub fn v_shape(&self, tokens: usize) -> Result<Shape> {
-        self.shape(Side::V, tokens)
+        self.tensor_shape(self.usual(), Side::V, tokens)
     }
 
-    pub(crate) fn shape(&self, side: Side, tokens: usize) -> Result<Shape> {
+    /// The shape of one layer's K or V of `tokens` tokens.
+    ///
+    /// # Errors
+    /// As [`KvLayout::k_shape`].
+    pub fn shape(&self, layer: usize, side: Side, tokens: usize) -> Result<Shape> {
+        self.tensor_shape(self.layer_shape(layer), side, tokens)
+    }
+
+    fn tensor_shape(&self, layer: LayerShape, side: Side, tokens: usize) -> Result<Shape> {
+        let (heads, dim) = (layer.kv_heads as usize, layer.dim(side) as usize);
         match self.order {
-            TokenOrder::TokenHeadDim => Shape::new(&[tokens, self.kv_heads(), self.dim(side)]),
-            TokenOrder::HeadTokenDim => Shape::new(&[self.kv_heads(), tokens, self.dim(side)]),
+            TokenOrder::TokenHeadDim => Shape::new(&[tokens, heads, dim]),
+            TokenOrder::HeadTokenDim => Shape::new(&[heads, tokens, dim]),
         }
     }
 
     /// Where one layer's K or V lies in a block's payload.
     pub(crate) fn range(&self, layer: usize, side: Side) -> Range<usize> {
-        let k_bytes = self.side_bytes(Side::K);
-        let start = layer * self.layer_bytes();
+        let (start, shape) = (self.layer_start(layer), self.layer_shape(layer));
+        let v_start = start + self.side_bytes(shape, Side::K);
         match side {
-            Side::K => start..start + k_bytes,
-            Side::V => start + k_bytes..start + self.layer_bytes(),
+            Side::K => start..v_start,
+            Side::V => v_start..v_start + self.side_bytes(shape, Side::V),
         }
+    }
+
+    /// The parts of a block that codecs encode by themselves: each layer's K and V, as far as they have bytes, or all of an
+    /// opaque block.
+    #[must_use]
+    pub fn frames(&self) -> Vec<Frame> {
+        let (dtype, all) = (self.dtype, 0..self.block_bytes());
+        if self.is_opaque {
+            let shape = Shape::new(&[all.end]).into_iter();
+            return shape
+                .map(|shape| Frame { range: all.clone(), layer: 0, side: None, dtype, shape, order: None })
+                .collect();
+        }
+        let sides = (0..self.layers()).flat_map(|layer| [(layer, Side::K), (layer, Side::V)]);
+        let frame = |(layer, side)| {
+            let shape = self.shape(layer, side, self.block_tokens()).ok()?;
+            let (range, number) = (self.range(layer, side), u32::try_from(layer).ok()?);
+            Some(Frame { range, layer: number, side: Some(side), dtype, shape, order: Some(self.order) })
+        };
+        sides.filter_map(frame).filter(|frame| !frame.range.is_empty()).collect()
     }
 
     /// Refuses a layer range that the layout does not have.
     pub(crate) fn check_layers(&self, layers: &Range<usize>) -> Result<()> {
+        if self.is_opaque {
+            let text = "blocks of this layout are opaque and have no layers: store them whole and read them whole";
+            return Err(Error::Layout(text.into()));
+        }
         if layers.is_empty() {
             return Err(Error::ZeroLayers);
         }
@@ -220,41 +453,42 @@ impl KvLayout {
             let (expected, got) = (self.dtype, view.dtype());
             return Err(Error::DTypeMismatch { tensor: tensor(), expected, got });
         }
-        let shape = view.shape();
+        let (shape, of) = (view.shape(), self.layer_shape(layer));
         let tokens = match (self.order, shape.dims()) {
             (TokenOrder::TokenHeadDim, &[tokens, heads, dim]) | (TokenOrder::HeadTokenDim, &[heads, tokens, dim])
-                if heads == self.kv_heads() && dim == self.dim(side) && tokens >= min_tokens =>
+                if heads == of.kv_heads as usize && dim == of.dim(side) as usize && tokens >= min_tokens =>
             {
                 tokens
             }
             _ => {
-                let expected = format!("{} with at least {min_tokens} tokens", self.expected(side));
+                let expected = format!("{} with at least {min_tokens} tokens", self.expected(of, side));
                 return Err(Error::ShapeMismatch { tensor: tensor(), expected, got: shape });
             }
         };
         Ok(tokens)
     }
 
-    /// Copies one block's slice of a layer's K or V between the payload and an engine
+    /// Copies one block's slice of this layer's K or V between the payload and an engine
     /// tensor: `tensor_tokens` is that tensor's own number of tokens (its stride),
     /// `at_token` where the block begins in it. `copy` gets (range in the payload slice,
     /// range in the tensor) for each contiguous run.
     pub(crate) fn each_run(
         &self,
-        side: Side,
+        (layer, side): (usize, Side),
         tensor_tokens: usize,
         at_token: usize,
         mut copy: impl FnMut(Range<usize>, Range<usize>),
     ) {
-        let row_bytes = self.dim(side) * self.dtype.size_bytes();
+        let of = self.layer_shape(layer);
+        let (heads, row_bytes) = (of.kv_heads as usize, of.dim(side) as usize * self.dtype.size_bytes());
         let (runs, run_tokens_bytes, stride, start) = match self.order {
             TokenOrder::TokenHeadDim => {
-                let token_bytes = row_bytes * self.kv_heads();
+                let token_bytes = row_bytes * heads;
                 (1, token_bytes * self.block_tokens(), 0, at_token * token_bytes)
             }
             TokenOrder::HeadTokenDim => {
                 let run = row_bytes * self.block_tokens();
-                (self.kv_heads(), run, tensor_tokens * row_bytes, at_token * row_bytes)
+                (heads, run, tensor_tokens * row_bytes, at_token * row_bytes)
             }
         };
         for run in 0..runs {
@@ -263,23 +497,53 @@ impl KvLayout {
         }
     }
 
-    fn dim(&self, side: Side) -> usize {
-        match side {
-            Side::K => self.k_head_dim(),
-            Side::V => self.v_head_dim(),
+    /// What a record's header says of it: the shapes besides the usual one, and which layers have them.
+    pub(crate) fn others(&self) -> ([LayerShape; SHAPES - 1], Kinds) {
+        let [_, others @ ..] = self.shapes;
+        (others, self.kinds)
+    }
+
+    /// What a record's header says.
+    pub(crate) fn of_shapes(
+        layers: u32,
+        shapes: [LayerShape; SHAPES],
+        kinds: Kinds,
+        dtype: DType,
+        block_tokens: u32,
+        order: TokenOrder,
+    ) -> Result<Self> {
+        Self { layers, shapes, kinds, dtype, block_tokens, order, is_opaque: false }.checked()
+    }
+
+    fn usual(&self) -> LayerShape {
+        let [usual, ..] = self.shapes;
+        usual
+    }
+
+    fn usual_mut(&mut self) -> &mut LayerShape {
+        let [usual, ..] = &mut self.shapes;
+        usual
+    }
+
+    /// Where a layer begins in a block's payload.
+    fn layer_start(&self, layer: usize) -> usize {
+        if self.is_uniform() {
+            return layer * self.layer_bytes(self.usual());
         }
+        let of = |(kind, shape): (u64, &LayerShape)| self.kinds.count_before(layer, kind) * self.layer_bytes(*shape);
+        (0..).zip(&self.shapes).map(of).sum()
     }
 
-    fn side_bytes(&self, side: Side) -> usize {
-        self.block_tokens() * self.kv_heads() * self.dim(side) * self.dtype.size_bytes()
+    fn side_bytes(&self, of: LayerShape, side: Side) -> usize {
+        self.block_tokens() * of.kv_heads as usize * of.dim(side) as usize * self.dtype.size_bytes()
     }
 
-    fn layer_bytes(&self) -> usize {
-        self.side_bytes(Side::K) + self.side_bytes(Side::V)
+    fn layer_bytes(&self, of: LayerShape) -> usize {
+        self.side_bytes(of, Side::K) + self.side_bytes(of, Side::V)
     }
 
-    fn expected(&self, side: Side) -> String {
-        let (heads, dim) = (self.kv_heads, self.dim(side));
+    fn expected(&self, of: LayerShape, side: Side) -> String {
+        let (heads, dim) = (of.kv_heads, of.dim(side));
         match self.order {
             TokenOrder::TokenHeadDim => format!("[tokens, {heads}, {dim}]"),
             TokenOrder::HeadTokenDim => format!("[{heads}, tokens, {dim}]"),
@@ -287,24 +551,49 @@ impl KvLayout {
     }
 
     fn checked(self) -> Result<Self> {
+        let usual = self.usual();
         for (name, value) in [
             ("layers", self.layers),
-            ("kv_heads", self.kv_heads),
-            ("k_head_dim", self.k_head_dim),
-            ("v_head_dim", self.v_head_dim),
+            ("kv_heads", usual.kv_heads),
+            ("k_head_dim", usual.k_head_dim),
             ("block_tokens", self.block_tokens),
         ] {
             if value == 0 {
                 return Err(Error::Layout(format!("{name} is 0: it must be at least 1")));
             }
         }
-        let head_dims = u64::from(self.k_head_dim) + u64::from(self.v_head_dim);
-        [self.layers, self.kv_heads, self.block_tokens]
-            .iter()
-            .try_fold(head_dims * self.dtype.size_bytes() as u64, |bytes, factor| bytes.checked_mul(u64::from(*factor)))
+        let half = |shape: &&LayerShape| **shape != LayerShape::NONE && (shape.kv_heads == 0 || shape.k_head_dim == 0);
+        if let Some(shape) = self.shapes.iter().find(half) {
+            return Err(Error::Layout(format!(
+                "{shape:?} keeps nothing: give heads and elements, or LayerShape::NONE"
+            )));
+        }
+        if !self.is_uniform()
+            && (self.layers > MAX_MIXED_LAYERS || self.kinds.count_before(self.layers(), Kinds::NONE) >= self.layers())
+        {
+            return Err(Error::Layout(format!(
+                "layers that differ must be {MAX_MIXED_LAYERS} at most, and one of them keep something"
+            )));
+        }
+        self.checked_bytes()
             .and_then(|bytes| u32::try_from(bytes).ok())
+            .filter(|bytes| *bytes > 0)
             .map(|_| self)
             .ok_or(Error::SizeOverflow("the size of a block (at most 4 GiB)"))
+    }
+
+    /// As [`KvLayout::block_bytes`]; `None` if that overflows.
+    fn checked_bytes(&self) -> Option<u64> {
+        if self.is_opaque {
+            return Some(u64::from(self.usual().k_head_dim));
+        }
+        let mixed = |kind| self.kinds.count_before(self.layers(), kind) as u64;
+        let mut elements = 0u64;
+        for (kind, shape) in (0..).zip(&self.shapes) {
+            let layers = if self.is_uniform() { u64::from(self.layers) * u64::from(kind == 0) } else { mixed(kind) };
+            elements = elements.checked_add(shape.elements()?.checked_mul(layers)?)?;
+        }
+        elements.checked_mul(u64::from(self.block_tokens))?.checked_mul(self.dtype.size_bytes() as u64)
     }
 }
 

@@ -15,6 +15,9 @@
 //!
 //! It is synchronous, runs on any number of threads, and knows nothing of models.
 
+#[cfg(test)]
+extern crate self as kvkeep;
+
 mod block;
 mod cache;
 mod chain;
@@ -48,7 +51,7 @@ pub use error::{Error, Rejection, Result};
 pub use event::{Event, EventSink};
 pub use eviction::{Admission, PolicyKind, Priority};
 pub use key::{BlockHash, Namespace, NamespaceId, TokenId};
-pub use layout::{DEFAULT_BLOCK_TOKENS, KvLayout, LayerView, LayerViewMut, TokenOrder};
+pub use layout::{DEFAULT_BLOCK_TOKENS, KvLayout, LayerShape, LayerView, LayerViewMut, TokenOrder};
 pub use named::{
     CachedKv, CachedLayers, DEFAULT_MAX_SIZE_GB, DEFAULT_TTL, Evicted, HashedPrefix, LayerKv, MAX_LAYERS, Outcome,
     PrivateLayers, PrivateTensor, SimpleKvCache,
@@ -58,7 +61,7 @@ pub use process::Process;
 pub use record::TraceRecorder;
 pub use simulation::{Hits, Simulation};
 pub use stats::{Stats, TierStats};
-pub use store::{Removed, Store};
+pub use store::{Lease, LeaseId, Leased, Removed, Store};
 pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};
 pub use tier::Tier;
 pub use tier::disk::{Archive, Contents, ManifestState, RecordInfo, RecordState, Verified};
@@ -67,7 +70,8 @@ pub use tier::disk::{Archive, Contents, ManifestState, RecordInfo, RecordState, 
 pub mod tiers {
     pub use crate::block::{BlockKey, BlockMeta};
     pub use crate::clock::Deadline;
-    pub use crate::codec::{Codec, CodecId, Raw};
+    pub use crate::codec::{Codec, CodecId, Codecs, Raw};
+    pub use crate::layout::{Frame, Side};
     pub use crate::tier::around::{Fault, Limit, Meter, Metered};
     #[cfg(any(test, feature = "contract"))]
     pub use crate::tier::contract;

@@ -17,6 +17,14 @@ pub(crate) struct Namespaces {
     free_numbers: Vec<u32>,
 }
 
+/// A namespace that was closed: nothing in it can be found, and its number stays taken until [`Namespaces::free`].
+#[derive(Debug)]
+pub(crate) struct Closed {
+    pub(crate) number: u32,
+    /// Those that are still to be removed.
+    pub(crate) entries: u64,
+}
+
 /// What one namespace takes of each tier now.
 ///
 /// The bytes of all namespaces together are less than the `used_bytes` of [`Stats`](crate::Stats): in RAM by what is
@@ -39,7 +47,8 @@ pub struct NamespaceUsage {
 
 #[derive(Debug)]
 struct Record {
-    id: NamespaceId,
+    /// `None` once it was closed.
+    id: Option<NamespaceId>,
     entries: u64,
     bytes: u64,
     layers: u32,
@@ -59,7 +68,7 @@ impl Namespaces {
         if let Some(number) = self.numbers.get(&id) {
             return *number;
         }
-        let record = Record { id, entries: 0, bytes: 0, layers: 0, prefix_lengths: BTreeMap::new() };
+        let record = Record { id: Some(id), entries: 0, bytes: 0, layers: 0, prefix_lengths: BTreeMap::new() };
         let number = match self.free_numbers.pop() {
             Some(number) => {
                 if let Some(slot) = self.records.get_mut(number as usize) {
@@ -81,9 +90,30 @@ impl Namespaces {
         self.numbers.get(&id).copied()
     }
 
-    /// The namespace with this number.
+    /// The namespace with this number, unless it was closed.
     pub(crate) fn id(&self, number: u32) -> Option<NamespaceId> {
-        self.records.get(number as usize).map(|record| record.id)
+        self.records.get(number as usize)?.id
+    }
+
+    /// From now on its entries are nobody's: whoever counts in more for this id gets another number.
+    pub(crate) fn close(&mut self, id: NamespaceId) -> Option<Closed> {
+        let number = self.numbers.remove(&id)?;
+        let record = self.records.get_mut(number as usize)?;
+        record.id = None;
+        Some(Closed { number, entries: record.entries })
+    }
+
+    /// No entry is there any more. What was closed before stays so until it is freed.
+    pub(crate) fn clear(&mut self) {
+        self.free_numbers.extend(self.numbers.drain().map(|(_, number)| number));
+        for record in &mut self.records {
+            (record.id, record.entries, record.bytes) = (None, 0, 0);
+        }
+    }
+
+    /// No entry has this number any more.
+    pub(crate) fn free(&mut self, closed: &Closed) {
+        self.free_numbers.push(closed.number);
     }
 
     /// Counts an entry of so many bytes in.
@@ -110,8 +140,8 @@ impl Namespaces {
         }
         record.entries -= 1;
         record.bytes -= bytes;
-        if record.entries == 0 {
-            self.numbers.remove(&record.id);
+        if let (0, Some(id)) = (record.entries, record.id) {
+            self.numbers.remove(&id);
             self.free_numbers.push(number);
         }
     }
@@ -130,8 +160,11 @@ impl Namespaces {
 
     /// Entries and bytes of each namespace, in no order.
     pub(crate) fn usage(&self) -> impl Iterator<Item = (NamespaceId, u64, u64)> {
-        let records = self.numbers.values().filter_map(|number| self.records.get(*number as usize));
-        records.map(|record| (record.id, record.entries, record.bytes))
+        let record = |(id, number): (&NamespaceId, &u32)| {
+            let record = self.records.get(*number as usize)?;
+            Some((*id, record.entries, record.bytes))
+        };
+        self.numbers.iter().filter_map(record)
     }
 
     fn record(&self, id: NamespaceId) -> Option<&Record> {

@@ -66,6 +66,8 @@ pub struct TierStats {
     pub stored_total: u64,
     /// Bytes of payloads written.
     pub written_bytes_total: u64,
+    /// Bytes of those before their codec.
+    pub written_raw_bytes_total: u64,
     /// Bytes of payloads read.
     pub read_bytes_total: u64,
     /// Records that were not written: the queue was full, or the disk failed.
@@ -87,13 +89,17 @@ pub struct TierStats {
     pub timeouts_total: u64,
     /// Tokens on the disk that were not loaded because computing them again is faster.
     pub not_worth_tokens_total: u64,
+    /// The codec that writes what no namespace says otherwise.
+    pub codec: &'static str,
+    /// Records that were there when the tier was opened and whose codec is not known here: each a miss.
+    pub unknown_codec_records: u64,
     /// Is what lies there encrypted?
     pub encrypted: bool,
     /// Is the disk failing right now? Then it is tried again, ever more seldom.
     pub failing: bool,
     /// Files in the directory that are not ours. They are left alone.
     pub foreign_files: u64,
-    /// Measured: bytes a second of loads. 0 before the first.
+    /// Measured: bytes a second of loads, as they lie in the tier, with their decoding. 0 before the first.
     pub load_bytes_per_s: u64,
 }
 

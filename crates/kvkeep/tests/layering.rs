@@ -9,10 +9,11 @@ use std::path::{Path, PathBuf};
 
 /// Lower ranks first; modules of one rank do not use each other.
 const RANKS: &[&[&str]] = &[
-    &["sync", "clock", "tensor", "codec", "process"],
+    &["sync", "clock", "tensor", "process"],
     &["error", "record"],
     &["stats", "layout", "eviction"],
     &["key"],
+    &["codec"],
     &["namespaces", "chain", "block", "event"],
     &["tier", "flight"],
     &["config", "index"],

@@ -10,12 +10,15 @@
 )]
 
 mod common;
+#[path = "common/planes.rs"]
+mod planes;
 
 use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use common::{assert_right, namespace, store};
+use kvkeep::tiers::Codecs;
 use kvkeep::{
     Admission, CacheConfig, Clock, DiskConfig, KvCache, ManualClock, Match, Outcome, SimpleKvCache, StoreOptions,
     TensorView, WritePolicy,
@@ -235,12 +238,14 @@ proptest! {
     fn agrees_with_a_plain_map_also_with_a_disk_behind(
         capacity_pages in 4u64..12,
         back in any::<bool>(),
+        coded in any::<bool>(),
         admission in prop_oneof![Just(Admission::All), Just(Admission::SecondUse), Just(Admission::Worth(0.5))],
         ops in prop::collection::vec(ops(), 1..60),
     ) {
         let home = tempfile::tempdir().unwrap();
         let write_policy = if back { WritePolicy::Back } else { WritePolicy::Through };
-        let disk = DiskConfig::new(home.path(), 2 << 20).write_policy(write_policy).admission(admission);
+        let codecs = if coded { planes::planes() } else { Codecs::default() };
+        let disk = DiskConfig::new(home.path(), 2 << 20).write_policy(write_policy).admission(admission).codecs(codecs);
         let mut twin = Twin::new(capacity_pages, Some(disk.clone()));
         for op in &ops {
             twin.apply(op);

@@ -2,7 +2,8 @@
 //!
 //! One tensor for K and one for V of every layer of every entry, named
 //! `NAMESPACE.KEY.layer.N.k` and `.v`, where NAMESPACE is the first 16 hexadecimal digits of
-//! the namespace and KEY all 64 of the key. One tensor a block was the alternative: K and V
+//! the namespace and KEY all 64 of the key; one for the whole of an opaque block,
+//! `NAMESPACE.KEY.block`. One tensor a block was the alternative: K and V
 //! may differ in their last dimension.
 //!
 //! Invariant: a file appears under its name only when every byte in it was checked.
@@ -18,6 +19,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use indicatif::ProgressBar;
+use kvkeep::tiers::{Frame, Side};
 use kvkeep::{Archive, Contents, DType, KvLayout, RecordInfo, Shape};
 use safetensors::{Dtype, View};
 use serde::Serialize;
@@ -108,46 +110,44 @@ fn tensors<'a>(source: &'a Source<'a>, whole: &[(&'a RecordInfo, Contents)]) -> 
     for (number, (record, contents)) in whole.iter().enumerate() {
         let namespace = hex(record.namespace.as_bytes().get(..8).unwrap_or_default());
         let name = format!("{namespace}.{}", hex(&record.key));
-        for (layer, side, range, dtype, shape) in parts(record, contents)? {
+        for (of, range, dtype, shape) in parts(record, contents)? {
             let tensor =
                 Tensor { source, number, record, range, dtype: dtype_of(dtype)?, shape: shape.dims().to_vec() };
-            tensors.push((format!("{name}.layer.{layer}.{side}"), tensor));
+            let of = of.map_or_else(|| "block".to_owned(), |(layer, side)| format!("layer.{layer}.{side}"));
+            tensors.push((format!("{name}.{of}"), tensor));
         }
         ensure!(tensors.len() <= MAX_TENSORS, "more than {MAX_TENSORS} tensors: choose fewer entries with --limit");
     }
     Ok(tensors)
 }
 
-type Part = (usize, char, Range<usize>, DType, Shape);
+/// Which layer, and what of it: `None` for an opaque block, which has no layers.
+type Part = (Option<(usize, char)>, Range<usize>, DType, Shape);
 
 /// Where K and V of each layer lie in a payload.
 fn parts(record: &RecordInfo, contents: &Contents) -> Result<Vec<Part>> {
     match contents {
-        Contents::Block { layout, .. } => block_parts(layout),
+        Contents::Block { layout, .. } => Ok(block_parts(layout)),
         Contents::Named { k: (k_dtype, k_shape), v: (v_dtype, v_shape), .. } => {
             let bytes = |dtype: &DType, shape: &Shape| shape.size_bytes(*dtype).context("a shape overflows");
             let k_end = bytes(k_dtype, k_shape)?;
             let v_start = k_end.next_multiple_of(NAMED_ALIGN);
             let v_end = v_start + bytes(v_dtype, v_shape)?;
             let layer = record.layer as usize;
-            Ok(vec![(layer, 'k', 0..k_end, *k_dtype, *k_shape), (layer, 'v', v_start..v_end, *v_dtype, *v_shape)])
+            let k = (Some((layer, 'k')), 0..k_end, *k_dtype, *k_shape);
+            Ok(vec![k, (Some((layer, 'v')), v_start..v_end, *v_dtype, *v_shape)])
         }
         _ => Err(anyhow!("this release does not know what the entry {} is", short(&record.key))),
     }
 }
 
-fn block_parts(layout: &KvLayout) -> Result<Vec<Part>> {
-    let tokens = layout.block_tokens();
-    let (k, v) = (layout.k_shape(tokens)?, layout.v_shape(tokens)?);
-    let (mut parts, mut at) = (Vec::new(), 0);
-    for layer in 0..layout.layers() {
-        for (side, shape) in [('k', k), ('v', v)] {
-            let end = at + shape.size_bytes(layout.dtype()).context("a shape overflows")?;
-            parts.push((layer, side, at..end, layout.dtype(), shape));
-            at = end;
-        }
-    }
-    Ok(parts)
+fn block_parts(layout: &KvLayout) -> Vec<Part> {
+    let letter = |side| if side == Side::K { 'k' } else { 'v' };
+    let part = |frame: Frame| {
+        let of = frame.side.map(|side| (frame.layer as usize, letter(side)));
+        (of, frame.range, frame.dtype, frame.shape)
+    };
+    layout.frames().into_iter().map(part).collect()
 }
 
 fn dtype_of(dtype: DType) -> Result<Dtype> {
@@ -264,10 +264,10 @@ mod tests {
     #[test]
     fn the_parts_of_a_block_cover_it_without_gaps() {
         let layout = KvLayout::new(3, 2, 8, DType::F16).unwrap().with_v_head_dim(4).unwrap();
-        let parts = block_parts(&layout).unwrap();
+        let parts = block_parts(&layout);
         assert_eq!(parts.len(), 6);
         let mut at = 0;
-        for (_, _, range, ..) in &parts {
+        for (_, range, ..) in &parts {
             assert_eq!(range.start, at);
             at = range.end;
         }

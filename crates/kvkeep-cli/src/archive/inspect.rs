@@ -47,7 +47,10 @@ struct Group {
     tokens: u64,
     /// Of a named cache: prefix texts with at least one layer.
     prefixes: usize,
+    /// On the disk, as their codecs made them.
     payload_bytes: u64,
+    /// Before that.
+    raw_bytes: u64,
     /// What it took to compute all of it, as far as anybody said.
     compute_s: f64,
     oldest_age_ms: u64,
@@ -75,6 +78,9 @@ struct Line {
     layer: u32,
     kind: &'static str,
     payload_bytes: u64,
+    raw_bytes: u64,
+    /// Its number; 0 for a record that is as it was.
+    codec: u8,
     age_ms: u64,
     expires_in_ms: Option<u64>,
     compute_ms: Option<f64>,
@@ -141,7 +147,8 @@ impl Group {
             self.kind = kind(record);
         }
         self.entries += 1;
-        self.payload_bytes += record.payload_bytes;
+        self.payload_bytes += record.stored_bytes;
+        self.raw_bytes += record.raw_bytes;
         self.compute_s += record.compute_time.unwrap_or_default().as_secs_f64();
         self.oldest_age_ms = self.oldest_age_ms.max(age_ms);
         self.newest_age_ms = self.newest_age_ms.min(age_ms);
@@ -181,7 +188,9 @@ impl Line {
             key: hex(&record.key),
             layer: record.layer,
             kind: kind(record),
-            payload_bytes: record.payload_bytes,
+            payload_bytes: record.stored_bytes,
+            raw_bytes: record.raw_bytes,
+            codec: record.codec.0,
             age_ms: now_ms.saturating_sub(record.stored_at_ms),
             expires_in_ms: record.expires_at_ms.map(|at_ms| at_ms.saturating_sub(now_ms)),
             compute_ms: record.compute_time.map(|time| time.as_secs_f64() * 1e3),

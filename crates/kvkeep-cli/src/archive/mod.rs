@@ -51,12 +51,18 @@ fn short(bytes: &[u8]) -> String {
 
 /// What a block is made of, in one line.
 fn layout_words(layout: &KvLayout) -> String {
+    let tokens = layout.block_tokens();
+    if layout.is_opaque() {
+        return format!("opaque, {} bytes and {tokens} tokens a block", layout.block_bytes());
+    }
     let dims = match (layout.k_head_dim(), layout.v_head_dim()) {
         (k, v) if k == v => k.to_string(),
+        (k, 0) => format!("{k} in one tensor"),
         (k, v) => format!("{k}/{v}"),
     };
     let (layers, heads, dtype) = (layout.layers(), layout.kv_heads(), layout.dtype());
-    format!("{layers} layers, {heads} kv_heads, head_dim {dims}, {dtype}, {} tokens a block", layout.block_tokens())
+    let mixed = if layout.is_uniform() { "" } else { " (some layers differ)" };
+    format!("{layers} layers, {heads} kv_heads, head_dim {dims}{mixed}, {dtype}, {tokens} tokens a block")
 }
 
 /// The layout and the model of a block.

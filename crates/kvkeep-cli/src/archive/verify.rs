@@ -61,6 +61,8 @@ struct Records {
     unreadable: u64,
     /// Being written when the process ended, and not durable.
     torn: u64,
+    /// Of the good ones: of a codec that this release does not know.
+    unknown_codec: u64,
     /// Good or damaged: a cache that opens the directory finds it.
     live: usize,
     expired: usize,
@@ -112,6 +114,7 @@ impl Report {
                 damaged,
                 unreadable,
                 torn: verified.torn_records,
+                unknown_codec: verified.unknown_codec,
                 live: in_state(RecordState::Live),
                 expired: in_state(RecordState::Expired),
                 gone: in_state(RecordState::Gone),
@@ -151,6 +154,10 @@ impl Report {
         row("records", records.good, false, states);
         row("", records.damaged, true, "damaged: each is a miss".to_owned());
         row("", records.unreadable, true, "not to be read: the disk fails".to_owned());
+        if records.unknown_codec > 0 {
+            let meaning = "of these of a codec that this release does not know: misses to it";
+            row("", records.unknown_codec, false, meaning.to_owned());
+        }
         row("", records.torn, false, "torn: not durable when the process ended, left out".to_owned());
         row("files", self.foreign.len() as u64, false, format!("foreign, left alone {}", self.foreign_names()));
         let encrypted = if self.encrypted { "encrypted" } else { "not encrypted" };
@@ -217,7 +224,7 @@ impl Damaged {
             layer: record.layer,
             segment: record.segment,
             page: record.page,
-            payload_bytes: record.payload_bytes,
+            payload_bytes: record.stored_bytes,
         }
     }
 }

@@ -4,7 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use axum::Json;
 use axum::extract::State;
-use kvkeep::{BlockHash, Look, NamespaceId, Removed};
+use kvkeep::{BlockHash, Chain, Error, Look, NamespaceId, Removed};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -12,7 +12,6 @@ use super::{Params, blocking, limit, prefix_id};
 use crate::describe::{BodyErrors, OperatorErrors};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
-use crate::pins::{Held, TooMuch};
 use crate::prefixes::{BranchView, Path};
 use crate::state::{AppState, Operator};
 
@@ -156,9 +155,9 @@ pub(super) async fn unpin(
 ) -> Result<Json<UnpinAnswer>, ApiError> {
     let id = prefix_id(&request.prefix)?;
     let observed = &state.shared.observed;
-    let held = observed.pins().unpin(id);
+    let was_pinned = unpin_prefix(&state, id);
     observed.prefixes().set_pinned(id, false);
-    held.map(|_| Json(UnpinAnswer {})).ok_or_else(|| ApiError::NotFound(format!("pinned prefix {id}")))
+    if was_pinned { Ok(Json(UnpinAnswer {})) } else { Err(ApiError::NotFound(format!("pinned prefix {id}"))) }
 }
 
 /// Remove a branch and what is behind it
@@ -195,9 +194,8 @@ pub(super) async fn clear(
     let namespace = parsed.map_err(|error| ApiError::invalid("namespace", error.to_string()))?;
     blocking(move || {
         let observed = &state.shared.observed;
-        let let_go = observed.pins().clear(namespace);
-        drop(let_go);
         observed.prefixes().clear(namespace);
+        // The leases of what is cleared end with it.
         let cache = &state.shared.cache;
         Ok(Json(namespace.map_or_else(|| cache.clear(), |id| cache.clear_namespace(id)).into()))
     })
@@ -245,34 +243,40 @@ fn info(state: &AppState, view: &BranchView, looks: &HashMap<BlockHash, Look>) -
     }
 }
 
-/// Pins a prefix; says how many tokens that are.
+/// Lets go of the lease that is owned by a prefix; says whether there was one.
+fn unpin_prefix(state: &AppState, id: BlockHash) -> bool {
+    let owner = id.to_string();
+    state.shared.cache.store_handle().end_leases(|lease| lease.owner == owner) > 0
+}
+
+/// Pins a prefix by a lease that it owns; says how many tokens that are.
 pub(super) fn pin_prefix(state: &AppState, id: BlockHash) -> Result<usize, ApiError> {
     let (observed, cache) = (&state.shared.observed, &state.shared.cache);
     let no_such = || ApiError::NotFound(format!("prefix {id}"));
     let Path { namespace, tokens, .. } = observed.prefixes().path(id).ok_or_else(no_such)?;
     let internal = |error: kvkeep::Error| ApiError::Internal(error.to_string());
-    let found = cache.pin(&namespace, &tokens).map_err(internal)?;
-    if found.cached_tokens() < tokens.len() {
-        let (cached, all) = (found.cached_tokens(), tokens.len());
+    let (chain, leases, owner) =
+        (Chain::of(&namespace, &tokens).map_err(internal)?, cache.store_handle(), id.to_string());
+    let lease = leases.lease(&chain, owner.clone(), None).map_err(|error| match error {
+        Error::LeasesFull { needed_bytes, limit_bytes } => ApiError::Conflict(format!(
+            "pins would hold {needed_bytes} bytes, and may hold {limit_bytes}, half of RAM: unpin another prefix first"
+        )),
+        other => internal(other),
+    })?;
+    if lease.tokens < tokens.len() {
+        leases.end_lease(lease.id);
+        let (cached, all) = (lease.tokens, tokens.len());
         let message = format!("{} of {all} tokens of this prefix were evicted: warm it first", all - cached);
         return Err(ApiError::Conflict(message));
     }
-    let hashes = namespace.block_hashes(&tokens).map_err(internal)?;
-    let layout = namespace.layout();
-    let (block_tokens, block_bytes) = (layout.block_tokens(), layout.block_bytes());
-    let held = Held { namespace: namespace.id(), hashes, block_tokens, block_bytes, found };
-    let pinned_tokens = held.tokens();
-    observed.pins().pin(id, held, cache.stats().capacity_bytes).map_err(|TooMuch { needed_bytes, limit_bytes }| {
-        ApiError::Conflict(format!(
-            "pins would hold {needed_bytes} bytes, and may hold {limit_bytes}, half of RAM: unpin another prefix first"
-        ))
-    })?;
+    // Pinned twice is pinned once: the older one goes.
+    leases.end_leases(|other| other.owner == owner && other.id < lease.id);
     if !observed.prefixes().set_pinned(id, true) {
         // It was removed meanwhile.
-        drop(observed.pins().unpin(id));
+        leases.end_lease(lease.id);
         return Err(no_such());
     }
-    Ok(pinned_tokens)
+    Ok(lease.tokens)
 }
 
 fn remove_branch(state: &AppState, id: BlockHash) -> Result<RemovedAnswer, ApiError> {
@@ -282,8 +286,7 @@ fn remove_branch(state: &AppState, id: BlockHash) -> Result<RemovedAnswer, ApiEr
     let branches = observed.prefixes().subtree(id);
     let mut removed = RemovedAnswer::default();
     for branch in branches {
-        let let_go = observed.pins().unpin(branch);
-        drop(let_go);
+        unpin_prefix(state, branch);
         // From the root of what goes on, by each of its ends.
         let path = { Some(observed.prefixes()).filter(|tree| tree.is_leaf(branch)).and_then(|tree| tree.path(branch)) };
         if let Some(Path { namespace, tokens, .. }) = path {

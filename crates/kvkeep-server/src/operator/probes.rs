@@ -49,7 +49,7 @@ pub(super) async fn metrics(_: Operator, State(state): State<AppState>) -> Resul
         parallel: shared.config.parallel,
         queue: shared.config.queue,
         rejected: load.rejected,
-        pinned_tokens: shared.observed.pins().tokens(),
+        pinned_tokens: shared.cache.store_handle().leased().tokens,
     };
     let text = shared.observed.metrics.text(&now).map_err(|error| ApiError::Internal(error.to_string()))?;
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text))

@@ -217,7 +217,7 @@ pub(super) async fn stats(_: Operator, State(state): State<AppState>) -> Json<Ca
             held_bytes: stats.held_bytes,
             entries: stats.entries,
             evictions: stats.evictions,
-            pinned_tokens: observed.pins().tokens(),
+            pinned_tokens: shared.cache.store_handle().leased().tokens,
         },
         disk: stats.tier("disk").map(Disk::from),
         requests: Requests {

@@ -32,7 +32,8 @@ const PARTS_AT_ONCE: usize = 8;
 /// What a request waits for, in order.
 enum Step {
     Here(Held),
-    Loading(Arc<Load>, usize, ObjectKey),
+    /// From the tier of this number, which moves so many bytes for it.
+    Loading(Arc<Load>, (usize, u64), ObjectKey),
 }
 
 /// Pages that a tier reads into. Dropping it ends the load without its block.
@@ -122,7 +123,9 @@ impl Tiers {
         let load = loop {
             match self.loads().enter(key, 1) {
                 Role::Lead(load) => break load,
-                Role::Join(load) if load.join() => return Some(Step::Loading(load, number, *key)),
+                Role::Join(load) if load.join() => {
+                    return Some(Step::Loading(load, (number, located.stored_bytes), *key));
+                }
                 // It is over: its block is in RAM, or it is for us to try.
                 Role::Join(_) => {
                     let now_ms = self.shared().now_ms();
@@ -169,7 +172,7 @@ impl Tiers {
             Room::Pages(pending) => {
                 let promotion = self.promotion(wish, &load, pending, false);
                 batch.add(Arc::clone(&wish.tier), promotion.into_read());
-                Some(Step::Loading(load, number, key))
+                Some(Step::Loading(load, (number, wish.located.stored_bytes), key))
             }
             Room::Here(held) => {
                 // For those who have joined since: they look again.
@@ -208,20 +211,22 @@ impl Tiers {
         for step in steps.by_ref() {
             match step {
                 Step::Here(held) => run.extend(vec![held]),
-                Step::Loading(load, tier, key) => match load.wait(deadline).or_else(|| self.pin_one(&key)) {
-                    Some(pin) => {
-                        if let Some(bytes) = loaded.get_mut(tier) {
-                            *bytes += pin.bytes(0).len() as u64;
+                Step::Loading(load, (tier, stored_bytes), key) => {
+                    match load.wait(deadline).or_else(|| self.pin_one(&key)) {
+                        Some(pin) => {
+                            if let Some(bytes) = loaded.get_mut(tier) {
+                                *bytes += stored_bytes;
+                            }
+                            run.absorb(pin);
                         }
-                        run.absorb(pin);
-                    }
-                    None => {
-                        if deadline.is_over() {
-                            self.each().for_each(|tier| tier.gave_up_waiting());
+                        None => {
+                            if deadline.is_over() {
+                                self.each().for_each(|tier| tier.gave_up_waiting());
+                            }
+                            break;
                         }
-                        break;
                     }
-                },
+                }
             }
         }
         // What comes later stays in RAM for the next one; nobody here waits for it.

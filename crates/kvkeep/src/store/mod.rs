@@ -4,7 +4,8 @@
 //!
 //! - `ledger` is everything under the one lock: index, policy, free pages. It does no I/O and asks no tier.
 //! - `plan` says what of a chain lies where, and what is worth loading. `fetch` brings it up, `demote` takes it down.
-//! - `guard` has what callers hold: [`Pending`] to write, [`Pin`] to read.
+//! - `remove` takes out what is not to be found any more.
+//! - `guard` has what callers hold: [`Pending`] to write, [`Pin`] to read. `lease` has pins for holders elsewhere.
 //!
 //! The lock is never held while payload bytes are copied, while a tier is asked, or while something is logged or
 //! published. Shards with a lock each were the alternative: the blocks of one prompt would lie in all of them, and a
@@ -15,12 +16,14 @@ mod fetch;
 mod gate;
 mod give_back;
 mod guard;
+mod lease;
 pub(crate) mod ledger;
 mod lent;
 mod loads;
 mod meter;
 mod patience;
 mod plan;
+mod remove;
 mod retained;
 #[cfg(test)]
 mod tests;
@@ -46,10 +49,12 @@ use crate::stats::Stats;
 use crate::sync::{Condvar, Mutex};
 use crate::tensor::PairSpec;
 use crate::tier::ram::{self, Arena, pages_for};
-use crate::tier::{Forget, Forgotten, Tier};
+use crate::tier::{Forget, Tier};
 
 use give_back::GiveBack;
 pub(crate) use guard::{Pending, Pin, PrivatePin};
+use lease::Leases;
+pub use lease::{Lease, LeaseId, Leased};
 use ledger::Written;
 use ledger::{Gone, Ledger, News, Reservation, Shortage};
 pub(crate) use ledger::{Request, Wanted};
@@ -65,6 +70,8 @@ pub struct Store {
     shared: Arc<Shared>,
     /// Not part of `shared`, which pins keep alive: with the last clone it closes.
     tiers: Option<Arc<Tiers>>,
+    /// Not part of `shared` either: they hold pins.
+    leases: Arc<Leases>,
 }
 
 /// What all clones, pins and pending objects share.
@@ -218,8 +225,9 @@ impl Store {
         let clock = Arc::clone(&config.clock);
         let shared =
             Arc::new(Shared::new(ledger, arena, clock, config.ttl, config.recorder.clone(), config.sink.clone()));
+        let leases = Arc::new(Leases::new(lease_epoch(&*config.clock), config.capacity_bytes));
         let tiers = Tiers::open(config, &shared)?.map(Arc::new);
-        Ok(Self { tiers, shared })
+        Ok(Self { tiers, shared, leases })
     }
 
     /// This store, in the process that made it.
@@ -236,6 +244,7 @@ impl Store {
         if self.here().is_err() {
             return Stats::default();
         }
+        self.end_expired();
         self.sweep_ram();
         let stats = self.shared.with(|ledger| ledger.stats());
         Stats { tiers: self.tiers.as_ref().map_or_else(Vec::new, |tiers| tiers.stats()), ..stats }
@@ -286,95 +295,15 @@ impl Store {
         }
     }
 
-    /// Removes everything, and gives the memory back to the system. What is pinned can no longer be found and is
-    /// freed with its last pin.
-    pub fn clear(&self) -> Removed {
-        self.clear_where(None)
-    }
-
     /// Drops everything whose TTL has run out and says how many entries of the RAM tier that
     /// were. Stores and [`Store::stats`] do it by themselves; a quiet cache may want a timer.
     pub fn sweep(&self) -> u64 {
         if self.here().is_err() {
             return 0;
         }
+        self.end_expired();
         self.each_tier().for_each(|tier| tier.sweep());
         self.sweep_ram()
-    }
-
-    /// Removes all entries of one namespace.
-    pub(crate) fn clear_namespace(&self, id: NamespaceId) -> Removed {
-        self.clear_where(Some(id))
-    }
-
-    fn clear_where(&self, namespace: Option<NamespaceId>) -> Removed {
-        if self.here().is_err() {
-            return Removed::default();
-        }
-        let gone = namespace.map_or(Gone::All, Gone::Namespace);
-        let what = namespace.map_or(Forget::All, Forget::Namespace);
-        let mut removed = Removed::default();
-        let begin = |_: &mut Ledger| {};
-        let ((), forgotten) = self.forget(gone, &what, begin, || {
-            // In slices: between two of them others get the lock.
-            let mut next = Some(0);
-            while let Some(from) = next {
-                next = self.shared.with(|ledger| {
-                    let number = namespace.map(|id| ledger.index().namespaces().known(id));
-                    if number == Some(None) {
-                        return None;
-                    }
-                    let number = number.flatten();
-                    let goes = |entry: &crate::index::Entry| number.is_none_or(|number| entry.namespace == number);
-                    ledger.remove_some(from, ledger::SLICE, goes, &mut removed)
-                });
-            }
-        });
-        self.shared.with(|ledger| ledger.was_cleared(namespace));
-        self.shared.give_back();
-        let below = forgotten.iter().map(|forgotten| forgotten.entries).max().unwrap_or(0);
-        Removed { entries: removed.entries.max(below), ..removed }
-    }
-
-    /// Removes these keys; says for each whether it was there.
-    pub(crate) fn remove(&self, keys: &[ObjectKey]) -> (Removed, Vec<bool>) {
-        if self.here().is_err() {
-            return (Removed::default(), vec![false; keys.len()]);
-        }
-        let now_ms = self.shared.now_ms();
-        let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
-        let begin = |ledger: &mut Ledger| ledger.remove(keys, now_ms);
-        let ((mut removed, mut found), forgotten) =
-            self.forget(Gone::Keys(names.clone()), &Forget::Keys(&names), begin, || {});
-        for below in &forgotten {
-            found.iter_mut().zip(&below.found).for_each(|(found, below)| *found |= below);
-        }
-        if !forgotten.is_empty() {
-            removed.entries = found.iter().filter(|found| **found).count() as u64;
-        }
-        (removed, found)
-    }
-
-    /// Takes something out of RAM and then out of every tier, while nothing of it can come up again.
-    fn forget<T>(
-        &self,
-        gone: Gone,
-        what: &Forget<'_>,
-        begin: impl FnOnce(&mut Ledger) -> T,
-        and_then: impl FnOnce(),
-    ) -> (T, Vec<Forgotten>) {
-        let Some(tiers) = &self.tiers else {
-            let begun = self.shared.with(begin);
-            and_then();
-            return (begun, Vec::new());
-        };
-        let (epoch, begun) = self.shared.with(|ledger| (ledger.forget(gone), begin(ledger)));
-        and_then();
-        // What was offered while slices of it were still here is out of date, too.
-        let now = self.shared.with(Ledger::next_epoch);
-        let forgotten = tiers.forget(what, now);
-        self.shared.with(|ledger| ledger.has_forgotten(epoch));
-        (begun, forgotten)
     }
 
     /// Remembers what the blocks of a namespace look like: their headers in the tiers say so.
@@ -557,6 +486,7 @@ impl Store {
     /// Tries until there is room, or none to come. Between two tries what departs is offered to the tiers, and their
     /// writes are waited for: as long as one request waits at most in all, or less (see `patience`).
     fn with_room<T>(&self, attempt: impl Fn(&mut Ledger) -> T, shortage: impl Fn(&T) -> Option<Shortage>) -> T {
+        self.end_expired();
         let mut gave_back = self.shared.given_back.times();
         let mut made = self.shared.with(&attempt);
         // Giving memory back has pages for a moment, too.
@@ -602,6 +532,13 @@ impl Store {
             }
         }
     }
+}
+
+/// Tells this store's leases from those of others, also of one that was there before a restart.
+fn lease_epoch(clock: &dyn Clock) -> u64 {
+    use std::hash::{BuildHasher, RandomState};
+    // Keyed by what the system drew for this process and this call.
+    RandomState::new().hash_one(clock.now_us())
 }
 
 /// A reservation that goes back if it is not taken.

@@ -86,6 +86,8 @@ impl Store {
             Ok(held) => return (Pin::new(Arc::clone(&self.shared), held), 0..0),
             Err(plan) => plan,
         };
+        // What is to be loaded needs room.
+        self.end_expired();
         let first = plan.in_ram();
         let worth = tiers.judge(&plan, first, None);
         tiers.count_skipped(&plan, worth, request);
@@ -245,7 +247,7 @@ impl Tiers {
             match place {
                 Place::Ram(compute_us) => saved_us += i128::from(*compute_us),
                 Place::Tier(tier, located) => {
-                    let bytes = part_bytes.map_or(located.stored_bytes, |bytes| bytes as u64);
+                    let bytes = part_bytes.map_or(located.stored_bytes, |bytes| stored_part(located, bytes));
                     let one_us = self.rate(*tier).map_or(0, |rate| rate.estimate_us(bytes));
                     load_us += one_us;
                     // Where nobody said what computing costs, loading is worth it.
@@ -283,6 +285,12 @@ impl Tiers {
         }
         worth
     }
+}
+
+/// Bytes that are moved for so many of a block.
+fn stored_part(located: &Located, bytes: usize) -> u64 {
+    let moved = u128::from(located.stored_bytes) * bytes as u128 / u128::from(located.raw_bytes.max(1));
+    u64::try_from(moved).unwrap_or(u64::MAX)
 }
 
 /// Where each key is: in RAM if it is among `in_ram`, else in the first tier that says so.

@@ -2,6 +2,7 @@
 
 #![allow(clippy::cast_possible_truncation, clippy::allow_attributes, reason = "a test that panics fails")]
 
+mod leases;
 mod lent;
 mod requests;
 
@@ -9,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::gate::Gate;
+use super::lease::Leases;
 use super::tiers::{Timeouts, resident_of};
 use super::*;
 use crate::cache::KvCache;
@@ -68,7 +70,8 @@ impl Lab {
         let timeouts = Timeouts { request: self.config.read_timeout, flush: self.config.flush_timeout };
         let gate = Gate::new(self.config.admission, self.config.write_policy);
         let tiers = Tiers::over(vec![Arc::new(disk)], gate, timeouts, self.config.write_policy, &shared);
-        KvCache::over(Store { shared, tiers: Some(Arc::new(tiers)) })
+        let leases = Arc::new(Leases::new(0, ram_pages * PAGE));
+        KvCache::over(Store { shared, tiers: Some(Arc::new(tiers)), leases })
     }
 }
 

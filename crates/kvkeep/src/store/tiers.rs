@@ -15,7 +15,7 @@ use super::meter::LoadRate;
 use super::patience::Patience;
 use crate::block::BlockKey;
 use crate::clock::Deadline;
-use crate::config::{CacheConfig, WritePolicy};
+use crate::config::{CacheConfig, FLUSH_TIMEOUT, READ_TIMEOUT, WritePolicy};
 use crate::error::Result;
 use crate::key::{Namespace, NamespaceId, ObjectKey};
 use crate::layout::KvLayout;
@@ -28,6 +28,7 @@ use crate::tier::{Epoch, Forget, Forgotten, Tier};
 const MAX_MODELS: usize = 4096;
 /// Of runs that are not worth loading, each so many-th is begun, to measure again.
 const PROBE_EVERY: u64 = 16;
+
 /// The tiers, and what connects them with RAM.
 pub(super) struct Tiers {
     tiers: Vec<Arc<dyn Tier>>,
@@ -52,6 +53,13 @@ pub(super) struct Timeouts {
     pub(super) flush: Duration,
 }
 
+impl Default for Timeouts {
+    /// As of a disk whose settings say nothing else.
+    fn default() -> Self {
+        Self { request: READ_TIMEOUT, flush: FLUSH_TIMEOUT }
+    }
+}
+
 /// What the layout and the model of a namespace are, for the headers of its blocks.
 pub(super) type Models = Mutex<HashMap<NamespaceId, (KvLayout, String)>>;
 
@@ -59,21 +67,22 @@ impl Tiers {
     /// `None` if there are none.
     pub(super) fn open(config: CacheConfig, shared: &Arc<Shared>) -> Result<Option<Self>> {
         let mut tiers: Vec<Arc<dyn Tier>> = Vec::new();
-        let is_disk = config.disk.is_some();
-        let disk_config = config.disk.unwrap_or_else(|| crate::config::DiskConfig::new("", 0));
-        if is_disk {
-            disk_config.admission.check()?;
-            let disk = DiskTier::open(&disk_config, config.capacity_bytes, Arc::clone(&shared.clock))?;
+        // What the disk's settings say holds for the tiers behind it too.
+        let (mut gate, mut timeouts, mut write_policy) = (None, Timeouts::default(), WritePolicy::default());
+        if let Some(settings) = &config.disk {
+            settings.admission.check()?;
+            let disk = DiskTier::open(settings, config.capacity_bytes, Arc::clone(&shared.clock))?;
             disk.set_resident(resident_of(shared));
             tiers.push(Arc::new(disk));
+            gate = Gate::new(settings.admission, settings.write_policy);
+            timeouts = Timeouts { request: settings.read_timeout, flush: settings.flush_timeout };
+            write_policy = settings.write_policy;
         }
         tiers.extend(config.tiers);
         if tiers.is_empty() {
             return Ok(None);
         }
-        let gate = Gate::new(disk_config.admission, disk_config.write_policy);
-        let timeouts = Timeouts { request: disk_config.read_timeout, flush: disk_config.flush_timeout };
-        Ok(Some(Self::over(tiers, gate, timeouts, disk_config.write_policy, shared)))
+        Ok(Some(Self::over(tiers, gate, timeouts, write_policy, shared)))
     }
 
     pub(super) fn over(

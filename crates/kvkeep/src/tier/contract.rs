@@ -290,21 +290,61 @@ fn the_name_is_that_of_the_statistics(tier: &dyn Tier) {
 #[cfg(test)]
 mod tests {
     use super::super::around::{Fault, Limit, Meter};
-    use super::super::disk::{DiskTier, sim};
+    use super::super::disk::{Cipher, DiskTier, sim};
     use super::super::memory::MemoryTier;
     use super::*;
     use crate::clock::ManualClock;
     use crate::config::DiskConfig;
+
+    use crate::codec::Codecs;
+    use crate::codec::tests::planes::planes;
+
+    fn coded_memory() -> Arc<dyn Tier> {
+        let clock = Arc::new(ManualClock::at(1000));
+        Arc::new(MemoryTier::new("memory", CAPACITY_BYTES, clock).codecs(planes()))
+    }
+
+    fn coded_disk() -> Arc<dyn Tier> {
+        simulated(planes(), None)
+    }
+
+    fn coded_and_encrypted_disk() -> Arc<dyn Tier> {
+        simulated(planes(), Some(Cipher::new(&[7; 32])))
+    }
 
     fn memory() -> Arc<dyn Tier> {
         Arc::new(MemoryTier::new("memory", CAPACITY_BYTES, Arc::new(ManualClock::at(1000))))
     }
 
     fn disk() -> Arc<dyn Tier> {
-        let config = DiskConfig::new("sim", CAPACITY_BYTES);
+        simulated(Codecs::default(), None)
+    }
+
+    fn simulated(codecs: Codecs, cipher: Option<Cipher>) -> Arc<dyn Tier> {
+        let config = DiskConfig::new("sim", CAPACITY_BYTES).codecs(codecs);
         let options = DiskTier::options(&config, 8 << 20);
-        let disk = sim::open(&sim::Sim::default(), &options, None, Arc::new(ManualClock::at(1000))).unwrap();
+        let disk = sim::open(&sim::Sim::default(), &options, cipher, Arc::new(ManualClock::at(1000))).unwrap();
         Arc::new(DiskTier::over(disk, config.read_timeout))
+    }
+
+    #[test]
+    fn tiers_with_a_codec_keep_what_a_tier_promises() {
+        for make in [coded_memory, coded_disk, coded_and_encrypted_disk] {
+            check(&make);
+        }
+        check(&|| Arc::new(Meter::new(coded_disk())));
+    }
+
+    /// Else the suite above would show nothing.
+    #[test]
+    fn the_blocks_of_the_suite_become_shorter() {
+        for make in [coded_memory, coded_disk, coded_and_encrypted_disk] {
+            let tier = make();
+            offer(&*tier, &[block(0), block(2)], 0, 1);
+            flush(&*tier);
+            let located = tier.locate(&[key(0), key(2)], Deadline::never());
+            assert!(located.iter().flatten().any(|located| located.codec == CodecId(200)), "{located:?}");
+        }
     }
 
     #[test]

@@ -10,6 +10,7 @@ use std::time::Duration;
 use super::{Epoch, Forget, Forgets, Forgotten, Located, Offer, Read, Tier};
 use crate::block::{BlockKey, BlockMeta, Content};
 use crate::clock::{Clock, Deadline};
+use crate::codec::Codecs;
 use crate::error::Result;
 use crate::key::NamespaceId;
 use crate::namespaces::NamespaceUsage;
@@ -21,6 +22,7 @@ pub struct MemoryTier {
     name: String,
     capacity_bytes: u64,
     clock: Arc<dyn Clock>,
+    codecs: Codecs,
     blocks: Mutex<Blocks>,
 }
 
@@ -37,6 +39,7 @@ struct Blocks {
 
 struct Kept {
     number: u64,
+    /// Of the stored form.
     meta: BlockMeta,
     mark: u8,
     bytes: Arc<[u8]>,
@@ -46,7 +49,14 @@ impl MemoryTier {
     /// An empty one.
     #[must_use]
     pub fn new(name: impl Into<String>, capacity_bytes: u64, clock: Arc<dyn Clock>) -> Self {
-        Self { name: name.into(), capacity_bytes, clock, blocks: Mutex::default() }
+        Self { name: name.into(), capacity_bytes, clock, codecs: Codecs::default(), blocks: Mutex::default() }
+    }
+
+    /// Encodes with these codecs.
+    #[must_use]
+    pub fn codecs(mut self, codecs: Codecs) -> Self {
+        self.codecs = codecs;
+        self
     }
 
     /// The block under a key, if it has not expired.
@@ -58,10 +68,17 @@ impl MemoryTier {
         is_right.then(|| (kept.meta.clone(), Arc::clone(&kept.bytes)))
     }
 
+    /// Hands over what is wanted, followed by zeros; says whether there was room for it.
+    fn decode(&self, meta: &BlockMeta, stored: &[u8], read: &mut Read) -> bool {
+        meta.decode(&self.codecs, stored, read.range.clone(), read.target.bytes_mut())
+    }
+
     fn take(&self, offer: &Offer) -> Option<bool> {
         let now_ms = self.clock.now_ms();
+        let encoded = offer.meta.encoded(&self.codecs, offer.payload.bytes());
+        let meta = encoded.as_ref().map_or(&offer.meta, |(meta, _)| meta);
+        let bytes = encoded.as_ref().map_or_else(|| offer.payload.bytes(), |(_, bytes)| bytes);
         let mut blocks = self.blocks.lock();
-        let meta = &offer.meta;
         if blocks.is_closed || meta.stored_bytes > self.capacity_bytes {
             return None;
         }
@@ -83,23 +100,23 @@ impl MemoryTier {
                 blocks.stats.evictions += 1;
             }
         }
-        blocks.insert(offer);
+        blocks.insert(meta, offer.mark, bytes);
         Some(true)
     }
 }
 
 impl Blocks {
-    fn insert(&mut self, offer: &Offer) {
-        let bytes = offer.payload.bytes();
-        let stored = usize::try_from(offer.meta.stored_bytes).unwrap_or(usize::MAX).min(bytes.len());
+    fn insert(&mut self, meta: &BlockMeta, mark: u8, bytes: &[u8]) {
+        let stored = usize::try_from(meta.stored_bytes).unwrap_or(usize::MAX).min(bytes.len());
         self.last_number += 1;
-        let (number, key) = (self.last_number, offer.meta.key);
+        let (number, key) = (self.last_number, meta.key);
         let bytes = bytes.get(..stored).unwrap_or_default().into();
-        self.by_key.insert(key, Kept { number, meta: offer.meta.clone(), mark: offer.mark, bytes });
+        self.by_key.insert(key, Kept { number, meta: meta.clone(), mark, bytes });
         self.order.push_back((key, number));
-        self.stats.used_bytes += offer.meta.stored_bytes;
+        self.stats.used_bytes += meta.stored_bytes;
         self.stats.stored_total += 1;
-        self.stats.written_bytes_total += offer.meta.stored_bytes;
+        self.stats.written_bytes_total += meta.stored_bytes;
+        self.stats.written_raw_bytes_total += meta.raw_bytes;
     }
 
     fn remove(&mut self, key: &BlockKey) -> bool {
@@ -130,6 +147,7 @@ impl Tier for MemoryTier {
                 namespace: meta.namespace,
                 raw_bytes: meta.raw_bytes,
                 stored_bytes: meta.stored_bytes,
+                codec: meta.codec,
                 compute_us: meta.compute_us,
                 mark: *mark,
             })
@@ -139,13 +157,13 @@ impl Tier for MemoryTier {
 
     fn read(&self, reads: Vec<Read>) {
         for mut read in reads {
-            let got = self.get(&read).filter(|(_, bytes)| copy(bytes, &mut read));
+            let got = self.get(&read).filter(|(meta, bytes)| self.decode(meta, bytes, &mut read));
             if let Some((meta, _)) = &got {
                 let mut blocks = self.blocks.lock();
                 blocks.stats.hits += 1;
                 blocks.stats.read_bytes_total += meta.stored_bytes;
             }
-            read.target.complete(got.map(|(meta, _)| meta));
+            read.target.complete(got.map(|(meta, _)| meta.decoded()));
         }
     }
 
@@ -197,6 +215,7 @@ impl Tier for MemoryTier {
             name: self.name.clone(),
             entries: blocks.by_key.len() as u64,
             capacity_bytes: self.capacity_bytes,
+            codec: self.codecs.name(),
             ..blocks.stats.clone()
         }
     }
@@ -232,17 +251,6 @@ impl Tier for MemoryTier {
         let of = |kept: &&Kept| kept.meta.namespace == namespace;
         blocks.by_key.values().filter(of).map(|kept| kept.meta.key.layer() + 1).max().unwrap_or(0)
     }
-}
-
-/// Copies what is wanted, followed by zeros; says whether there was room for it.
-fn copy(bytes: &[u8], read: &mut Read) -> bool {
-    let range = read.range.clone().unwrap_or(0..bytes.len());
-    let into = read.target.bytes_mut();
-    let (Some(from), true) = (bytes.get(range.clone()), into.len() >= range.len()) else { return false };
-    let (begin, rest) = into.split_at_mut(from.len());
-    begin.copy_from_slice(from);
-    rest.fill(0);
-    true
 }
 
 impl fmt::Debug for MemoryTier {

@@ -24,6 +24,7 @@ use std::time::Duration;
 
 use crate::block::{BlockKey, BlockMeta};
 use crate::clock::Deadline;
+use crate::codec::CodecId;
 use crate::error::Result;
 use crate::key::NamespaceId;
 use crate::namespaces::NamespaceUsage;
@@ -114,6 +115,8 @@ pub struct Located {
     pub raw_bytes: u64,
     /// Bytes that reading it moves.
     pub stored_bytes: u64,
+    /// The codec that decodes them.
+    pub codec: CodecId,
     /// What it took to compute, in microseconds; 0 if nobody said.
     pub compute_us: u32,
     /// The mark it was offered with.
@@ -126,7 +129,7 @@ pub struct Read {
     pub key: BlockKey,
     /// What it must belong to.
     pub namespace: NamespaceId,
-    /// Of its payload, these bytes; all of them if `None`.
+    /// Of the block, these bytes; all of them if `None`.
     pub range: Option<Range<usize>>,
     /// Where to.
     pub target: Box<dyn ReadTarget>,
@@ -136,7 +139,9 @@ pub struct Read {
 ///
 /// Dropping it without [`ReadTarget::complete`] is a miss.
 pub trait ReadTarget: Send {
-    /// The memory: as many bytes as the range has, or as whole pages of 4 KiB of the payload have.
+    /// The memory: at least as many bytes as the range has, or as the block has, which a tier decodes into it. What is
+    /// behind them becomes zero. Exactly the block's whole pages of 4 KiB, at the beginning of a page, are read into
+    /// without a copy.
     fn bytes_mut(&mut self) -> &mut [u8];
     /// The end of the read: what the block is if its bytes are there, `None` for a miss.
     fn complete(self: Box<Self>, read: Option<BlockMeta>);

@@ -12,7 +12,7 @@ use super::format::{
 };
 use super::io::{Backend, FileSize, Pages};
 use super::segment::{Segment, offset, segment_name};
-use super::shared::Sums;
+use crate::codec::CodecId;
 use crate::key::{NamespaceId, ObjectKey};
 
 /// Encrypted and copied this many pages at a time.
@@ -55,8 +55,8 @@ pub(crate) struct Record<'a> {
     pub(crate) keys: &'a [ObjectKey],
     /// Whole pages.
     pub(crate) payload: &'a [u8],
-    /// Its checksums, if they may have been made already.
-    pub(crate) sums: Option<&'a Sums>,
+    /// Its checksums, if they have been made already.
+    pub(crate) sums: Option<&'a [u8]>,
 }
 
 impl<'a> Record<'a> {
@@ -191,8 +191,7 @@ impl Encoder {
         if encrypted {
             self.write_encrypted(segment, &mut header, payload)?;
         } else if meta.kind.is_stored() {
-            let make = || meta.sums(payload);
-            header.list = sums.map_or_else(make, |sums| sums.get_or_init(make).clone());
+            header.list = sums.map_or_else(|| meta.sums(payload), <[u8]>::to_vec);
         }
         Ok(header)
     }
@@ -245,7 +244,9 @@ pub(crate) fn marker(kind: Kind, namespace: NamespaceId, now_ms: u64) -> RecordM
         kind,
         key: ObjectKey::new([0; 32], 0),
         namespace,
-        payload_bytes: 0,
+        raw_bytes: 0,
+        stored_bytes: 0,
+        codec: CodecId::RAW,
         stored_at_ms: now_ms,
         expires_at_ms: u64::MAX,
         compute_us: 0,

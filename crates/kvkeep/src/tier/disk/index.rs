@@ -1,7 +1,7 @@
 //! Key → place on the disk, in memory.
 //!
-//! A slot keeps 16 of a key's 32 bytes: the whole key stands in the record's header and is
-//! compared before anything is served, so that two keys with the same 16 bytes cost a miss
+//! A slot keeps 12 of a key's 32 bytes: the whole key stands in the record's header and is
+//! compared before anything is served, so that two keys with the same 12 bytes cost a miss
 //! and never a wrong answer. Slots lie in the hash table itself, without a slab beside it.
 
 use std::sync::Arc;
@@ -10,12 +10,13 @@ use hashbrown::HashTable;
 
 use super::format::{Kind, PAGE_BYTES, RecordMeta};
 use super::segment::Segment;
+use crate::codec::CodecId;
 use crate::key::{NamespaceId, ObjectKey};
-use crate::namespaces::Namespaces;
+use crate::namespaces::{Closed, Namespaces};
 
-/// 16 bytes of a key.
+/// 12 bytes of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Fingerprint(u64, u64);
+pub(crate) struct Fingerprint([u32; 3]);
 
 /// Number of an open segment in this process: small, reused.
 pub(crate) type SegmentNumber = u16;
@@ -27,7 +28,9 @@ pub(crate) struct Slot {
     pub(crate) expires_at_ms: u64,
     pub(crate) page: u32,
     pub(crate) payload_pages: u32,
-    namespace: u32,
+    /// The codec's number, and behind it 24 bits with the pages of the block; 0 for those that are as they were.
+    coded: u32,
+    pub(crate) namespace: u32,
     pub(crate) compute_us: u32,
     /// Of a named one, the bytes of its prefix text; of a block, when it was last used.
     extra: u32,
@@ -37,10 +40,22 @@ pub(crate) struct Slot {
     flags: u8,
 }
 
+const RAW_PAGES_BITS: u32 = 24;
+const MAX_CODED_PAGES: u32 = (1 << RAW_PAGES_BITS) - 1;
 /// It is a named one.
 const NAMED: u8 = 1;
 /// Read since it was written here.
 const READ: u8 = 2;
+
+/// Records that were taken out of the index.
+#[derive(Debug)]
+pub(crate) struct Records(HashTable<Slot>);
+
+impl Records {
+    pub(crate) fn len(&self) -> usize {
+        self.0.len()
+    }
+}
 
 /// Where a record is, with what it takes to read it.
 #[derive(Debug, Clone)]
@@ -78,12 +93,38 @@ const SLICE: usize = 1 << 14;
 
 impl Fingerprint {
     pub(crate) fn of(key: &ObjectKey) -> Self {
-        let second = key.hash().get(8..16).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_le_bytes);
-        Self(key.table_hash(), second)
+        let [a, b, c, d, e, f, g, h] = key.table_hash().to_le_bytes();
+        let third = key.hash().get(8..12).and_then(|bytes| bytes.try_into().ok()).map_or(0, u32::from_le_bytes);
+        Self([u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]), third])
+    }
+
+    fn table_hash(self) -> u64 {
+        let Self([low, high, _]) = self;
+        u64::from(high) << 32 | u64::from(low)
     }
 }
 
+/// `None` for a block that no codec takes: it is too large.
+fn coded(meta: &RecordMeta) -> Option<u32> {
+    if meta.codec == CodecId::RAW {
+        return Some(0);
+    }
+    let pages =
+        u32::try_from(meta.raw_bytes.div_ceil(PAGE_BYTES as u64)).ok().filter(|pages| *pages <= MAX_CODED_PAGES)?;
+    Some(u32::from(meta.codec.0) << RAW_PAGES_BITS | pages)
+}
+
 impl Slot {
+    /// The codec of its payload.
+    pub(crate) fn codec(&self) -> CodecId {
+        CodecId(u8::try_from(self.coded >> RAW_PAGES_BITS).unwrap_or(0))
+    }
+
+    /// Pages of the block itself.
+    pub(crate) fn raw_pages(&self) -> u32 {
+        if self.coded == 0 { self.payload_pages } else { self.coded & MAX_CODED_PAGES }
+    }
+
     /// Bytes of its pages on the disk: the payload's and the header's.
     fn record_bytes(&self) -> u64 {
         (u64::from(self.payload_pages) + 1) * PAGE_BYTES as u64
@@ -93,7 +134,7 @@ impl Slot {
         self.is_named().then_some(self.extra as usize)
     }
 
-    fn is_named(&self) -> bool {
+    pub(crate) fn is_named(&self) -> bool {
         self.flags & NAMED != 0
     }
 
@@ -171,18 +212,21 @@ impl DiskIndex {
     /// Is a live record there?
     pub(crate) fn contains(&self, key: &ObjectKey, now_ms: u64) -> bool {
         let live = self.get(Fingerprint::of(key)).filter(|slot| slot.expires_at_ms > now_ms);
-        live.is_some_and(|slot| matches!(self.segments.get(usize::from(slot.segment)), Some(SegmentSlot::Open(_))))
+        live.is_some_and(|slot| {
+            let is_open = matches!(self.segments.get(usize::from(slot.segment)), Some(SegmentSlot::Open(_)));
+            is_open && self.namespaces.id(slot.namespace).is_some()
+        })
     }
 
     /// Makes room for so many more records at once.
     pub(crate) fn reserve(&mut self, records: usize) {
-        self.table.reserve(records, |slot| slot.fingerprint.0);
+        self.table.reserve(records, |slot| slot.fingerprint.table_hash());
     }
 
     /// Puts a record in place of what was there under its key.
     pub(crate) fn insert(&mut self, meta: &RecordMeta, segment: SegmentNumber, page: u32, mark: u8) {
         self.remove(&meta.key);
-        let Some(payload_pages) = meta.payload_pages() else { return };
+        let (Some(payload_pages), Some(coded)) = (meta.payload_pages(), coded(meta)) else { return };
         let namespace = self.namespaces.number(meta.namespace);
         self.clock = self.clock.wrapping_add(1);
         let named = meta.kind == Kind::Named;
@@ -191,6 +235,7 @@ impl DiskIndex {
             expires_at_ms: meta.expires_at_ms,
             page,
             payload_pages,
+            coded,
             namespace,
             compute_us: meta.compute_us,
             extra: if named { meta.prefix_bytes } else { self.clock },
@@ -199,13 +244,13 @@ impl DiskIndex {
             flags: if named { NAMED } else { 0 },
         };
         self.namespaces.add(namespace, slot.record_bytes(), meta.key.layer(), slot.prefix_bytes());
-        self.table.insert_unique(slot.fingerprint.0, slot, |slot| slot.fingerprint.0);
+        self.table.insert_unique(slot.fingerprint.table_hash(), slot, |slot| slot.fingerprint.table_hash());
     }
 
     /// Says whether the key was there.
     pub(crate) fn remove(&mut self, key: &ObjectKey) -> bool {
         let fingerprint = Fingerprint::of(key);
-        let Ok(found) = self.table.find_entry(fingerprint.0, |slot| slot.fingerprint == fingerprint) else {
+        let Ok(found) = self.table.find_entry(fingerprint.table_hash(), |slot| slot.fingerprint == fingerprint) else {
             return false;
         };
         let (slot, _) = found.remove();
@@ -220,35 +265,36 @@ impl DiskIndex {
         same && self.remove(key)
     }
 
-    /// Says how many records that were.
-    pub(crate) fn remove_namespace(&mut self, id: NamespaceId) -> usize {
-        let Some(number) = self.namespaces.known(id) else { return 0 };
-        self.retain(|slot| slot.namespace != number)
+    /// Nothing in a namespace can be found any more. Its records stay until they are removed, and then it is freed
+    /// ([`DiskIndex::free_namespace`]).
+    pub(crate) fn close_namespace(&mut self, id: NamespaceId) -> Option<Closed> {
+        self.namespaces.close(id)
     }
 
-    /// Removes everything that a later record could have replaced or removed unseen.
-    pub(crate) fn remove_named(&mut self) -> usize {
-        self.retain(|slot| !slot.is_named())
+    /// Another namespace may have its number: no record has it any more.
+    pub(crate) fn free_namespace(&mut self, closed: &Closed) {
+        self.namespaces.free(closed);
     }
 
-    /// Says how many records that were. Segments stay.
-    pub(crate) fn clear(&mut self) -> usize {
-        let removed = self.table.len();
-        self.table.clear();
-        self.namespaces = Namespaces::default();
-        removed
+    /// Takes all records out, to be dropped without a lock. Segments stay.
+    pub(crate) fn clear(&mut self) -> Records {
+        self.namespaces.clear();
+        Records(std::mem::take(&mut self.table))
     }
 
     /// The directory is another one.
     pub(crate) fn forget_everything(&mut self) {
-        *self = Self::default();
+        let mut namespaces = std::mem::take(&mut self.namespaces);
+        // A clearing may still be going on in the old one.
+        namespaces.clear();
+        *self = Self { namespaces, ..Self::default() };
     }
 
     /// A record was read.
     pub(crate) fn heat(&mut self, key: &ObjectKey) {
         self.clock = self.clock.wrapping_add(1);
         let fingerprint = Fingerprint::of(key);
-        if let Some(slot) = self.table.find_mut(fingerprint.0, |slot| slot.fingerprint == fingerprint) {
+        if let Some(slot) = self.table.find_mut(fingerprint.table_hash(), |slot| slot.fingerprint == fingerprint) {
             slot.flags |= READ;
             if !slot.is_named() {
                 slot.extra = self.clock;
@@ -270,7 +316,7 @@ impl DiskIndex {
     /// A record was written again at another place; says whether it still was at the old one.
     pub(crate) fn relocate(&mut self, key: &ObjectKey, from: (SegmentNumber, u32), to: (SegmentNumber, u32)) -> bool {
         let fingerprint = Fingerprint::of(key);
-        let Some(slot) = self.table.find_mut(fingerprint.0, |slot| slot.fingerprint == fingerprint) else {
+        let Some(slot) = self.table.find_mut(fingerprint.table_hash(), |slot| slot.fingerprint == fingerprint) else {
             return false;
         };
         let there = (slot.segment, slot.page) == from;
@@ -300,19 +346,6 @@ impl DiskIndex {
     }
 
     fn get(&self, fingerprint: Fingerprint) -> Option<&Slot> {
-        self.table.find(fingerprint.0, |slot| slot.fingerprint == fingerprint)
-    }
-
-    fn retain(&mut self, keep: impl Fn(&Slot) -> bool) -> usize {
-        let before = self.table.len();
-        let Self { table, namespaces, .. } = self;
-        table.retain(|slot| {
-            let kept = keep(slot);
-            if !kept {
-                namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
-            }
-            kept
-        });
-        before - self.table.len()
+        self.table.find(fingerprint.table_hash(), |slot| slot.fingerprint == fingerprint)
     }
 }

@@ -429,7 +429,7 @@ impl Log {
 
     fn reinsert(&mut self, segment: &Segment, number: SegmentNumber, page: u32, meta: &RecordMeta) -> io::Result<bool> {
         let mut payload = Pages::new(meta.payload_pages().unwrap_or(0) as usize);
-        let expected = Expected { key: meta.key, namespace: meta.namespace };
+        let expected = Expected::from(meta);
         let Ok(mut header) = segment.read(page, &expected, self.cipher.as_deref(), payload.bytes_mut()) else {
             return Ok(false);
         };

@@ -3,22 +3,24 @@
 //!
 //! - `format` says what every byte means and does no I/O; docs/format.md describes it.
 //! - `io` makes the system calls, behind a trait that tests put a simulated disk behind.
-//! - `segment` reads and checks records, `records` says what is in a segment, `survey` what is in a directory.
+//! - `segment` reads and checks records, `coded` takes them through codecs; `records` says what is in a segment, `survey` what is in a directory.
 //! - `active` writes one segment, `log` all of them within `room`, and evicts; `recover` opens a directory.
-//! - `shared` is what callers, readers and the writer share; `writer` is the one thread that
-//!   writes.
+//! - `shared` is what callers, readers and the writer share, `queue` what is to be written; `writer` is the one thread
+//!   that writes.
 //!
 //! Writes are queued and never hold a request up. Reads are made by whoever wants them.
 //! Nothing here knows of RAM: payloads come as bytes that stay readable while they are queued.
 
 mod active;
 mod archive;
+mod coded;
 mod crypt;
 mod format;
 mod index;
 mod io;
 mod log;
 mod manifest;
+mod queue;
 mod readers;
 mod records;
 mod recover;
@@ -40,6 +42,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::{Clock, Deadline};
+use crate::codec::Codecs;
 use crate::error::{Error, Result};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::process::Process;
@@ -48,17 +51,19 @@ use crate::sync::{Mutex, thread};
 use crate::tier::Payload;
 
 pub use archive::{Archive, Contents, RecordInfo, RecordState, Verified};
-use crypt::Cipher;
+use coded::{At, Decoder, Draft};
+pub(crate) use crypt::Cipher;
 use format::PAGE_BYTES;
 #[cfg(feature = "fuzzing")]
 pub(crate) use format::decode_anything;
 use format::{Content, RecordHeader, RecordMeta};
 pub(crate) use index::Found;
-use io::{Access, Backend, Directory, OpenError, Opener, Pages};
+use io::{Access, Backend, Directory, OpenError, Opener};
+use queue::{Op, Reply};
 use refusal::{open_error, refused};
 use segment::{Expected, ReadError};
 pub(crate) use shared::Resident;
-use shared::{Op, Reply, Shared};
+use shared::Shared;
 pub use survey::ManifestState;
 pub(crate) use tier::DiskTier;
 pub use tier::{decode_header, encode_header};
@@ -89,6 +94,7 @@ pub(crate) struct Options<'a> {
     pub(crate) at_once_bytes: u64,
     /// How long a flush waits for a disk that gets nothing done.
     pub(crate) flush_timeout: Duration,
+    pub(crate) codecs: Codecs,
 }
 
 /// What became of a write that was offered.
@@ -126,7 +132,7 @@ impl Disk {
         cipher: Option<Arc<Cipher>>,
         clock: Arc<dyn Clock>,
     ) -> Result<Self> {
-        let Options { dir, capacity_bytes, queue_bytes, at_once_bytes, flush_timeout, .. } = *options;
+        let Options { dir, capacity_bytes, queue_bytes, at_once_bytes, flush_timeout, ref codecs, .. } = *options;
         if capacity_bytes < room::MIN_CAPACITY_BYTES {
             return Err(Error::Config(format!(
                 "a disk tier of {capacity_bytes} bytes is too small: give at least {}",
@@ -136,7 +142,7 @@ impl Disk {
         if flush_timeout.is_zero() {
             return Err(Error::Config("a flush_timeout of zero lets no flush end well: give some time".into()));
         }
-        let shared = Arc::new(Shared::new(dir, clock));
+        let shared = Arc::new(Shared::new(dir, clock, codecs.clone()));
         shared.state.lock().counters.capacity_bytes = capacity_bytes;
         let log = recover::open(backend, cipher.clone(), capacity_bytes, &shared)
             .map_err(|refusal| refused(dir, "open", refusal))?;
@@ -162,23 +168,6 @@ impl Disk {
         self.shared.set_resident(resident);
     }
 
-    /// As [`Disk::try_write`]; says whether it was queued, and counts it if there was no room.
-    #[cfg(test)]
-    pub(crate) fn write(
-        &self,
-        meta: RecordMeta,
-        content: Content,
-        mark: u8,
-        wait: bool,
-        payload: impl FnOnce() -> Arc<dyn Payload>,
-    ) -> bool {
-        let taken = self.try_write(meta, content, mark, wait, payload);
-        if taken == Taken::Full {
-            self.count_dropped();
-        }
-        taken == Taken::Queued
-    }
-
     /// Queues a record to be written, unless it is a block that is there already. `payload` is
     /// asked for only if the record is taken. With `wait` it is taken anyway: then what waits is limited by RAM
     /// alone. `mark` is kept with it.
@@ -195,7 +184,7 @@ impl Disk {
         if !state.needs(&meta, now_ms) {
             return Taken::There;
         }
-        let bytes = meta.payload_bytes.next_multiple_of(PAGE_BYTES as u64);
+        let bytes = meta.stored_bytes.next_multiple_of(PAGE_BYTES as u64);
         let room = wait
             || ((state.queue.bytes == 0 || state.queue.bytes + bytes <= self.queue_bytes)
                 && state.writes.allows(now_ms));
@@ -205,7 +194,9 @@ impl Disk {
         if state.queue.bytes == 0 {
             state.moved(now_ms);
         }
-        state.queue.push(meta, mark, content, payload(), &self.shared);
+        let codec = self.shared.codecs.writing(meta.namespace).cloned();
+        let draft = Draft::new(meta, content, codec, self.cipher.is_none());
+        state.queue.push(draft, mark, self.shared.counted(payload()));
         drop(state);
         self.shared.work.notify_all();
         Taken::Queued
@@ -304,22 +295,24 @@ impl Disk {
     /// Reads a record into exactly its pages. `None` is a miss: the disk failed, or the record
     /// is not what it should be and is forgotten.
     pub(crate) fn read(&self, key: &ObjectKey, found: &Found, into: &mut [u8]) -> Option<RecordHeader> {
-        let expected = Expected { key: *key, namespace: found.namespace };
-        let bytes = into.len();
-        let result = found.segment.read(found.slot.page, &expected, self.cipher.as_deref(), into);
-        self.settle(key, found, bytes, result)
+        let result = self.decoder().read(at(key, found), into);
+        self.settle(key, found, found.slot.payload_pages as usize * PAGE_BYTES, result)
     }
 
-    /// Reads a part of a record's payload: its pages, and where in them the part begins.
-    pub(crate) fn read_range(
+    /// Reads these bytes of a block into as many.
+    pub(crate) fn read_part(
         &self,
         key: &ObjectKey,
         found: &Found,
         range: &Range<usize>,
-    ) -> Option<(RecordHeader, Pages, usize)> {
-        let expected = Expected { key: *key, namespace: found.namespace };
-        let result = found.segment.read_range(found.slot.page, &expected, self.cipher.as_deref(), range);
+        into: &mut [u8],
+    ) -> Option<RecordHeader> {
+        let result = self.decoder().read_part(at(key, found), range, into);
         self.settle(key, found, range.len(), result)
+    }
+
+    fn decoder(&self) -> Decoder<'_> {
+        Decoder { codecs: &self.shared.codecs, cipher: self.cipher.as_deref() }
     }
 
     /// Counts a read, and learns from a failed one.
@@ -340,7 +333,8 @@ impl Disk {
                 }
                 return Some(read);
             }
-            Err(ReadError::Damaged) => {
+            Err(ReadError::NoRoom) => return None,
+            Err(ReadError::Damaged | ReadError::UnknownCodec(_)) => {
                 state.counters.damaged_total += 1;
                 state.index.remove_at(key, &found.slot);
                 return None;
@@ -413,11 +407,11 @@ impl Disk {
     /// Removes a namespace, or everything; says how many records.
     pub(crate) fn clear(&self, namespace: Option<NamespaceId>) -> u64 {
         let mut state = self.shared.state.lock();
-        let removed = match namespace {
-            Some(id) => state.index.remove_namespace(id),
+        let (closed, cleared) = match namespace {
+            Some(id) => (state.index.close_namespace(id), None),
             None => {
                 state.forget_hidden();
-                state.index.clear()
+                (None, Some(state.index.clear()))
             }
         };
         state.queue.forget_all(namespace);
@@ -426,7 +420,11 @@ impl Disk {
         }
         drop(state);
         self.shared.work.notify_all();
-        removed as u64
+        if let Some(closed) = &closed {
+            self.shared.remove_namespace(closed);
+        }
+        let removed = closed.map_or(0, |closed| closed.entries);
+        removed + cleared.map_or(0, |records| records.len() as u64)
     }
 
     /// Makes everything durable that was written or removed before. Ends also where the disk hangs.
@@ -496,10 +494,18 @@ impl Disk {
             index_bytes: state.index.memory_bytes() as u64,
             queued_bytes: state.queue.bytes,
             encrypted: self.cipher.is_some(),
+            codec: self.shared.codecs.name(),
             failing: state.writes.is_failing() || state.reads.is_failing() || state.hangs(),
             ..state.counters.clone()
         }
     }
+}
+
+/// Where a record stands, and what it must be.
+fn at<'a>(key: &ObjectKey, found: &'a Found) -> At<'a> {
+    let Found { segment, namespace, slot } = found;
+    let expected = Expected { key: *key, namespace: *namespace, codec: slot.codec() };
+    At { segment, page: slot.page, payload_pages: slot.payload_pages, expected }
 }
 
 impl Drop for Disk {

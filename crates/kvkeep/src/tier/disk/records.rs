@@ -166,12 +166,12 @@ fn verify_tail(segment: &Segment, records: &mut Records, durable: u32, cipher: O
     let whole = |page: u32, meta: &RecordMeta| {
         let Some(pages) = meta.payload_pages() else { return false };
         let mut payload = Pages::new(pages as usize);
-        let expected = Expected { key: meta.key, namespace: meta.namespace };
+        let expected = Expected::from(meta);
         match segment.read(page, &expected, cipher, payload.bytes_mut()) {
             Ok(_) => true,
             // What the disk fails to read may be whole: it is checked again before it is used.
             Err(ReadError::Io(error)) => error.kind() != io::ErrorKind::UnexpectedEof,
-            Err(ReadError::Damaged) => false,
+            Err(ReadError::Damaged | ReadError::NoRoom | ReadError::UnknownCodec(_)) => false,
         }
     };
     let before = records.entries.len();

@@ -23,7 +23,11 @@ use super::records::Records;
 use super::segment::Segment;
 use super::shared::Shared;
 use super::survey::{Listed, Refusal, Seen, Survey, Surveyed, survey};
+use crate::codec::CodecId;
 use crate::key::ObjectKey;
+
+/// Records that are put into the index under one lock.
+const RECORDS_AT_ONCE: usize = 1024;
 
 /// A directory that is being opened.
 struct Opening<'a> {
@@ -40,6 +44,8 @@ struct Opening<'a> {
     unsure: Vec<ObjectKey>,
     lost: usize,
     unreadable: usize,
+    /// The codec of each record that nobody here can decode.
+    unknown: Vec<CodecId>,
 }
 
 /// Opens a directory for writing: afterwards the index is filled, every segment that is wholly known sealed, and
@@ -67,8 +73,8 @@ pub(crate) fn open(
 
 impl<'a> Opening<'a> {
     fn new(cipher: Option<Arc<Cipher>>, shared: &'a Arc<Shared>) -> Self {
-        let (lines, aside, unsealed, named, unsure) = Default::default();
-        Self { cipher, shared, lines, aside, unsealed, named, unsure, lost: 0, unreadable: 0 }
+        let (lines, aside, unsealed, named, unsure, unknown) = Default::default();
+        Self { cipher, shared, lines, aside, unsealed, named, unsure, lost: 0, unreadable: 0, unknown }
     }
 
     /// Takes the next segment.
@@ -92,6 +98,9 @@ impl<'a> Opening<'a> {
     fn replay(&mut self, surveyed: &Surveyed, listed: SegmentLine) -> io::Result<()> {
         let segment = Arc::clone(&surveyed.segment);
         let (records, _) = surveyed.read_whole(self.cipher.as_deref());
+        let unknown = records.entries.iter().filter(|(_, meta)| meta.kind.is_stored() && !self.knows(meta));
+        let unknown: Vec<CodecId> = unknown.map(|(_, meta)| meta.codec).collect();
+        self.unknown.extend(unknown);
         let number = self.index(&segment, &records)?;
         let named = records.entries.iter().filter(|(_, meta)| meta.kind == Kind::Named);
         self.named.extend(named.map(|(_, meta)| meta.key));
@@ -113,37 +122,56 @@ impl<'a> Opening<'a> {
     }
 
     fn index(&self, segment: &Arc<Segment>, records: &Records) -> io::Result<SegmentNumber> {
+        let number = {
+            let mut state = self.shared.state.lock();
+            state.index.reserve(records.entries.len());
+            state.index.add_segment(Arc::clone(segment)).ok_or(io::ErrorKind::StorageFull)?
+        };
+        // In slices: a directory may come back while requests go on.
+        records.entries.chunks(RECORDS_AT_ONCE).for_each(|records| self.index_some(number, records));
+        Ok(number)
+    }
+
+    fn index_some(&self, number: SegmentNumber, records: &[(u32, RecordMeta)]) {
         let now_ms = self.shared.now_ms();
         let mut state = self.shared.state.lock();
-        let number = state.index.add_segment(Arc::clone(segment)).ok_or(io::ErrorKind::StorageFull)?;
-        state.index.reserve(records.entries.len());
-        for (page, meta) in &records.entries {
+        for (page, meta) in records {
             let meta = RecordMeta { expires_at_ms: meta.expires_at_ms(now_ms), ..*meta };
             match meta.kind {
-                Kind::Block | Kind::Named if meta.expires_at_ms > now_ms => state.index.insert(&meta, number, *page, 0),
-                // An expired one still replaces what was before it.
+                Kind::Block | Kind::Named if meta.expires_at_ms > now_ms && self.knows(&meta) => {
+                    state.index.insert(&meta, number, *page, 0);
+                }
+                // One that has expired or cannot be decoded still replaces what was before it.
                 Kind::Block | Kind::Named | Kind::Removal => drop(state.index.remove(&meta.key)),
-                Kind::NamespaceCleared => drop(state.index.remove_namespace(meta.namespace)),
+                Kind::NamespaceCleared => {
+                    let closed = state.index.close_namespace(meta.namespace);
+                    drop(state);
+                    closed.iter().for_each(|closed| self.shared.remove_namespace(closed));
+                    state = self.shared.state.lock();
+                }
                 Kind::Cleared => drop(state.index.clear()),
             }
         }
-        Ok(number)
+    }
+
+    fn knows(&self, meta: &RecordMeta) -> bool {
+        self.shared.codecs.get(meta.codec).is_some()
     }
 
     /// Something is lost that may have replaced or removed any named record before it.
     fn lose(&mut self) {
         self.lost += 1;
         self.unsure.append(&mut self.named);
+        let dropped = self.shared.remove_named();
         let mut state = self.shared.state.lock();
-        let dropped = state.index.remove_named();
         state.counters.damaged_total += 1 + dropped as u64;
     }
 
     /// Something cannot be read now. As long as that is so, it may as well be lost.
     fn leave_aside(&mut self) {
         self.unreadable += 1;
+        self.shared.remove_named();
         let mut state = self.shared.state.lock();
-        state.index.remove_named();
         state.counters.read_errors_total += 1;
     }
 
@@ -161,7 +189,11 @@ impl<'a> Opening<'a> {
                 line.into_iter().for_each(|line| line.seal_anew(records));
             }
         }
-        shared.state.lock().aside = !settled;
+        {
+            let mut state = shared.state.lock();
+            state.aside = !settled;
+            state.counters.unknown_codec_records = self.unknown.len() as u64;
+        }
         self.say();
         match log.shrink() {
             Err(error) if is_forbidden(&error) => return Err(error.into()),
@@ -172,7 +204,16 @@ impl<'a> Opening<'a> {
     }
 
     fn say(&self) {
-        let Self { shared, lost, unreadable, .. } = *self;
+        let Self { shared, lost, unreadable, ref unknown, .. } = *self;
+        if let Some(codec) = unknown.first() {
+            tracing::warn!(
+                dir = %shared.dir.display(),
+                records = unknown.len(),
+                %codec,
+                "the disk tier holds records of a codec that is not known here: they are misses. Open it with a release \
+                 that knows the codec, or let them age out"
+            );
+        }
         if lost > 0 {
             tracing::warn!(
                 dir = %shared.dir.display(),

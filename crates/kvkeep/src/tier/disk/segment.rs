@@ -8,8 +8,9 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::crypt::Cipher;
-use super::format::{CipherKind, PAGE_BYTES, Place, RecordHeader, StoreId, checksum};
+use super::format::{CipherKind, PAGE_BYTES, Place, RecordHeader, RecordMeta, StoreId, checksum};
 use super::io::{DiskFile, Pages};
+use crate::codec::CodecId;
 use crate::key::{NamespaceId, ObjectKey};
 
 /// No process lives to write so many.
@@ -30,13 +31,25 @@ pub(crate) enum ReadError {
     Io(io::Error),
     /// A byte is not what it was, or the record is not the one that was asked for.
     Damaged,
+    /// The memory that was lent for it is too small.
+    NoRoom,
+    /// It is whole, and nobody here knows its codec.
+    UnknownCodec(CodecId),
 }
 
 /// The record that must stand at a page.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Expected {
     pub(crate) key: ObjectKey,
     pub(crate) namespace: NamespaceId,
+    /// Bytes of another codec would be taken for the block's.
+    pub(crate) codec: CodecId,
+}
+
+impl From<&RecordMeta> for Expected {
+    fn from(meta: &RecordMeta) -> Self {
+        Self { key: meta.key, namespace: meta.namespace, codec: meta.codec }
+    }
 }
 
 impl Segment {
@@ -69,6 +82,17 @@ impl Segment {
         range: &Range<usize>,
     ) -> Result<(RecordHeader, Pages, usize), ReadError> {
         let header = self.read_header(page, expected)?;
+        let (pages, at) = self.read_pieces(&header, cipher, range)?;
+        Ok((header, pages, at))
+    }
+
+    /// As [`Segment::read_range`], of a record whose header has been read.
+    pub(crate) fn read_pieces(
+        &self,
+        header: &RecordHeader,
+        cipher: Option<&Cipher>,
+        range: &Range<usize>,
+    ) -> Result<(Pages, usize), ReadError> {
         let shift = header.meta.piece_shift(header.cipher);
         let padded = header.meta.payload_pages().ok_or(ReadError::Damaged)? as usize * PAGE_BYTES;
         if range.start > range.end || range.end > padded {
@@ -77,9 +101,11 @@ impl Segment {
         let first = range.start >> shift << shift;
         let end = range.end.next_multiple_of(1 << shift).min(padded);
         let mut pages = Pages::new(end.saturating_sub(first) / PAGE_BYTES);
-        self.file.read(&mut [pages.bytes_mut()], offset(page + 1) + first as u64).map_err(ReadError::Io)?;
-        check_pieces(&header, first >> shift, cipher, pages.bytes_mut())?;
-        Ok((header, pages, range.start - first))
+        self.file
+            .read(&mut [pages.bytes_mut()], offset(header.place.page + 1) + first as u64)
+            .map_err(ReadError::Io)?;
+        check_pieces(header, first >> shift, cipher, pages.bytes_mut())?;
+        Ok((pages, range.start - first))
     }
 
     /// Reads a header alone.
@@ -97,8 +123,7 @@ impl Segment {
 
     fn checked(&self, bytes: &[u8], page: u32, expected: &Expected) -> Result<RecordHeader, ReadError> {
         let header = self.header_at(bytes, page).ok_or(ReadError::Damaged)?;
-        let right = header.meta.key == expected.key && header.meta.namespace == expected.namespace;
-        if right { Ok(header) } else { Err(ReadError::Damaged) }
+        if Expected::from(&header.meta) == *expected { Ok(header) } else { Err(ReadError::Damaged) }
     }
 }
 

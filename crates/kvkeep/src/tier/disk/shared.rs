@@ -4,16 +4,19 @@
 //! One lock, never held across I/O, and never while a payload is dropped: a payload gives
 //! its pages back to the RAM tier, whose lock comes before this one.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::HashSet;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
-use super::format::{Content, Kind, RecordMeta};
-use super::index::{DiskIndex, Fingerprint, SegmentNumber, Slot};
+use super::format::{Kind, RecordMeta};
+use super::index::{DiskIndex, SegmentNumber, Slot};
+use super::queue::{Op, Queue, Reply};
 use crate::clock::{Clock, Deadline, Moment};
+use crate::codec::Codecs;
 use crate::key::{NamespaceId, ObjectKey};
+use crate::namespaces::Closed;
 use crate::stats::TierStats;
 use crate::sync::{Condvar, Mutex};
 use crate::tier::Payload;
@@ -62,75 +65,19 @@ pub(crate) struct Shared {
     /// Something is queued.
     pub(crate) work: Condvar,
     /// Something left the queue, or was answered.
-    room: Condvar,
+    pub(crate) room: Condvar,
     pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) codecs: Codecs,
     resident: OnceLock<Resident>,
 }
 
-/// One thing for the writer to do.
-pub(crate) enum Op {
-    Write(Box<Write>),
-    Remove(Vec<ObjectKey>),
-    /// A namespace, or everything.
-    Clear(Option<NamespaceId>),
-    Flush(Arc<Reply>),
-    Close(Arc<Reply>),
-}
-
-/// A record to be written.
-pub(crate) struct Write {
-    pub(crate) ticket: u64,
-    pub(crate) meta: RecordMeta,
-    /// Of whoever admitted it, kept with it.
-    pub(crate) mark: u8,
-    pub(crate) content: Content,
-    pub(crate) payload: Arc<dyn Payload>,
-    pub(crate) sums: Arc<Sums>,
-}
-
 /// A payload in the queue. It counts until its last holder has dropped it: the writer, or whoever
-/// makes its checksums. Who waits for its pages goes by that.
+/// works ahead of it. Who waits for its pages goes by that.
 struct Counted {
     payload: Option<Arc<dyn Payload>>,
     bytes: u64,
     shared: Weak<Shared>,
 }
-
-/// The checksums of a queued payload: made by whoever needs or has time for them first.
-pub(crate) type Sums = OnceLock<Vec<u8>>;
-
-/// A payload that waits for its checksums, if it still waits to be written.
-pub(crate) struct ToSum {
-    meta: RecordMeta,
-    payload: Weak<dyn Payload>,
-    sums: Arc<Sums>,
-}
-
-/// What is to be written, in order. Bounded by the bytes of its payloads.
-#[derive(Default)]
-pub(crate) struct Queue {
-    pub(crate) ops: VecDeque<Op>,
-    pub(crate) to_sum: VecDeque<ToSum>,
-    /// Does anybody make checksums ahead?
-    pub(crate) sums_ahead: bool,
-    pub(crate) bytes: u64,
-    /// The newest write of each key that is queued or under way: others are of no use.
-    wanted: HashMap<Fingerprint, Wanted>,
-    last_ticket: u64,
-}
-
-/// What is known of a write by its key alone.
-#[derive(Debug, Clone, Copy)]
-struct Wanted {
-    ticket: u64,
-    namespace: NamespaceId,
-    layer: u32,
-    expires_at_ms: u64,
-}
-
-/// Where the writer answers. Comes after the state's lock.
-#[derive(Debug, Default)]
-pub(crate) struct Reply(Mutex<Option<io::Result<()>>>);
 
 /// Is something failing, and when is it worth another try?
 #[derive(Debug, Default, Clone, Copy)]
@@ -140,13 +87,14 @@ pub(crate) struct Latch {
 }
 
 impl Shared {
-    pub(crate) fn new(dir: &Path, clock: Arc<dyn Clock>) -> Self {
+    pub(crate) fn new(dir: &Path, clock: Arc<dyn Clock>, codecs: Codecs) -> Self {
         Self {
             dir: dir.to_owned(),
             state: Mutex::new(DiskState::default()),
             work: Condvar::default(),
             room: Condvar::default(),
             clock,
+            codecs,
             resident: OnceLock::new(),
         }
     }
@@ -170,17 +118,33 @@ impl Shared {
     /// get the lock.
     pub(crate) fn remove_segment(&self, number: SegmentNumber) -> usize {
         self.state.lock().index.close_segment(number);
-        let mut removed = 0;
-        loop {
-            // A table that grew meanwhile may have moved some out of sight: until there are none.
-            let now = self.remove_where(|slot| slot.segment == number);
-            removed += now;
-            if now == 0 {
-                break;
-            }
-        }
+        let removed = self.remove_all(|slot| slot.segment == number);
         self.state.lock().index.free_segment(number);
         removed
+    }
+
+    /// Forgets what a namespace had when it was closed, in slices.
+    pub(crate) fn remove_namespace(&self, closed: &Closed) {
+        self.remove_all(|slot| slot.namespace == closed.number);
+        self.state.lock().index.free_namespace(closed);
+    }
+
+    /// Forgets everything that a later record could have replaced or removed unseen, in slices; says how many records.
+    pub(crate) fn remove_named(&self) -> usize {
+        self.remove_all(Slot::is_named)
+    }
+
+    /// Removes from the index in slices, until a look at all of it finds no more.
+    fn remove_all(&self, goes: impl Fn(&Slot) -> bool) -> usize {
+        let mut removed = 0;
+        loop {
+            // A table that grew meanwhile may have moved some out of sight.
+            let now = self.remove_where(&goes);
+            removed += now;
+            if now == 0 {
+                return removed;
+            }
+        }
     }
 
     /// Removes from the index in slices; says how many records.
@@ -383,81 +347,10 @@ impl DiskState {
     }
 }
 
-impl Queue {
-    /// Queues a write, in place of an earlier one of its key.
-    pub(crate) fn push(
-        &mut self,
-        meta: RecordMeta,
-        mark: u8,
-        content: Content,
-        payload: Arc<dyn Payload>,
-        shared: &Arc<Shared>,
-    ) {
-        let payload: Arc<dyn Payload> = Arc::new(Counted::new(payload, shared));
-        self.last_ticket += 1;
-        let ticket = self.last_ticket;
-        let wanted =
-            Wanted { ticket, namespace: meta.namespace, layer: meta.key.layer(), expires_at_ms: meta.expires_at_ms };
-        self.wanted.insert(Fingerprint::of(&meta.key), wanted);
-        self.bytes += payload.bytes().len() as u64;
-        let sums = Arc::<Sums>::default();
-        if self.sums_ahead {
-            self.to_sum.push_back(ToSum { meta, payload: Arc::downgrade(&payload), sums: Arc::clone(&sums) });
-        }
-        self.ops.push_back(Op::Write(Box::new(Write { ticket, meta, mark, content, payload, sums })));
-    }
-
-    /// Is a write of this key queued or under way?
-    fn has(&self, key: &ObjectKey) -> bool {
-        self.wanted.contains_key(&Fingerprint::of(key))
-    }
-
-    /// And has what is written not expired?
-    pub(crate) fn wants(&self, key: &ObjectKey, now_ms: u64) -> bool {
-        self.wanted.get(&Fingerprint::of(key)).is_some_and(|wanted| wanted.expires_at_ms > now_ms)
-    }
-
-    /// One more than the highest layer of a namespace that is queued or under way.
-    fn layers(&self, id: NamespaceId) -> u32 {
-        self.wanted.values().filter(|wanted| wanted.namespace == id).map(|wanted| wanted.layer + 1).max().unwrap_or(0)
-    }
-
-    /// Is this the newest write of its key?
-    pub(crate) fn is_wanted(&self, key: &ObjectKey, ticket: u64) -> bool {
-        self.wanted.get(&Fingerprint::of(key)).is_some_and(|newest| newest.ticket == ticket)
-    }
-
-    /// A write is done with, one way or the other. Its payload counts until it is dropped.
-    pub(crate) fn finish(&mut self, key: &ObjectKey, ticket: u64) {
-        if self.is_wanted(key, ticket) {
-            self.wanted.remove(&Fingerprint::of(key));
-        }
-    }
-
-    /// Nobody wants this key to be written any more; says whether it was to be.
-    pub(crate) fn forget(&mut self, key: &ObjectKey) -> bool {
-        self.wanted.remove(&Fingerprint::of(key)).is_some()
-    }
-
-    /// Nobody wants anything of a namespace, or anything at all.
-    pub(crate) fn forget_all(&mut self, namespace: Option<NamespaceId>) {
-        self.wanted.retain(|_, wanted| namespace.is_some_and(|namespace| namespace != wanted.namespace));
-    }
-
-    /// Takes out all writes that have not begun; the caller drops them without the lock.
-    pub(crate) fn cancel_writes(&mut self) -> Vec<Write> {
-        let (mut writes, mut kept) = (Vec::new(), VecDeque::new());
-        for op in self.ops.drain(..) {
-            match op {
-                Op::Write(write) => writes.push(*write),
-                other => kept.push_back(other),
-            }
-        }
-        self.ops = kept;
-        for write in &writes {
-            self.finish(&write.meta.key, write.ticket);
-        }
-        writes
+impl Shared {
+    /// A payload that counts its bytes out of the queue when its last holder drops it.
+    pub(crate) fn counted(self: &Arc<Self>, payload: Arc<dyn Payload>) -> Arc<dyn Payload> {
+        Arc::new(Counted::new(payload, self))
     }
 }
 
@@ -486,17 +379,6 @@ impl Drop for Counted {
         if let Some(shared) = self.shared.upgrade() {
             shared.state.lock().queue.bytes -= self.bytes;
             shared.room.notify_all();
-        }
-    }
-}
-
-impl ToSum {
-    /// Makes the checksums, if the payload still waits and has none.
-    pub(crate) fn sum(self) {
-        if self.sums.get().is_none()
-            && let Some(payload) = self.payload.upgrade()
-        {
-            self.sums.get_or_init(|| self.meta.sums(payload.bytes()));
         }
     }
 }

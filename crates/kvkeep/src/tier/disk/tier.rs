@@ -12,7 +12,6 @@ use super::readers::Readers;
 use super::{Disk, Options, Resident, Taken};
 use crate::block::{BlockKey, BlockMeta};
 use crate::clock::{Clock, Deadline, Moment};
-use crate::codec::CodecId;
 use crate::config::DiskConfig;
 use crate::error::Result;
 use crate::key::{NamespaceId, ObjectKey};
@@ -81,6 +80,7 @@ impl DiskTier {
             queue_bytes: config.queue_bytes.unwrap_or(ram_bytes / QUEUE_DIVISOR),
             at_once_bytes: at_once_bytes(config, ram_bytes).min(MAX_AT_ONCE_BYTES),
             flush_timeout: config.flush_timeout,
+            codecs: config.codecs.clone(),
         }
     }
 
@@ -166,16 +166,11 @@ fn read(disk: &Disk, read: &mut Read) -> Option<BlockMeta> {
     let found = disk.find(&read.key.0).filter(|found| found.namespace == read.namespace)?;
     let mut header = match &read.range {
         None => disk.read(&read.key.0, &found, read.target.bytes_mut())?,
-        Some(range) => {
-            let (header, pages, at) = disk.read_range(&read.key.0, &found, range)?;
-            let part = pages.bytes().get(at..at + range.len())?;
-            read.target.bytes_mut().get_mut(..range.len())?.copy_from_slice(part);
-            header
-        }
+        Some(range) => disk.read_part(&read.key.0, &found, range, read.target.bytes_mut())?,
     };
     // The index knows better than the record, which may be from under a wrong clock.
     header.meta.expires_at_ms = found.slot.expires_at_ms;
-    Some(block_meta(header))
+    Some(block_meta(header).decoded())
 }
 
 /// One page that says what a block is and what its bytes must be: for tiers that keep a block as one message. It is a
@@ -200,7 +195,7 @@ pub fn encode_header(meta: &BlockMeta, payload: &[u8]) -> Option<Vec<u8>> {
 pub fn decode_header(header: &[u8], key: &BlockKey, namespace: NamespaceId, payload: &[u8]) -> Option<BlockMeta> {
     let header = RecordHeader::decode(header)?;
     let is_wanted = header.meta.key == key.0 && header.meta.namespace == namespace;
-    let is_whole = header.meta.payload_bytes == payload.len() as u64 && header.meta.sums(payload) == header.list;
+    let is_whole = header.meta.stored_bytes == payload.len() as u64 && header.meta.sums(payload) == header.list;
     (is_wanted && is_whole && header.cipher == CipherKind::None).then(|| block_meta(header))
 }
 
@@ -209,7 +204,9 @@ fn record_meta(meta: &BlockMeta, stored_at_ms: u64) -> RecordMeta {
         kind: if meta.is_replaceable() { Kind::Named } else { Kind::Block },
         key: meta.key.0,
         namespace: meta.namespace,
-        payload_bytes: meta.stored_bytes,
+        raw_bytes: meta.raw_bytes,
+        stored_bytes: meta.stored_bytes,
+        codec: meta.codec,
         stored_at_ms,
         expires_at_ms: meta.expires_at_ms,
         compute_us: meta.compute_us,
@@ -225,9 +222,9 @@ fn block_meta(header: RecordHeader) -> BlockMeta {
     BlockMeta {
         key: BlockKey(meta.key),
         namespace: meta.namespace,
-        raw_bytes: meta.payload_bytes,
-        stored_bytes: meta.payload_bytes,
-        codec: CodecId::RAW,
+        raw_bytes: meta.raw_bytes,
+        stored_bytes: meta.stored_bytes,
+        codec: meta.codec,
         expires_at_ms: meta.expires_at_ms,
         compute_us: meta.compute_us,
         content: header.content,
@@ -245,11 +242,12 @@ impl Tier for DiskTier {
         }
         let located = |found: Option<super::Found>| {
             let found = found?;
-            let bytes = u64::from(found.slot.payload_pages) * PAGE_BYTES as u64;
+            let bytes = |pages: u32| u64::from(pages) * PAGE_BYTES as u64;
             Some(Located {
                 namespace: found.namespace,
-                raw_bytes: bytes,
-                stored_bytes: bytes,
+                raw_bytes: bytes(found.slot.raw_pages()),
+                stored_bytes: bytes(found.slot.payload_pages),
+                codec: found.slot.codec(),
                 compute_us: found.slot.compute_us,
                 mark: found.slot.mark,
             })
@@ -393,6 +391,7 @@ impl Drop for DiskTier {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::codec::CodecId;
     use crate::layout::KvLayout;
     use crate::tensor::DType;
 

@@ -7,19 +7,24 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use super::active::Record;
+use super::coded::Draft;
+use super::format::PAGE_BYTES;
 use super::io::Opener;
 use super::log::{Log, Written};
+use super::queue::{Op, Write};
 use super::recover;
-use super::shared::{Op, Shared, Write};
+use super::shared::Shared;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::sync::thread;
 
 /// More removals than this are not kept one by one.
 const MAX_OWED_KEYS: usize = 1 << 16;
 const MAX_OWED_NAMESPACES: usize = 1 << 10;
+/// Encoded blocks that wait to be written take this much memory besides RAM's own, and one block more.
+const MAX_AHEAD_BYTES: usize = 16 << 20;
 
 struct Writer {
     log: Log,
@@ -52,32 +57,46 @@ struct Owed {
     all: bool,
 }
 
-/// Starts the thread, and one that makes checksums while this one waits for the disk.
+/// Starts the thread, and one that encodes and makes checksums while this one waits for the disk.
 pub(super) fn spawn(log: Log, opener: Opener, at_once_bytes: u64, shared: Arc<Shared>) -> thread::JoinHandle<()> {
-    if log.cipher.is_none() {
-        shared.state.lock().queue.sums_ahead = true;
+    if log.cipher.is_none() || !shared.codecs.are_raw() {
+        shared.state.lock().queue.works_ahead = true;
         let shared = Arc::clone(&shared);
-        thread::spawn(move || sum(&shared));
+        thread::spawn(move || work_ahead(&shared));
     }
     let mut writer = Writer { log, opener, shared, owed: Owed::default(), at_once_bytes, lost: None };
     writer.publish_sizes();
     thread::spawn(move || writer.run())
 }
 
-/// Makes checksums of what is queued, until the tier is closed.
-fn sum(shared: &Shared) {
+/// Makes what is written of what is queued, until the tier is closed.
+fn work_ahead(shared: &Shared) {
+    let mut made = VecDeque::new();
     loop {
         let mut state = shared.state.lock();
         let next = loop {
-            match state.queue.to_sum.pop_front() {
+            if ahead_bytes(&mut made) >= MAX_AHEAD_BYTES && !state.closed {
+                // Something leaves the queue.
+                state = shared.room.wait(state);
+                continue;
+            }
+            match state.queue.ahead.pop_front() {
                 Some(next) => break next,
                 None if state.closed => return,
                 None => state = shared.work.wait(state),
             }
         };
         drop(state);
-        next.sum();
+        made.push_back(next.make());
     }
+}
+
+/// Memory of what was made and is not written yet.
+fn ahead_bytes(made: &mut VecDeque<Weak<Draft>>) -> usize {
+    while made.front().is_some_and(|first| first.strong_count() == 0) {
+        made.pop_front();
+    }
+    made.iter().filter_map(Weak::upgrade).map(|draft| draft.form_bytes()).sum()
 }
 
 impl Writer {
@@ -160,7 +179,8 @@ impl Writer {
         let (wanted, rest): (Vec<Write>, Vec<Write>) = {
             let state = self.shared.state.lock();
             writes.into_iter().partition(|write| {
-                write.meta.expires_at_ms > now_ms && state.queue.is_wanted(&write.meta.key, write.ticket)
+                let meta = &write.draft.meta;
+                meta.expires_at_ms > now_ms && state.queue.is_wanted(&meta.key, write.ticket)
             })
         };
         rest.into_iter().for_each(|write| self.finish(write, Outcome::Unwanted));
@@ -179,12 +199,11 @@ impl Writer {
             self.lost = Some((io::ErrorKind::Other, "the disk tier is failing".into()));
             return vec![Outcome::Dropped; writes.len()];
         }
-        let records = writes.iter().map(|write| Record {
-            meta: &write.meta,
-            content: &write.content,
-            keys: &[],
-            payload: write.payload.bytes(),
-            sums: Some(&write.sums),
+        let records = writes.iter().map(|write| {
+            let payload = write.payload.bytes();
+            let form = write.draft.form(payload);
+            let (content, sums) = (&write.draft.content, form.sums.as_deref());
+            Record { meta: &form.meta, content, keys: &[], payload: form.bytes(payload), sums }
         });
         let records: Vec<Record<'_>> = records.collect();
         self.log.touched = false;
@@ -209,11 +228,13 @@ impl Writer {
 
     /// A write is done with. Its payload is dropped without a lock.
     fn finish(&mut self, write: Write, outcome: Outcome) {
-        let Write { ticket, meta, mark, payload, .. } = write;
-        let bytes = payload.bytes().len() as u64;
+        let Write { ticket, draft, mark, payload } = write;
+        let mut meta = draft.meta;
         if matches!(outcome, Outcome::Written(_)) {
             payload.written(true);
+            meta = draft.form(payload.bytes()).meta;
         }
+        drop(draft);
         {
             let mut state = self.shared.state.lock();
             match outcome {
@@ -223,7 +244,9 @@ impl Writer {
                     state.settle(&meta.key);
                     state.index.insert(&meta, written.segment, written.page, mark);
                     state.counters.stored_total += 1;
-                    state.counters.written_bytes_total += bytes;
+                    let pages = |bytes: u64| bytes.next_multiple_of(PAGE_BYTES as u64);
+                    state.counters.written_bytes_total += pages(meta.stored_bytes);
+                    state.counters.written_raw_bytes_total += pages(meta.raw_bytes);
                 }
                 Outcome::Written(_) | Outcome::Unwanted => {}
                 Outcome::Dropped => state.counters.dropped_total += 1,
@@ -330,7 +353,8 @@ impl Owed {
             }
             _ => {
                 *self = Self { all: true, ..Self::default() };
-                shared.state.lock().index.clear();
+                let cleared = shared.state.lock().index.clear();
+                drop(cleared);
             }
         }
     }

@@ -10,12 +10,17 @@ use super::page::{
     CipherKind, PAGE_BYTES, PAGE_SUM_AT, Put, StoreId, Take, begin_page, checksum, finish_page, open_page,
 };
 pub(crate) use crate::block::Content;
+use crate::codec::CodecId;
 use crate::key::{NamespaceId, ObjectKey};
-use crate::layout::{KvLayout, TokenOrder};
+use crate::layout::{Kinds, KvLayout, LayerShape, TokenOrder};
 use crate::tensor::{DType, MAX_RANK, PairSpec, Shape};
 
 const MAGIC: &[u8; 8] = b"KVKRECRD";
 const CONTENT_AT: usize = 176;
+/// Of a block: shapes of layers that differ, and which layers those are.
+const OTHERS_AT: usize = 328;
+/// As the order of a block's payload: it has none.
+const OPAQUE: u8 = 2;
 /// Checksums, tags or removed keys begin here.
 const LIST_AT: usize = 384;
 const LIST_BYTES: usize = PAGE_SUM_AT - LIST_AT;
@@ -50,7 +55,11 @@ pub(crate) struct RecordMeta {
     pub(crate) kind: Kind,
     pub(crate) key: ObjectKey,
     pub(crate) namespace: NamespaceId,
-    pub(crate) payload_bytes: u64,
+    /// Bytes of the block itself.
+    pub(crate) raw_bytes: u64,
+    /// Bytes of the payload: what the codec made of it.
+    pub(crate) stored_bytes: u64,
+    pub(crate) codec: CodecId,
     pub(crate) stored_at_ms: u64,
     /// `u64::MAX` for never.
     pub(crate) expires_at_ms: u64,
@@ -123,7 +132,7 @@ impl RecordMeta {
 
     /// Pages of the payload; `None` if no segment could hold it.
     pub(crate) fn payload_pages(&self) -> Option<u32> {
-        u32::try_from(self.payload_bytes.div_ceil(PAGE_BYTES as u64)).ok()
+        u32::try_from(self.stored_bytes.div_ceil(PAGE_BYTES as u64)).ok()
     }
 
     /// Pages of the header and the payload.
@@ -140,7 +149,7 @@ impl RecordMeta {
     /// Bytes of one piece as a power of two: the smallest with which the sums fit the page.
     pub(crate) fn piece_shift(&self, cipher: CipherKind) -> u8 {
         let most = (LIST_BYTES / sum_bytes(cipher)) as u64;
-        let padded = self.payload_bytes.div_ceil(PAGE_BYTES as u64).saturating_mul(PAGE_BYTES as u64);
+        let padded = self.stored_bytes.div_ceil(PAGE_BYTES as u64).saturating_mul(PAGE_BYTES as u64);
         (MIN_PIECE_SHIFT..63).find(|shift| padded.div_ceil(1 << shift) <= most).unwrap_or(63)
     }
 }
@@ -196,7 +205,7 @@ impl RecordHeader {
         let meta = &self.meta;
         let mut put = begin_page(page, MAGIC);
         put.u8(meta.kind.code());
-        put.u8(0); // codec: raw
+        put.u8(meta.codec.0);
         put.u8(self.cipher.code());
         put.u8(meta.piece_shift(self.cipher));
         put.bytes(&self.place.store_id);
@@ -207,7 +216,7 @@ impl RecordHeader {
         put.u32(meta.key.layer());
         put.u32(meta.compute_us);
         put.bytes(meta.namespace.as_bytes());
-        put.u64(meta.payload_bytes);
+        put.u64(meta.stored_bytes);
         put.u64(meta.stored_at_ms);
         put.u64(meta.expires_at_ms);
         put.bytes(&self.nonce);
@@ -226,7 +235,7 @@ impl RecordHeader {
     pub(crate) fn decode(page: &[u8]) -> Option<Self> {
         let mut take = open_page(page, MAGIC)?;
         let kind = Kind::from_code(take.u8()?)?;
-        let codec = take.u8()?;
+        let codec = CodecId(take.u8()?);
         let cipher = CipherKind::from_code(take.u8()?)?;
         let piece_shift = take.u8()?;
         let place = Place { store_id: take.array()?, segment: take.u64()?, page: take.u32()? };
@@ -235,7 +244,7 @@ impl RecordHeader {
         let key = ObjectKey::new(hash, take.u32()?);
         let compute_us = take.u32()?;
         let namespace = NamespaceId::from_bytes(take.array()?);
-        let [payload_bytes, stored_at_ms, expires_at_ms] = [take.u64()?, take.u64()?, take.u64()?];
+        let [stored_bytes, stored_at_ms, expires_at_ms] = [take.u64()?, take.u64()?, take.u64()?];
         let nonce = take.array()?;
         let list_bytes = take.u32()? as usize;
         take.seek(CONTENT_AT);
@@ -250,10 +259,20 @@ impl RecordHeader {
         };
         take.seek(LIST_AT);
         let list = take.bytes(list_bytes.min(LIST_BYTES))?.to_vec();
-        let meta =
-            RecordMeta { kind, key, namespace, payload_bytes, stored_at_ms, expires_at_ms, compute_us, prefix_bytes };
+        let meta = RecordMeta {
+            kind,
+            key,
+            namespace,
+            raw_bytes: content.raw_bytes()?,
+            stored_bytes,
+            codec,
+            stored_at_ms,
+            expires_at_ms,
+            compute_us,
+            prefix_bytes,
+        };
         let header = Self { meta, place, durable_pages, cipher, nonce, content, list };
-        let right = codec == 0 && list_bytes <= LIST_BYTES && piece_shift == meta.piece_shift(cipher);
+        let right = list_bytes <= LIST_BYTES && piece_shift == meta.piece_shift(cipher);
         (right && header.is_consistent()).then_some(header)
     }
 
@@ -261,29 +280,31 @@ impl RecordHeader {
     fn is_consistent(&self) -> bool {
         let meta = &self.meta;
         if !meta.kind.is_stored() {
-            return meta.payload_bytes == 0 && self.list.len().is_multiple_of(KEY_BYTES);
+            let is_bare = meta.stored_bytes == 0 && meta.codec == CodecId::RAW;
+            return is_bare && self.list.len().is_multiple_of(KEY_BYTES);
         }
         let Some(pages) = meta.payload_pages() else { return false };
         let padded = u64::from(pages) * PAGE_BYTES as u64;
         let pieces = padded.div_ceil(1 << meta.piece_shift(self.cipher));
-        let needed = match &self.content {
-            Content::Block { layout, .. } => Some(layout.block_bytes()),
-            Content::Named(spec) => spec.payload_bytes(),
-            Content::Nothing => None,
+        // What a codec makes is shorter.
+        let fits = match meta.codec {
+            CodecId::RAW => meta.stored_bytes == meta.raw_bytes,
+            _ => meta.stored_bytes < meta.raw_bytes && u32::try_from(meta.raw_bytes).is_ok(),
         };
-        pages > 0
-            && needed.is_some_and(|needed| needed as u64 == meta.payload_bytes)
-            && pieces * sum_bytes(self.cipher) as u64 == self.list.len() as u64
+        pages > 0 && fits && pieces * sum_bytes(self.cipher) as u64 == self.list.len() as u64
     }
 }
 
 fn put_block(put: &mut Put<'_>, layout: &KvLayout, model: &str) {
-    for number in [layout.layers(), layout.kv_heads(), layout.k_head_dim(), layout.v_head_dim(), layout.block_tokens()]
+    // An opaque block is one layer of one tensor.
+    for number in
+        [layout.layers().max(1), layout.kv_heads(), layout.k_head_dim(), layout.v_head_dim(), layout.block_tokens()]
     {
         put.u32(u32::try_from(number).unwrap_or(u32::MAX));
     }
     put.u8(layout.dtype().code());
     put.u8(match layout.order() {
+        _ if layout.is_opaque() => OPAQUE,
         TokenOrder::TokenHeadDim => 0,
         TokenOrder::HeadTokenDim => 1,
     });
@@ -293,6 +314,12 @@ fn put_block(put: &mut Put<'_>, layout: &KvLayout, model: &str) {
     }
     put.u16(u16::try_from(length).unwrap_or(0));
     put.bytes(model.as_bytes().get(..length).unwrap_or_default());
+    put.seek(OTHERS_AT);
+    let (shapes, kinds) = layout.others();
+    for shape in shapes {
+        [shape.kv_heads, shape.k_head_dim, shape.v_head_dim].into_iter().for_each(|number| put.u32(number));
+    }
+    kinds.0.into_iter().for_each(|word| put.u64(word));
 }
 
 fn take_block(take: &mut Take<'_>) -> Option<Content> {
@@ -300,8 +327,9 @@ fn take_block(take: &mut Take<'_>) -> Option<Content> {
         [take.u32()?, take.u32()?, take.u32()?, take.u32()?, take.u32()?];
     let dtype = DType::from_code(take.u8()?)?;
     let order = match take.u8()? {
-        0 => TokenOrder::TokenHeadDim,
-        1 => TokenOrder::HeadTokenDim,
+        0 => Some(TokenOrder::TokenHeadDim),
+        1 => Some(TokenOrder::HeadTokenDim),
+        OPAQUE => None,
         _ => return None,
     };
     let length = usize::from(take.u16()?);
@@ -309,8 +337,15 @@ fn take_block(take: &mut Take<'_>) -> Option<Content> {
         return None;
     }
     let model = std::str::from_utf8(take.bytes(length)?).ok()?.to_owned();
-    let layout = KvLayout::new(layers, kv_heads, k_head_dim, dtype).ok()?;
-    let layout = layout.with_v_head_dim(v_head_dim).ok()?.with_block_tokens(block_tokens).ok()?.with_order(order);
+    take.seek(OTHERS_AT);
+    let mut shape = || Some(LayerShape { kv_heads: take.u32()?, k_head_dim: take.u32()?, v_head_dim: take.u32()? });
+    let shapes = [LayerShape { kv_heads, k_head_dim, v_head_dim }, shape()?, shape()?];
+    let kinds = Kinds([take.u64()?, take.u64()?, take.u64()?, take.u64()?]);
+    let layout = match order {
+        Some(order) => KvLayout::of_shapes(layers, shapes, kinds, dtype, block_tokens, order),
+        None => KvLayout::opaque(k_head_dim, block_tokens),
+    };
+    let layout = layout.ok()?;
     Some(Content::Block { layout, model })
 }
 

@@ -7,6 +7,7 @@
 
 use super::page::{Identity, PAGE_BYTES, Put, StoreId, Take, begin_page, checksum, finish_page, open_page};
 use super::record::{Kind, RecordMeta};
+use crate::codec::CodecId;
 use crate::key::{NamespaceId, ObjectKey};
 
 const HEADER_MAGIC: &[u8; 8] = b"KVKSEGMT";
@@ -91,16 +92,18 @@ pub(crate) fn encode_index(entries: &[(u32, RecordMeta)], bytes: &mut [u8]) -> u
     for ((page, meta), line) in entries.iter().zip(bytes.chunks_exact_mut(INDEX_ENTRY_BYTES)) {
         let mut put = Put::new(line);
         put.u8(meta.kind.code());
-        put.skip(3);
+        put.u8(meta.codec.0);
+        put.skip(2);
         put.u32(meta.key.layer());
         put.u32(*page);
         put.u32(meta.compute_us);
         put.bytes(meta.key.hash());
         put.bytes(meta.namespace.as_bytes());
-        put.u64(meta.payload_bytes);
+        put.u64(meta.stored_bytes);
         put.u64(meta.stored_at_ms);
         put.u64(meta.expires_at_ms);
         put.u32(meta.prefix_bytes);
+        put.u64(if meta.codec == CodecId::RAW { 0 } else { meta.raw_bytes });
     }
     checksum(bytes)
 }
@@ -118,13 +121,29 @@ pub(crate) fn decode_index(trailer: &Trailer, bytes: &[u8]) -> Option<Vec<(u32, 
 fn decode_line(line: &[u8]) -> Option<(u32, RecordMeta)> {
     let mut take = Take::new(line);
     let kind = Kind::from_code(take.u8()?)?;
-    take.skip(3)?;
+    let codec = CodecId(take.u8()?);
+    take.skip(2)?;
     let [layer, page, compute_us] = [take.u32()?, take.u32()?, take.u32()?];
     let key = ObjectKey::new(take.array()?, layer);
     let namespace = NamespaceId::from_bytes(take.array()?);
-    let [payload_bytes, stored_at_ms, expires_at_ms] = [take.u64()?, take.u64()?, take.u64()?];
+    let [stored_bytes, stored_at_ms, expires_at_ms] = [take.u64()?, take.u64()?, take.u64()?];
     let prefix_bytes = take.u32()?;
-    let meta =
-        RecordMeta { kind, key, namespace, payload_bytes, stored_at_ms, expires_at_ms, compute_us, prefix_bytes };
+    let raw_bytes = match codec {
+        CodecId::RAW => stored_bytes,
+        // No codec takes more.
+        _ => take.u64().filter(|bytes| u32::try_from(*bytes).is_ok())?,
+    };
+    let meta = RecordMeta {
+        kind,
+        key,
+        namespace,
+        raw_bytes,
+        stored_bytes,
+        codec,
+        stored_at_ms,
+        expires_at_ms,
+        compute_us,
+        prefix_bytes,
+    };
     Some((page, meta))
 }

@@ -1,6 +1,7 @@
 //! Ten thousand mutations of every kind of file: never a wrong byte, never a panic.
 
 use super::*;
+use crate::codec::tests::planes::planes;
 
 /// What a directory holds, newest versions only, and what each key held before.
 struct Truth {
@@ -8,17 +9,36 @@ struct Truth {
     things: Vec<Thing>,
 }
 
-fn truth(cipher: bool) -> Truth {
+/// How records are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Way {
+    is_encrypted: bool,
+    is_coded: bool,
+}
+
+const PLAIN: Way = Way { is_encrypted: false, is_coded: false };
+
+impl Way {
+    fn open(self, sim: &Sim) -> Result<Disk> {
+        let codecs = if self.is_coded { planes() } else { Codecs::default() };
+        let options = Options { codecs, ..options(Path::new("sim"), 2 * MIB) };
+        crate::tier::disk::sim::open(sim, &options, self.is_encrypted.then(|| Cipher::new(&[7; 32])), clock())
+    }
+}
+
+/// With a codec, half of it becomes shorter.
+fn truth(way: Way) -> Truth {
     let sim = Sim::default();
-    let disk = open_with(&sim, 2 * MIB, cipher.then(|| Cipher::new(&[7; 32])), clock()).unwrap();
+    let disk = way.open(&sim).unwrap();
+    let smooth = |number: u32| if way.is_coded && number % 2 == 0 { SMOOTH } else { 0 };
     let mut things = Vec::new();
     for number in 0..8 {
         named(100 + number, 1, 1).store(&disk);
     }
     for number in 0..40 {
-        things.push(block(number, 1 + number % 3));
+        things.push(Thing { version: smooth(number), ..block(number, 1 + number % 3) });
         if number % 6 == 3 {
-            things.push(named(100 + number / 6, 2, 2));
+            things.push(named(100 + number / 6, 2 | smooth(number / 6), 2));
         }
     }
     things.iter().for_each(|thing| assert!(thing.store(&disk)));
@@ -29,8 +49,8 @@ fn truth(cipher: bool) -> Truth {
 
 impl Truth {
     /// Opens what is left and looks for everything. How much of it is there?
-    fn check(&self, left: &Sim, cipher: bool, what: &str) -> usize {
-        let disk = match open_with(left, 2 * MIB, cipher.then(|| Cipher::new(&[7; 32])), clock()) {
+    fn check(&self, left: &Sim, way: Way, what: &str) -> usize {
+        let disk = match way.open(left) {
             Ok(disk) => disk,
             Err(error) => panic!("{what}: {error}"),
         };
@@ -106,10 +126,10 @@ fn mutate(sim: &Sim, other: &Sim, random: &mut Random) -> String {
     format!("mutation {kind} of {name} at {at}")
 }
 
-fn rounds(cipher: bool, rounds: usize, seed: u64) {
-    let truth = truth(cipher);
-    let other = self::truth(cipher);
-    assert_eq!(truth.check(&truth.sim.copy(), cipher, "nothing"), truth.things.len());
+fn rounds(way: Way, rounds: usize, seed: u64) {
+    let truth = truth(way);
+    let other = self::truth(way);
+    assert_eq!(truth.check(&truth.sim.copy(), way, "nothing"), truth.things.len());
     let mut random = Random(seed);
     let mut there = 0;
     for _ in 0..rounds {
@@ -119,17 +139,23 @@ fn rounds(cipher: bool, rounds: usize, seed: u64) {
             what += &mutate(&left, &other.sim, &mut random);
             what += ", ";
         }
-        there += truth.check(&left, cipher, &what);
+        there += truth.check(&left, way, &what);
     }
     assert!(there > rounds * truth.things.len() / 4, "most of it survives: {there}");
 }
 
 #[test]
 fn ten_thousand_mutations_serve_no_wrong_byte_and_panic_nowhere() {
-    rounds(false, 10_000, 11);
+    rounds(PLAIN, 10_000, 11);
 }
 
 #[test]
 fn mutations_of_an_encrypted_directory_serve_no_wrong_byte() {
-    rounds(true, 300, 12);
+    rounds(Way { is_encrypted: true, ..PLAIN }, 300, 12);
+}
+
+#[test]
+fn mutations_of_a_directory_with_two_codecs_serve_no_wrong_byte() {
+    rounds(Way { is_coded: true, ..PLAIN }, 600, 13);
+    rounds(Way { is_coded: true, is_encrypted: true }, 100, 14);
 }

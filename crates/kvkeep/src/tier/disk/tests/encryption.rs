@@ -59,7 +59,7 @@ fn a_record_that_is_given_another_key_namespace_place_or_length_does_not_open() 
         ("another key", |header, _| header.meta.key = block(7, 2).key()),
         ("another namespace", |header, _| header.meta.namespace = namespace(7)),
         ("the other's place", |header, other| header.place = other.place),
-        ("another length", |header, _| header.meta.payload_bytes -= 2),
+        ("another length", |header, _| header.meta.stored_bytes -= 2),
         ("another time", |header, _| header.meta.expires_at_ms -= 1),
     ];
     for (what, change) in changes {

@@ -337,7 +337,8 @@ fn settings_with_which_nothing_could_be_written_are_refused() {
 #[test]
 fn a_flush_waits_for_a_slow_disk_for_as_long_as_it_gets_on() {
     use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-    let (shared, looks, ended) = (Shared::new(Path::new("sim"), clock()), AtomicUsize::new(0), AtomicBool::new(false));
+    let (shared, looks, ended) =
+        (Shared::new(Path::new("sim"), clock(), Codecs::default()), AtomicUsize::new(0), AtomicBool::new(false));
     std::thread::scope(|scope| {
         scope.spawn(|| {
             while !ended.load(Ordering::SeqCst) {

@@ -51,7 +51,7 @@ fn what_is_encoded_is_decoded() {
 #[test]
 fn a_removal_lists_its_keys() {
     let keys: Vec<_> = (0..5).map(|number| named(number, 0, 1).key()).collect();
-    let meta = RecordMeta { kind: Kind::Removal, payload_bytes: 0, prefix_bytes: 0, ..block(1, 1).meta() };
+    let meta = RecordMeta { kind: Kind::Removal, raw_bytes: 0, stored_bytes: 0, prefix_bytes: 0, ..block(1, 1).meta() };
     let list = RecordHeader::key_list(&keys);
     let removal = RecordHeader { meta, content: Content::Nothing, list, ..header(block(1, 1)) };
     let mut page = vec![0; 4096];
@@ -115,7 +115,7 @@ proptest! {
         let page = sealed(page, b"KVKRECRD");
         if let Some(header) = RecordHeader::decode(&page) {
             let pages = header.meta.payload_pages().unwrap() as usize;
-            prop_assert!(pages * 4096 >= header.meta.payload_bytes as usize);
+            prop_assert!(pages * 4096 >= header.meta.stored_bytes as usize);
         }
     }
 }

@@ -3,6 +3,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::allow_attributes, reason = "a test that panics fails")]
 
 mod archive;
+mod coded;
 mod corruption;
 mod encryption;
 mod failure;
@@ -23,8 +24,9 @@ use super::crypt::Cipher;
 use super::format::{Content, Kind, RecordMeta};
 use super::io::Pages;
 use super::sim::Sim;
-use super::{Disk, Options};
+use super::{Disk, Options, Taken};
 use crate::clock::{Clock, ManualClock};
+use crate::codec::{CodecId, Codecs};
 use crate::error::Result;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::layout::KvLayout;
@@ -57,6 +59,9 @@ fn block(number: u32, pages: u32) -> Thing {
     Thing { number, version: 0, pages, named: false, expires_at_ms: u64::MAX }
 }
 
+/// As a version: the bytes are such that a codec makes them shorter.
+const SMOOTH: u8 = 128;
+
 fn named(number: u32, version: u8, pages: u32) -> Thing {
     Thing { named: true, version, ..block(number, pages) }
 }
@@ -88,8 +93,11 @@ impl Thing {
 
     fn make_bytes(&self) -> Vec<u8> {
         let seed = self.number.wrapping_mul(31).wrapping_add(u32::from(self.version) * 101);
-        let mut bytes: Vec<u8> =
-            (0..self.payload_bytes() as u32).map(|i| (i.wrapping_mul(seed | 1) >> 5) as u8).collect();
+        let noise = |i: u32| (i.wrapping_mul(seed | 1) >> 5) as u8;
+        let steps = |i: u32| ((i / 200).wrapping_mul(seed | 1) >> 1) as u8;
+        let is_smooth = self.version & SMOOTH != 0;
+        let byte = |i| if is_smooth { steps(i) } else { noise(i) };
+        let mut bytes: Vec<u8> = (0..self.payload_bytes() as u32).map(byte).collect();
         bytes.resize(self.pages as usize * 4096, 0);
         bytes
     }
@@ -111,7 +119,9 @@ impl Thing {
             kind: if self.named { Kind::Named } else { Kind::Block },
             key: self.key(),
             namespace: namespace(self.number % 3),
-            payload_bytes: self.payload_bytes() as u64,
+            raw_bytes: self.payload_bytes() as u64,
+            stored_bytes: self.payload_bytes() as u64,
+            codec: CodecId::RAW,
             stored_at_ms: NOW_MS,
             expires_at_ms: self.expires_at_ms,
             compute_us: self.number,
@@ -126,17 +136,21 @@ impl Thing {
 
     /// As a store does it: not taken if the queue is full.
     fn offer(&self, disk: &Disk, wait: bool) -> bool {
-        disk.write(self.meta(), self.content(), 0, wait, || {
+        let taken = disk.try_write(self.meta(), self.content(), 0, wait, || {
             let mut pages = Pages::new(self.pages as usize);
             pages.bytes_mut().copy_from_slice(&self.bytes());
             Arc::new(Bytes(pages))
-        })
+        });
+        if taken == Taken::Full {
+            disk.count_dropped();
+        }
+        taken == Taken::Queued
     }
 
     /// What a lookup finds: the whole payload, whatever its version.
     fn load(&self, disk: &Disk) -> Option<Vec<u8>> {
         let found = disk.find(&self.key())?;
-        let mut pages = Pages::new(found.slot.payload_pages as usize);
+        let mut pages = Pages::new(found.slot.raw_pages() as usize);
         let header = disk.read(&self.key(), &found, pages.bytes_mut())?;
         assert_eq!(header.meta.key, self.key());
         Some(pages.bytes().to_vec())
@@ -156,8 +170,8 @@ fn open_with(sim: &Sim, capacity_bytes: u64, cipher: Option<Cipher>, clock: Arc<
 }
 
 fn options(dir: &Path, capacity_bytes: u64) -> Options<'_> {
-    let flush_timeout = Duration::from_secs(60);
-    Options { dir, capacity_bytes, key_file: None, queue_bytes: 4 * MIB, at_once_bytes: MIB, flush_timeout }
+    let (flush_timeout, codecs) = (Duration::from_secs(60), Codecs::default());
+    Options { dir, capacity_bytes, key_file: None, queue_bytes: 4 * MIB, at_once_bytes: MIB, flush_timeout, codecs }
 }
 
 fn open(sim: &Sim, capacity_bytes: u64) -> Disk {

@@ -2,6 +2,12 @@
 //!
 //! Equal namespace and equal tokens up to a block's end mean equal KV, so a prompt's
 //! reusable part is the longest run of resident blocks from its first block on.
+//!
+//! - `found` is what a lookup hands out: pinned blocks, to be borrowed or copied.
+//! - `tensors` copies between blocks and an engine's tensors.
+
+mod found;
+mod tensors;
 
 use std::fmt;
 use std::ops::Range;
@@ -16,8 +22,10 @@ use crate::flight::{Flights, Patience};
 use crate::key::{Namespace, NamespaceId, TokenId};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
 use crate::stats::Stats;
-use crate::store::{OnPresent, Pin, Removed, Request, Reserved, Sealing, Store, Wanted};
-use crate::tensor::TensorView;
+use crate::store::{OnPresent, Removed, Request, Reserved, Sealing, Store, Wanted};
+
+pub use found::Match;
+use tensors::{Source, check_targets, copy_block};
 
 /// KV of prompts, by tokens. Cheap to clone: clones share everything.
 ///
@@ -45,16 +53,6 @@ use crate::tensor::TensorView;
 pub struct KvCache {
     store: Store,
     flights: Arc<Flights>,
-}
-
-/// The longest resident prefix of a prompt, pinned: its blocks stay readable and are not
-/// evicted while this value lives. It keeps the cache's memory alive too.
-#[derive(Debug)]
-pub struct Match {
-    pin: Pin,
-    /// Blocks that were not in RAM, or in RAM behind such.
-    loaded: Range<usize>,
-    layout: KvLayout,
 }
 
 /// What is there of a prompt. All numbers are whole blocks.
@@ -219,7 +217,7 @@ impl KvCache {
                 for (side, tensor, room) in [(Side::K, &mut target.k, room.0), (Side::V, &mut target.v, room.1)] {
                     let range = layout.range(layer, side);
                     let payload = bytes.get(range.start - first..range.end - first).unwrap_or_default();
-                    copy_block(layout, side, block, payload, tensor, room);
+                    copy_block(layout, (layer, side), block, payload, tensor, room);
                 }
             }
         });
@@ -296,10 +294,59 @@ impl KvCache {
         layers: &[LayerView<'_>],
         options: &StoreOptions,
     ) -> Result<StoreReport> {
-        let (layout, keys) = (chain.namespace().layout(), chain.keys());
-        self.store.here()?.describe(chain.namespace());
-        let source = Source::checked(layout, layers, first_token, keys.len() * layout.block_tokens())?;
+        let layout = chain.namespace().layout();
+        self.store.here()?;
+        let source = Source::checked(layout, layers, first_token, chain.blocks() * layout.block_tokens())?;
         let first_block = first_token.div_ceil(layout.block_tokens());
+        self.store_each(chain, first_block, options, |block, payload| {
+            source.write_block(block * layout.block_tokens(), payload);
+        })
+    }
+
+    /// Stores whole blocks of a chain, from block `first_block` on, as bytes in the order of the namespace's layout: for
+    /// engines whose blocks are opaque, or lie so already. What comes before must be in the cache, or the report says
+    /// [`Rejection::PrefixGone`].
+    ///
+    /// # Errors
+    /// [`Error::Layout`] if one has not the bytes of a block, or there are more than the chain has; then nothing is
+    /// stored. [`Error::Stopped`].
+    pub fn store_blocks(
+        &self,
+        chain: &Chain,
+        first_block: usize,
+        blocks: &[&[u8]],
+        options: &StoreOptions,
+    ) -> Result<StoreReport> {
+        self.store.here()?;
+        let (all, block_bytes) = (chain.blocks(), chain.namespace().layout().block_bytes());
+        if first_block + blocks.len() > all {
+            let text = format!("{} blocks from block {first_block} on: the chain has {all}", blocks.len());
+            return Err(Error::Layout(text));
+        }
+        if let Some(wrong) = blocks.iter().find(|block| block.len() != block_bytes) {
+            let text = format!("a block of {} bytes: blocks of this namespace have {block_bytes}", wrong.len());
+            return Err(Error::Layout(text));
+        }
+        let mut given = chain.clone();
+        given.truncate(first_block + blocks.len());
+        self.store_each(&given, first_block, options, |block, payload| {
+            let from = block.checked_sub(first_block).and_then(|at| blocks.get(at));
+            if let (Some(from), Some(to)) = (from, payload.get_mut(..block_bytes)) {
+                to.copy_from_slice(from);
+            }
+        })
+    }
+
+    /// Stores what is not there of a chain. `write` gets the number of a block, and its pages.
+    fn store_each(
+        &self,
+        chain: &Chain,
+        first_block: usize,
+        options: &StoreOptions,
+        write: impl Fn(usize, &mut [u8]),
+    ) -> Result<StoreReport> {
+        let (layout, keys) = (chain.namespace().layout(), chain.keys());
+        self.store.describe(chain.namespace());
         let wanted = Wanted { bytes_each: layout.block_bytes(), first_given: first_block, priority: options.priority };
         let namespace = chain.namespace().id();
         let Reserved { present, missing, below, rejection } = self.store.reserve(namespace, keys, wanted);
@@ -312,7 +359,7 @@ impl KvCache {
         let found = missing.first().map_or(keys.len(), |(position, _)| *position);
         let (mut objects, mut copied) = (Vec::with_capacity(missing.len()), options.copied());
         for (position, mut pending) in missing {
-            source.write_block(position * layout.block_tokens(), pending.bytes_mut());
+            write(position, pending.bytes_mut());
             copied.add(layout.block_bytes())?;
             if let Some(key) = keys.get(position) {
                 let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
@@ -474,91 +521,6 @@ impl fmt::Debug for KvCache {
     }
 }
 
-impl Match {
-    /// Tokens matched: a multiple of the block's tokens, at most the prompt's.
-    #[must_use]
-    pub fn cached_tokens(&self) -> usize {
-        self.blocks() * self.layout.block_tokens()
-    }
-
-    /// Blocks matched.
-    #[must_use]
-    pub fn blocks(&self) -> usize {
-        self.pin.len()
-    }
-
-    /// Was nothing found?
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.blocks() == 0
-    }
-
-    /// Of [`Match::cached_tokens`], those whose blocks were in RAM when they were looked for. The
-    /// others were loaded from the disk, or lay in RAM behind such. Blocks that
-    /// [`KvCache::get_or_prefill`] had computed count as in RAM.
-    #[must_use]
-    pub fn ram_tokens(&self) -> usize {
-        (self.blocks() - self.loaded.len()) * self.layout.block_tokens()
-    }
-
-    /// What computing these blocks took, as those said who stored them: what whoever uses them is
-    /// spared. Blocks that were stored without [`StoreOptions::compute_time`] count as nothing.
-    #[must_use]
-    pub fn compute_time(&self) -> Duration {
-        self.pin.compute_time()
-    }
-
-    /// Lets go of the blocks behind the first `tokens` tokens, rounded down to whole blocks.
-    pub fn truncate(&mut self, tokens: usize) {
-        self.pin.truncate(tokens / self.layout.block_tokens());
-        let blocks = self.blocks();
-        self.loaded = self.loaded.start.min(blocks)..self.loaded.end.min(blocks);
-    }
-
-    /// K and V of one layer of one block, without copying: `[block_tokens, kv_heads,
-    /// head_dim]` or `[kv_heads, block_tokens, head_dim]` as the layout orders them.
-    ///
-    /// # Errors
-    /// [`Error::LayerOutOfRange`] for a layer that the layout does not have,
-    /// [`Error::BlockOutOfRange`] for a block that was not matched.
-    pub fn layer(&self, block: usize, layer: usize) -> Result<LayerView<'_>> {
-        self.pin.check()?;
-        self.layout.check_layers(&(layer..layer + 1))?;
-        if block >= self.blocks() {
-            return Err(Error::BlockOutOfRange { block, blocks: self.blocks() });
-        }
-        Ok(LayerView { k: self.view(block, layer, Side::K)?, v: self.view(block, layer, Side::V)? })
-    }
-
-    /// Copies K and V of these layers into an engine's tensors, one for each layer of the
-    /// range. Each tensor has room for at least [`Match::cached_tokens`] tokens; the matched
-    /// ones are written at its beginning, the rest is left alone.
-    ///
-    /// # Errors
-    /// [`Error::ZeroLayers`], [`Error::LayerOutOfRange`], [`Error::LayerCount`],
-    /// [`Error::DTypeMismatch`], [`Error::ShapeMismatch`]; then nothing is written.
-    pub fn load(&self, layers: Range<usize>, into: &mut [LayerViewMut<'_>]) -> Result<()> {
-        self.pin.check()?;
-        let room = check_targets(&self.layout, &layers, into, self.cached_tokens())?;
-        for ((layer, target), room) in layers.zip(into).zip(room) {
-            for (side, tensor, room) in [(Side::K, &mut target.k, room.0), (Side::V, &mut target.v, room.1)] {
-                let range = self.layout.range(layer, side);
-                for block in 0..self.blocks() {
-                    let payload = self.pin.bytes(block).get(range.clone()).unwrap_or_default();
-                    copy_block(&self.layout, side, block, payload, tensor, room);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn view(&self, block: usize, layer: usize, side: Side) -> Result<TensorView<'_>> {
-        let bytes = self.pin.bytes(block).get(self.layout.range(layer, side)).unwrap_or_default();
-        let shape = self.layout.shape(side, self.layout.block_tokens())?;
-        Ok(TensorView::trusted(self.layout.dtype(), shape, bytes))
-    }
-}
-
 impl Missing<'_> {
     /// What is in the cache of this prompt: load it before computing the rest.
     #[must_use]
@@ -590,97 +552,6 @@ impl Missing<'_> {
     /// As [`KvCache::store`].
     pub fn store(&self, layers: &[LayerView<'_>], options: &StoreOptions) -> Result<StoreReport> {
         self.cache.store_chain(self.chain, self.first_token(), layers, options)
-    }
-}
-
-/// Checks that there is a tensor for each layer with room for `tokens` tokens; says for how
-/// many each K and V has room.
-fn check_targets(
-    layout: &KvLayout,
-    layers: &Range<usize>,
-    into: &[LayerViewMut<'_>],
-    tokens: usize,
-) -> Result<Vec<(usize, usize)>> {
-    layout.check_layers(layers)?;
-    if into.len() != layers.len() {
-        return Err(Error::LayerCount { expected: layers.len(), got: into.len() });
-    }
-    let check = |(layer, target): (usize, &LayerViewMut<'_>)| {
-        let k = layout.check_tensor(&target.k.as_view(), Side::K, layer, tokens)?;
-        Ok((k, layout.check_tensor(&target.v.as_view(), Side::V, layer, tokens)?))
-    };
-    layers.clone().zip(into).map(check).collect()
-}
-
-/// Copies one side of one layer of a block to where it belongs in a tensor of `room` tokens.
-fn copy_block(
-    layout: &KvLayout,
-    side: Side,
-    block: usize,
-    payload: &[u8],
-    target: &mut crate::TensorViewMut<'_>,
-    room: usize,
-) {
-    let bytes = target.bytes_mut();
-    layout.each_run(side, room, block * layout.block_tokens(), |from, to| {
-        if let (Some(from), Some(to)) = (payload.get(from), bytes.get_mut(to)) {
-            to.copy_from_slice(from);
-        }
-    });
-}
-
-/// An engine's tensors, checked to hold what is to be stored.
-struct Source<'a> {
-    layout: &'a KvLayout,
-    layers: &'a [LayerView<'a>],
-    first_token: usize,
-    tensor_tokens: Vec<(usize, usize)>,
-}
-
-impl<'a> Source<'a> {
-    fn checked(
-        layout: &'a KvLayout,
-        layers: &'a [LayerView<'a>],
-        first_token: usize,
-        end_token: usize,
-    ) -> Result<Self> {
-        if layers.is_empty() {
-            return Err(Error::ZeroLayers);
-        }
-        if layers.len() != layout.layers() {
-            return Err(Error::LayerCount { expected: layout.layers(), got: layers.len() });
-        }
-        let min_tokens = end_token.saturating_sub(first_token);
-        let check = |(layer, view): (usize, &LayerView<'_>)| {
-            let k_tokens = layout.check_tensor(&view.k, Side::K, layer, min_tokens)?;
-            Ok((k_tokens, layout.check_tensor(&view.v, Side::V, layer, min_tokens)?))
-        };
-        let tensor_tokens = layers.iter().enumerate().map(check).collect::<Result<_>>()?;
-        Ok(Self { layout, layers, first_token, tensor_tokens })
-    }
-
-    fn write_block(&self, at_token: usize, payload: &mut [u8]) {
-        for (layer, (view, tokens)) in self.layers.iter().zip(&self.tensor_tokens).enumerate() {
-            self.write_side(layer, Side::K, &view.k, tokens.0, at_token, payload);
-            self.write_side(layer, Side::V, &view.v, tokens.1, at_token, payload);
-        }
-    }
-
-    fn write_side(
-        &self,
-        layer: usize,
-        side: Side,
-        tensor: &TensorView<'_>,
-        tensor_tokens: usize,
-        at_token: usize,
-        payload: &mut [u8],
-    ) {
-        let Some(payload) = payload.get_mut(self.layout.range(layer, side)) else { return };
-        self.layout.each_run(side, tensor_tokens, at_token - self.first_token, |to, from| {
-            if let (Some(from), Some(to)) = (tensor.bytes().get(from), payload.get_mut(to)) {
-                to.copy_from_slice(from);
-            }
-        });
     }
 }
 

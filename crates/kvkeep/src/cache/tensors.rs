@@ -1,0 +1,101 @@
+//! Copies between blocks and an engine's tensors, which are checked before the first byte is written.
+//!
+//! Invariant: neither side is transposed: what is contiguous in a block is contiguous in the tensor.
+
+use std::ops::Range;
+
+use crate::error::{Error, Result};
+use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
+use crate::tensor::{TensorView, TensorViewMut};
+
+/// Checks that there is a tensor for each layer with room for `tokens` tokens; says for how
+/// many each K and V has room.
+pub(super) fn check_targets(
+    layout: &KvLayout,
+    layers: &Range<usize>,
+    into: &[LayerViewMut<'_>],
+    tokens: usize,
+) -> Result<Vec<(usize, usize)>> {
+    layout.check_layers(layers)?;
+    if into.len() != layers.len() {
+        return Err(Error::LayerCount { expected: layers.len(), got: into.len() });
+    }
+    let check = |(layer, target): (usize, &LayerViewMut<'_>)| {
+        let k = layout.check_tensor(&target.k.as_view(), Side::K, layer, tokens)?;
+        Ok((k, layout.check_tensor(&target.v.as_view(), Side::V, layer, tokens)?))
+    };
+    layers.clone().zip(into).map(check).collect()
+}
+
+/// Copies one side of one layer of a block to where it belongs in a tensor of `room` tokens.
+pub(super) fn copy_block(
+    layout: &KvLayout,
+    of: (usize, Side),
+    block: usize,
+    payload: &[u8],
+    target: &mut TensorViewMut<'_>,
+    room: usize,
+) {
+    let bytes = target.bytes_mut();
+    layout.each_run(of, room, block * layout.block_tokens(), |from, to| {
+        if let (Some(from), Some(to)) = (payload.get(from), bytes.get_mut(to)) {
+            to.copy_from_slice(from);
+        }
+    });
+}
+
+/// An engine's tensors, checked to hold what is to be stored.
+pub(super) struct Source<'a> {
+    layout: &'a KvLayout,
+    layers: &'a [LayerView<'a>],
+    first_token: usize,
+    tensor_tokens: Vec<(usize, usize)>,
+}
+
+impl<'a> Source<'a> {
+    pub(super) fn checked(
+        layout: &'a KvLayout,
+        layers: &'a [LayerView<'a>],
+        first_token: usize,
+        end_token: usize,
+    ) -> Result<Self> {
+        if layers.is_empty() {
+            return Err(Error::ZeroLayers);
+        }
+        layout.check_layers(&(0..layout.layers()))?;
+        if layers.len() != layout.layers() {
+            return Err(Error::LayerCount { expected: layout.layers(), got: layers.len() });
+        }
+        let min_tokens = end_token.saturating_sub(first_token);
+        let check = |(layer, view): (usize, &LayerView<'_>)| {
+            let k_tokens = layout.check_tensor(&view.k, Side::K, layer, min_tokens)?;
+            Ok((k_tokens, layout.check_tensor(&view.v, Side::V, layer, min_tokens)?))
+        };
+        let tensor_tokens = layers.iter().enumerate().map(check).collect::<Result<_>>()?;
+        Ok(Self { layout, layers, first_token, tensor_tokens })
+    }
+
+    pub(super) fn write_block(&self, at_token: usize, payload: &mut [u8]) {
+        for (layer, (view, tokens)) in self.layers.iter().zip(&self.tensor_tokens).enumerate() {
+            self.write_side(layer, Side::K, &view.k, tokens.0, at_token, payload);
+            self.write_side(layer, Side::V, &view.v, tokens.1, at_token, payload);
+        }
+    }
+
+    fn write_side(
+        &self,
+        layer: usize,
+        side: Side,
+        tensor: &TensorView<'_>,
+        tensor_tokens: usize,
+        at_token: usize,
+        payload: &mut [u8],
+    ) {
+        let Some(payload) = payload.get_mut(self.layout.range(layer, side)) else { return };
+        self.layout.each_run((layer, side), tensor_tokens, at_token - self.first_token, |to, from| {
+            if let (Some(from), Some(to)) = (tensor.bytes().get(from), payload.get_mut(to)) {
+                to.copy_from_slice(from);
+            }
+        });
+    }
+}

@@ -1,0 +1,153 @@
+//! Codecs: the form in which tiers keep blocks. Bytes to bytes and back, without I/O.
+//!
+//! - Here: the trait, [`Raw`], and [`Codecs`]: which codec writes what, and which ones can be read.
+//! - `framed`: the stored form of a whole block, whose frames (K or V of one layer) are decoded one by one.
+//!
+//! Invariants:
+//! - Decoding what was encoded gives the block, as exactly as the codec says.
+//! - Each record carries its codec's number. So a tier holds blocks of several codecs, and a cache that has changed
+//!   its codec reads what it wrote before. A codec for a whole directory was the alternative: changing it would throw
+//!   the directory away.
+//! - Blocks of [`Raw`] pass through untouched: nobody copies or allocates for them.
+
+mod framed;
+#[cfg(test)]
+pub(crate) mod tests;
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::key::NamespaceId;
+use crate::layout::Frame;
+
+pub(crate) use framed::{Ends, decode, decode_range, encode, frames_in};
+
+/// The number of a codec in a record's header. Numbers from 128 on are never given to a codec of this library.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct CodecId(pub u8);
+
+/// Makes the form of a block that tiers keep, frame by frame, and the block again.
+pub trait Codec: Send + Sync + fmt::Debug {
+    /// Its number, for ever.
+    fn id(&self) -> CodecId;
+    /// Its name in settings and statistics.
+    fn name(&self) -> &'static str;
+    /// Writes what tiers keep of a frame into the beginning of `into`, and says how many bytes that are. `None` if they
+    /// are more than `into` has: then the frame is kept as it is. `into` is a little shorter than the frame.
+    fn encode(&self, frame: &Frame, raw: &[u8], into: &mut [u8]) -> Option<usize>;
+    /// The frame again, in a buffer of exactly its size. `false` if the bytes are not what [`Codec::encode`] made:
+    /// whatever they are, it must neither panic nor read beyond them.
+    #[must_use]
+    fn decode(&self, frame: &Frame, stored: &[u8], raw: &mut [u8]) -> bool;
+}
+
+/// The bytes as they are. Tiers know it by its number and call neither method.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Raw;
+
+/// Which codec writes what, and which ones can be read: of one tier.
+#[derive(Debug, Clone)]
+pub struct Codecs {
+    /// Those that can be read. The built-in ones are among them.
+    known: Vec<Arc<dyn Codec>>,
+    written: CodecId,
+    /// Instead of that for these namespaces.
+    by_namespace: Vec<(NamespaceId, CodecId)>,
+}
+
+impl CodecId {
+    /// Of [`Raw`].
+    pub const RAW: Self = Self(0);
+}
+
+impl fmt::Display for CodecId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Every codec of this library: what one wrote, any cache can read.
+fn built_in() -> Vec<Arc<dyn Codec>> {
+    vec![Arc::new(Raw)]
+}
+
+impl Default for Codecs {
+    fn default() -> Self {
+        Self { known: built_in(), written: CodecId::RAW, by_namespace: Vec::new() }
+    }
+}
+
+impl Codecs {
+    /// Everything is written by this codec.
+    #[must_use]
+    pub fn all(codec: Arc<dyn Codec>) -> Self {
+        let written = codec.id();
+        Self { written, ..Self::default() }.knows(codec)
+    }
+
+    /// Blocks of this namespace are written by this codec instead.
+    #[must_use]
+    pub fn namespace(self, namespace: NamespaceId, codec: Arc<dyn Codec>) -> Self {
+        let id = codec.id();
+        let mut codecs = self.knows(codec);
+        codecs.by_namespace.retain(|(other, _)| *other != namespace);
+        codecs.by_namespace.push((namespace, id));
+        codecs
+    }
+
+    /// Blocks of this codec can be read, too. Of two codecs with one number the later one counts.
+    #[must_use]
+    pub fn knows(mut self, codec: Arc<dyn Codec>) -> Self {
+        self.known.retain(|other| other.id() != codec.id());
+        self.known.push(codec);
+        self
+    }
+
+    /// The codec of this number.
+    #[must_use]
+    pub fn get(&self, id: CodecId) -> Option<&Arc<dyn Codec>> {
+        self.known.iter().find(|codec| codec.id() == id)
+    }
+
+    /// The codec that writes blocks of this namespace; `None` for [`Raw`], which changes nothing.
+    #[must_use]
+    pub fn writing(&self, namespace: NamespaceId) -> Option<&Arc<dyn Codec>> {
+        let of = self.by_namespace.iter().find(|(other, _)| *other == namespace);
+        let id = of.map_or(self.written, |(_, id)| *id);
+        self.get(id).filter(|codec| codec.id() != CodecId::RAW)
+    }
+
+    /// The name of the codec that writes what no namespace says otherwise.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.get(self.written).map_or("raw", |codec| codec.name())
+    }
+
+    /// Does every block pass as it is?
+    pub(crate) fn are_raw(&self) -> bool {
+        self.written == CodecId::RAW && self.by_namespace.iter().all(|(_, id)| *id == CodecId::RAW)
+    }
+}
+
+impl Codec for Raw {
+    fn id(&self) -> CodecId {
+        CodecId::RAW
+    }
+
+    fn name(&self) -> &'static str {
+        "raw"
+    }
+
+    fn encode(&self, _frame: &Frame, raw: &[u8], into: &mut [u8]) -> Option<usize> {
+        into.get_mut(..raw.len())?.copy_from_slice(raw);
+        Some(raw.len())
+    }
+
+    fn decode(&self, _frame: &Frame, stored: &[u8], raw: &mut [u8]) -> bool {
+        let fits = stored.len() == raw.len();
+        if fits {
+            raw.copy_from_slice(stored);
+        }
+        fits
+    }
+}

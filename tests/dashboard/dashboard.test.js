@@ -27,7 +27,7 @@ let server;
 before(async () => {
   assert.ok(BINARY, "KVKEEP names the binary");
   [browser, server] = await Promise.all([launch(), Server.inNewFolder(BINARY)]);
-  await server.start(["--ram-gb", "0.5"]);
+  await server.start(["--ram-gib", "0.5"]);
 });
 
 after(async () => {
@@ -285,7 +285,7 @@ test("with keys: none, a wrong one, a tenant's and the operator's", async () => 
   const withKeys = await Server.inNewFolder(BINARY);
   try {
     const file = await withKeys.file("keys", `${keys.operator}\n${keys.tenant} acme\n`);
-    await withKeys.start(["--ram-gb", "0.25", "--api-key-file", file]);
+    await withKeys.start(["--ram-gib", "0.25", "--api-key-file", file]);
     await onPage(async (page) => {
       const give = async (key) => {
         await page.fill("#key", key);

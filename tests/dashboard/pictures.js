@@ -42,7 +42,7 @@ const browser = await launch();
 const server = await Server.inNewFolder(process.env.KVKEEP);
 try {
   const file = await server.file("keys", `${KEYS.operator}\n${KEYS.northwind} northwind\n${KEYS.lumen} lumen\n`);
-  await server.start(["--ram-gb", "0.5", "--api-key-file", file]);
+  await server.start(["--ram-gib", "0.5", "--api-key-file", file]);
   await ask(server, 0, 2);
   await server.stop();
   await server.start();

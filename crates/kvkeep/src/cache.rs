@@ -82,6 +82,35 @@ impl Look {
     }
 }
 
+/// In which tiers each block of a prompt is, whether a lookup would get that far or not.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Residency {
+    block_tokens: usize,
+    tiers: Vec<(String, Vec<bool>)>,
+}
+
+impl Residency {
+    /// The tiers' names, `ram` first.
+    pub fn tiers(&self) -> impl Iterator<Item = &str> {
+        self.tiers.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// Of these blocks, those that a tier has, in tokens. What several tiers have counts for each of them.
+    #[must_use]
+    pub fn tokens_in(&self, tier: &str, blocks: Range<usize>) -> usize {
+        let of_tier = self.tiers.iter().find(|(name, _)| name == tier);
+        let has = of_tier.and_then(|(_, has)| has.get(blocks.start..blocks.end.min(has.len())));
+        has.unwrap_or_default().iter().filter(|has| **has).count() * self.block_tokens
+    }
+
+    /// Of these blocks, those that are in any tier, in tokens.
+    #[must_use]
+    pub fn tokens_anywhere(&self, blocks: Range<usize>) -> usize {
+        let is_somewhere = |block: &usize| self.tiers.iter().any(|(_, has)| has.get(*block) == Some(&true));
+        blocks.filter(is_somewhere).count() * self.block_tokens
+    }
+}
+
 /// What became of the blocks of one store.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 #[non_exhaustive]
@@ -165,6 +194,22 @@ impl KvCache {
             load_time: found.load_time,
             tiers: found.by_tier.into_iter().map(|(tier, blocks)| (tier, blocks * block_tokens)).collect(),
         }
+    }
+
+    /// In which tiers each block of a prompt is. Loads and counts nothing.
+    ///
+    /// # Errors
+    /// [`Error::EmptyTokens`].
+    pub fn residency(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Residency> {
+        self.store.here()?;
+        Ok(self.residency_chain(&Chain::of(namespace, tokens)?))
+    }
+
+    /// As [`KvCache::residency`], of a prompt that is hashed already.
+    #[must_use]
+    pub fn residency_chain(&self, chain: &Chain) -> Residency {
+        let block_tokens = chain.namespace().layout().block_tokens();
+        Residency { block_tokens, tiers: self.store.residency(chain.keys()) }
     }
 
     /// Begins to bring a prompt's blocks from the disk into RAM, as far as that is worth it, and
@@ -282,7 +327,7 @@ impl KvCache {
         layers: &[LayerView<'_>],
         options: &StoreOptions,
     ) -> Result<StoreReport> {
-        self.store_chain(&Chain::of(namespace, tokens)?, first_token, layers, options)
+        self.store_chain(&self.chain_to_store(namespace, tokens)?, first_token, layers, options)
     }
 
     /// As [`KvCache::store_from`], of a prompt that is hashed already.
@@ -301,6 +346,9 @@ impl KvCache {
         self.store.here()?.describe(chain.namespace());
         let source = Source::checked(layout, layers, first_token, keys.len() * layout.block_tokens())?;
         let first_block = first_token.div_ceil(layout.block_tokens());
+        if self.store.wants_tokens() {
+            self.store.expect(chain, first_block);
+        }
         let wanted = Wanted { bytes_each: layout.block_bytes(), first_given: first_block, priority: options.priority };
         let namespace = chain.namespace().id();
         let Reserved { present, missing, below, rejection } = self.store.reserve(namespace, keys, wanted);
@@ -350,7 +398,7 @@ impl KvCache {
         prefill: impl FnOnce(&Missing<'_>) -> Result<(), E>,
     ) -> Result<Match, E> {
         self.store.here()?;
-        self.prefill_missing(&Chain::of(namespace, tokens)?, tokens, prefill)
+        self.prefill_missing(&self.chain_to_store(namespace, tokens)?, tokens, prefill)
     }
 
     /// As [`KvCache::get_or_prefill`], of a prompt that is hashed already.
@@ -464,6 +512,11 @@ impl KvCache {
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.store.stats()
+    }
+
+    fn chain_to_store(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Chain> {
+        let chain = Chain::of(namespace, tokens)?;
+        Ok(if self.store.wants_tokens() { chain.with_token_ids(tokens) } else { chain })
     }
 
     fn pinned(&self, chain: &Chain, request: Request) -> Match {

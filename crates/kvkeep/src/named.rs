@@ -21,7 +21,7 @@ use crate::tensor::{DType, PairSpec, Shape, TensorView};
 pub const MAX_LAYERS: usize = 4096;
 
 /// Size of a [`SimpleKvCache`] unless said otherwise.
-pub const DEFAULT_MAX_SIZE_GB: f64 = 10.0;
+pub const DEFAULT_MAX_SIZE_GIB: f64 = 10.0;
 
 /// Time to live in a [`SimpleKvCache`] unless said otherwise.
 pub const DEFAULT_TTL: Duration = Duration::from_secs(3600);
@@ -31,7 +31,7 @@ pub const DEFAULT_TTL: Duration = Duration::from_secs(3600);
 /// ```
 /// use kvkeep::{SimpleKvCache, TensorView};
 ///
-/// let cache = SimpleKvCache::with_max_size_gb(0.1)?;
+/// let cache = SimpleKvCache::with_max_size_gib(0.1)?;
 /// let k = TensorView::of(&[1.0f32, 2.0, 3.0, 4.0], &[1, 2, 2])?;
 /// cache.cache_kv("You are helpful.", 0, k, k)?;
 ///
@@ -115,19 +115,19 @@ pub struct Evicted {
 }
 
 impl SimpleKvCache {
-    /// A cache of [`DEFAULT_MAX_SIZE_GB`] GiB whose entries live for [`DEFAULT_TTL`].
+    /// A cache of [`DEFAULT_MAX_SIZE_GIB`] GiB whose entries live for [`DEFAULT_TTL`].
     ///
     /// # Errors
     /// As [`Store::new`].
     pub fn new() -> Result<Self> {
-        Self::with_max_size_gb(DEFAULT_MAX_SIZE_GB)
+        Self::with_max_size_gib(DEFAULT_MAX_SIZE_GIB)
     }
 
     /// A cache of `max_size_gb` GiB whose entries live for [`DEFAULT_TTL`].
     ///
     /// # Errors
     /// [`Error::Config`] if the size is not a positive, finite number; else as [`Store::new`].
-    pub fn with_max_size_gb(max_size_gb: f64) -> Result<Self> {
+    pub fn with_max_size_gib(max_size_gb: f64) -> Result<Self> {
         Self::open(CacheConfig::from_gib(max_size_gb)?.ttl(Some(DEFAULT_TTL)))
     }
 

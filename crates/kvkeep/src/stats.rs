@@ -124,13 +124,13 @@ impl Stats {
 
     /// Bytes in use, in MiB.
     #[must_use]
-    pub fn size_mb(&self) -> f64 {
+    pub fn size_mib(&self) -> f64 {
         mib(self.used_bytes)
     }
 
     /// The cap, in MiB.
     #[must_use]
-    pub fn max_size_mb(&self) -> f64 {
+    pub fn max_size_mib(&self) -> f64 {
         mib(self.capacity_bytes)
     }
 
@@ -176,8 +176,8 @@ impl fmt::Display for Stats {
             "size",
             format!(
                 "{:.1} of {:.1} MiB ({:.1}%) in {} entries",
-                self.size_mb(),
-                self.max_size_mb(),
+                self.size_mib(),
+                self.max_size_mib(),
                 self.size_percent(),
                 self.entries
             ),

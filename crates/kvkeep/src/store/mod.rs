@@ -20,7 +20,7 @@ mod lent;
 mod loads;
 mod meter;
 mod plan;
-#[cfg(test)]
+#[cfg(all(test, feature = "disk"))]
 mod tests;
 mod tiers;
 
@@ -31,10 +31,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::block::BlockKey;
+use crate::chain::Chain;
 use crate::clock::{Clock, Deadline};
 use crate::config::{CacheConfig, StoreOptions, WritePolicy};
 use crate::error::{Error, Rejection, Result};
-use crate::event::EventSink;
+use crate::event::{Announcer, Reports};
 use crate::eviction::Place;
 use crate::key::{Namespace, NamespaceId, ObjectKey, PrefixHash};
 use crate::namespaces::NamespaceUsage;
@@ -52,6 +53,9 @@ use ledger::Written;
 use ledger::{Gone, Ledger, News, Reservation, Shortage};
 pub(crate) use ledger::{Request, Wanted};
 use tiers::Tiers;
+
+/// The name of the first tier.
+const RAM: &str = "ram";
 
 /// Keyed, sealed objects in RAM and, if configured, in tiers behind it, each under a cap. Cheap to clone:
 /// clones share everything. Dropping the last clone closes the tiers.
@@ -77,9 +81,15 @@ pub(crate) struct Shared {
     /// The one that may use it.
     process: Process,
     given_back: GiveBack,
-    sink: Option<Arc<dyn EventSink>>,
+    announced: Option<Announced>,
     /// A hint: looking at it costs a hit less than the lock.
     has_offers: AtomicBool,
+}
+
+/// Who tells the listener, and where RAM reports.
+struct Announced {
+    announcer: Arc<Announcer>,
+    ram: Reports,
 }
 
 /// What was taken out of the cache.
@@ -138,10 +148,11 @@ impl Shared {
         clock: Arc<dyn Clock>,
         default_ttl: Option<Duration>,
         recorder: Option<Arc<TraceRecorder>>,
-        sink: Option<Arc<dyn EventSink>>,
+        announcer: Option<Arc<Announcer>>,
     ) -> Self {
         let mut ledger = ledger;
-        if sink.is_some() {
+        let announced = announcer.map(|announcer| Announced { ram: announcer.reports(RAM), announcer });
+        if announced.is_some() {
             ledger.keep_journal();
         }
         Self {
@@ -151,7 +162,7 @@ impl Shared {
             clock,
             default_ttl,
             recorder,
-            sink,
+            announced,
             has_offers: AtomicBool::new(false),
             process: Process::current(),
             given_back: GiveBack::default(),
@@ -162,16 +173,17 @@ impl Shared {
     pub(crate) fn with<T>(&self, change: impl FnOnce(&mut Ledger) -> T) -> T {
         let mut ledger = self.ledger.lock();
         let result = change(&mut ledger);
-        let News { freed, has_offers, events } = ledger.take_news();
+        let News { freed, has_offers, changes } = ledger.take_news();
+        if let (Some(announced), false) = (&self.announced, changes.is_empty()) {
+            // In the order in which they happen. Nobody is told here.
+            announced.ram.changed(changes);
+        }
         drop(ledger);
         if has_offers {
             self.has_offers.store(true, Ordering::Release);
         }
         if freed {
             self.room.notify_all();
-        }
-        if let (Some(sink), false) = (&self.sink, events.is_empty()) {
-            sink.publish(events);
         }
         result
     }
@@ -196,6 +208,18 @@ impl Shared {
     fn now_ms(&self) -> u64 {
         self.clock.now_ms()
     }
+
+    fn announcer(&self) -> Option<&Arc<Announcer>> {
+        self.announced.as_ref().map(|announced| &announced.announcer)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Some(announcer) = self.announcer().filter(|_| self.process.is_current()) {
+            announcer.close();
+        }
+    }
 }
 
 impl Store {
@@ -210,9 +234,12 @@ impl Store {
         let (arena, pages) = ram::reserve(config.capacity_bytes)?;
         let ledger = Ledger::new(pages, config.policy, &config.quotas);
         let clock = Arc::clone(&config.clock);
-        let shared =
-            Arc::new(Shared::new(ledger, arena, clock, config.ttl, config.recorder.clone(), config.sink.clone()));
+        let announcer = config.sink.clone().map(Announcer::new);
+        let shared = Arc::new(Shared::new(ledger, arena, clock, config.ttl, config.recorder.clone(), announcer));
         let tiers = Tiers::open(config, &shared)?.map(Arc::new);
+        if let Some(announcer) = shared.announcer() {
+            announcer.start();
+        }
         Ok(Self { tiers, shared })
     }
 
@@ -308,7 +335,7 @@ impl Store {
         let gone = namespace.map_or(Gone::All, Gone::Namespace);
         let what = namespace.map_or(Forget::All, Forget::Namespace);
         let mut removed = Removed::default();
-        let begin = |_: &mut Ledger| {};
+        let begin = |ledger: &mut Ledger| ledger.is_cleared(namespace);
         let ((), forgotten) = self.forget(gone, &what, begin, || {
             // In slices: between two of them others get the lock.
             let mut next = Some(0);
@@ -324,7 +351,6 @@ impl Store {
                 });
             }
         });
-        self.shared.with(|ledger| ledger.was_cleared(namespace));
         self.shared.give_back();
         let below = forgotten.iter().map(|forgotten| forgotten.entries).max().unwrap_or(0);
         Removed { entries: removed.entries.max(below), ..removed }
@@ -371,10 +397,25 @@ impl Store {
         (begun, forgotten)
     }
 
-    /// Remembers what the blocks of a namespace look like: their headers in the tiers say so.
+    /// Remembers what the blocks of a namespace look like: their headers in the tiers say so, and events.
     pub(crate) fn describe(&self, namespace: &Namespace) {
+        if let Some(announcer) = self.shared.announcer() {
+            announcer.describe(namespace.id(), namespace.layout().block_tokens());
+        }
         if let Some(tiers) = &self.tiers {
             tiers.describe(namespace);
+        }
+    }
+
+    /// Does a listener want the tokens of blocks?
+    pub(crate) fn wants_tokens(&self) -> bool {
+        self.shared.announcer().is_some_and(|announcer| announcer.wants_tokens())
+    }
+
+    /// Tells the announcer what it cannot see: the tokens of blocks that may come, and what is before each.
+    pub(crate) fn expect(&self, chain: &Chain, first_block: usize) {
+        if let Some(announcer) = self.shared.announcer() {
+            announcer.expect(chain.namespace().id(), chain.before(first_block), chain.blocks_from(first_block));
         }
     }
 

@@ -175,13 +175,13 @@ impl Store {
         }
         let Some(tiers) = &self.tiers else {
             let ram = self.shared.with(|ledger| ledger.resident(keys)).iter().take_while(|resident| **resident).count();
-            return Found { ram, by_tier: vec![("ram".to_owned(), ram)], ..Found::default() };
+            return Found { ram, by_tier: vec![(super::RAM.to_owned(), ram)], ..Found::default() };
         };
         let plan = self.survey(tiers, keys, tiers.deadline());
         let ram = plan.in_ram();
         let worth = tiers.estimate(&plan, ram, None);
         let there = worth.blocks + worth.not_worth;
-        let mut by_tier = vec![("ram".to_owned(), 0)];
+        let mut by_tier = vec![(super::RAM.to_owned(), 0)];
         by_tier.extend(tiers.each().map(|tier| (tier.name().to_owned(), 0)));
         for place in plan.places.iter().take(there) {
             let at = match place {
@@ -193,6 +193,22 @@ impl Store {
         }
         let load_time = Duration::from_micros(worth.load_us);
         Found { ram, load: worth.blocks - ram, not_worth: worth.not_worth, load_time, by_tier }
+    }
+
+    /// Of each tier, `ram` first, which of these keys it has: also those that a tier before it has.
+    pub(crate) fn residency(&self, keys: &[ObjectKey]) -> Vec<(String, Vec<bool>)> {
+        if self.here().is_err() {
+            return Vec::new();
+        }
+        let mut residency = vec![(super::RAM.to_owned(), self.shared.with(|ledger| ledger.resident(keys)))];
+        if let Some(tiers) = &self.tiers {
+            let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
+            let has = |tier: &Arc<dyn crate::tier::Tier>| {
+                tier.locate(&names, tiers.deadline()).iter().map(Option::is_some).collect()
+            };
+            residency.extend(tiers.each().map(|tier| (tier.name().to_owned(), has(tier))));
+        }
+        residency
     }
 
     /// All of these from RAM, counted, with the lock taken once; or else a plan for all of them.

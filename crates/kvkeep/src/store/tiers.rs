@@ -20,6 +20,7 @@ use crate::key::{Namespace, NamespaceId, ObjectKey};
 use crate::layout::KvLayout;
 use crate::stats::TierStats;
 use crate::sync::Mutex;
+#[cfg(feature = "disk")]
 use crate::tier::disk::{DiskTier, Resident};
 use crate::tier::{Epoch, Forget, Forgotten, Tier};
 
@@ -57,15 +58,23 @@ impl Tiers {
     /// `None` if there are none.
     pub(super) fn open(config: CacheConfig, shared: &Arc<Shared>) -> Result<Option<Self>> {
         let mut tiers: Vec<Arc<dyn Tier>> = Vec::new();
+        #[cfg(feature = "disk")]
         let is_disk = config.disk.is_some();
         let disk_config = config.disk.unwrap_or_else(|| crate::config::DiskConfig::new("", 0));
+        #[cfg(feature = "disk")]
         if is_disk {
             disk_config.admission.check()?;
-            let disk = DiskTier::open(&disk_config, config.capacity_bytes, Arc::clone(&shared.clock))?;
+            let reports = shared.announcer().map(|announcer| announcer.reports("disk"));
+            let disk = DiskTier::open(&disk_config, config.capacity_bytes, Arc::clone(&shared.clock), reports)?;
             disk.set_resident(resident_of(shared));
             tiers.push(Arc::new(disk));
         }
-        tiers.extend(config.tiers);
+        for tier in config.tiers {
+            if let Some(announcer) = shared.announcer() {
+                tier.report_to(announcer.reports(tier.name()));
+            }
+            tiers.push(tier);
+        }
         if tiers.is_empty() {
             return Ok(None);
         }
@@ -214,6 +223,7 @@ impl fmt::Debug for Tiers {
 }
 
 /// Says which keys are in RAM. Weak: what it asks owns the tier that asks.
+#[cfg(feature = "disk")]
 pub(super) fn resident_of(shared: &Arc<Shared>) -> Resident {
     let weak: Weak<Shared> = Arc::downgrade(shared);
     Box::new(move |keys| {

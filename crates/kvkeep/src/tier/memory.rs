@@ -11,6 +11,7 @@ use super::{Epoch, Forget, Forgets, Forgotten, Located, Offer, Read, Tier};
 use crate::block::{BlockKey, BlockMeta, Content};
 use crate::clock::{Clock, Deadline};
 use crate::error::Result;
+use crate::event::Reports;
 use crate::key::NamespaceId;
 use crate::namespaces::NamespaceUsage;
 use crate::stats::TierStats;
@@ -32,6 +33,7 @@ struct Blocks {
     last_number: u64,
     forgets: Forgets,
     stats: TierStats,
+    reports: Option<Reports>,
     is_closed: bool,
 }
 
@@ -97,6 +99,7 @@ impl Blocks {
         let bytes = bytes.get(..stored).unwrap_or_default().into();
         self.by_key.insert(key, Kept { number, meta: offer.meta.clone(), mark: offer.mark, bytes });
         self.order.push_back((key, number));
+        self.reports.iter().for_each(|reports| reports.came(&offer.meta));
         self.stats.used_bytes += offer.meta.stored_bytes;
         self.stats.stored_total += 1;
         self.stats.written_bytes_total += offer.meta.stored_bytes;
@@ -104,6 +107,7 @@ impl Blocks {
 
     fn remove(&mut self, key: &BlockKey) -> bool {
         let kept = self.by_key.remove(key);
+        self.reports.iter().for_each(|reports| reports.went(key));
         self.stats.used_bytes -= kept.as_ref().map_or(0, |kept| kept.meta.stored_bytes);
         kept.is_some()
     }
@@ -126,13 +130,7 @@ impl Tier for MemoryTier {
         let blocks = self.blocks.lock();
         let located = |key: &BlockKey| {
             let Kept { meta, mark, .. } = blocks.by_key.get(key).filter(|kept| kept.meta.expires_at_ms > now_ms)?;
-            Some(Located {
-                namespace: meta.namespace,
-                raw_bytes: meta.raw_bytes,
-                stored_bytes: meta.stored_bytes,
-                compute_us: meta.compute_us,
-                mark: *mark,
-            })
+            Some(Located::of(meta, *mark))
         };
         keys.iter().map(located).collect()
     }
@@ -204,6 +202,12 @@ impl Tier for MemoryTier {
     fn sweep(&self) {
         let now_ms = self.clock.now_ms();
         self.blocks.lock().remove_where(|meta| meta.expires_at_ms <= now_ms);
+    }
+
+    fn report_to(&self, reports: Reports) {
+        let mut blocks = self.blocks.lock();
+        blocks.by_key.values().for_each(|kept| reports.came(&kept.meta));
+        blocks.reports = Some(reports);
     }
 
     fn usage(&self) -> Vec<NamespaceUsage> {

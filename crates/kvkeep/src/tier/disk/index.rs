@@ -10,6 +10,7 @@ use hashbrown::HashTable;
 
 use super::format::{Kind, PAGE_BYTES, RecordMeta};
 use super::segment::Segment;
+use crate::event::{Reports, Short};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::namespaces::Namespaces;
 
@@ -62,6 +63,8 @@ pub(crate) struct DiskIndex {
     mean_age: Option<u32>,
     /// What is summed up for it: ages, and blocks.
     ages: (u64, u64),
+    /// Who is told of the blocks that come and go here.
+    reports: Option<Reports>,
 }
 
 /// What a segment's number stands for.
@@ -80,6 +83,11 @@ impl Fingerprint {
     pub(crate) fn of(key: &ObjectKey) -> Self {
         let second = key.hash().get(8..16).and_then(|bytes| bytes.try_into().ok()).map_or(0, u64::from_le_bytes);
         Self(key.table_hash(), second)
+    }
+
+    /// As listeners are told of a block: those bytes again.
+    fn short(self) -> Short {
+        (u128::from(self.0) | u128::from(self.1) << 64).to_le_bytes()
     }
 }
 
@@ -103,6 +111,11 @@ impl Slot {
 }
 
 impl DiskIndex {
+    /// Reports from now on.
+    pub(crate) fn report_to(&mut self, reports: Reports) {
+        self.reports = Some(reports);
+    }
+
     /// Gives a segment a number; `None` if there are too many.
     pub(crate) fn add_segment(&mut self, segment: Arc<Segment>) -> Option<SegmentNumber> {
         let number = match self.segments.iter().position(|slot| matches!(slot, SegmentSlot::Free)) {
@@ -133,7 +146,7 @@ impl DiskIndex {
     /// Removes what goes of the next places of the table; says how many, and where to go on, if there is more. Sums up
     /// the ages of what stays.
     pub(crate) fn remove_some(&mut self, from: usize, goes: impl Fn(&Slot) -> bool) -> (usize, Option<usize>) {
-        let Self { table, namespaces, clock, ages, .. } = self;
+        let Self { table, namespaces, clock, ages, reports, .. } = self;
         let (end, all) = (from.saturating_add(SLICE), table.num_buckets());
         let mut removed = 0;
         for place in from..end.min(all) {
@@ -144,7 +157,7 @@ impl DiskIndex {
                 }
             } else if let Ok(entry) = table.get_bucket_entry(place) {
                 let (slot, _) = entry.remove();
-                namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
+                slot_went(&slot, namespaces, reports.as_ref());
                 removed += 1;
             }
         }
@@ -199,6 +212,9 @@ impl DiskIndex {
             flags: if named { NAMED } else { 0 },
         };
         self.namespaces.add(namespace, slot.record_bytes(), meta.key.layer(), slot.prefix_bytes());
+        if let (Some(reports), false) = (&self.reports, named) {
+            reports.block_came(meta.key.block_hash(), meta.namespace);
+        }
         self.table.insert_unique(slot.fingerprint.0, slot, |slot| slot.fingerprint.0);
     }
 
@@ -209,7 +225,7 @@ impl DiskIndex {
             return false;
         };
         let (slot, _) = found.remove();
-        self.namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
+        slot_went(&slot, &mut self.namespaces, self.reports.as_ref());
         true
     }
 
@@ -234,6 +250,10 @@ impl DiskIndex {
     /// Says how many records that were. Segments stay.
     pub(crate) fn clear(&mut self) -> usize {
         let removed = self.table.len();
+        if let Some(reports) = &self.reports {
+            let blocks = self.table.iter().filter(|slot| !slot.is_named());
+            reports.went_each(blocks.map(|slot| slot.fingerprint.short()));
+        }
         self.table.clear();
         self.namespaces = Namespaces::default();
         removed
@@ -241,7 +261,8 @@ impl DiskIndex {
 
     /// The directory is another one.
     pub(crate) fn forget_everything(&mut self) {
-        *self = Self::default();
+        self.clear();
+        *self = Self { reports: self.reports.take(), ..Self::default() };
     }
 
     /// A record was read.
@@ -305,14 +326,22 @@ impl DiskIndex {
 
     fn retain(&mut self, keep: impl Fn(&Slot) -> bool) -> usize {
         let before = self.table.len();
-        let Self { table, namespaces, .. } = self;
+        let Self { table, namespaces, reports, .. } = self;
         table.retain(|slot| {
             let kept = keep(slot);
             if !kept {
-                namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
+                slot_went(slot, namespaces, reports.as_ref());
             }
             kept
         });
         before - self.table.len()
+    }
+}
+
+/// What a slot stood for can no longer be found.
+fn slot_went(slot: &Slot, namespaces: &mut Namespaces, reports: Option<&Reports>) {
+    namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
+    if let (Some(reports), false) = (reports, slot.is_named()) {
+        reports.went_short(slot.fingerprint.short());
     }
 }

@@ -182,9 +182,8 @@ impl Page<'_> {
     /// What each tier has, by its name: `ram`, and those behind it.
     fn tiers(&mut self, stats: &Stats) {
         let ram = |value: u64| std::iter::once(("ram".to_owned(), value));
-        let behind = |value: fn(&TierStats) -> u64| {
-            stats.tiers.iter().map(move |tier| (tier.name.clone(), value(tier)))
-        };
+        let behind =
+            |value: fn(&TierStats) -> u64| stats.tiers.iter().map(move |tier| (tier.name.clone(), value(tier)));
         let used = ram(stats.used_bytes).chain(behind(|tier| tier.used_bytes));
         self.gauges("tier_used_bytes", "What a tier takes, RAM in whole pages", used);
         let capacity = ram(stats.capacity_bytes).chain(behind(|tier| tier.capacity_bytes));
@@ -194,7 +193,11 @@ impl Page<'_> {
         let evictions = ram(stats.evictions).chain(behind(|tier| tier.evictions));
         self.counters("tier_evictions", "Blocks that a tier has evicted", evictions);
         self.gauges("tier_queued_bytes", "Bytes that wait to be written", behind(|tier| tier.queued_bytes));
-        self.gauges("tier_failing", "1 while a tier fails and is tried again ever more seldom", behind(|tier| tier.failing.into()));
+        self.gauges(
+            "tier_failing",
+            "1 while a tier fails and is tried again ever more seldom",
+            behind(|tier| tier.failing.into()),
+        );
         let dropped = behind(|tier| tier.dropped_total);
         self.counters("tier_dropped", "Blocks not written: the queue was full, or the tier failed", dropped);
         self.counters("tier_written_bytes", "Bytes of blocks written", behind(|tier| tier.written_bytes_total));
@@ -314,11 +317,14 @@ mod tests {
 
     fn with_tiers(names: &[&str]) -> Stats {
         let mut stats = Stats::default();
-        stats.tiers = names.iter().map(|name| {
-            let mut tier = TierStats::default();
-            (tier.name, tier.entries) = ((*name).to_owned(), 7);
-            tier
-        }).collect();
+        stats.tiers = names
+            .iter()
+            .map(|name| {
+                let mut tier = TierStats::default();
+                (tier.name, tier.entries) = ((*name).to_owned(), 7);
+                tier
+            })
+            .collect();
         stats
     }
 

@@ -80,7 +80,11 @@ pub trait EventSink: Send + Sync + fmt::Debug {
 /// One thing that happened in a tier.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Change {
-    Came { namespace: NamespaceId, block: BlockHash, parent: Option<BlockHash> },
+    Came {
+        namespace: NamespaceId,
+        block: BlockHash,
+        parent: Option<BlockHash>,
+    },
     Went(BlockHash),
     /// A namespace, or everything, is being removed from every tier.
     Cleared(Option<NamespaceId>),

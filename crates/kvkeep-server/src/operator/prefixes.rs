@@ -238,8 +238,7 @@ fn info(state: &AppState, view: &BranchView, residencies: &HashMap<BlockHash, Ar
     let residency = residencies.get(&view.id).cloned().unwrap_or_default();
     let block_tokens = state.shared.namespace.layout().block_tokens();
     let blocks = view.first_token / block_tokens..(view.first_token + view.tokens) / block_tokens;
-    let in_tier =
-        |name: &str| TokensIn { name: name.to_owned(), tokens: residency.tokens_in(name, blocks.clone()) };
+    let in_tier = |name: &str| TokensIn { name: name.to_owned(), tokens: residency.tokens_in(name, blocks.clone()) };
     let text = state.shared.engine.tokenizer().decode(&view.begin);
     PrefixInfo {
         id: view.id.to_string(),

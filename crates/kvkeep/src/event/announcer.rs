@@ -333,10 +333,6 @@ impl State {
         if let Some(space) = self.space.get_mut(number as usize) {
             space.block_tokens = Some(block_tokens);
         }
-        if self.spaces.len() > self.spaces_kept + MAX_EMPTY_SPACES {
-            self.forget_empty_spaces(number);
-            self.spaces_kept = self.spaces.len();
-        }
     }
 
     /// The line of a block, new if need be.
@@ -358,6 +354,9 @@ impl State {
         if let Some(number) = self.spaces.get(&id) {
             return *number;
         }
+        if self.spaces.len() > self.spaces_kept + MAX_EMPTY_SPACES {
+            self.forget_empty_spaces();
+        }
         let space = Space { id, block_tokens: None, blocks: 0, void_before: 0 };
         let free = self.free_spaces.pop().and_then(|free| Some((free, self.space.get_mut(free as usize)?)));
         let number = if let Some((free, slot)) = free {
@@ -371,15 +370,17 @@ impl State {
         number
     }
 
-    fn forget_empty_spaces(&mut self, but: u32) {
+    /// What is known of a namespace outlives its last block: the next one is on its way, perhaps.
+    fn forget_empty_spaces(&mut self) {
         let Self { space, spaces, free_spaces, .. } = self;
         spaces.retain(|_, number| {
-            let stays = *number == but || space.get(*number as usize).is_some_and(|space| space.blocks > 0);
+            let stays = space.get(*number as usize).is_some_and(|space| space.blocks > 0);
             if !stays {
                 free_spaces.push(*number);
             }
             stays
         });
+        self.spaces_kept = self.spaces.len();
     }
 
     fn wait_for_turn(&mut self, short: Short) {
@@ -421,11 +422,8 @@ impl State {
 
     fn forget(&mut self, short: &Short) {
         let Some(known) = self.blocks.remove(short) else { return };
-        let Some(space) = self.space.get_mut(known.space as usize) else { return };
-        space.blocks -= 1;
-        if space.blocks == 0 {
-            self.spaces.remove(&space.id);
-            self.free_spaces.push(known.space);
+        if let Some(space) = self.space.get_mut(known.space as usize) {
+            space.blocks -= 1;
         }
     }
 

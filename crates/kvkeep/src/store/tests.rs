@@ -21,8 +21,8 @@ use crate::key::TokenId;
 use crate::layout::{KvLayout, LayerView, LayerViewMut};
 use crate::named::{Outcome, SimpleKvCache};
 use crate::tensor::{DType, TensorView, TensorViewMut};
-use crate::tier::disk::{DiskTier, Options};
 use crate::tier::disk::sim::{self, Sim};
+use crate::tier::disk::{DiskTier, Options};
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;

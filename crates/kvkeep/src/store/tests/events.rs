@@ -153,7 +153,7 @@ fn act(cache: &KvCache, lab: &Lab, state: &mut u64) {
         1 => drop(cache.clear_namespace(&namespace)),
         2 if random(state, 4) == 0 => drop(cache.clear()),
         3 => lab.clock.advance(Duration::from_millis(random(state, 900))),
-        4 => cache.flush().unwrap(),
+        4 => drop(cache.flush()),
         5..18 => drop(cache.lookup(&namespace, &tokens).unwrap()),
         18 => drop(cache.prefetch(&namespace, &tokens).unwrap()),
         19 => drop(lab.sim.fail_writes(random(state, 4) == 0)),

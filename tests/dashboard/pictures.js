@@ -59,7 +59,7 @@ try {
   const looks = {
     light: { viewport: { width: 1360, height: 900 }, colorScheme: "light" },
     dark: { viewport: { width: 1360, height: 900 }, colorScheme: "dark" },
-    phone: { viewport: { width: 390, height: 844 }, colorScheme: "light", deviceScaleFactor: 2 },
+    phone: { viewport: { width: 390, height: 844 }, colorScheme: "light", deviceScaleFactor: 2, hasTouch: true, isMobile: true },
   };
   for (const [name, options] of Object.entries(looks)) {
     const { page, close } = await open(browser, server.url, options);

@@ -1,6 +1,7 @@
 //! Settings of a store: explicit, checked when the store opens, never read from
 //! the environment.
 
+#[cfg(feature = "disk")]
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,7 +9,9 @@ use std::time::Duration;
 use crate::clock::{Clock, SystemClock};
 use crate::error::{Error, Result};
 use crate::event::EventSink;
-use crate::eviction::{Admission, PolicyKind, Priority};
+#[cfg(feature = "disk")]
+use crate::eviction::Admission;
+use crate::eviction::{PolicyKind, Priority};
 use crate::key::NamespaceId;
 use crate::record::TraceRecorder;
 use crate::tier::Tier;
@@ -25,12 +28,18 @@ pub struct CacheConfig {
     pub(crate) quotas: Vec<(NamespaceId, f64)>,
     pub(crate) recorder: Option<Arc<TraceRecorder>>,
     pub(crate) clock: Arc<dyn Clock>,
+    #[cfg(feature = "disk")]
     pub(crate) disk: Option<DiskConfig>,
     pub(crate) tiers: Vec<Arc<dyn Tier>>,
     pub(crate) sink: Option<Arc<dyn EventSink>>,
 }
 
+/// How long a request waits for the tiers behind RAM, and a flush for one sign of life, unless said otherwise.
+pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const FLUSH_TIMEOUT: Duration = Duration::from_secs(30);
+
 /// Settings of a disk tier: a directory of its own, and a cap.
+#[cfg(feature = "disk")]
 #[derive(Debug, Clone)]
 pub struct DiskConfig {
     pub(crate) dir: PathBuf,
@@ -54,6 +63,7 @@ pub enum WritePolicy {
     Back,
 }
 
+#[cfg(feature = "disk")]
 impl DiskConfig {
     /// A disk tier of at most `capacity_bytes` (at least 1 MiB) in `dir`, which is created
     /// if need be and belongs to one process at a time.
@@ -65,8 +75,8 @@ impl DiskConfig {
             admission: Admission::default(),
             key_file: None,
             queue_bytes: None,
-            read_timeout: Duration::from_secs(5),
-            flush_timeout: Duration::from_secs(30),
+            read_timeout: READ_TIMEOUT,
+            flush_timeout: FLUSH_TIMEOUT,
         }
     }
 
@@ -139,6 +149,7 @@ impl CacheConfig {
             quotas: Vec::new(),
             recorder: None,
             clock: Arc::new(SystemClock::new()),
+            #[cfg(feature = "disk")]
             disk: None,
             tiers: Vec::new(),
             sink: None,

@@ -14,8 +14,10 @@ use std::sync::Arc;
 
 use crate::key::{BlockHash, NamespaceId, ObjectKey, TokenId};
 
+pub(crate) use announcer::Announcer;
 pub use announcer::Reports;
-pub(crate) use announcer::{Announcer, Short};
+#[cfg(feature = "disk")]
+pub(crate) use announcer::Short;
 
 /// What changed since the listener was last told. The names are those of vLLM's events.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,8 +3,8 @@
 from typing import TypedDict
 
 
-class DiskStats(TypedDict):
-    """Counters and sizes of a disk tier."""
+class TierStats(TypedDict):
+    """Counters and sizes of a tier behind RAM."""
 
     entries: int
     used_bytes: int
@@ -70,5 +70,7 @@ class Stats(TypedDict):
     size_percent: float
     time_saved_seconds: float
     """Compute time, as callers reported it, that hits made unnecessary."""
-    disk: DiskStats | None
-    """None without a disk tier."""
+    tiers: dict[str, TierStats]
+    """The tiers behind RAM by their names, in the order in which they are asked."""
+    disk: TierStats | None
+    """`tiers["disk"]`; None without a disk tier."""

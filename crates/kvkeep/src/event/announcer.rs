@@ -179,7 +179,7 @@ impl Announcer {
     }
 
     /// Turns that wait, and blocks that are known.
-    #[cfg(test)]
+    #[cfg(all(test, feature = "disk"))]
     pub(crate) fn sizes(&self) -> (usize, usize) {
         let state = self.state.lock();
         (state.turns.len(), state.blocks.len())
@@ -252,6 +252,7 @@ impl Reports {
     }
 
     /// As [`Reports::went_short`], of many with the lock taken once.
+    #[cfg(feature = "disk")]
     pub(crate) fn went_each(&self, shorts: impl Iterator<Item = Short>) {
         self.announcer.report(|state| shorts.for_each(|short| state.went(self.tier, &short)));
     }

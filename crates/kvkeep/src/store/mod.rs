@@ -485,7 +485,7 @@ impl Store {
             .map_or_else(Vec::new, |tiers| tiers.has_each(keys.get(..wanted.first_given).unwrap_or(keys)));
         let attempt = |ledger: &mut Ledger| {
             let made = ledger.reserve(namespace, keys, wanted, &below, now_ms);
-            Taken { shared: Arc::clone(&self.shared), made: Some(made) }
+            Unclaimed { shared: Arc::clone(&self.shared), made: Some(made) }
         };
         let mut taken = self.with_room(attempt, |taken| taken.made.as_ref()?.shortage);
         let Reservation { present, missing, below, refused_from, shortage } = taken.made.take().unwrap_or_default();
@@ -640,12 +640,12 @@ impl Store {
 }
 
 /// A reservation that goes back if it is not taken.
-struct Taken {
+struct Unclaimed {
     shared: Arc<Shared>,
     made: Option<Reservation>,
 }
 
-impl Drop for Taken {
+impl Drop for Unclaimed {
     fn drop(&mut self) {
         if let Some(Reservation { present, missing, .. }) = self.made.take()
             && self.shared.process.is_current()

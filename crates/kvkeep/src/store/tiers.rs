@@ -4,8 +4,10 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
+#[cfg(feature = "disk")]
+use std::sync::Weak;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use super::Shared;
@@ -14,8 +16,9 @@ use super::loads::Loads;
 use super::meter::LoadRate;
 use crate::block::BlockKey;
 use crate::clock::Deadline;
-use crate::config::{CacheConfig, WritePolicy};
+use crate::config::{CacheConfig, FLUSH_TIMEOUT, READ_TIMEOUT, WritePolicy};
 use crate::error::Result;
+use crate::eviction::Admission;
 use crate::key::{Namespace, NamespaceId, ObjectKey};
 use crate::layout::KvLayout;
 use crate::stats::TierStats;
@@ -42,6 +45,13 @@ pub(super) struct Tiers {
     skipped: AtomicU64,
 }
 
+/// What holds between RAM and all tiers: what the disk's settings say, if there is a disk.
+struct Terms {
+    admission: Admission,
+    write_policy: WritePolicy,
+    timeouts: Timeouts,
+}
+
 /// How long somebody waits for a tier.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Timeouts {
@@ -51,6 +61,19 @@ pub(super) struct Timeouts {
     pub(super) flush: Duration,
 }
 
+impl Terms {
+    #[cfg_attr(not(feature = "disk"), expect(unused_variables, reason = "only a disk has settings"))]
+    fn of(config: &CacheConfig) -> Self {
+        #[cfg(feature = "disk")]
+        if let Some(disk) = &config.disk {
+            let timeouts = Timeouts { request: disk.read_timeout, flush: disk.flush_timeout };
+            return Self { admission: disk.admission, write_policy: disk.write_policy, timeouts };
+        }
+        let timeouts = Timeouts { request: READ_TIMEOUT, flush: FLUSH_TIMEOUT };
+        Self { admission: Admission::default(), write_policy: WritePolicy::default(), timeouts }
+    }
+}
+
 /// What the layout and the model of a namespace are, for the headers of its blocks.
 pub(super) type Models = Mutex<HashMap<NamespaceId, (KvLayout, String)>>;
 
@@ -58,12 +81,10 @@ impl Tiers {
     /// `None` if there are none.
     pub(super) fn open(config: CacheConfig, shared: &Arc<Shared>) -> Result<Option<Self>> {
         let mut tiers: Vec<Arc<dyn Tier>> = Vec::new();
+        let Terms { admission, write_policy, timeouts } = Terms::of(&config);
         #[cfg(feature = "disk")]
-        let is_disk = config.disk.is_some();
-        let disk_config = config.disk.unwrap_or_else(|| crate::config::DiskConfig::new("", 0));
-        #[cfg(feature = "disk")]
-        if is_disk {
-            disk_config.admission.check()?;
+        if let Some(disk_config) = config.disk {
+            admission.check()?;
             let reports = shared.announcer().map(|announcer| announcer.reports("disk"));
             let disk = DiskTier::open(&disk_config, config.capacity_bytes, Arc::clone(&shared.clock), reports)?;
             disk.set_resident(resident_of(shared));
@@ -78,9 +99,8 @@ impl Tiers {
         if tiers.is_empty() {
             return Ok(None);
         }
-        let gate = Gate::new(disk_config.admission, disk_config.write_policy);
-        let timeouts = Timeouts { request: disk_config.read_timeout, flush: disk_config.flush_timeout };
-        Ok(Some(Self::over(tiers, gate, timeouts, disk_config.write_policy, shared)))
+        let gate = Gate::new(admission, write_policy);
+        Ok(Some(Self::over(tiers, gate, timeouts, write_policy, shared)))
     }
 
     pub(super) fn over(

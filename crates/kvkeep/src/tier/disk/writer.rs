@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::active::Record;
 use super::io::Opener;
-use super::log::{Log, Written};
+use super::log::{Log, WrittenAt};
 use super::recover;
 use super::shared::{Op, Shared, Write};
 use crate::key::{NamespaceId, ObjectKey};
@@ -35,7 +35,7 @@ struct Writer {
 /// What became of a write.
 #[derive(Debug, Clone, Copy)]
 enum Outcome {
-    Written(Written),
+    Written(WrittenAt),
     /// It was expired, removed or replaced before.
     Unwanted,
     /// The disk is failing, or no segment can hold it.

@@ -293,9 +293,10 @@ impl Store {
         self.here()?.tiers.as_ref().ok_or(Error::NoDisk)?.flush()
     }
 
-    /// Flushes the tiers, and gives up this clone. The directory of a disk tier is closed, and free for this or another
-    /// process to open, when the last clone and the last front door over it are gone. Dropping does the same, and can
-    /// only log what goes wrong.
+    /// Flushes the tiers and gives up this clone. It closes nothing while another clone or front door lives. With the
+    /// last of them the tiers are flushed again and closed: then the directory of a disk tier is free for this or
+    /// another process to open. Dropping a clone without this call closes the tiers in the same way, but can only log what
+    /// goes wrong.
     ///
     /// # Errors
     /// [`Error::Disk`] if it fails: then some of what was stored may not be on the disk; [`Error::Forked`] in a

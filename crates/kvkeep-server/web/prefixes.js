@@ -35,11 +35,11 @@ export class PrefixTree {
     byId("remove").addEventListener("click", () => this.#remove());
   }
 
-  show(prefixes, namespaces) {
+  show(all, namespaces) {
+    // What a single prompt went through is shared by nobody.
     this.#namespaces = new Map(namespaces.map((namespace) => [namespace.id, namespace]));
-    const all = prefixes;
-    if (!byId("tree-all").checked) prefixes = all.filter((prefix) => prefix.requests > 1 || prefix.pinned || prefix.id === this.#chosen);
-    prefixes = withParents(prefixes, all);
+    const wanted = (prefix) => byId("tree-all").checked || prefix.requests > 1 || prefix.pinned || prefix.id === this.#chosen;
+    const prefixes = withParents(all.filter(wanted), all);
     this.#prefixes = new Map(prefixes.map((prefix) => [prefix.id, prefix]));
     const still = this.#root.contains(document.activeElement) || this.#root.matches(":hover");
     if (!still) this.#places.clear();
@@ -248,9 +248,11 @@ async function confirmed(prefix, branches) {
 
 /** A branch is shown with those before it. */
 function withParents(shown, all) {
-  const byId = new Map(all.map((prefix) => [prefix.id, prefix]));
+  const known = new Map(all.map((prefix) => [prefix.id, prefix]));
   const kept = new Set();
-  for (let prefix of shown) for (; prefix && !kept.has(prefix.id); prefix = byId.get(prefix.parent)) kept.add(prefix.id);
+  for (const leaf of shown) {
+    for (let prefix = leaf; prefix && !kept.has(prefix.id); prefix = known.get(prefix.parent)) kept.add(prefix.id);
+  }
   return all.filter((prefix) => kept.has(prefix.id));
 }
 

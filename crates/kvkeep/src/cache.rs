@@ -64,13 +64,14 @@ pub struct Match {
 pub struct Look {
     /// In RAM, from the first token on.
     pub ram_tokens: usize,
-    /// Behind those, worth loading: on the disk, or in RAM behind such.
+    /// Behind those, and worth loading: on the disk, or in RAM but behind a block that is not.
     pub load_tokens: usize,
-    /// Behind those: there, but computing them again is faster than loading them.
+    /// Behind those, and not worth loading: computing them again is faster.
     pub not_worth_tokens: usize,
     /// How long loading takes, as measured so far; zero before the first load.
     pub load_time: Duration,
-    /// All of these by where they lie: the name of each tier, `ram` first, and its tokens.
+    /// All of these by the tier that they would come from: its name, `ram` first, and its tokens. Where else they are
+    /// says [`KvCache::residency`].
     pub tiers: Vec<(String, usize)>,
 }
 
@@ -227,10 +228,10 @@ impl KvCache {
         self.store.prefetch(chain.keys()) * chain.namespace().layout().block_tokens()
     }
 
-    /// Copies K and V of these layers of the longest run of blocks into an engine's tensors,
-    /// one for each layer: from RAM, behind that straight from the disk, of which only these
-    /// layers are read and nothing is kept in RAM. For loading layer by layer. Says how many
-    /// tokens were written, at the tensors' beginning.
+    /// Copies K and V of these layers of the longest run of blocks into an engine's tensors, one
+    /// for each layer. For loading layer by layer. What is in RAM comes from there; what is behind
+    /// it comes straight from the disk. Of the disk only these layers are read, and nothing of it is kept
+    /// in RAM. Says how many tokens were written, at the tensors' beginning.
     ///
     /// # Errors
     /// [`Error::EmptyTokens`], and as [`Match::load`] for tensors with room for all full blocks.
@@ -385,7 +386,7 @@ impl KvCache {
     /// `prefill`, which stores them through [`Missing::store`]. Of the threads that miss the
     /// same block at the same time one computes; the others wait and get its blocks. If it
     /// fails or panics, another one computes for itself. If what it computed could not be stored, all others compute
-    /// at once; and who has waited once waits again only for somebody who computes all that it misses.
+    /// at once. A thread that has waited once waits again only for one that computes every block it misses.
     ///
     /// Counts as one request. `prefill` is not called if all full blocks are there.
     ///

@@ -95,10 +95,10 @@ impl DiskConfig {
         self
     }
 
-    /// What is written to the disk at all: everything, unless said otherwise. Holds for both write policies and
-    /// for what is in RAM when the cache is flushed or closed: what is not admitted is not durable. A
-    /// write-through disk is asked when something is stored and at each use until it is written, a write-back
-    /// one when RAM evicts it.
+    /// What is written to the disk at all: everything, unless said otherwise. The rule holds for both write policies,
+    /// and also when the cache is flushed or closed: what is not admitted is not durable. With
+    /// write-through the rule is asked when something is stored and at each use until it is written. With write-back
+    /// it is asked when RAM evicts.
     #[must_use]
     pub fn admission(mut self, admission: Admission) -> Self {
         self.admission = admission;
@@ -209,12 +209,11 @@ impl CacheConfig {
         self
     }
 
-    /// A share of the capacity for a namespace: its weight over the sum of all weights, in which
-    /// all namespaces without a quota together count as 1. When room is needed, the share that
-    /// is furthest over what it is due gives; so nobody loses what is within its share to
-    /// others, and what nobody else needs may be used by all. Of what is larger than its share
-    /// the rest is refused once nobody else has more than theirs:
-    /// [`Rejection::OverQuota`](crate::Rejection::OverQuota). Works with every policy.
+    /// A share of the capacity for a namespace: its weight over the sum of all weights. All
+    /// namespaces without a quota count as 1 together. When room is needed, it is taken from the namespace that
+    /// is furthest over its share. So nobody loses what is within its share, and everybody may use what
+    /// nobody else needs. A namespace that wants more than its share while nobody else has more than theirs is
+    /// refused the rest: [`Rejection::OverQuota`](crate::Rejection::OverQuota). Works with every policy.
     ///
     /// # Errors
     /// [`Error::Config`] if the weight is not a positive, finite number, or the namespace has a

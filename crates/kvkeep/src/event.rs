@@ -2,12 +2,14 @@
 //! its KV is.
 //!
 //! Each place that knows what can be found says what came and went, under its own lock: the ledger for RAM (through
-//! its journal), the disk's index for the disk. `announcer` keeps what the listener knows, and tells it the rest on a
-//! thread of its own. So a listener may take as long as it likes, ask the cache anything, and panic. Calling it in
+//! its journal), the disk's index for the disk. `beliefs` keeps what is so and what the listener was told, `batch` makes
+//! events of the difference, and `announcer` tells them on a thread of its own. So a listener may take as long as it likes, ask the cache anything, and panic. Calling it in
 //! place was the alternative: one that is slow then holds up a request, and one that asks for statistics waits for
 //! itself.
 
 mod announcer;
+mod batch;
+mod beliefs;
 
 use std::fmt;
 use std::sync::Arc;
@@ -17,7 +19,7 @@ use crate::key::{BlockHash, NamespaceId, ObjectKey, TokenId};
 pub(crate) use announcer::Announcer;
 pub use announcer::Reports;
 #[cfg(feature = "disk")]
-pub(crate) use announcer::Short;
+pub(crate) use beliefs::Short;
 
 /// What changed since the listener was last told. The names are those of vLLM's events.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -158,7 +158,7 @@ fn act(cache: &KvCache, lab: &Lab, state: &mut u64) {
         4 => drop(cache.flush()),
         5..18 => drop(cache.lookup(&namespace, &tokens).unwrap()),
         18 => drop(cache.prefetch(&namespace, &tokens).unwrap()),
-        19 => drop(lab.sim.fail_writes(random(state, 4) == 0)),
+        19 => lab.sim.fail_writes(random(state, 4) == 0),
         20..25 => store_in(cache, &namespace, &tokens, &plain().ttl(Duration::from_millis(1 + random(state, 2000)))),
         _ => store_in(cache, &namespace, &tokens, &plain()),
     }

@@ -111,7 +111,7 @@ lint: ## Format, clippy, and dependency rules
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
 	$(CARGO) clippy --locked -p kvkeep --all-targets --no-default-features -- -D warnings
-	$(CARGO) clippy --locked -p kvkeep --all-targets --no-default-features --features disk -- -D warnings
+	$(CARGO) clippy --locked -p kvkeep --no-default-features --features disk -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --exclude kvkeep-cli --no-deps
 	RUSTFLAGS="--cfg shuttle" $(CARGO) clippy --locked -p kvkeep --tests --target-dir $${CARGO_TARGET_DIR:-target}/shuttle -- -D warnings
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check bans licenses sources; \

@@ -8,7 +8,7 @@ MINUTES ?= 30
 # And `make fuzz`.
 SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize crash-test test-integrations test-vllm sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint fmt clean
+.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize crash-test test-integrations test-vllm sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint semver fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -116,9 +116,20 @@ bench-foyer: ## foyer's disk cache in DIR (target), for comparison; builds it fi
 lint: ## Format, clippy, and dependency rules
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+	$(CARGO) clippy --locked -p kvkeep --all-targets --no-default-features -- -D warnings
+	$(CARGO) clippy --locked -p kvkeep --no-default-features --features disk -- -D warnings
+	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --exclude kvkeep-cli --no-deps
 	RUSTFLAGS="--cfg shuttle" $(CARGO) clippy --locked -p kvkeep --tests --target-dir $${CARGO_TARGET_DIR:-target}/shuttle -- -D warnings
 	@if $(CARGO) deny --version >/dev/null 2>&1; then $(CARGO) deny check bans licenses sources; \
 	else echo "skipped: cargo-deny is not installed"; fi
+
+# A git revision to compare with.
+BASE ?= HEAD~
+
+semver: ## What the public Rust API has lost or changed since BASE (HEAD~); needs cargo-semver-checks
+	@if $(CARGO) semver-checks --version >/dev/null 2>&1; then \
+		$(CARGO) semver-checks check-release -p kvkeep -p kvkeep-engine -p kvkeep-server --baseline-rev $(BASE); \
+	else echo "skipped: cargo-semver-checks is not installed (cargo install cargo-semver-checks --locked)"; fi
 
 fmt: ## Format everything
 	$(CARGO) fmt --all

@@ -200,7 +200,7 @@ class Attacker(threading.Thread):
 def main():
     total = int(sys.argv[2]) if len(sys.argv) > 2 else 10_000
     checks = Checks()
-    flags = [f"--context-tokens={CONTEXT_TOKENS}", f"--parallel={PARALLEL}", f"--ram-gb={RAM_MB / 1024}", "--client-timeout-s=2",
+    flags = [f"--context-tokens={CONTEXT_TOKENS}", f"--parallel={PARALLEL}", f"--ram-gib={RAM_MB / 1024}", "--client-timeout-s=2",
              "--log-level=warn"]
     with Server(sys.argv[1], *flags) as server:
         before, begin, most = server.rss_bytes() / MIB, time.monotonic(), 0

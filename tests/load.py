@@ -99,7 +99,7 @@ def main():
     seconds = float(sys.argv[2]) if len(sys.argv) > 2 else 60
     count = int(sys.argv[3]) if len(sys.argv) > 3 else 32
     checks = Checks()
-    flags = [f"--context-tokens={CONTEXT_TOKENS}", f"--parallel={PARALLEL}", f"--ram-gb={RAM_MB / 1024}", "--queue=20"]
+    flags = [f"--context-tokens={CONTEXT_TOKENS}", f"--parallel={PARALLEL}", f"--ram-gib={RAM_MB / 1024}", "--queue=20"]
     with Server(sys.argv[1], *flags) as server:
         before = server.rss_bytes() / 2**20
         until = time.monotonic() + seconds

@@ -28,7 +28,7 @@ def main():
         keys.touch(mode=0o600)
         keys.write_text(f"{KEY}\n")
         # Small, so that what is generated is refused or answered soon.
-        flags = ["--context-tokens=256", "--ram-gb=0.1", "--log-level=warn", f"--api-key-file={keys}"]
+        flags = ["--context-tokens=256", "--ram-gib=0.1", "--log-level=warn", f"--api-key-file={keys}"]
         with Server(kvkeep, *flags) as server:
             check_description(server)
             code = run_schemathesis(server.url)

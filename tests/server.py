@@ -146,8 +146,8 @@ def settings(binary):
         show = [binary, "serve", "--print-config", "--port=1234"]
         printed = subprocess.run(show, capture_output=True, text=True, env=environment, check=True).stdout
         lines = printed.splitlines()
-        fine = all(line in lines for line in ("port = 1234", "queue = 8", "parallel = 3", "ram_gb = 1.0"))
-        check("settings: flags over environment over file over default", fine, "port 1234, queue 8, parallel 3, ram_gb 1.0")
+        fine = all(line in lines for line in ("port = 1234", "queue = 8", "parallel = 3", "ram_gib = 1.0"))
+        check("settings: flags over environment over file over default", fine, "port 1234, queue 8, parallel 3, ram_gib 1.0")
         open_keys = key_file(directory, KEYS["alice"])
         os.chmod(open_keys, 0o644)
         refused = subprocess.run([binary, "serve", f"--api-key-file={open_keys}"], capture_output=True, text=True, timeout=60)

@@ -15,7 +15,7 @@ const BINARY = process.env.KVKEEP;
 const DOCUMENT = await readFile(new URL("../../crates/kvkeep-cli/texts/ownership.txt", import.meta.url), "utf8");
 const SYSTEM = `Answer from this text, shortly.\n\n${DOCUMENT.slice(0, 2400)}`;
 const AXE = await readFile(createRequire(import.meta.url).resolve("axe-core/axe.min.js"), "utf8");
-const PHONE = { viewport: { width: 390, height: 844 }, hasTouch: true };
+const PHONE = { viewport: { width: 390, height: 844 }, hasTouch: true, isMobile: true };
 
 const about = (question) => [{ role: "system", content: SYSTEM }, { role: "user", content: question }];
 const chosen = (page) => page.locator('[role="treeitem"][aria-selected="true"]');
@@ -27,7 +27,7 @@ let server;
 before(async () => {
   assert.ok(BINARY, "KVKEEP names the binary");
   [browser, server] = await Promise.all([launch(), Server.inNewFolder(BINARY)]);
-  await server.start(["--ram-gb", "0.5"]);
+  await server.start(["--ram-gib", "0.5"]);
 });
 
 after(async () => {
@@ -133,7 +133,8 @@ test("stop ends an answer, for the server too", () => onPage(async (page) => {
 test("the tree is operated with keys alone: move, open, close, pin, unpin, remove after a question", () => onPage(async (page) => {
   await server.chat(about("What is stored on the heap?"));
   await live(page);
-  await page.waitForSelector('[role="treeitem"]');
+  await page.check("#tree-all");
+  await page.waitForSelector('[role="treeitem"][aria-level="2"]');
   const tabStops = page.locator('[role="treeitem"][tabindex="0"]');
   assert.equal(await tabStops.count(), 1);
   await page.locator("#tree-title").evaluate((title) => { title.tabIndex = -1; title.focus(); });
@@ -181,6 +182,38 @@ test("the tree is operated with keys alone: move, open, close, pin, unpin, remov
   await page.waitForFunction((id) => !document.querySelector(`[data-id="${id}"]`), leaf);
 }));
 
+// Each branch was listed as shared, also those of one request; what was in RAM was said not to be on the disk; and
+// branches beside each other began with the words that they have in common, and were cut to the same text.
+test("the tree lists what prompts share, says every tier that has it, and tells branches beside each other apart", () => onPage(async (page) => {
+  for (const question of ["What is a slice in Rust?", "What is a string in Rust?", "What is a string in Rust?"]) await server.chat(about(question));
+  await live(page);
+  await page.waitForSelector('[role="treeitem"]');
+  const requests = () => page.locator('[role="treeitem"]').evaluateAll((rows) => rows.map((row) => Number(/([\d,]+) requests/.exec(row.textContent)[1])));
+  assert.ok((await requests()).every((n) => n > 1), "a branch of one request is not shared");
+  await page.check("#tree-all");
+  await page.waitForFunction(() => [...document.querySelectorAll('[role="treeitem"]')].some((row) => / 1 requests/.test(` ${row.querySelectorAll(".number")[1].textContent}`)));
+  const beside = await page.locator('[role="treeitem"][aria-level="2"] .snippet').evaluateAll((all) => all.map((one) => one.textContent.slice(0, 24)));
+  assert.ok(beside.length >= 2 && new Set(beside).size === beside.length, `these look alike: ${beside.join(" | ")}`);
+
+  const onDisk = (prefix) => prefix.tiers.find((tier) => tier.name === "disk").tokens;
+  let shared;
+  do shared = (await prefixesOf(server)).find((prefix) => prefix.requests >= 3 && prefix.parent === null);
+  while (onDisk(shared) < shared.tokens);
+  assert.deepEqual(shared.tiers, [{ name: "ram", tokens: shared.tokens }, { name: "disk", tokens: shared.tokens }]);
+  assert.equal(shared.cached_tokens, shared.tokens);
+  await page.waitForFunction(() => /^all in RAM, all on disk$/.test(document.querySelector('[role="treeitem"] .bar').getAttribute("aria-label")));
+}));
+
+test("a telephone is told of no keys that it does not have", async () => {
+  const told = async (page) => {
+    await live(page);
+    const placeholder = await page.getAttribute("#message", "placeholder");
+    return [await page.locator(".with-keys").isVisible(), await page.locator(".by-touch").isVisible(), placeholder.includes("Shift")];
+  };
+  await onPage(async (page) => assert.deepEqual(await told(page), [false, true, false]), PHONE);
+  await onPage(async (page) => assert.deepEqual(await told(page), [true, false, true]));
+});
+
 test("buttons pin and remove a branch with all behind it", () => onPage(async (page) => {
   await live(page);
   await page.locator('[role="treeitem"]').first().click();
@@ -206,6 +239,7 @@ test("what looks like markup in a prompt stays text", () => onPage(async (page) 
   await page.fill("#message", markup);
   await page.keyboard.press("Enter");
   await page.waitForFunction(() => /cached/.test(document.querySelector(".turn.model .facts")?.textContent ?? ""), null, { timeout: 60_000 });
+  await page.check("#tree-all");
   await page.waitForFunction(() => [...document.querySelectorAll(".snippet")].some((one) => one.textContent.includes("<img src=x")));
   assert.equal(await page.locator("img, main script").count(), 0);
   assert.equal(await page.evaluate(() => window.broken), undefined);
@@ -285,7 +319,7 @@ test("with keys: none, a wrong one, a tenant's and the operator's", async () => 
   const withKeys = await Server.inNewFolder(BINARY);
   try {
     const file = await withKeys.file("keys", `${keys.operator}\n${keys.tenant} acme\n`);
-    await withKeys.start(["--ram-gb", "0.25", "--api-key-file", file]);
+    await withKeys.start(["--ram-gib", "0.25", "--api-key-file", file]);
     await onPage(async (page) => {
       const give = async (key) => {
         await page.fill("#key", key);

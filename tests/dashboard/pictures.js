@@ -42,7 +42,7 @@ const browser = await launch();
 const server = await Server.inNewFolder(process.env.KVKEEP);
 try {
   const file = await server.file("keys", `${KEYS.operator}\n${KEYS.northwind} northwind\n${KEYS.lumen} lumen\n`);
-  await server.start(["--ram-gb", "0.5", "--api-key-file", file]);
+  await server.start(["--ram-gib", "0.5", "--api-key-file", file]);
   await ask(server, 0, 2);
   await server.stop();
   await server.start();
@@ -59,7 +59,7 @@ try {
   const looks = {
     light: { viewport: { width: 1360, height: 900 }, colorScheme: "light" },
     dark: { viewport: { width: 1360, height: 900 }, colorScheme: "dark" },
-    phone: { viewport: { width: 390, height: 844 }, colorScheme: "light", deviceScaleFactor: 2 },
+    phone: { viewport: { width: 390, height: 844 }, colorScheme: "light", deviceScaleFactor: 2, hasTouch: true, isMobile: true },
   };
   for (const [name, options] of Object.entries(looks)) {
     const { page, close } = await open(browser, server.url, options);

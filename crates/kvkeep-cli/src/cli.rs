@@ -191,8 +191,8 @@ pub(crate) struct DemoOptions {
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(4..=1000))]
     pub(crate) requests: Option<u16>,
     /// Memory that the cache may use, in GiB
-    #[arg(long, global = true, value_name = "GIB", default_value = "1", value_parser = gib)]
-    pub(crate) capacity_gb: f64,
+    #[arg(long, alias = "capacity-gb", global = true, value_name = "GIB", default_value = "1", value_parser = gib)]
+    pub(crate) capacity_gib: f64,
     /// Tokens of a cache block; a prompt's last, partial block is computed again
     #[arg(long, global = true, value_name = "N", default_value = "16",
           value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -310,8 +310,8 @@ mod tests {
     #[test]
     fn bad_values_are_refused_with_what_to_do() {
         for (option, value, says) in [
-            ("--capacity-gb", "NaN", "above 0"),
-            ("--capacity-gb", "-1", "above 0"),
+            ("--capacity-gib", "NaN", "above 0"),
+            ("--capacity-gib", "-1", "above 0"),
             ("--requests", "3", "4..=1000"),
             ("--block-tokens", "0", "1..=1024"),
             ("--plot", "plot.png", "ends in .svg"),

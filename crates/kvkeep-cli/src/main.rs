@@ -19,6 +19,7 @@ mod texts;
 use std::process::ExitCode;
 
 use clap::Parser;
+use kvkeep::OneLine;
 
 use crate::cli::{Cli, Command};
 
@@ -45,32 +46,8 @@ fn main() -> ExitCode {
         // As with head: nothing failed.
         Err(error) if error.is::<style::ReaderLeft>() => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("kvkeep: {}", whole(&error));
+            eprintln!("kvkeep: {}", OneLine(error.as_ref()));
             ExitCode::from(cli::FAILED)
         }
-    }
-}
-
-/// What went wrong and why. A cause that is named already is not said twice.
-fn whole(error: &anyhow::Error) -> String {
-    error.chain().map(ToString::to_string).fold(String::new(), |text, cause| match text.as_str() {
-        "" => cause,
-        said if said.contains(&cause) => text,
-        said => format!("{said}: {cause}"),
-    })
-}
-
-#[cfg(test)]
-mod tests {
-    use anyhow::anyhow;
-
-    use super::*;
-
-    /// What the server could not write at its end was said three times.
-    #[test]
-    fn a_cause_is_said_once() {
-        let error =
-            anyhow!("the disk is full").context("cannot flush: the disk is full").context("the server has ended");
-        assert_eq!(whole(&error), "the server has ended: cannot flush: the disk is full");
     }
 }

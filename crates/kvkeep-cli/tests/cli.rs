@@ -75,7 +75,7 @@ fn help_names_the_commands_and_the_exit_codes() {
     }
     let output = kvkeep(&["demo", "--help"]);
     for word in
-        ["comparison", "agent", "restart", "--model", "--threads", "--requests", "--capacity-gb", "--block-tokens"]
+        ["comparison", "agent", "restart", "--model", "--threads", "--requests", "--capacity-gib", "--block-tokens"]
     {
         assert!(stdout(&output).contains(word), "{word}");
     }
@@ -85,7 +85,7 @@ fn help_names_the_commands_and_the_exit_codes() {
 fn bad_arguments_exit_with_2_and_say_what_to_do() {
     for (args, says) in [
         (&["demo", "agent", "--requests", "0"][..], "4..=1000"),
-        (&["demo", "--capacity-gb", "0"], "above 0"),
+        (&["demo", "--capacity-gib", "0"], "above 0"),
         (&["demo", "--model", "/no/such/file.gguf"], "GGUF"),
         (&["demo", "--plot", "plot.png"], ".svg"),
         (&["bench", "--threads", "2"], "--engine"),

@@ -27,7 +27,7 @@ impl Serving {
         }
         let mut command = Command::new(env!("CARGO_BIN_EXE_kvkeep"));
         command
-            .args(["serve", "--port=0", "--no-disk", "--parallel=1", "--ram-gb=0.1", "--log-level=warn"])
+            .args(["serve", "--port=0", "--no-disk", "--parallel=1", "--ram-gib=0.1", "--log-level=warn"])
             .args(flags);
         let mut process = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut lines = BufReader::new(process.stderr.take().unwrap()).lines();

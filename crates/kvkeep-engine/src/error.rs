@@ -8,7 +8,7 @@ use std::path::PathBuf;
 #[non_exhaustive]
 pub enum EngineError {
     /// The model file cannot be opened or read.
-    #[error("cannot read the model file {path}: {source}")]
+    #[error("cannot read the model file {path}")]
     ReadModel {
         /// The file.
         path: PathBuf,
@@ -36,7 +36,7 @@ pub enum EngineError {
     #[error("the model file has no chat template: give the prompt as plain text, or use an instruct model")]
     NoChatTemplate,
     /// The chat template refused the messages.
-    #[error("the model's chat template cannot format these messages: {0}")]
+    #[error("the model's chat template cannot format these messages")]
     ChatTemplate(#[from] minijinja::Error),
     /// No character is left to tell the template's control tokens from the messages' texts.
     #[error("the messages use every noncharacter and every private-use character of Unicode: leave one out")]
@@ -75,14 +75,20 @@ pub enum EngineError {
     #[error("sampling: {0}")]
     Sampling(String),
     /// The threads could not be started.
-    #[error("cannot start the compute threads: {0}")]
-    Threads(#[from] rayon::ThreadPoolBuildError),
+    #[error("cannot start the compute threads")]
+    Threads(#[source] io::Error),
     /// The cache refused a call.
     #[error(transparent)]
     Cache(#[from] kvkeep::Error),
     /// The device-generic forward pass failed.
-    #[error("device: {0}")]
+    #[error("the device failed")]
     Device(#[source] Box<candle_core::Error>),
+}
+
+impl From<rayon::ThreadPoolBuildError> for EngineError {
+    fn from(error: rayon::ThreadPoolBuildError) -> Self {
+        Self::Threads(io::Error::other(error.to_string()))
+    }
 }
 
 impl From<candle_core::Error> for EngineError {
@@ -93,3 +99,69 @@ impl From<candle_core::Error> for EngineError {
 
 /// Shorthand for results of this crate.
 pub type Result<T, E = EngineError> = std::result::Result<T, E>;
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+
+    /// Each variant once. The match has no wildcard: a new variant has to be added here, too.
+    fn every() -> Vec<EngineError> {
+        let cause = || io::Error::other("the cause");
+        let template = minijinja::Error::new(minijinja::ErrorKind::InvalidOperation, "the cause");
+        let all = vec![
+            EngineError::ReadModel { path: "p".into(), source: cause() },
+            EngineError::BadModel { path: "p".into(), reason: "r".into() },
+            EngineError::Unsupported("u".into()),
+            EngineError::Missing("m".into()),
+            EngineError::Tokenizer("t".into()),
+            EngineError::NoChatTemplate,
+            EngineError::ChatTemplate(template),
+            EngineError::NoGuard,
+            EngineError::EmptyTokens,
+            EngineError::UnknownToken { token: 1, vocabulary: 1 },
+            EngineError::ContextOverflow { tokens: 2, capacity: 1 },
+            EngineError::BadCapacity { capacity: 2, context: 1 },
+            EngineError::ForeignKv,
+            EngineError::Sampling("s".into()),
+            EngineError::Threads(cause()),
+            EngineError::Cache(kvkeep::Error::Memory { bytes: 1, source: cause() }),
+            candle_core::Error::Msg("the cause".into()).into(),
+        ];
+        let number = |error: &EngineError| match error {
+            EngineError::ReadModel { .. } => 0,
+            EngineError::BadModel { .. } => 1,
+            EngineError::Unsupported(_) => 2,
+            EngineError::Missing(_) => 3,
+            EngineError::Tokenizer(_) => 4,
+            EngineError::NoChatTemplate => 5,
+            EngineError::ChatTemplate(_) => 6,
+            EngineError::NoGuard => 7,
+            EngineError::EmptyTokens => 8,
+            EngineError::UnknownToken { .. } => 9,
+            EngineError::ContextOverflow { .. } => 10,
+            EngineError::BadCapacity { .. } => 11,
+            EngineError::ForeignKv => 12,
+            EngineError::Sampling(_) => 13,
+            EngineError::Threads(_) => 14,
+            EngineError::Cache(_) => 15,
+            EngineError::Device(_) => 16,
+        };
+        assert!(all.iter().map(number).eq(0..17));
+        all
+    }
+
+    /// Whoever printed the chain said what the operating system said twice.
+    #[test]
+    fn every_error_says_its_cause_once() {
+        let mut sources = 0;
+        for error in every() {
+            let line = kvkeep::OneLine(&error).to_string();
+            sources += usize::from(error.source().is_some());
+            assert_eq!(line.matches("the cause").count(), usize::from(error.source().is_some()), "{line}");
+            assert!(!error.to_string().contains("the cause"), "{error}");
+        }
+        assert_eq!(sources, 5);
+    }
+}

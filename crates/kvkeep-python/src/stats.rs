@@ -29,8 +29,8 @@ pub(crate) fn to_dict<'py>(py: Python<'py>, stats: &Stats) -> PyResult<Bound<'py
     for (name, value) in [
         ("hit_rate_percent", stats.hit_rate_percent()),
         ("token_hit_rate_percent", stats.token_hit_rate_percent()),
-        ("size_mb", stats.size_mb()),
-        ("max_size_mb", stats.max_size_mb()),
+        ("size_mb", stats.size_mib()),
+        ("max_size_mb", stats.max_size_mib()),
         ("size_percent", stats.size_percent()),
         ("time_saved_seconds", stats.time_saved_seconds()),
     ] {

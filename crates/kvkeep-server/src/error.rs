@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use axum::Json;
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use kvkeep::OneLine;
 use kvkeep_engine::EngineError;
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -18,7 +19,7 @@ use utoipa::ToSchema;
 #[non_exhaustive]
 pub enum ServerError {
     /// The address cannot be had.
-    #[error("cannot listen at {address}: {source}; choose another --port, or stop what listens there")]
+    #[error("cannot listen at {address} (choose another --port, or stop what listens there)")]
     Listen {
         /// The address.
         address: SocketAddr,
@@ -43,10 +44,10 @@ pub enum ServerError {
     #[error("{0}")]
     Config(String),
     /// The operating system gives no more threads.
-    #[error("cannot start the threads that answer: {0}")]
+    #[error("cannot start the threads that answer")]
     Threads(#[source] io::Error),
     /// Not all that was cached is on the disk.
-    #[error("the server has ended, but the cache could not be written: {0}")]
+    #[error("the server has ended, but the cache could not be written")]
     Close(#[source] kvkeep::Error),
     /// The engine refused.
     #[error(transparent)]
@@ -125,6 +126,11 @@ impl ApiError {
         Self::Invalid { message: message.into(), param: Some(Cow::Borrowed(param)) }
     }
 
+    /// Something went wrong that the client cannot help.
+    pub(crate) fn internal(error: &(dyn std::error::Error + 'static)) -> Self {
+        Self::Internal(OneLine(error).to_string())
+    }
+
     /// Status, type and code.
     fn kind(&self) -> (StatusCode, &'static str, Option<&'static str>) {
         match self {
@@ -191,8 +197,53 @@ impl From<EngineError> for ApiError {
             | EngineError::ChatTemplate(_)
             | EngineError::NoGuard
             | EngineError::Sampling(_)
-            | EngineError::UnknownToken { .. } => Self::Invalid { message: error.to_string(), param: None },
-            error => Self::Internal(error.to_string()),
+            | EngineError::UnknownToken { .. } => Self::Invalid { message: OneLine(&error).to_string(), param: None },
+            error => Self::internal(&error),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error;
+
+    use super::*;
+
+    /// Each variant once. The match has no wildcard: a new variant has to be added here, too.
+    fn every() -> Vec<ServerError> {
+        let (cause, address) = (|| io::Error::other("the cause"), SocketAddr::from(([127, 0, 0, 1], 80)));
+        let disk = kvkeep::Error::Disk { dir: "d".into(), doing: "flush", source: cause() };
+        let all = vec![
+            ServerError::Listen { address, source: cause() },
+            ServerError::KeysNeeded(address),
+            ServerError::KeyFile { path: "p".into(), reason: "r".into() },
+            ServerError::BadKeys("k".into()),
+            ServerError::Config("c".into()),
+            ServerError::Threads(cause()),
+            ServerError::Close(disk),
+            ServerError::Engine(EngineError::ReadModel { path: "p".into(), source: cause() }),
+        ];
+        let number = |error: &ServerError| match error {
+            ServerError::Listen { .. } => 0,
+            ServerError::KeysNeeded(_) => 1,
+            ServerError::KeyFile { .. } => 2,
+            ServerError::BadKeys(_) => 3,
+            ServerError::Config(_) => 4,
+            ServerError::Threads(_) => 5,
+            ServerError::Close(_) => 6,
+            ServerError::Engine(_) => 7,
+        };
+        assert!(all.iter().map(number).eq(0..8));
+        all
+    }
+
+    /// What the server could not write at its end was said three times.
+    #[test]
+    fn every_error_says_its_cause_once() {
+        for error in every() {
+            let line = OneLine(&error).to_string();
+            assert_eq!(line.matches("the cause").count(), usize::from(error.source().is_some()), "{line}");
+            assert!(!error.to_string().contains("the cause"), "{error}");
         }
     }
 }

@@ -96,7 +96,9 @@ impl Server {
         });
         match closed.await {
             Ok(closed) => closed.map_err(ServerError::Close),
-            Err(error) => Err(ServerError::Config(format!("the cache could not be closed: {error}"))),
+            Err(error) => {
+                Err(ServerError::Config(format!("the cache could not be closed: {}", kvkeep::OneLine(&error))))
+            }
         }
     }
 }

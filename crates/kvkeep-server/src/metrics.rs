@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
-use kvkeep::Stats;
+use kvkeep::{Stats, TierStats};
 use prometheus_client::encoding::text::encode;
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -128,7 +128,7 @@ impl Metrics {
         let mut page = Page(&mut registry);
         page.server(now);
         page.ram(&now.stats);
-        page.disk(&now.stats);
+        page.tiers(&now.stats);
         let mut text = String::new();
         encode(&mut text, &registry)?;
         Ok(text)
@@ -175,37 +175,66 @@ impl Page<'_> {
     }
 
     fn ram(&mut self, stats: &Stats) {
-        self.gauge("ram_used_bytes", "RAM in use, in whole pages", stats.used_bytes);
         self.gauge("ram_held_bytes", "RAM in use that cannot be evicted now", stats.held_bytes);
-        self.gauge("ram_capacity_bytes", "The cap of the RAM tier", stats.capacity_bytes);
-        self.gauge("ram_entries", "Blocks in RAM", stats.entries);
-        self.counter("ram_evictions", "Blocks evicted from RAM", stats.evictions);
         self.counter("ram_rejections", "Stores refused: too large, or everything pinned", stats.rejections);
     }
 
-    /// Without a disk tier there is nothing of this.
-    fn disk(&mut self, stats: &Stats) {
-        let Some(disk) = stats.tier("disk") else { return };
-        self.gauge("disk_used_bytes", "Disk in use", disk.used_bytes);
-        self.gauge("disk_capacity_bytes", "The cap of the disk tier", disk.capacity_bytes);
-        self.gauge("disk_entries", "Blocks on the disk", disk.entries);
-        self.counter("disk_evictions", "Blocks that went with their segment", disk.evictions);
-        self.gauge("disk_queued_bytes", "Bytes that wait to be written", disk.queued_bytes);
-        self.counter("disk_dropped", "Blocks not written: the queue was full, or the disk failed", disk.dropped_total);
-        self.counter("disk_written_bytes", "Bytes of blocks written", disk.written_bytes_total);
-        self.counter("disk_read_bytes", "Bytes of blocks read", disk.read_bytes_total);
-        self.gauge("disk_failing", "1 while the disk fails and is tried again ever more seldom", disk.failing.into());
-        let errors = Counters::<1>::default();
-        let kinds = [
-            ("read", disk.read_errors_total),
-            ("write", disk.write_errors_total),
-            ("timeout", disk.timeouts_total),
-            ("damaged", disk.damaged_total),
-        ];
-        for (kind, count) in kinds {
-            errors.get_or_create(&[("kind", kind)]).inc_by(count);
+    /// What each tier has, by its name: `ram`, and those behind it.
+    fn tiers(&mut self, stats: &Stats) {
+        let ram = |value: u64| std::iter::once(("ram".to_owned(), value));
+        let behind =
+            |value: fn(&TierStats) -> u64| stats.tiers.iter().map(move |tier| (tier.name.clone(), value(tier)));
+        let used = ram(stats.used_bytes).chain(behind(|tier| tier.used_bytes));
+        self.gauges("tier_used_bytes", "What a tier takes, RAM in whole pages", used);
+        let capacity = ram(stats.capacity_bytes).chain(behind(|tier| tier.capacity_bytes));
+        self.gauges("tier_capacity_bytes", "The cap of a tier", capacity);
+        let entries = ram(stats.entries).chain(behind(|tier| tier.entries));
+        self.gauges("tier_entries", "Blocks in a tier", entries);
+        let evictions = ram(stats.evictions).chain(behind(|tier| tier.evictions));
+        self.counters("tier_evictions", "Blocks that a tier has evicted", evictions);
+        self.gauges("tier_queued_bytes", "Bytes that wait to be written", behind(|tier| tier.queued_bytes));
+        self.gauges(
+            "tier_failing",
+            "1 while a tier fails and is tried again ever more seldom",
+            behind(|tier| tier.failing.into()),
+        );
+        let dropped = behind(|tier| tier.dropped_total);
+        self.counters("tier_dropped", "Blocks not written: the queue was full, or the tier failed", dropped);
+        self.counters("tier_written_bytes", "Bytes of blocks written", behind(|tier| tier.written_bytes_total));
+        self.counters("tier_read_bytes", "Bytes of blocks read", behind(|tier| tier.read_bytes_total));
+        self.errors(&stats.tiers);
+    }
+
+    fn errors(&mut self, tiers: &[TierStats]) {
+        let errors = Family::<[(&'static str, String); 2], Counter>::default();
+        for tier in tiers {
+            let kinds = [
+                ("read", tier.read_errors_total),
+                ("write", tier.write_errors_total),
+                ("timeout", tier.timeouts_total),
+                ("damaged", tier.damaged_total),
+            ];
+            for (kind, count) in kinds {
+                errors.get_or_create(&[("tier", tier.name.clone()), ("kind", kind.to_owned())]).inc_by(count);
+            }
         }
-        self.0.register("disk_errors", "Reads and writes that failed or took too long, and records damaged", errors);
+        self.0.register("tier_errors", "Reads and writes that failed or took too long, and records damaged", errors);
+    }
+
+    fn gauges(&mut self, name: &str, help: &str, values: impl Iterator<Item = (String, u64)>) {
+        let gauges = Family::<[(&'static str, String); 1], Gauge<u64, AtomicU64>>::default();
+        for (tier, value) in values {
+            gauges.get_or_create(&[("tier", tier)]).set(value);
+        }
+        self.0.register(name, help, gauges);
+    }
+
+    fn counters(&mut self, name: &str, help: &str, values: impl Iterator<Item = (String, u64)>) {
+        let counters = Family::<[(&'static str, String); 1], Counter>::default();
+        for (tier, value) in values {
+            counters.get_or_create(&[("tier", tier)]).inc_by(value);
+        }
+        self.0.register(name, help, counters);
     }
 
     fn gauge(&mut self, name: &str, help: &str, value: u64) {
@@ -286,19 +315,38 @@ mod tests {
         assert!(text.contains("kvkeep_build_info{version="), "{text}");
     }
 
+    fn with_tiers(names: &[&str]) -> Stats {
+        let mut stats = Stats::default();
+        stats.tiers = names
+            .iter()
+            .map(|name| {
+                let mut tier = TierStats::default();
+                (tier.name, tier.entries) = ((*name).to_owned(), 7);
+                tier
+            })
+            .collect();
+        stats
+    }
+
+    /// The page knew a tier called disk, and no other.
     #[test]
-    fn without_a_disk_there_are_no_figures_of_one() {
-        let metrics = Metrics::default();
-        assert!(!metrics.text(&now(Stats::default())).unwrap().contains("kvkeep_disk"));
+    fn every_tier_is_on_the_page_under_its_name_and_no_other() {
+        let text = Metrics::default().text(&now(with_tiers(&["disk", "redis"]))).unwrap();
+        for line in [
+            "kvkeep_tier_entries{tier=\"ram\"} 0",
+            "kvkeep_tier_entries{tier=\"disk\"} 7",
+            "kvkeep_tier_entries{tier=\"redis\"} 7",
+            "kvkeep_tier_errors_total{tier=\"redis\",kind=\"timeout\"} 0",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
+        }
+        let without = Metrics::default().text(&now(Stats::default())).unwrap();
+        assert!(!without.contains("kvkeep_tier_entries{tier=\"disk\"}"), "{without}");
     }
 
     /// Names of all series on a page with a disk tier.
     fn series() -> BTreeSet<String> {
-        let mut stats = Stats::default();
-        let mut disk = kvkeep::TierStats::default();
-        disk.name = "disk".to_owned();
-        stats.tiers.push(disk);
-        let text = Metrics::default().text(&now(stats)).unwrap();
+        let text = Metrics::default().text(&now(with_tiers(&["disk"]))).unwrap();
         let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
         let named = types.map(|(name, kind)| match kind {
             "counter" => format!("{name}_total"),

@@ -134,7 +134,7 @@ fn bytes_of_namespaces_are_those_in_use_and_known_or_not_after_a_restart() {
     let (rows, stats) = (of(&server), get(&server, "/cache/stats"));
     assert_eq!((rows.len(), bytes(&rows, "ram")), (2, 0));
     // The difference are the segments' headers and indexes, the manifest and the lock.
-    let (records, used) = (bytes(&rows, "disk"), stats["disk"]["used_bytes"].as_u64().unwrap());
+    let (records, used) = (bytes(&rows, "disk"), stats["tiers"][0]["used_bytes"].as_u64().unwrap());
     assert!(records > 0 && records < used && used - records < 1 << 20, "{records} of {used}");
     // The operator's own namespace follows from the model; that of a salt from requests alone.
     let unknown: Vec<_> = rows.iter().filter(|row| row["known"] == false).collect();
@@ -163,15 +163,35 @@ fn prefixes_show_what_requests_share_with_counts_and_where_it_lies() {
     let (shared, behind) = two_questions(&server);
     assert_eq!((&shared["requests"], &shared["parent"], &shared["first_token"]), (&json!(2), &Value::Null, &json!(0)));
     assert!(shared["text"].as_str().unwrap().contains("librarian"), "{shared}");
-    assert_eq!(shared["ram_tokens"], shared["tokens"]);
+    assert_eq!(shared["tiers"], json!([{"name": "ram", "tokens": shared["tokens"]}]));
     assert_eq!(behind.len(), 2);
     for branch in &behind {
         assert_eq!((&branch["requests"], &branch["parent"]), (&json!(1), &shared["id"]));
         assert_eq!(branch["first_token"], shared["tokens"]);
-        assert_eq!((&branch["ram_tokens"], &branch["disk_tokens"]), (&branch["tokens"], &json!(0)));
+        assert_eq!(branch["tiers"], json!([{"name": "ram", "tokens": branch["tokens"]}]));
+        assert_eq!(branch["cached_tokens"], branch["tokens"]);
         assert!(branch["last_used_seconds"].as_f64() >= shared["last_used_seconds"].as_f64());
     }
     assert_eq!(get(&server, "/cache/prefixes?limit=1")["prefixes"][0]["id"], shared["id"]);
+}
+
+/// What was on the disk and in RAM was said to be in RAM alone: 0 tokens on the disk.
+#[test]
+fn a_prefix_is_shown_in_every_tier_that_has_it() {
+    let Some(engine) = engine() else { return };
+    let dir = tempfile::tempdir().unwrap();
+    let cache = KvCache::new(CacheConfig::new(64 << 20).disk(DiskConfig::new(dir.path(), 1 << 30))).unwrap();
+    let server = Running::over(engine, cache.clone(), config());
+    two_questions(&server);
+    cache.flush().unwrap();
+    let prefixes = get(&server, "/cache/prefixes")["prefixes"].as_array().unwrap().clone();
+    assert_eq!(prefixes.len(), 3);
+    for branch in prefixes {
+        let tokens = &branch["tokens"];
+        let in_both = json!([{"name": "ram", "tokens": tokens}, {"name": "disk", "tokens": tokens}]);
+        assert_eq!((&branch["tiers"], &branch["cached_tokens"]), (&in_both, tokens));
+    }
+    assert_eq!(get(&server, "/cache/stats")["tiers"][0]["name"], "disk");
 }
 
 #[test]

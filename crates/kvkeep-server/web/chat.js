@@ -27,6 +27,8 @@ export class Chat {
       event.preventDefault();
       this.#send();
     });
+    // Without a keyboard there is no Shift+Enter.
+    if (matchMedia("(hover: none) and (pointer: coarse)").matches) this.#input.placeholder = "Message";
     this.#input.addEventListener("keydown", (event) => {
       if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
       event.preventDefault();

@@ -5,10 +5,14 @@
 import { Refused, post } from "./api.js";
 import { byId, el, fillBar, say, set } from "./dom.js";
 import { ago, bytes as inBytes, count, plural } from "./format.js";
-import { namespaceName } from "./storage.js";
+import { namespaceName, tierPlace } from "./storage.js";
 
 /** A chat's turn begins with a line that is its role alone. */
 const ROLES = /(?:^|\n)(system|user|assistant)\n/g;
+/** So many characters that siblings have in common are shown all the same. */
+const LONG_ENOUGH = 12;
+const NOTHING = "Nothing yet. The tree grows with every prompt since the start of the server; what prompts have in common becomes a branch.";
+const NOT_SHARED = "No two prompts have begun alike yet.";
 
 export class PrefixTree {
   #root = byId("tree");
@@ -26,12 +30,16 @@ export class PrefixTree {
     this.#changed = changed;
     this.#root.addEventListener("click", (event) => this.#clicked(event));
     this.#root.addEventListener("keydown", (event) => this.#key(event));
+    byId("tree-all").addEventListener("change", () => this.#changed());
     byId("pin").addEventListener("click", () => this.#togglePin());
     byId("remove").addEventListener("click", () => this.#remove());
   }
 
-  show(prefixes, namespaces) {
+  show(all, namespaces) {
+    // What a single prompt went through is shared by nobody.
     this.#namespaces = new Map(namespaces.map((namespace) => [namespace.id, namespace]));
+    const wanted = (prefix) => byId("tree-all").checked || prefix.requests > 1 || prefix.pinned || prefix.id === this.#chosen;
+    const prefixes = withParents(all.filter(wanted), all);
     this.#prefixes = new Map(prefixes.map((prefix) => [prefix.id, prefix]));
     const still = this.#root.contains(document.activeElement) || this.#root.matches(":hover");
     if (!still) this.#places.clear();
@@ -41,6 +49,7 @@ export class PrefixTree {
     if (!this.#prefixes.has(this.#chosen)) this.#chosen = null;
     this.#root.hidden = prefixes.length === 0;
     byId("tree-empty").hidden = prefixes.length > 0;
+    say(byId("tree-empty"), all.length > 0 ? NOT_SHARED : NOTHING);
     byId("tree-head").hidden = prefixes.length === 0;
     say(byId("tree-count"), prefixes.length > 0 ? plural(prefixes.length, "branch", "branches") : "");
     this.#draw();
@@ -51,7 +60,7 @@ export class PrefixTree {
     const focused = this.#root.contains(document.activeElement) ? document.activeElement : null;
     const shown = [];
     const level = (parent, depth) => (this.#children.get(parent) ?? []).forEach((prefix, at, all) => {
-      shown.push(this.#showRow(prefix, depth, at, all.length));
+      shown.push(this.#showRow(prefix, depth, at, all));
       if (this.#isOpen(prefix.id, depth)) level(prefix.id, depth + 1);
     });
     level(null, 1);
@@ -75,7 +84,7 @@ export class PrefixTree {
   #showRow(prefix, depth, at, siblings) {
     const row = this.#rows.get(prefix.id) ?? this.#addRow(prefix.id);
     const name = depth === 1 ? this.#nameOf(prefix) : "";
-    say(row.text, snippet(prefix.text));
+    say(row.text, ownText(prefix, siblings));
     say(row.tag, name);
     row.tag.hidden = name === "";
     row.pinned.hidden = !prefix.pinned;
@@ -86,7 +95,7 @@ export class PrefixTree {
     row.item.style.setProperty("--level", depth - 1);
     set(row.item, "aria-level", String(depth));
     set(row.item, "aria-posinset", String(at + 1));
-    set(row.item, "aria-setsize", String(siblings));
+    set(row.item, "aria-setsize", String(siblings.length));
     if (this.#children.has(prefix.id)) set(row.item, "aria-expanded", String(this.#isOpen(prefix.id, depth)));
     else row.item.removeAttribute("aria-expanded");
     return row.item;
@@ -237,18 +246,41 @@ async function confirmed(prefix, branches) {
   return dialog.returnValue === "yes";
 }
 
+/** A branch is shown with those before it. */
+function withParents(shown, all) {
+  const known = new Map(all.map((prefix) => [prefix.id, prefix]));
+  const kept = new Set();
+  for (const leaf of shown) {
+    for (let prefix = leaf; prefix && !kept.has(prefix.id); prefix = known.get(prefix.parent)) kept.add(prefix.id);
+  }
+  return all.filter((prefix) => kept.has(prefix.id));
+}
+
+/** The text of a branch from where it differs from its siblings on: a narrow row shows only its beginning. */
+function ownText(prefix, siblings) {
+  const text = snippet(prefix.text);
+  const others = siblings.filter((one) => one !== prefix).map((one) => snippet(one.text));
+  const shared = Math.max(0, ...others.map((other) => commonLength(text, other)));
+  // From the beginning of the word in which they part.
+  const from = text.lastIndexOf(" ", Math.min(shared, text.length - 1)) + 1;
+  return from > LONG_ENOUGH && from < text.length ? `… ${text.slice(from)}` : text;
+}
+
+function commonLength(one, other) {
+  let at = 0;
+  while (at < one.length && one[at] === other[at]) at += 1;
+  return at;
+}
+
 function snippet(text) {
   return text.replace(ROLES, " $1: ").replace(/\s+/g, " ").trim() || "(no text)";
 }
 
-/** Where its tokens lie, as parts of a bar and in words. */
-function whereIs({ tokens, ram_tokens, disk_tokens }) {
-  const ram = Math.min(tokens, ram_tokens);
-  const disk = Math.min(tokens - ram, disk_tokens);
-  const away = tokens - ram - disk;
-  const words = [[ram, "in RAM"], [disk, "on disk"], [away, "gone"]].filter(([n]) => n > 0);
-  return {
-    parts: [["ram", ram], ["disk", disk], ["away", away]],
-    text: words.length === 1 ? `all ${words[0][1]}` : words.map(([n, place]) => `${count(n)} ${place}`).join(", "),
-  };
+/** Where its tokens lie, as parts of a bar and in words. What several tiers have is said of each, and drawn once. */
+function whereIs({ tokens, tiers, cached_tokens }) {
+  const ram = tiers.find((tier) => tier.name === "ram")?.tokens ?? 0;
+  const away = tokens - cached_tokens;
+  const places = [...tiers.map((tier) => [tier.tokens, tierPlace(tier.name)]), [away, "gone"]].filter(([n]) => n > 0);
+  const say = ([n, place]) => `${n === tokens ? "all" : count(n)} ${place}`;
+  return { parts: [["ram", ram], ["disk", cached_tokens - ram], ["away", away]], text: places.map(say).join(", ") };
 }

@@ -9,30 +9,37 @@ export function namespaceName(namespace) {
   return namespace.cache_salt || !namespace.known ? `${name} · ${namespace.id.slice(0, 6)}` : name;
 }
 
+/** What people call a tier, and where something is that it has. */
+export const tierName = (name) => ({ ram: "RAM", disk: "Disk" })[name] ?? name;
+export const tierPlace = (name) => ({ ram: "in RAM", disk: "on disk" })[name] ?? `in ${name}`;
+
+function factsOf(tier) {
+  return [
+    tier.failing ? "failing: answers are computed instead, and it is tried again" : null,
+    plural(tier.entries, "block"),
+    tier.queued_bytes > 0 ? `${bytes(tier.queued_bytes)} waiting to be written` : null,
+    `${count(tier.evictions)} evicted`,
+    tier.damaged > 0 ? `${count(tier.damaged)} damaged and left out` : null,
+    tier.load_bytes_per_s > 0 ? `loads at ${bytes(tier.load_bytes_per_s)}/s` : null,
+    tier.encrypted ? "encrypted" : null,
+  ];
+}
+
 export class Storage {
   #tiers = new Map();
   #rows = new Map();
 
-  showTiers({ ram, disk, encrypted }) {
+  showTiers({ ram, tiers }) {
     this.#tier("RAM", "ram", ram, [
       plural(ram.entries, "block"),
       ram.held_bytes > 0 ? `${bytes(ram.held_bytes)} held` : null,
       ram.pinned_tokens > 0 ? `${plural(ram.pinned_tokens, "token")} pinned` : null,
       `${count(ram.evictions)} evicted`,
     ]);
-    if (!disk) {
-      this.#tier("Disk", "disk", null, ["None: started with --no-disk. Without that, prompts stay warm over a restart."]);
-      return;
+    if (tiers.length === 0) {
+      this.#tier(tierName("disk"), "disk", null, ["None: started with --no-disk. Without that, prompts stay warm over a restart."]);
     }
-    this.#tier("Disk", "disk", disk, [
-      disk.failing ? "failing: answers are computed instead, and the disk is tried again" : null,
-      plural(disk.entries, "block"),
-      disk.queued_bytes > 0 ? `${bytes(disk.queued_bytes)} waiting to be written` : null,
-      `${count(disk.evictions)} evicted`,
-      disk.damaged > 0 ? `${count(disk.damaged)} damaged and left out` : null,
-      disk.load_bytes_per_s > 0 ? `loads at ${bytes(disk.load_bytes_per_s)}/s` : null,
-      encrypted ? "encrypted" : null,
-    ], disk.failing);
+    for (const tier of tiers) this.#tier(tierName(tier.name), "disk", tier, factsOf(tier), tier.failing);
   }
 
   showNamespaces(namespaces) {

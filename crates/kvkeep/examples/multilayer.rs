@@ -9,7 +9,7 @@ const LAYERS: usize = 32;
 const SHAPE: [usize; 3] = [8, 1024, 128]; // [kv_heads, tokens, head_dim]
 
 fn main() -> kvkeep::Result<()> {
-    let cache = SimpleKvCache::with_max_size_gb(1.0)?;
+    let cache = SimpleKvCache::with_max_size_gib(1.0)?;
     let elements: usize = SHAPE.iter().product();
     let began = Instant::now();
     let kv: Vec<Vec<bf16>> = (0..LAYERS).map(|layer| vec![bf16::from_f32(layer as f32); elements]).collect();

@@ -3,7 +3,7 @@
 use kvkeep::{SimpleKvCache, TensorView};
 
 fn main() -> kvkeep::Result<()> {
-    let cache = SimpleKvCache::with_max_size_gb(1.0)?;
+    let cache = SimpleKvCache::with_max_size_gib(1.0)?;
     let prefix = "You are a helpful assistant.";
     let k = vec![0.25f32; 3 * 7 * 64]; // [kv_heads, tokens, head_dim]
     let k = TensorView::of(&k, &[3, 7, 64])?;

@@ -21,11 +21,13 @@ use crate::key::{BlockHash, Namespace, ObjectKey, TokenId};
 /// assert_eq!(cache.lookup_chain(&chain).blocks(), 0);
 /// # Ok::<(), kvkeep::Error>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone)]
 pub struct Chain {
     namespace: Namespace,
     keys: Vec<ObjectKey>,
     tokens: usize,
+    /// For listeners; none unless they were given.
+    token_ids: Vec<TokenId>,
 }
 
 impl Chain {
@@ -35,7 +37,15 @@ impl Chain {
     /// [`Error::EmptyTokens`] if there are no tokens at all.
     pub fn of(namespace: &Namespace, tokens: &[TokenId]) -> Result<Self> {
         let keys = namespace.block_hashes(tokens)?.into_iter().map(BlockHash::key).collect();
-        Ok(Self { namespace: namespace.clone(), keys, tokens: tokens.len() })
+        Ok(Self { namespace: namespace.clone(), keys, tokens: tokens.len(), token_ids: Vec::new() })
+    }
+
+    /// The same with its tokens, for a listener that wants to know them ([`EventSink`](crate::EventSink)) when its
+    /// blocks are stored. Calls that take tokens do this themselves.
+    #[must_use]
+    pub fn with_token_ids(mut self, tokens: &[TokenId]) -> Self {
+        self.token_ids = tokens.to_vec();
+        self
     }
 
     /// Blocks that an engine has named by hashes of its own, in the order of the prompt. Each hash must cover all
@@ -51,7 +61,8 @@ impl Chain {
         let begin = Sha256::new_with_prefix(b"kvkeep external block 1").chain_update(namespace.id().as_bytes());
         let key = |hash: &H| ObjectKey::new(begin.clone().chain_update(hash).finalize().into(), 0);
         let tokens = hashes.len().saturating_mul(namespace.layout().block_tokens());
-        Ok(Self { namespace: namespace.clone(), keys: hashes.iter().map(key).collect(), tokens })
+        let keys = hashes.iter().map(key).collect();
+        Ok(Self { namespace: namespace.clone(), keys, tokens, token_ids: Vec::new() })
     }
 
     /// The chain of `tokens`, which begin with the full blocks of this one: only the blocks behind those are hashed.
@@ -64,6 +75,9 @@ impl Chain {
             self.namespace.block_hashes_behind(chain.keys.last().map(ObjectKey::block_hash), tokens, chain.keys.len());
         chain.keys.extend(behind.into_iter().map(BlockHash::key));
         chain.tokens = tokens.len();
+        if !self.token_ids.is_empty() {
+            chain.token_ids = tokens.to_vec();
+        }
         chain
     }
 
@@ -101,7 +115,29 @@ impl Chain {
     pub(crate) fn keys(&self) -> &[ObjectKey] {
         &self.keys
     }
+
+    /// The blocks from this one on, each with its tokens if they were given.
+    pub(crate) fn blocks_from(&self, first: usize) -> impl Iterator<Item = (BlockHash, &[TokenId])> {
+        let block_tokens = self.namespace.layout().block_tokens();
+        let tokens = self.token_ids.chunks_exact(block_tokens).map(Some).chain(std::iter::repeat(None));
+        let blocks = self.keys.iter().zip(tokens).skip(first);
+        blocks.map(|(key, tokens)| (key.block_hash(), tokens.unwrap_or_default()))
+    }
+
+    /// The block before this one.
+    pub(crate) fn before(&self, block: usize) -> Option<BlockHash> {
+        block.checked_sub(1).and_then(|before| self.keys.get(before)).map(ObjectKey::block_hash)
+    }
 }
+
+/// Equal chains name the same blocks of a prompt, whether their tokens were given or not.
+impl PartialEq for Chain {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.namespace, &self.keys, self.tokens) == (&other.namespace, &other.keys, other.tokens)
+    }
+}
+
+impl Eq for Chain {}
 
 #[cfg(test)]
 mod tests {

@@ -1,6 +1,7 @@
 //! Settings of a store: explicit, checked when the store opens, never read from
 //! the environment.
 
+#[cfg(feature = "disk")]
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,7 +10,9 @@ use crate::clock::{Clock, SystemClock};
 use crate::codec::Codecs;
 use crate::error::{Error, Result};
 use crate::event::EventSink;
-use crate::eviction::{Admission, PolicyKind, Priority};
+#[cfg(feature = "disk")]
+use crate::eviction::Admission;
+use crate::eviction::{PolicyKind, Priority};
 use crate::key::NamespaceId;
 use crate::record::TraceRecorder;
 use crate::tier::Tier;
@@ -31,12 +34,14 @@ pub struct CacheConfig {
     pub(crate) quotas: Vec<(NamespaceId, f64)>,
     pub(crate) recorder: Option<Arc<TraceRecorder>>,
     pub(crate) clock: Arc<dyn Clock>,
+    #[cfg(feature = "disk")]
     pub(crate) disk: Option<DiskConfig>,
     pub(crate) tiers: Vec<Arc<dyn Tier>>,
     pub(crate) sink: Option<Arc<dyn EventSink>>,
 }
 
 /// Settings of a disk tier: a directory of its own, and a cap.
+#[cfg(feature = "disk")]
 #[derive(Debug, Clone)]
 pub struct DiskConfig {
     pub(crate) dir: PathBuf,
@@ -61,6 +66,7 @@ pub enum WritePolicy {
     Back,
 }
 
+#[cfg(feature = "disk")]
 impl DiskConfig {
     /// A disk tier of at most `capacity_bytes` (at least 1 MiB) in `dir`, which is created
     /// if need be and belongs to one process at a time.
@@ -93,10 +99,10 @@ impl DiskConfig {
         self
     }
 
-    /// What is written to the disk at all: everything, unless said otherwise. Holds for both write policies and
-    /// for what is in RAM when the cache is flushed or closed: what is not admitted is not durable. A
-    /// write-through disk is asked when something is stored and at each use until it is written, a write-back
-    /// one when RAM evicts it.
+    /// What is written to the disk at all: everything, unless said otherwise. The rule holds for both write policies,
+    /// and also when the cache is flushed or closed: what is not admitted is not durable. With
+    /// write-through the rule is asked when something is stored and at each use until it is written. With write-back
+    /// it is asked when RAM evicts.
     #[must_use]
     pub fn admission(mut self, admission: Admission) -> Self {
         self.admission = admission;
@@ -155,6 +161,7 @@ impl CacheConfig {
             quotas: Vec::new(),
             recorder: None,
             clock: Arc::new(SystemClock::new()),
+            #[cfg(feature = "disk")]
             disk: None,
             tiers: Vec::new(),
             sink: None,
@@ -163,7 +170,7 @@ impl CacheConfig {
 
     /// No RAM of its own: blocks go between the tiers and memory that an engine lends
     /// ([`KvCache::write_lent`](crate::KvCache::write_lent), [`KvCache::read_lent`](crate::KvCache::read_lent)).
-    /// Whatever else is stored is refused. Give a disk tier its [`DiskConfig::queue_bytes`]: it cannot be a part of RAM.
+    /// Whatever else is stored is refused. Give a disk tier its `queue_bytes`: it cannot be a part of RAM.
     #[must_use]
     pub fn without_ram() -> Self {
         Self::new(crate::tier::ram::PAGE_BYTES as u64)
@@ -185,6 +192,7 @@ impl CacheConfig {
     }
 
     /// A disk tier behind the RAM tier.
+    #[cfg(feature = "disk")]
     #[must_use]
     pub fn disk(mut self, disk: DiskConfig) -> Self {
         self.disk = Some(disk);
@@ -198,7 +206,8 @@ impl CacheConfig {
         self
     }
 
-    /// Tells somebody which blocks come to RAM and go from it.
+    /// Tells a listener which blocks come to which tier and go from it. Without one nothing is kept for it; with one,
+    /// some 150 bytes for each block that is anywhere.
     #[must_use]
     pub fn events(mut self, sink: Arc<dyn EventSink>) -> Self {
         self.sink = Some(sink);
@@ -212,12 +221,11 @@ impl CacheConfig {
         self
     }
 
-    /// A share of the capacity for a namespace: its weight over the sum of all weights, in which
-    /// all namespaces without a quota together count as 1. When room is needed, the share that
-    /// is furthest over what it is due gives; so nobody loses what is within its share to
-    /// others, and what nobody else needs may be used by all. Of what is larger than its share
-    /// the rest is refused once nobody else has more than theirs:
-    /// [`Rejection::OverQuota`](crate::Rejection::OverQuota). Works with every policy.
+    /// A share of the capacity for a namespace: its weight over the sum of all weights. All
+    /// namespaces without a quota count as 1 together. When room is needed, it is taken from the namespace that
+    /// is furthest over its share. So nobody loses what is within its share, and everybody may use what
+    /// nobody else needs. A namespace that wants more than its share while nobody else has more than theirs is
+    /// refused the rest: [`Rejection::OverQuota`](crate::Rejection::OverQuota). Works with every policy.
     ///
     /// # Errors
     /// [`Error::Config`] if the weight is not a positive, finite number, or the namespace has a

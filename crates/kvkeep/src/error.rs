@@ -1,8 +1,14 @@
 //! What can go wrong, by meaning. Every message says what to do.
 //!
+//! An error says its own part, and hands out what caused it as its source: whoever prints the whole chain, as
+//! [`OneLine`] does, says everything once. Messages that contain their source were the alternative: then each printer
+//! of chains says it twice.
+//!
 //! A miss and a rejection are not errors: a miss is `None`, a rejection is a
 //! [`Rejection`] inside a stated result.
 
+use std::error::Error as StdError;
+use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
@@ -112,7 +118,7 @@ pub enum Error {
         reason: String,
     },
     /// The RAM arena could not be reserved.
-    #[error("cannot reserve {bytes} bytes of address space for the RAM tier: {source}; choose a smaller capacity")]
+    #[error("cannot reserve {bytes} bytes of address space for the RAM tier (choose a smaller capacity)")]
     Memory {
         /// Bytes asked for.
         bytes: u64,
@@ -120,7 +126,7 @@ pub enum Error {
         source: io::Error,
     },
     /// The disk tier's directory cannot be used.
-    #[error("cannot {doing} the disk tier at {}: {source}", .dir.display())]
+    #[error("cannot {doing} the disk tier at {}", .dir.display())]
     Disk {
         /// The directory.
         dir: PathBuf,
@@ -172,7 +178,7 @@ pub enum Error {
     #[error("the cache has no disk tier: configure one")]
     NoDisk,
     /// No memory for a private view of what was found.
-    #[error("cannot map {bytes} bytes for a private view: {source}; drop views that are no longer needed")]
+    #[error("cannot map {bytes} bytes for a private view (drop views that are no longer needed)")]
     PrivateMemory {
         /// Bytes asked for.
         bytes: u64,
@@ -186,6 +192,38 @@ fn holder(pid: Option<u32>) -> String {
         None => "another process".into(),
         Some(pid) if pid == std::process::id() => format!("process {pid}, which is this one"),
         Some(pid) => format!("process {pid}"),
+    }
+}
+
+/// An error and everything that caused it, in one line: for where nothing but text can go.
+///
+/// ```
+/// use std::io;
+/// use kvkeep::{Error, OneLine};
+///
+/// let source = io::Error::other("it is away");
+/// let error = Error::Disk { dir: "/cache".into(), doing: "flush", source };
+/// assert_eq!(error.to_string(), "cannot flush the disk tier at /cache");
+/// assert_eq!(OneLine(&error).to_string(), "cannot flush the disk tier at /cache: it is away");
+/// ```
+#[derive(Debug, Clone, Copy)]
+pub struct OneLine<'a>(pub &'a (dyn StdError + 'static));
+
+impl fmt::Display for OneLine<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut said = self.0.to_string();
+        f.write_str(&said)?;
+        let mut next = self.0.source();
+        while let Some(error) = next {
+            next = error.source();
+            let cause = error.to_string();
+            // Not every library leaves its causes to whoever prints them.
+            if !said.ends_with(&cause) {
+                write!(f, ": {cause}")?;
+                said = cause;
+            }
+        }
+        Ok(())
     }
 }
 
@@ -231,4 +269,101 @@ pub enum Rejection {
         /// Where the missing block begins.
         token: usize,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tensor::DType;
+
+    /// Each variant once. The match has no wildcard: a new variant has to be added here, too.
+    fn every() -> Vec<Error> {
+        let (cause, shape) = (|| io::Error::other("the cause"), Shape::new(&[1]).unwrap());
+        let all = vec![
+            Error::Config("c".into()),
+            Error::Layout("l".into()),
+            Error::BadId("i".into()),
+            Error::EmptyTokens,
+            Error::EmptyPrefix,
+            Error::ZeroLayers,
+            Error::LayerOutOfRange { layer: 2, layers: 2 },
+            Error::LayerCount { expected: 2, got: 1 },
+            Error::BlockOutOfRange { block: 1, blocks: 1 },
+            Error::DuplicateLayer(1),
+            Error::DTypeMismatch { tensor: "k".into(), expected: DType::U8, got: DType::I8 },
+            Error::ShapeMismatch { tensor: "k".into(), expected: "s".into(), got: shape },
+            Error::BufferLength { shape, dtype: DType::U8, expected_bytes: 1, got_bytes: 2 },
+            Error::Rank { rank: 9, max: 8 },
+            Error::EmptyTensor("k".into()),
+            Error::SizeOverflow("s"),
+            Error::Cast { wanted: DType::F32, reason: "r".into() },
+            Error::Memory { bytes: 1, source: cause() },
+            Error::Disk { dir: "d".into(), doing: "open", source: cause() },
+            Error::DiskLocked { dir: "d".into(), pid: None },
+            Error::DiskRefused { dir: "d".into(), reason: "r".into() },
+            Error::Forked,
+            Error::Stopped,
+            Error::NoDisk,
+            Error::PrivateMemory { bytes: 1, source: cause() },
+            Error::LeasesFull { needed_bytes: 2, limit_bytes: 1 },
+            Error::BadLeaseId("l".into()),
+        ];
+        let number = |error: &Error| match error {
+            Error::Config(_) => 0,
+            Error::Layout(_) => 1,
+            Error::BadId(_) => 2,
+            Error::EmptyTokens => 3,
+            Error::EmptyPrefix => 4,
+            Error::ZeroLayers => 5,
+            Error::LayerOutOfRange { .. } => 6,
+            Error::LayerCount { .. } => 7,
+            Error::BlockOutOfRange { .. } => 8,
+            Error::DuplicateLayer(_) => 9,
+            Error::DTypeMismatch { .. } => 10,
+            Error::ShapeMismatch { .. } => 11,
+            Error::BufferLength { .. } => 12,
+            Error::Rank { .. } => 13,
+            Error::EmptyTensor(_) => 14,
+            Error::SizeOverflow(_) => 15,
+            Error::Cast { .. } => 16,
+            Error::Memory { .. } => 17,
+            Error::Disk { .. } => 18,
+            Error::DiskLocked { .. } => 19,
+            Error::DiskRefused { .. } => 20,
+            Error::Forked => 21,
+            Error::Stopped => 22,
+            Error::NoDisk => 23,
+            Error::PrivateMemory { .. } => 24,
+            Error::LeasesFull { .. } => 25,
+            Error::BadLeaseId(_) => 26,
+        };
+        assert!(all.iter().map(number).eq(0..27));
+        all
+    }
+
+    /// The operating system's words were said twice by whoever printed the chain, and three times at the server's end.
+    #[test]
+    fn no_error_says_its_source_and_the_whole_line_says_it_once() {
+        let mut sources = 0;
+        for error in every() {
+            let (own, line) = (error.to_string(), OneLine(&error).to_string());
+            assert!(!own.is_empty() && !own.contains("the cause"), "{own}");
+            if let Some(source) = error.source() {
+                sources += 1;
+                assert_eq!(line, format!("{own}: {source}"));
+            } else {
+                assert_eq!(line, own);
+            }
+        }
+        assert_eq!(sources, 3);
+    }
+
+    #[test]
+    fn a_cause_that_another_library_says_twice_is_said_once() {
+        #[derive(Debug, thiserror::Error)]
+        #[error("it failed: {0}")]
+        struct Talkative(#[source] io::Error);
+        let error = Talkative(io::Error::other("the disk is full"));
+        assert_eq!(OneLine(&error).to_string(), "it failed: the disk is full");
+    }
 }

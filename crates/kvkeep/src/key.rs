@@ -188,6 +188,7 @@ impl NamespaceId {
         Self(hasher.finalize().into())
     }
 
+    #[cfg(any(feature = "disk", feature = "contract", test))]
     pub(crate) fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }

@@ -20,6 +20,7 @@ pub const DEFAULT_BLOCK_TOKENS: u32 = 64;
 
 /// Which index runs outside the other inside one layer's K or V.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
+#[non_exhaustive]
 pub enum TokenOrder {
     /// `[token][kv_head][head_dim]`: new tokens are appended at the end.
     #[default]

@@ -9,11 +9,13 @@
 //!   borrowed or copied into an engine's tensors. What engines use.
 //! - [`SimpleKvCache`], by prefix text and layer: K and V of any shape, handed back as stored.
 //!
-//! Behind RAM there may be a directory on a disk ([`DiskConfig`]): what is stored goes there too, a
+//! Behind RAM there may be a directory on a disk (`DiskConfig`): what is stored goes there too, a
 //! restart finds it again, and what RAM has evicted is loaded from there where that is faster than
-//! computing it again. [`Archive`] looks at such a directory from outside.
+//! computing it again. `Archive` looks at such a directory from outside.
 //!
 //! It is synchronous, runs on any number of threads, and knows nothing of models.
+//!
+//! Features, both on by default: `disk` (the disk tier), and `encryption` (of what lies there).
 
 #[cfg(test)]
 extern crate self as kvkeep;
@@ -43,17 +45,19 @@ mod sync;
 mod tensor;
 mod tier;
 
-pub use cache::{KvCache, Look, Match, Missing, StoreReport};
+pub use cache::{KvCache, Look, Match, Missing, Residency, StoreReport};
 pub use chain::Chain;
 pub use clock::{Clock, ManualClock, SystemClock};
-pub use config::{CacheConfig, DiskConfig, Stop, StoreOptions, WritePolicy};
-pub use error::{Error, Rejection, Result};
+#[cfg(feature = "disk")]
+pub use config::DiskConfig;
+pub use config::{CacheConfig, Stop, StoreOptions, WritePolicy};
+pub use error::{Error, OneLine, Rejection, Result};
 pub use event::{Event, EventSink};
 pub use eviction::{Admission, PolicyKind, Priority};
 pub use key::{BlockHash, Namespace, NamespaceId, TokenId};
 pub use layout::{DEFAULT_BLOCK_TOKENS, KvLayout, LayerShape, LayerView, LayerViewMut, TokenOrder};
 pub use named::{
-    CachedKv, CachedLayers, DEFAULT_MAX_SIZE_GB, DEFAULT_TTL, Evicted, HashedPrefix, LayerKv, MAX_LAYERS, Outcome,
+    CachedKv, CachedLayers, DEFAULT_MAX_SIZE_GIB, DEFAULT_TTL, Evicted, HashedPrefix, LayerKv, MAX_LAYERS, Outcome,
     PrivateLayers, PrivateTensor, SimpleKvCache,
 };
 pub use namespaces::NamespaceUsage;
@@ -64,6 +68,7 @@ pub use stats::{Stats, TierStats};
 pub use store::{Lease, LeaseId, Leased, Removed, Store};
 pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};
 pub use tier::Tier;
+#[cfg(feature = "disk")]
 pub use tier::disk::{Archive, Contents, ManifestState, RecordInfo, RecordState, Verified};
 
 /// What it takes to write a [`Tier`], and some that are there.
@@ -71,10 +76,12 @@ pub mod tiers {
     pub use crate::block::{BlockKey, BlockMeta};
     pub use crate::clock::Deadline;
     pub use crate::codec::{Codec, CodecId, Codecs, Raw};
+    pub use crate::event::Reports;
     pub use crate::layout::{Frame, Side};
     pub use crate::tier::around::{Fault, Limit, Meter, Metered};
     #[cfg(any(test, feature = "contract"))]
     pub use crate::tier::contract;
+    #[cfg(feature = "disk")]
     pub use crate::tier::disk::{decode_header, encode_header};
     pub use crate::tier::memory::MemoryTier;
     pub use crate::tier::{Epoch, Forget, Forgets, Forgotten, Located, Offer, Payload, Read, ReadTarget};
@@ -94,4 +101,6 @@ mod readmes {
     struct Repository;
     #[doc = include_str!("../README.md")]
     struct Crate;
+    #[doc = include_str!("../../../docs/events.md")]
+    struct Events;
 }

@@ -21,7 +21,7 @@ use crate::tensor::{DType, PairSpec, Shape, TensorView};
 pub const MAX_LAYERS: usize = 4096;
 
 /// Size of a [`SimpleKvCache`] unless said otherwise.
-pub const DEFAULT_MAX_SIZE_GB: f64 = 10.0;
+pub const DEFAULT_MAX_SIZE_GIB: f64 = 10.0;
 
 /// Time to live in a [`SimpleKvCache`] unless said otherwise.
 pub const DEFAULT_TTL: Duration = Duration::from_secs(3600);
@@ -31,7 +31,7 @@ pub const DEFAULT_TTL: Duration = Duration::from_secs(3600);
 /// ```
 /// use kvkeep::{SimpleKvCache, TensorView};
 ///
-/// let cache = SimpleKvCache::with_max_size_gb(0.1)?;
+/// let cache = SimpleKvCache::with_max_size_gib(0.1)?;
 /// let k = TensorView::of(&[1.0f32, 2.0, 3.0, 4.0], &[1, 2, 2])?;
 /// cache.cache_kv("You are helpful.", 0, k, k)?;
 ///
@@ -83,17 +83,17 @@ pub struct CachedLayers {
     pin: Pin,
 }
 
-/// K and V of several layers in memory of the holder's own: what is written there changes
-/// neither the cache nor what another hit shows. No bytes are copied to make one (a page is
-/// when it is first written); while it lives its pages cannot be evicted. Stays valid after
+/// K and V of several layers in memory of the holder's own. What is written there changes
+/// neither the cache nor what another hit shows. Making one copies nothing; a page is copied
+/// when it is first written. Its pages cannot be evicted while it lives. It stays valid after
 /// removal and after the cache is gone.
 #[derive(Debug)]
 pub struct PrivateLayers {
     pin: PrivatePin,
 }
 
-/// One tensor of [`PrivateLayers`]: memory that is valid, and its holder's alone, while they
-/// live. An address rather than a slice, because it is for tensor libraries.
+/// One tensor of [`PrivateLayers`]: memory that is valid while they live, and belongs to their
+/// holder alone. It is an address and not a slice, because tensor libraries take addresses.
 #[derive(Debug, Clone, Copy)]
 pub struct PrivateTensor {
     /// Element type.
@@ -115,20 +115,20 @@ pub struct Evicted {
 }
 
 impl SimpleKvCache {
-    /// A cache of [`DEFAULT_MAX_SIZE_GB`] GiB whose entries live for [`DEFAULT_TTL`].
+    /// A cache of [`DEFAULT_MAX_SIZE_GIB`] GiB whose entries live for [`DEFAULT_TTL`].
     ///
     /// # Errors
     /// As [`Store::new`].
     pub fn new() -> Result<Self> {
-        Self::with_max_size_gb(DEFAULT_MAX_SIZE_GB)
+        Self::with_max_size_gib(DEFAULT_MAX_SIZE_GIB)
     }
 
-    /// A cache of `max_size_gb` GiB whose entries live for [`DEFAULT_TTL`].
+    /// A cache of `max_size_gib` GiB whose entries live for [`DEFAULT_TTL`].
     ///
     /// # Errors
     /// [`Error::Config`] if the size is not a positive, finite number; else as [`Store::new`].
-    pub fn with_max_size_gb(max_size_gb: f64) -> Result<Self> {
-        Self::open(CacheConfig::from_gib(max_size_gb)?.ttl(Some(DEFAULT_TTL)))
+    pub fn with_max_size_gib(max_size_gib: f64) -> Result<Self> {
+        Self::open(CacheConfig::from_gib(max_size_gib)?.ttl(Some(DEFAULT_TTL)))
     }
 
     /// A cache with a store of its own.
@@ -454,8 +454,8 @@ impl PrivateLayers {
         pair().ok_or(Error::LayerOutOfRange { layer, layers: self.len() })
     }
 
-    /// Do the layers lie behind each other in one piece of memory, with nothing of others in
-    /// between? They do if they were stored together while the cache had a free run of pages.
+    /// Do the layers lie behind each other in one piece of memory, with nothing else in
+    /// between? They do if they were stored together and the cache had enough free pages in a row.
     #[must_use]
     pub fn is_one_run(&self) -> bool {
         self.pin.is_one_run()

@@ -11,7 +11,9 @@
 
 #![expect(unsafe_code, reason = "hooks of the C library; see `register`")]
 
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
+#[cfg(feature = "disk")]
+use std::os::fd::BorrowedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 
@@ -29,6 +31,7 @@ static NOTHING: OnceLock<Option<OwnedFd>> = OnceLock::new();
 pub struct Process(u64);
 
 /// A descriptor that children do not share while this lives.
+#[cfg(feature = "disk")]
 #[derive(Debug)]
 pub(crate) struct NotInherited(&'static AtomicI32);
 
@@ -50,6 +53,7 @@ impl Process {
 
 /// Keeps children from sharing an open file: what is locked by it stays locked for as long as any of them has
 /// it open. `None` if there is no more room for that; then they share it.
+#[cfg(feature = "disk")]
 pub(crate) fn not_inherited(fd: BorrowedFd<'_>) -> Option<NotInherited> {
     let _ = Process::current();
     let open = || std::fs::File::open("/dev/null").ok().map(OwnedFd::from);
@@ -59,6 +63,7 @@ pub(crate) fn not_inherited(fd: BorrowedFd<'_>) -> Option<NotInherited> {
     NOT_INHERITED.iter().find(take).map(NotInherited)
 }
 
+#[cfg(feature = "disk")]
 impl Drop for NotInherited {
     fn drop(&mut self) {
         self.0.store(0, Ordering::SeqCst);

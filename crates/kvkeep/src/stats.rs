@@ -44,7 +44,7 @@ pub struct Stats {
     pub tiers: Vec<TierStats>,
 }
 
-/// A snapshot of the counters of a tier behind RAM. They only grow, but for the sizes as of now.
+/// A snapshot of the counters of a tier behind RAM. Counters only grow; sizes are those of now.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct TierStats {
@@ -52,7 +52,7 @@ pub struct TierStats {
     pub name: String,
     /// Records that can be found now.
     pub entries: u64,
-    /// Bytes on the disk now, as `du` counts them, and a margin for the directory itself.
+    /// Bytes that it takes now. A disk's are those that `du` counts, and a margin for the directory itself.
     pub used_bytes: u64,
     /// The cap.
     pub capacity_bytes: u64,
@@ -70,9 +70,9 @@ pub struct TierStats {
     pub written_raw_bytes_total: u64,
     /// Bytes of payloads read.
     pub read_bytes_total: u64,
-    /// Records that were not written: the queue was full, or the disk failed.
+    /// Records that were not written: the queue was full, or the tier failed.
     pub dropped_total: u64,
-    /// Entries of RAM that the admission rule kept off the disk, at first or for good.
+    /// Entries of RAM that the admission rule kept out of the tier, at first or for good.
     pub not_admitted_total: u64,
     /// Records that went with their segment.
     pub evictions: u64,
@@ -80,14 +80,14 @@ pub struct TierStats {
     pub reinserted_total: u64,
     /// Records or segments that were not what they should be: each a miss.
     pub damaged_total: u64,
-    /// Reads that the disk failed.
+    /// Reads that failed.
     pub read_errors_total: u64,
-    /// Writes that the disk failed.
+    /// Writes that failed.
     pub write_errors_total: u64,
-    /// Reads that took longer than the request would wait, and times that writing got nothing done for as long as
-    /// anybody waits.
+    /// Reads that took longer than a request waits, and times in which writing got nothing done for as long as
+    /// a flush waits.
     pub timeouts_total: u64,
-    /// Tokens on the disk that were not loaded because computing them again is faster.
+    /// Tokens in the tier that were not loaded, because computing them again is faster.
     pub not_worth_tokens_total: u64,
     /// The codec that writes what no namespace says otherwise.
     pub codec: &'static str,
@@ -95,7 +95,7 @@ pub struct TierStats {
     pub unknown_codec_records: u64,
     /// Is what lies there encrypted?
     pub encrypted: bool,
-    /// Is the disk failing right now? Then it is tried again, ever more seldom.
+    /// Is the tier failing right now? Then it is tried again, ever more seldom.
     pub failing: bool,
     /// Files in the directory that are not ours. They are left alone.
     pub foreign_files: u64,
@@ -130,13 +130,13 @@ impl Stats {
 
     /// Bytes in use, in MiB.
     #[must_use]
-    pub fn size_mb(&self) -> f64 {
+    pub fn size_mib(&self) -> f64 {
         mib(self.used_bytes)
     }
 
     /// The cap, in MiB.
     #[must_use]
-    pub fn max_size_mb(&self) -> f64 {
+    pub fn max_size_mib(&self) -> f64 {
         mib(self.capacity_bytes)
     }
 
@@ -182,8 +182,8 @@ impl fmt::Display for Stats {
             "size",
             format!(
                 "{:.1} of {:.1} MiB ({:.1}%) in {} entries",
-                self.size_mb(),
-                self.max_size_mb(),
+                self.size_mib(),
+                self.max_size_mib(),
                 self.size_percent(),
                 self.entries
             ),

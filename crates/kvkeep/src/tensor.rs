@@ -6,8 +6,6 @@
 
 use std::fmt;
 
-use bytemuck::Pod;
-
 use crate::error::{Error, Result};
 
 /// The most dimensions a tensor may have.
@@ -76,8 +74,9 @@ pub struct TensorViewMut<'a> {
 }
 
 /// Rust types that are elements of a [`DType`]. The 8-bit floats have no Rust
-/// type: make their views from bytes.
-pub trait Element: Pod {
+/// type: make their views from bytes. Other types cannot be made elements: a tensor's bytes are then none that
+/// could be one.
+pub trait Element: sealed::Plain + Copy + Send + Sync + 'static {
     /// The dtype of this type.
     const DTYPE: DType;
 }
@@ -99,6 +98,7 @@ impl DType {
     ];
 
     /// Its number on disk: the position in [`DType::ALL`].
+    #[cfg(feature = "disk")]
     pub(crate) fn code(self) -> u8 {
         match self {
             Self::F32 => 0,
@@ -115,6 +115,7 @@ impl DType {
         }
     }
 
+    #[cfg(feature = "disk")]
     pub(crate) fn from_code(code: u8) -> Option<Self> {
         Self::ALL.get(usize::from(code)).copied()
     }
@@ -308,10 +309,17 @@ fn checked_shape(dtype: DType, dims: &[usize], got_bytes: usize) -> Result<Shape
     }
 }
 
+/// What an element is inside: not for others to implement or to see.
+mod sealed {
+    /// Any bytes are a value, and a value is its bytes.
+    pub trait Plain: bytemuck::Pod {}
+}
+
 macro_rules! elements {
-    ($($type:ty => $dtype:ident),+ $(,)?) => {
-        $(impl Element for $type { const DTYPE: DType = DType::$dtype; })+
-    };
+    ($($type:ty => $dtype:ident),+ $(,)?) => {$(
+        impl sealed::Plain for $type {}
+        impl Element for $type { const DTYPE: DType = DType::$dtype; }
+    )+};
 }
 
 elements! {

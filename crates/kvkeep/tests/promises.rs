@@ -416,7 +416,7 @@ fn every_dtype_comes_back_with_its_shape() {
 #[test]
 fn bad_input_gets_a_clear_error_and_changes_nothing() {
     for gib in [f64::NAN, f64::INFINITY, -1.0, 0.0, 1e300] {
-        let error = SimpleKvCache::with_max_size_gb(gib).unwrap_err();
+        let error = SimpleKvCache::with_max_size_gib(gib).unwrap_err();
         assert!(matches!(error, Error::Config(_)), "{gib}: {error}");
     }
     assert!(matches!(KvCache::new(CacheConfig::new(0)), Err(Error::Config(_))));

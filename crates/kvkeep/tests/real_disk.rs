@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use common::{assert_right, namespace, store};
-use kvkeep::{Archive, CacheConfig, DiskConfig, Error, KvCache};
+use kvkeep::{Archive, CacheConfig, DiskConfig, Error, KvCache, OneLine};
 
 const MIB: u64 = 1 << 20;
 
@@ -167,7 +167,7 @@ fn a_read_only_directory_is_a_clear_error_and_can_still_be_looked_into() {
     mount.remount("ro");
     let error = open(&mount.dir()).unwrap_err();
     assert!(matches!(error, Error::Disk { .. }), "{error}");
-    assert!(error.to_string().contains("Read-only"), "{error}");
+    assert!(OneLine(&error).to_string().contains("Read-only"), "{error}");
     let archive = Archive::open(mount.dir(), None, 0).unwrap();
     assert_eq!(archive.records().len(), 32);
 }

@@ -129,7 +129,7 @@ impl Lab<'_> {
         capacity_tokens: usize,
         mut send_all: impl FnMut(&mut Client<'_>) -> Result<()>,
     ) -> Result<(Run, Run, kvkeep::Stats)> {
-        let cache = KvCache::new(CacheConfig::from_gib(self.options.capacity_gb)?)?;
+        let cache = KvCache::new(CacheConfig::from_gib(self.options.capacity_gib)?)?;
         let namespace = self.engine.namespace(self.options.block_tokens)?;
         let mut generator = Generator::new(self.engine, capacity_tokens, namespace)?;
         warm_up(&mut generator)?;

@@ -111,7 +111,7 @@ pub(super) fn text(outcome: &Outcome, summary: &Summary) -> String {
         ),
         ("time saved", format!("{:.1} s: the times to first token, summed, without minus with", summary.time_saved_s)),
         ("answers", identical),
-        ("cache", format!("{:.0} MiB in {} blocks of {block_tokens} tokens", cache.size_mb(), cache.entries)),
+        ("cache", format!("{:.0} MiB in {} blocks of {block_tokens} tokens", cache.size_mib(), cache.entries)),
     ];
     let facts: String = facts.iter().map(|(name, value)| format!("  {name:<11} {value}\n")).collect();
     let said =

@@ -117,7 +117,7 @@ fn process(salt: &str, dir: &Path, restart: &RestartOptions, options: &DemoOptio
     let mut command = Command::new(std::env::current_exe().context("cannot find this binary")?);
     command.args(["demo", "restart", "--answer-in", salt, "--disk"]).arg(dir);
     command.args(["--documents", &restart.documents.to_string()]);
-    command.args(["--capacity-gb", &options.capacity_gb.to_string()]);
+    command.args(["--capacity-gib", &options.capacity_gib.to_string()]);
     command.args(["--block-tokens", &options.block_tokens.to_string()]);
     command.args(["--max-tokens", &options.max_tokens.to_string()]);
     if let Some(threads) = options.threads {
@@ -147,7 +147,7 @@ fn answer(salt: &str, dir: &Path, restart: &RestartOptions, options: &DemoOption
 
     let begin = Instant::now();
     let disk = DiskConfig::from_gib(dir, DISK_GIB)?;
-    let cache = KvCache::new(CacheConfig::from_gib(options.capacity_gb)?.disk(disk))?;
+    let cache = KvCache::new(CacheConfig::from_gib(options.capacity_gib)?.disk(disk))?;
     let open = begin.elapsed();
     let look = cache.look(generator.namespace(), &prompt)?;
     let bar = ProgressBar::new_spinner().with_message(format!("a prompt of {} tokens", prompt.len()));

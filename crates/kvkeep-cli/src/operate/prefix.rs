@@ -35,13 +35,14 @@ pub(crate) struct RemoveOptions {
     yes: bool,
 }
 
+/// Of the answer, the ids.
 #[derive(Debug, Deserialize)]
-struct Prefixes {
-    prefixes: Vec<Prefix>,
+struct Ids {
+    prefixes: Vec<Named>,
 }
 
 #[derive(Debug, Deserialize)]
-struct Prefix {
+struct Named {
     id: String,
 }
 
@@ -79,7 +80,7 @@ impl PrefixOptions {
         if self.prefix.len() == ID_DIGITS {
             return Ok((client, self.prefix.clone()));
         }
-        let all: Prefixes = client.shaped(PREFIXES, &client.get(PREFIXES)?)?;
+        let all: Ids = client.shaped(PREFIXES, &client.get(PREFIXES)?)?;
         let id = one(&all.prefixes, &self.prefix)?;
         Ok((client, id))
     }
@@ -95,7 +96,7 @@ impl PrefixOptions {
 }
 
 /// The only prefix whose id begins with these digits.
-fn one(all: &[Prefix], digits: &str) -> Result<String> {
+fn one(all: &[Named], digits: &str) -> Result<String> {
     let mut found = all.iter().filter(|prefix| prefix.id.starts_with(digits));
     match (found.next(), found.next()) {
         (Some(prefix), None) => Ok(prefix.id.clone()),
@@ -110,7 +111,7 @@ mod tests {
 
     #[test]
     fn a_prefix_is_named_by_digits_that_only_it_has() {
-        let all = ["abc", "abd"].map(|id| Prefix { id: id.to_owned() });
+        let all = ["abc", "abd"].map(|id| Named { id: id.to_owned() });
         assert_eq!(one(&all, "abd").unwrap(), "abd");
         assert!(one(&all, "ab").unwrap_err().to_string().contains("give more digits"));
         assert!(one(&all, "c").unwrap_err().to_string().contains("no prefix"));

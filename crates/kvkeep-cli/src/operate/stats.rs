@@ -23,12 +23,11 @@ pub(crate) struct StatsOptions {
 struct Stats {
     model: String,
     uptime_seconds: f64,
-    encrypted: bool,
     tokens: Tokens,
     prefill_seconds_saved: f64,
     ttft_ms: Ttft,
     ram: Tier,
-    disk: Option<Disk>,
+    tiers: Vec<TierBehind>,
     requests: Requests,
 }
 
@@ -64,11 +63,13 @@ struct Tier {
 }
 
 #[derive(Debug, Deserialize)]
-struct Disk {
+struct TierBehind {
+    name: String,
     #[serde(flatten)]
     tier: Tier,
     failing: bool,
     damaged: u64,
+    encrypted: bool,
 }
 
 #[derive(Debug, Deserialize)]
@@ -111,11 +112,8 @@ impl Stats {
         row("first token, cold", self.ttft_ms.cold.words());
         row("first token, warm", self.ttft_ms.warm.words());
         row("RAM", self.ram.words());
-        if let Some(disk) = &self.disk {
-            let encrypted = if self.encrypted { ", encrypted" } else { "" };
-            let failing = if disk.failing { ", FAILING" } else { "" };
-            let damaged = if disk.damaged > 0 { format!(", {} damaged", disk.damaged) } else { String::new() };
-            row("disk", format!("{}{encrypted}{damaged}{failing}", disk.tier.words()));
+        for behind in &self.tiers {
+            row(&behind.name, behind.words());
         }
         row("requests", self.requests.words());
         table.to_string()
@@ -161,6 +159,15 @@ impl Tier {
     fn words(&self) -> String {
         let (used, cap) = (size(self.used_bytes), size(self.capacity_bytes));
         format!("{used} of {cap} in {} blocks, {} evicted", count(self.entries), count(self.evictions))
+    }
+}
+
+impl TierBehind {
+    fn words(&self) -> String {
+        let encrypted = if self.encrypted { ", encrypted" } else { "" };
+        let failing = if self.failing { ", FAILING" } else { "" };
+        let damaged = if self.damaged > 0 { format!(", {} damaged", self.damaged) } else { String::new() };
+        format!("{}{encrypted}{damaged}{failing}", self.tier.words())
     }
 }
 

@@ -11,13 +11,13 @@ const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
 
 /// Refuses a RAM tier that the machine has no memory for: it would be taken bit by bit, until the
 /// system ends the server in the middle of its work.
-pub(super) fn check(ram_gb: f64) -> Result<()> {
+pub(super) fn check(ram_gib: f64) -> Result<()> {
     #[expect(
         clippy::cast_possible_truncation,
         clippy::cast_sign_loss,
         reason = "a setting above 0, and far below 2^64"
     )]
-    let ram_bytes = (ram_gb * GIB) as u64;
+    let ram_bytes = (ram_gib * GIB) as u64;
     fits(ram_bytes, limit(Path::new("/")))
 }
 
@@ -25,7 +25,7 @@ fn fits(ram_bytes: u64, limit: Option<u64>) -> Result<()> {
     let Some(limit) = limit else { return Ok(()) };
     ensure!(
         ram_bytes < limit,
-        "--ram-gb asks for {}, and this machine has {} of memory for everything: the model and each of --parallel \
+        "--ram-gib asks for {}, and this machine has {} of memory for everything: the model and each of --parallel \
          requests need some too",
         size(ram_bytes),
         size(limit)

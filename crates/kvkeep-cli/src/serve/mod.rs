@@ -44,6 +44,7 @@ pub(crate) struct ServeOptions {
 }
 
 pub(crate) fn run(options: ServeOptions) -> Result<ExitCode> {
+    settings::refuse_renamed(|name| std::env::var_os(name).is_some())?;
     let settings = options.settings.merged(options.config.as_deref())?;
     if options.print_config {
         style::say(settings.toml()?.trim_end())?;
@@ -96,7 +97,7 @@ fn config(settings: &Settings) -> Result<ServerConfig> {
     let mut config = ServerConfig::new(address(settings)?);
     config.api_keys = settings.api_key_file.as_deref().map(ApiKeys::read).transpose()?;
     config.connections = count(settings.connections, config.connections);
-    config.body_bytes = settings.max_body_mb.map_or(config.body_bytes, |mib| (mib as usize) << 20);
+    config.body_bytes = settings.max_body_mib.map_or(config.body_bytes, |mib| (mib as usize) << 20);
     config.client_timeout = seconds(settings.client_timeout_s, config.client_timeout);
     config.allow_origins = settings.allow_origin.clone().unwrap_or_default();
     let name = settings.model_name.clone();
@@ -137,11 +138,11 @@ fn disk_dir(settings: &Settings) -> Result<Option<PathBuf>> {
 }
 
 fn cache(settings: &Settings, dir: Option<&Path>) -> Result<KvCache> {
-    let ram_gb = settings.ram_gb.unwrap_or(1.0);
-    memory::check(ram_gb)?;
-    let mut config = CacheConfig::from_gib(ram_gb)?;
+    let ram_gib = settings.ram_gib.unwrap_or(1.0);
+    memory::check(ram_gib)?;
+    let mut config = CacheConfig::from_gib(ram_gib)?;
     if let Some(dir) = dir {
-        let mut disk = DiskConfig::from_gib(dir, settings.disk_gb.unwrap_or(8.0))?;
+        let mut disk = DiskConfig::from_gib(dir, settings.disk_gib.unwrap_or(8.0))?;
         if let Some(key) = &settings.disk_key_file {
             disk = disk.key_file(key);
         }

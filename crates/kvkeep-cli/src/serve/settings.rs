@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, ValueEnum};
 use kvkeep_server::Origin;
 use serde::{Deserialize, Serialize};
@@ -39,9 +39,10 @@ pub(crate) struct Settings {
           value_parser = clap::value_parser!(u32).range(1..=65_536))]
     pub(crate) connections: Option<u32>,
     /// Largest body of a request, in MiB [default: 4]
-    #[arg(long, env = "KVKEEP_SERVE_MAX_BODY_MB", value_name = "MIB", help_heading = "Listening",
+    #[arg(long, alias = "max-body-mb", env = "KVKEEP_SERVE_MAX_BODY_MIB", value_name = "MIB", help_heading = "Listening",
           value_parser = clap::value_parser!(u32).range(1..=1024))]
-    pub(crate) max_body_mb: Option<u32>,
+    #[serde(alias = "max_body_mb")]
+    pub(crate) max_body_mib: Option<u32>,
     /// Seconds that a client may keep the server waiting: for headers, for a body, to read an answer [default: 30]
     #[arg(long, env = "KVKEEP_SERVE_CLIENT_TIMEOUT_S", value_name = "S", help_heading = "Listening",
           value_parser = clap::value_parser!(u32).range(1..=3600))]
@@ -66,14 +67,16 @@ pub(crate) struct Settings {
     pub(crate) context_tokens: Option<u32>,
 
     /// Memory that the cache may use, in GiB [default: 1]
-    #[arg(long, env = "KVKEEP_SERVE_RAM_GB", value_name = "GIB", help_heading = "Cache", value_parser = gib)]
-    pub(crate) ram_gb: Option<f64>,
+    #[arg(long, alias = "ram-gb", env = "KVKEEP_SERVE_RAM_GIB", value_name = "GIB", help_heading = "Cache", value_parser = gib)]
+    #[serde(alias = "ram_gb")]
+    pub(crate) ram_gib: Option<f64>,
     /// Directory of the cache's disk tier [default: kvkeep/serve in the user's cache directory]
     #[arg(long, env = "KVKEEP_SERVE_DISK", value_name = "DIR", help_heading = "Cache")]
     pub(crate) disk: Option<PathBuf>,
     /// What the disk tier may use, in GiB [default: 8]
-    #[arg(long, env = "KVKEEP_SERVE_DISK_GB", value_name = "GIB", help_heading = "Cache", value_parser = gib)]
-    pub(crate) disk_gb: Option<f64>,
+    #[arg(long, alias = "disk-gb", env = "KVKEEP_SERVE_DISK_GIB", value_name = "GIB", help_heading = "Cache", value_parser = gib)]
+    #[serde(alias = "disk_gb")]
+    pub(crate) disk_gib: Option<f64>,
     /// Encrypt the disk tier with this key: 32 bytes or 64 hexadecimal digits, readable by its owner alone
     #[arg(long, env = "KVKEEP_SERVE_DISK_KEY_FILE", value_name = "FILE", help_heading = "Cache")]
     pub(crate) disk_key_file: Option<PathBuf>,
@@ -139,6 +142,21 @@ pub(crate) enum LogLevel {
     Trace,
 }
 
+/// Variables whose names said GB and MB and meant GiB and MiB. As flags and in files the old names still do.
+const RENAMED: [(&str, &str); 3] = [
+    ("KVKEEP_SERVE_RAM_GB", "KVKEEP_SERVE_RAM_GIB"),
+    ("KVKEEP_SERVE_DISK_GB", "KVKEEP_SERVE_DISK_GIB"),
+    ("KVKEEP_SERVE_MAX_BODY_MB", "KVKEEP_SERVE_MAX_BODY_MIB"),
+];
+
+/// Refuses variables that nobody reads any more: left unread, a cap would not be the one that was meant.
+pub(crate) fn refuse_renamed(is_set: impl Fn(&str) -> bool) -> Result<()> {
+    match RENAMED.iter().find(|(old, _)| is_set(old)) {
+        Some((old, new)) => bail!("{old} is now called {new}: the number means the same"),
+        None => Ok(()),
+    }
+}
+
 macro_rules! first_made {
     ($($field:ident),* $(,)?) => {
         /// These settings, and the others' where nothing is said here.
@@ -155,16 +173,16 @@ impl Settings {
         api_key_file,
         allow_origin,
         connections,
-        max_body_mb,
+        max_body_mib,
         client_timeout_s,
         model,
         model_name,
         model_alias,
         threads,
         context_tokens,
-        ram_gb,
+        ram_gib,
         disk,
-        disk_gb,
+        disk_gib,
         disk_key_file,
         no_disk,
         block_tokens,
@@ -184,11 +202,11 @@ impl Settings {
             host: Some("127.0.0.1".to_owned()),
             port: Some(8080),
             connections: Some(256),
-            max_body_mb: Some(4),
+            max_body_mib: Some(4),
             client_timeout_s: Some(30),
             context_tokens: Some(4096),
-            ram_gb: Some(1.0),
-            disk_gb: Some(8.0),
+            ram_gib: Some(1.0),
+            disk_gib: Some(8.0),
             no_disk: Some(false),
             block_tokens: Some(16),
             parallel: Some(4),
@@ -278,7 +296,7 @@ mod tests {
         let made = flags(&[
             "--host=::1",
             "--model=a b.gguf",
-            "--ram-gb=0.5",
+            "--ram-gib=0.5",
             "--log-format=json",
             "--disk=/x",
             "--allow-origin=app://a,http://b:1",
@@ -295,7 +313,7 @@ mod tests {
             ("prot = 1", "unknown field `prot`"),
             ("port = 70000", "70000"),
             ("port = \"x\"", "port"),
-            ("ram_gb = 0.0", "above 0"),
+            ("ram_gib = 0.0", "above 0"),
             ("parallel = 0", "1..=256"),
             ("log_format = \"xml\"", "xml"),
             ("allow_origin = [\"*\"]", "one by one"),
@@ -306,6 +324,20 @@ mod tests {
             assert!(error.contains(says) && error.contains(file.path().to_str().unwrap()), "{error}");
         }
         assert!(Settings::default().merged(Some(Path::new("/no/such/file"))).is_err());
+    }
+
+    /// `--ram-gb` has always meant GiB.
+    #[test]
+    fn a_size_is_named_by_its_unit_and_the_old_names_mean_the_same() {
+        let old = flags(&["--ram-gb=0.5", "--disk-gb=2", "--max-body-mb=3"]);
+        assert_eq!(old, flags(&["--ram-gib=0.5", "--disk-gib=2", "--max-body-mib=3"]));
+        let file = file("ram_gb = 0.5\ndisk_gb = 2.0\nmax_body_mb = 3\n");
+        assert_eq!(Settings::default().merged(Some(file.path())).unwrap(), old.merged(None).unwrap());
+        let help = Cli::command().find_subcommand_mut("serve").unwrap().render_long_help().to_string();
+        assert!(help.contains("--ram-gib") && !help.contains("-gb") && !help.contains("_GB"));
+        assert!(refuse_renamed(|_| false).is_ok());
+        let error = refuse_renamed(|name| name == "KVKEEP_SERVE_DISK_GB").unwrap_err().to_string();
+        assert!(error.contains("KVKEEP_SERVE_DISK_GIB"), "{error}");
     }
 
     #[test]

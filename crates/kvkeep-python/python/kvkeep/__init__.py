@@ -41,7 +41,7 @@ from kvkeep._errors import (
 from kvkeep._kvkeep import Outcome, Rejection, StoreReport, __version__
 from kvkeep._settings import DiskConfig
 from kvkeep._simple import SimpleKVCache
-from kvkeep._stats import DiskStats, Stats
+from kvkeep._stats import Stats, TierStats
 from kvkeep._tokens import KVCache, Look, Match, Missing, Namespace
 
 # So that what a child sees of a result keeps its bytes.
@@ -59,7 +59,6 @@ __all__ = [
     "DiskError",
     "DiskLockedError",
     "DiskRefusedError",
-    "DiskStats",
     "DuplicateLayerError",
     "EmptyPrefixError",
     "EmptyTensorError",
@@ -85,6 +84,7 @@ __all__ = [
     "SizeOverflowError",
     "Stats",
     "StoreReport",
+    "TierStats",
     "TokenIdError",
     "UnsupportedModelError",
     "UnsupportedTensorError",

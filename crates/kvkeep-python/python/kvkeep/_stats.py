@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from kvkeep import KVCache, SimpleKVCache
 
 
-class DiskStats(TypedDict):
-    """Counters and sizes of a disk tier."""
+class TierStats(TypedDict):
+    """Counters and sizes of a tier behind RAM."""
 
     entries: int
     used_bytes: int
@@ -78,10 +78,10 @@ class Stats(TypedDict):
     size_percent: float
     time_saved_seconds: float
     """Compute time, as callers reported it, that hits made unnecessary."""
-    disk: DiskStats | None
-    """None without a disk tier."""
-    tiers: dict[str, DiskStats]
-    """Every tier behind RAM, by its name."""
+    tiers: dict[str, TierStats]
+    """The tiers behind RAM by their names, in the order in which they are asked."""
+    disk: TierStats | None
+    """`tiers["disk"]`; None without a disk tier."""
 
 
 def text_of(cache: SimpleKVCache | KVCache) -> str:

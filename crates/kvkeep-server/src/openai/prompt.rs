@@ -96,6 +96,6 @@ async fn blocking<T: Send + 'static>(
     let engine = state.shared.engine.clone();
     match tokio::task::spawn_blocking(move || work(&engine)).await {
         Ok(tokens) => Ok(tokens?),
-        Err(error) => Err(ApiError::Internal(error.to_string())),
+        Err(error) => Err(ApiError::internal(&error)),
     }
 }

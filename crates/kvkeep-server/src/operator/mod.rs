@@ -63,5 +63,5 @@ async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
     let outcome = tokio::task::spawn_blocking(work).await;
-    outcome.unwrap_or_else(|error| Err(ApiError::Internal(error.to_string())))
+    outcome.unwrap_or_else(|error| Err(ApiError::internal(&error)))
 }

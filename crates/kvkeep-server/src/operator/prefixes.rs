@@ -1,10 +1,11 @@
 //! The tree of prefixes: what is in it, and keeping or dropping a branch of it.
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use axum::Json;
 use axum::extract::State;
-use kvkeep::{BlockHash, Chain, Error, Look, NamespaceId, Removed};
+use kvkeep::{BlockHash, Chain, Error, NamespaceId, Removed, Residency};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -16,8 +17,8 @@ use crate::prefixes::{BranchView, Path};
 use crate::state::{AppState, Operator};
 
 /// The text of a branch begins in so many of its tokens, and is cut to so many characters.
-const TEXT_TOKENS: usize = 64;
-const TEXT_CHARS: usize = 120;
+const TEXT_TOKENS: usize = 96;
+const TEXT_CHARS: usize = 320;
 
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
@@ -52,13 +53,21 @@ struct PrefixInfo {
     requests: u64,
     /// Since the last of them.
     last_used_seconds: f64,
-    /// Of its tokens, those in RAM now.
-    ram_tokens: usize,
-    /// Of its tokens, those on the disk alone, or in RAM behind such.
-    disk_tokens: usize,
+    /// Where its tokens are now: of each tier, `ram` first, those that it has. What several tiers have counts for each.
+    tiers: Vec<TokensIn>,
+    /// Of its tokens, those that are in any tier.
+    cached_tokens: usize,
     pinned: bool,
     /// How its text begins.
     text: String,
+}
+
+/// Tokens that a tier has.
+#[derive(Debug, Serialize, ToSchema)]
+struct TokensIn {
+    /// The tier's name.
+    name: String,
+    tokens: usize,
 }
 
 /// A branch of the tree.
@@ -113,8 +122,8 @@ pub(super) async fn list(
     let limit = limit(params.limit, 200, 4096)?;
     blocking(move || {
         let views = state.shared.observed.prefixes().hottest(limit, TEXT_TOKENS);
-        let looks = looks(&state, &views)?;
-        let info = |view| info(&state, view, &looks);
+        let residencies = residencies(&state, &views)?;
+        let info = |view| info(&state, view, &residencies);
         Ok(Json(Prefixes { prefixes: views.iter().map(info).collect() }))
     })
     .await
@@ -202,30 +211,32 @@ pub(super) async fn clear(
     .await
 }
 
-/// What is in the cache of each path, by the name of its last branch: asked for once for all branches
+/// Where the blocks of each path are, by the name of its last branch: asked for once for all branches
 /// of a path.
-fn looks(state: &AppState, views: &[BranchView]) -> Result<HashMap<BlockHash, Look>, ApiError> {
+fn residencies(state: &AppState, views: &[BranchView]) -> Result<HashMap<BlockHash, Arc<Residency>>, ApiError> {
     let (observed, cache) = (&state.shared.observed, &state.shared.cache);
     let inner: HashSet<BlockHash> = views.iter().filter_map(|view| view.parent).collect();
-    let mut looks = HashMap::new();
+    let mut residencies = HashMap::new();
     for view in views.iter().rev() {
         if !inner.contains(&view.id) {
             // Another request may have had the branch forgotten meanwhile.
             let path = observed.prefixes().path(view.id);
-            let look = path.map(|path| cache.look(&path.namespace, &path.tokens)).transpose();
-            looks.insert(view.id, look.map_err(|error| ApiError::Internal(error.to_string()))?.unwrap_or_default());
+            let residency = path.map(|path| cache.residency(&path.namespace, &path.tokens)).transpose();
+            let residency = residency.map_err(|error| ApiError::internal(&error))?.unwrap_or_default();
+            residencies.insert(view.id, Arc::new(residency));
         }
-        if let (Some(look), Some(parent)) = (looks.get(&view.id).cloned(), view.parent) {
-            looks.insert(parent, look);
+        if let (Some(residency), Some(parent)) = (residencies.get(&view.id).cloned(), view.parent) {
+            residencies.insert(parent, residency);
         }
     }
-    Ok(looks)
+    Ok(residencies)
 }
 
-fn info(state: &AppState, view: &BranchView, looks: &HashMap<BlockHash, Look>) -> PrefixInfo {
-    let look = looks.get(&view.id).cloned().unwrap_or_default();
-    let in_branch = |tokens: usize| tokens.saturating_sub(view.first_token).min(view.tokens);
-    let ram_tokens = in_branch(look.ram_tokens);
+fn info(state: &AppState, view: &BranchView, residencies: &HashMap<BlockHash, Arc<Residency>>) -> PrefixInfo {
+    let residency = residencies.get(&view.id).cloned().unwrap_or_default();
+    let block_tokens = state.shared.namespace.layout().block_tokens();
+    let blocks = view.first_token / block_tokens..(view.first_token + view.tokens) / block_tokens;
+    let in_tier = |name: &str| TokensIn { name: name.to_owned(), tokens: residency.tokens_in(name, blocks.clone()) };
     let text = state.shared.engine.tokenizer().decode(&view.begin);
     PrefixInfo {
         id: view.id.to_string(),
@@ -236,8 +247,8 @@ fn info(state: &AppState, view: &BranchView, looks: &HashMap<BlockHash, Look>) -
         tokens: view.tokens,
         requests: view.requests,
         last_used_seconds: view.last_used.elapsed().as_secs_f64(),
-        ram_tokens,
-        disk_tokens: in_branch(look.worth_tokens() + look.not_worth_tokens) - ram_tokens,
+        tiers: residency.tiers().map(in_tier).collect(),
+        cached_tokens: residency.tokens_anywhere(blocks.clone()),
         pinned: view.pinned,
         text: text.chars().take(TEXT_CHARS).collect(),
     }
@@ -254,7 +265,7 @@ pub(super) fn pin_prefix(state: &AppState, id: BlockHash) -> Result<usize, ApiEr
     let (observed, cache) = (&state.shared.observed, &state.shared.cache);
     let no_such = || ApiError::NotFound(format!("prefix {id}"));
     let Path { namespace, tokens, .. } = observed.prefixes().path(id).ok_or_else(no_such)?;
-    let internal = |error: kvkeep::Error| ApiError::Internal(error.to_string());
+    let internal = |error: kvkeep::Error| ApiError::internal(&error);
     let (chain, leases, owner) =
         (Chain::of(&namespace, &tokens).map_err(internal)?, cache.store_handle(), id.to_string());
     let lease = leases.lease(&chain, owner.clone(), None).map_err(|error| match error {
@@ -291,7 +302,7 @@ fn remove_branch(state: &AppState, id: BlockHash) -> Result<RemovedAnswer, ApiEr
         let path = { Some(observed.prefixes()).filter(|tree| tree.is_leaf(branch)).and_then(|tree| tree.path(branch)) };
         if let Some(Path { namespace, tokens, .. }) = path {
             let gone = cache.remove_from(&namespace, &tokens, first_token);
-            let gone = gone.map_err(|error| ApiError::Internal(error.to_string()))?;
+            let gone = gone.map_err(|error| ApiError::internal(&error))?;
             removed.entries += gone.entries;
             removed.bytes += gone.bytes;
         }

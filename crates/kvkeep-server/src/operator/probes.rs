@@ -51,6 +51,6 @@ pub(super) async fn metrics(_: Operator, State(state): State<AppState>) -> Resul
         rejected: load.rejected,
         pinned_tokens: shared.cache.store_handle().leased().tokens,
     };
-    let text = shared.observed.metrics.text(&now).map_err(|error| ApiError::Internal(error.to_string()))?;
+    let text = shared.observed.metrics.text(&now).map_err(|error| ApiError::internal(&error))?;
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text))
 }

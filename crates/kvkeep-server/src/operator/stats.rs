@@ -26,8 +26,6 @@ pub(super) struct CacheStats {
     block_tokens: u32,
     /// The most tokens of a prompt and its answer together.
     context_tokens: usize,
-    /// Is what lies on the disk encrypted?
-    encrypted: bool,
     tokens: Tokens,
     /// Of the tokens asked for, those that did not have to be computed: from 0 to 1.
     token_hit_rate: f64,
@@ -35,7 +33,8 @@ pub(super) struct CacheStats {
     prefill_seconds_saved: f64,
     ttft_ms: Ttft,
     ram: Ram,
-    disk: Option<Disk>,
+    /// The tiers behind RAM, in the order in which they are asked.
+    tiers: Vec<TierInfo>,
     requests: Requests,
 }
 
@@ -84,20 +83,25 @@ struct Ram {
     pinned_tokens: usize,
 }
 
+/// A tier behind RAM.
 #[derive(Debug, Serialize, ToSchema)]
-struct Disk {
+struct TierInfo {
+    /// `disk`.
+    name: String,
     used_bytes: u64,
     capacity_bytes: u64,
     entries: u64,
     evictions: u64,
     /// Waits to be written.
     queued_bytes: u64,
-    /// Does the disk fail now? Then it is tried again, ever more seldom.
+    /// Does it fail now? Then it is tried again, ever more seldom.
     failing: bool,
     /// Records that were not what they should be: each was a miss.
     damaged: u64,
     /// As measured; 0 before the first load.
     load_bytes_per_s: u64,
+    /// Is what lies there encrypted?
+    encrypted: bool,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -206,7 +210,6 @@ pub(super) async fn stats(_: Operator, State(state): State<AppState>) -> Json<Ca
         uptime_seconds: shared.started.elapsed().as_secs_f64(),
         block_tokens: shared.config.block_tokens,
         context_tokens: shared.config.context_tokens,
-        encrypted: stats.tier("disk").is_some_and(|disk| disk.encrypted),
         token_hit_rate: ratio(tokens.ram + tokens.disk, tokens.requested()),
         tokens: Tokens { requested: tokens.requested(), ram: tokens.ram, disk: tokens.disk, computed: tokens.computed },
         prefill_seconds_saved: stats.time_saved.as_secs_f64(),
@@ -219,7 +222,7 @@ pub(super) async fn stats(_: Operator, State(state): State<AppState>) -> Json<Ca
             evictions: stats.evictions,
             pinned_tokens: shared.cache.store_handle().leased().tokens,
         },
-        disk: stats.tier("disk").map(Disk::from),
+        tiers: stats.tiers.iter().map(TierInfo::from).collect(),
         requests: Requests {
             running: load.running,
             queued: load.queued,
@@ -288,17 +291,19 @@ fn names(state: &AppState) -> HashMap<NamespaceId, (Tenant, bool)> {
     names
 }
 
-impl From<&TierStats> for Disk {
-    fn from(disk: &TierStats) -> Self {
+impl From<&TierStats> for TierInfo {
+    fn from(tier: &TierStats) -> Self {
         Self {
-            used_bytes: disk.used_bytes,
-            capacity_bytes: disk.capacity_bytes,
-            entries: disk.entries,
-            evictions: disk.evictions,
-            queued_bytes: disk.queued_bytes,
-            failing: disk.failing,
-            damaged: disk.damaged_total,
-            load_bytes_per_s: disk.load_bytes_per_s,
+            name: tier.name.clone(),
+            used_bytes: tier.used_bytes,
+            capacity_bytes: tier.capacity_bytes,
+            entries: tier.entries,
+            evictions: tier.evictions,
+            queued_bytes: tier.queued_bytes,
+            failing: tier.failing,
+            damaged: tier.damaged_total,
+            load_bytes_per_s: tier.load_bytes_per_s,
+            encrypted: tier.encrypted,
         }
     }
 }

@@ -61,13 +61,14 @@ pub struct KvCache {
 pub struct Look {
     /// In RAM, from the first token on.
     pub ram_tokens: usize,
-    /// Behind those, worth loading: on the disk, or in RAM behind such.
+    /// Behind those, and worth loading: on the disk, or in RAM but behind a block that is not.
     pub load_tokens: usize,
-    /// Behind those: there, but computing them again is faster than loading them.
+    /// Behind those, and not worth loading: computing them again is faster.
     pub not_worth_tokens: usize,
     /// How long loading takes, as measured so far; zero before the first load.
     pub load_time: Duration,
-    /// All of these by where they lie: the name of each tier, `ram` first, and its tokens.
+    /// All of these by the tier that they would come from: its name, `ram` first, and its tokens. Where else they are
+    /// says [`KvCache::residency`].
     pub tiers: Vec<(String, usize)>,
 }
 
@@ -76,6 +77,35 @@ impl Look {
     #[must_use]
     pub fn worth_tokens(&self) -> usize {
         self.ram_tokens + self.load_tokens
+    }
+}
+
+/// In which tiers each block of a prompt is, whether a lookup would get that far or not.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Residency {
+    block_tokens: usize,
+    tiers: Vec<(String, Vec<bool>)>,
+}
+
+impl Residency {
+    /// The tiers' names, `ram` first.
+    pub fn tiers(&self) -> impl Iterator<Item = &str> {
+        self.tiers.iter().map(|(name, _)| name.as_str())
+    }
+
+    /// Of these blocks, those that a tier has, in tokens. What several tiers have counts for each of them.
+    #[must_use]
+    pub fn tokens_in(&self, tier: &str, blocks: Range<usize>) -> usize {
+        let of_tier = self.tiers.iter().find(|(name, _)| name == tier);
+        let has = of_tier.and_then(|(_, has)| has.get(blocks.start..blocks.end.min(has.len())));
+        has.unwrap_or_default().iter().filter(|has| **has).count() * self.block_tokens
+    }
+
+    /// Of these blocks, those that are in any tier, in tokens.
+    #[must_use]
+    pub fn tokens_anywhere(&self, blocks: Range<usize>) -> usize {
+        let is_somewhere = |block: &usize| self.tiers.iter().any(|(_, has)| has.get(*block) == Some(&true));
+        blocks.filter(is_somewhere).count() * self.block_tokens
     }
 }
 
@@ -164,6 +194,22 @@ impl KvCache {
         }
     }
 
+    /// In which tiers each block of a prompt is. Loads and counts nothing.
+    ///
+    /// # Errors
+    /// [`Error::EmptyTokens`].
+    pub fn residency(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Residency> {
+        self.store.here()?;
+        Ok(self.residency_chain(&Chain::of(namespace, tokens)?))
+    }
+
+    /// As [`KvCache::residency`], of a prompt that is hashed already.
+    #[must_use]
+    pub fn residency_chain(&self, chain: &Chain) -> Residency {
+        let block_tokens = chain.namespace().layout().block_tokens();
+        Residency { block_tokens, tiers: self.store.residency(chain.keys()) }
+    }
+
     /// Begins to bring a prompt's blocks from the disk into RAM, as far as that is worth it, and
     /// does not wait: for a request that is known to come. Says of how many tokens.
     ///
@@ -179,10 +225,10 @@ impl KvCache {
         self.store.prefetch(chain.keys()) * chain.namespace().layout().block_tokens()
     }
 
-    /// Copies K and V of these layers of the longest run of blocks into an engine's tensors,
-    /// one for each layer: from RAM, behind that straight from the disk, of which only these
-    /// layers are read and nothing is kept in RAM. For loading layer by layer. Says how many
-    /// tokens were written, at the tensors' beginning.
+    /// Copies K and V of these layers of the longest run of blocks into an engine's tensors, one
+    /// for each layer. For loading layer by layer. What is in RAM comes from there; what is behind
+    /// it comes straight from the disk. Of the disk only these layers are read, and nothing of it is kept
+    /// in RAM. Says how many tokens were written, at the tensors' beginning.
     ///
     /// # Errors
     /// [`Error::EmptyTokens`], and as [`Match::load`] for tensors with room for all full blocks.
@@ -279,7 +325,7 @@ impl KvCache {
         layers: &[LayerView<'_>],
         options: &StoreOptions,
     ) -> Result<StoreReport> {
-        self.store_chain(&Chain::of(namespace, tokens)?, first_token, layers, options)
+        self.store_chain(&self.chain_to_store(namespace, tokens)?, first_token, layers, options)
     }
 
     /// As [`KvCache::store_from`], of a prompt that is hashed already.
@@ -347,6 +393,9 @@ impl KvCache {
     ) -> Result<StoreReport> {
         let (layout, keys) = (chain.namespace().layout(), chain.keys());
         self.store.describe(chain.namespace());
+        if self.store.wants_tokens() {
+            self.store.expect(chain, first_block);
+        }
         let wanted = Wanted { bytes_each: layout.block_bytes(), first_given: first_block, priority: options.priority };
         let namespace = chain.namespace().id();
         let Reserved { present, missing, below, rejection } = self.store.reserve(namespace, keys, wanted);
@@ -383,7 +432,7 @@ impl KvCache {
     /// `prefill`, which stores them through [`Missing::store`]. Of the threads that miss the
     /// same block at the same time one computes; the others wait and get its blocks. If it
     /// fails or panics, another one computes for itself. If what it computed could not be stored, all others compute
-    /// at once; and who has waited once waits again only for somebody who computes all that it misses.
+    /// at once. A thread that has waited once waits again only for one that computes every block it misses.
     ///
     /// Counts as one request. `prefill` is not called if all full blocks are there.
     ///
@@ -396,7 +445,7 @@ impl KvCache {
         prefill: impl FnOnce(&Missing<'_>) -> Result<(), E>,
     ) -> Result<Match, E> {
         self.store.here()?;
-        self.prefill_missing(&Chain::of(namespace, tokens)?, tokens, prefill)
+        self.prefill_missing(&self.chain_to_store(namespace, tokens)?, tokens, prefill)
     }
 
     /// As [`KvCache::get_or_prefill`], of a prompt that is hashed already.
@@ -491,6 +540,11 @@ impl KvCache {
     #[must_use]
     pub fn stats(&self) -> Stats {
         self.store.stats()
+    }
+
+    fn chain_to_store(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Chain> {
+        let chain = Chain::of(namespace, tokens)?;
+        Ok(if self.store.wants_tokens() { chain.with_token_ids(tokens) } else { chain })
     }
 
     fn pinned(&self, chain: &Chain, request: Request) -> Match {

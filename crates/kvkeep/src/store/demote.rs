@@ -13,7 +13,7 @@ use super::ledger::{Held, Leaving, Ledger, SLICE, Shortage};
 use super::tiers::Tiers;
 use crate::block::Content;
 use crate::clock::Deadline;
-use crate::error::Result;
+use crate::error::{OneLine, Result};
 use crate::tier::{Offer, Payload};
 
 /// How often a store tries again after it has given up what was queued, because what it evicts is queued too.
@@ -156,7 +156,7 @@ impl Drop for Tiers {
         let flushed = self.flush();
         let closed = self.each().map(|tier| tier.close()).fold(Ok(()), Result::and);
         if let Err(error) = flushed.and(closed) {
-            tracing::warn!(%error, "a tier was not closed cleanly");
+            tracing::warn!(error = %OneLine(&error), "a tier was not closed cleanly");
         }
     }
 }

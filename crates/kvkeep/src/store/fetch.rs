@@ -15,7 +15,7 @@ use super::Shared;
 use super::guard::{Pending, Pin};
 use super::ledger::{self, Held, Shortage, Written};
 use super::loads::{Load, LoadState, Loads, Neighbours, Role, Wish};
-use super::plan::{Place, Plan};
+use super::plan::{Plan, Whereabouts};
 use super::tiers::{Models, Tiers};
 use crate::block::{BlockKey, BlockMeta, Content};
 use crate::clock::Deadline;
@@ -86,7 +86,7 @@ impl Tiers {
                 steps.extend(kept.pop().map(|(_, held)| Step::Here(held)));
                 continue;
             }
-            let (Place::Tier(tier, located), Some(key)) = (place, keys.get(position)) else { break };
+            let (Whereabouts::Tier(tier, located), Some(key)) = (place, keys.get(position)) else { break };
             let step = self.begin_load(keys, position, key, (*tier, *located), plan.epoch, deadline, &mut batch);
             match step {
                 Some(step) => steps.push(step),
@@ -260,7 +260,7 @@ impl Tiers {
         let mut left = self.shared().with(|ledger| ledger.ahead_limit_pages());
         let mut wishes = VecDeque::new();
         for position in wanted {
-            let (Some(Place::Tier(number, located)), Some(key)) = (plan.places.get(position), keys.get(position))
+            let (Some(Whereabouts::Tier(number, located)), Some(key)) = (plan.places.get(position), keys.get(position))
             else {
                 continue;
             };
@@ -342,11 +342,11 @@ impl Tiers {
     fn begin_part(
         &self,
         keys: &[ObjectKey],
-        places: &[Place],
+        places: &[Whereabouts],
         position: usize,
         range: &Range<usize>,
     ) -> Option<Arc<Answer>> {
-        let (Some(Place::Tier(number, located)), Some(key)) = (places.get(position), keys.get(position)) else {
+        let (Some(Whereabouts::Tier(number, located)), Some(key)) = (places.get(position), keys.get(position)) else {
             return None;
         };
         let answer = Arc::<Answer>::default();

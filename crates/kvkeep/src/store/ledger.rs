@@ -21,7 +21,7 @@ use std::sync::Arc;
 use super::gate::Gate;
 use super::{OnPresent, Removed};
 use crate::block::BlockKey;
-use crate::event::{Event, Journal};
+use crate::event::{Change, Journal};
 use crate::eviction::{Arrival, Departure, EntryId, Place, PolicyKind, Priority, ShareId, Shares};
 use crate::index::{Entry, Index};
 use crate::key::{NamespaceId, ObjectKey};
@@ -127,7 +127,7 @@ pub(super) struct News {
     /// Pages that somebody waits for are free.
     pub(super) freed: bool,
     pub(super) has_offers: bool,
-    pub(super) events: Vec<Event>,
+    pub(super) changes: Vec<Change>,
 }
 
 /// What a removal names, kept until it has reached every tier.
@@ -195,8 +195,8 @@ impl Ledger {
         (self.has_tiers, self.gate) = (true, gate);
     }
 
-    /// Everything of a namespace was removed everywhere, or everything.
-    pub(super) fn was_cleared(&mut self, namespace: Option<NamespaceId>) {
+    /// Everything of a namespace is being removed everywhere, or everything.
+    pub(super) fn is_cleared(&mut self, namespace: Option<NamespaceId>) {
         self.journal.cleared(namespace);
     }
 
@@ -251,7 +251,7 @@ impl Ledger {
     /// What has happened since this was last asked for.
     pub(super) fn take_news(&mut self) -> News {
         let freed = std::mem::take(&mut self.freed) && self.waiting > 0;
-        News { freed, has_offers: !self.offers.is_empty(), events: self.journal.take() }
+        News { freed, has_offers: !self.offers.is_empty(), changes: self.journal.take() }
     }
 
     /// The live entry under a key. One that has expired goes.
@@ -373,7 +373,7 @@ impl Ledger {
                 arrivals.push((id, arrival));
                 self.gate.iter_mut().for_each(|gate| gate.stored(id, place));
                 if is_block {
-                    self.journal.stored(namespace, &key, behind.as_ref());
+                    self.journal.came(namespace, &key, behind.as_ref());
                 }
             }
         }
@@ -609,7 +609,7 @@ impl Ledger {
     /// Makes an entry unfindable and frees it, now or with its last reader.
     fn drop_entry(&mut self, id: EntryId, why: Departure) {
         let Some(entry) = self.index.get_mut(id) else { return };
-        let (pages, key, number, is_block) = (entry.extent.pages(), entry.key, entry.namespace, entry.spec.is_none());
+        let (pages, key, is_block) = (entry.extent.pages(), entry.key, entry.spec.is_none());
         if std::mem::take(&mut entry.ahead) {
             self.ahead_pages -= pages;
         }
@@ -618,11 +618,8 @@ impl Ledger {
             self.departing_pages += if entry.queued { pages } else { 0 };
             self.policy.remove(id, pages, why);
         }
-        if is_block
-            && self.journal.is_kept()
-            && let Some(namespace) = self.index.namespaces().id(number)
-        {
-            self.journal.removed(namespace, &key);
+        if is_block {
+            self.journal.went(&key);
         }
         self.index.unlink(id);
         if self.index.get(id).is_some_and(|entry| !entry.extent.is_read()) {

@@ -28,6 +28,8 @@ impl Store {
     ) -> usize {
         let Some(tiers) = self.here().ok().and_then(|store| store.tiers.as_ref()) else { return 0 };
         let namespace = chain.namespace();
+        self.describe(namespace);
+        self.expect(chain, first_block);
         let epoch = self.shared.with(|ledger| ledger.epoch());
         let expires_at_ms = expires_at_ms(&self.shared, options);
         let share = u32::try_from(payloads.len()).unwrap_or(u32::MAX).max(1);

@@ -25,7 +25,7 @@ mod patience;
 mod plan;
 mod remove;
 mod retained;
-#[cfg(test)]
+#[cfg(all(test, feature = "disk"))]
 mod tests;
 mod tiers;
 
@@ -36,10 +36,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use crate::block::BlockKey;
+use crate::chain::Chain;
 use crate::clock::{Clock, Deadline};
 use crate::config::{CacheConfig, StoreOptions, WritePolicy};
 use crate::error::{Error, Rejection, Result};
-use crate::event::EventSink;
+use crate::event::{Announcer, Reports};
 use crate::eviction::Place;
 use crate::key::{Namespace, NamespaceId, ObjectKey, PrefixHash};
 use crate::namespaces::NamespaceUsage;
@@ -60,6 +61,9 @@ use ledger::{Gone, Ledger, News, Reservation, Shortage};
 pub(crate) use ledger::{Request, Wanted};
 use retained::Retained;
 use tiers::Tiers;
+
+/// The name of the first tier.
+const RAM: &str = "ram";
 
 /// Keyed, sealed objects in RAM and, if configured, in tiers behind it, each under a cap. Cheap to clone:
 /// clones share everything. Dropping the last clone closes the tiers.
@@ -87,11 +91,17 @@ pub(crate) struct Shared {
     /// The one that may use it.
     process: Process,
     given_back: GiveBack,
-    sink: Option<Arc<dyn EventSink>>,
+    announced: Option<Announced>,
     /// A hint: looking at it costs a hit less than the lock.
     has_offers: AtomicBool,
     /// Its lock is taken alone.
     retained: Retained,
+}
+
+/// Who tells the listener, and where RAM reports.
+struct Announced {
+    announcer: Arc<Announcer>,
+    ram: Reports,
 }
 
 /// What was taken out of the cache.
@@ -150,10 +160,11 @@ impl Shared {
         clock: Arc<dyn Clock>,
         default_ttl: Option<Duration>,
         recorder: Option<Arc<TraceRecorder>>,
-        sink: Option<Arc<dyn EventSink>>,
+        announcer: Option<Arc<Announcer>>,
     ) -> Self {
         let mut ledger = ledger;
-        if sink.is_some() {
+        let announced = announcer.map(|announcer| Announced { ram: announcer.reports(RAM), announcer });
+        if announced.is_some() {
             ledger.keep_journal();
         }
         Self {
@@ -163,7 +174,7 @@ impl Shared {
             clock,
             default_ttl,
             recorder,
-            sink,
+            announced,
             has_offers: AtomicBool::new(false),
             retained: Retained::default(),
             process: Process::current(),
@@ -175,16 +186,17 @@ impl Shared {
     pub(crate) fn with<T>(&self, change: impl FnOnce(&mut Ledger) -> T) -> T {
         let mut ledger = self.ledger.lock();
         let result = change(&mut ledger);
-        let News { freed, has_offers, events } = ledger.take_news();
+        let News { freed, has_offers, changes } = ledger.take_news();
+        if let (Some(announced), false) = (&self.announced, changes.is_empty()) {
+            // In the order in which they happen. Nobody is told here.
+            announced.ram.changed(changes);
+        }
         drop(ledger);
         if has_offers {
             self.has_offers.store(true, Ordering::Release);
         }
         if freed {
             self.room.notify_all();
-        }
-        if let (Some(sink), false) = (&self.sink, events.is_empty()) {
-            sink.publish(events);
         }
         result
     }
@@ -209,6 +221,18 @@ impl Shared {
     fn now_ms(&self) -> u64 {
         self.clock.now_ms()
     }
+
+    fn announcer(&self) -> Option<&Arc<Announcer>> {
+        self.announced.as_ref().map(|announced| &announced.announcer)
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        if let Some(announcer) = self.announcer().filter(|_| self.process.is_current()) {
+            announcer.close();
+        }
+    }
 }
 
 impl Store {
@@ -223,10 +247,13 @@ impl Store {
         let (arena, pages) = ram::reserve(config.capacity_bytes)?;
         let ledger = Ledger::new(pages, config.policy, &config.quotas);
         let clock = Arc::clone(&config.clock);
-        let shared =
-            Arc::new(Shared::new(ledger, arena, clock, config.ttl, config.recorder.clone(), config.sink.clone()));
+        let announcer = config.sink.clone().map(Announcer::new);
+        let shared = Arc::new(Shared::new(ledger, arena, clock, config.ttl, config.recorder.clone(), announcer));
         let leases = Arc::new(Leases::new(lease_epoch(&*config.clock), config.capacity_bytes));
         let tiers = Tiers::open(config, &shared)?.map(Arc::new);
+        if let Some(announcer) = shared.announcer() {
+            announcer.start();
+        }
         Ok(Self { tiers, shared, leases })
     }
 
@@ -281,9 +308,10 @@ impl Store {
         self.here()?.tiers.as_ref().ok_or(Error::NoDisk)?.flush()
     }
 
-    /// Flushes the tiers, and gives up this clone. The directory of a disk tier is closed, and free for this or another
-    /// process to open, when the last clone and the last front door over it are gone. Dropping does the same, and can
-    /// only log what goes wrong.
+    /// Flushes the tiers and gives up this clone. It closes nothing while another clone or front door lives. With the
+    /// last of them the tiers are flushed again and closed: then the directory of a disk tier is free for this or
+    /// another process to open. Dropping a clone without this call closes the tiers in the same way, but can only log what
+    /// goes wrong.
     ///
     /// # Errors
     /// [`Error::Disk`] if it fails: then some of what was stored may not be on the disk; [`Error::Forked`] in a
@@ -306,10 +334,25 @@ impl Store {
         self.sweep_ram()
     }
 
-    /// Remembers what the blocks of a namespace look like: their headers in the tiers say so.
+    /// Remembers what the blocks of a namespace look like: their headers in the tiers say so, and events.
     pub(crate) fn describe(&self, namespace: &Namespace) {
+        if let Some(announcer) = self.shared.announcer() {
+            announcer.describe(namespace.id(), namespace.layout().block_tokens());
+        }
         if let Some(tiers) = &self.tiers {
             tiers.describe(namespace);
+        }
+    }
+
+    /// Does a listener want the tokens of blocks?
+    pub(crate) fn wants_tokens(&self) -> bool {
+        self.shared.announcer().is_some_and(|announcer| announcer.wants_tokens())
+    }
+
+    /// Tells the announcer what it cannot see: the tokens of blocks that may come, and what is before each.
+    pub(crate) fn expect(&self, chain: &Chain, first_block: usize) {
+        if let Some(announcer) = self.shared.announcer() {
+            announcer.expect(chain.namespace().id(), chain.before(first_block), chain.blocks_from(first_block));
         }
     }
 
@@ -379,7 +422,7 @@ impl Store {
             .map_or_else(Vec::new, |tiers| tiers.has_each(keys.get(..wanted.first_given).unwrap_or(keys)));
         let attempt = |ledger: &mut Ledger| {
             let made = ledger.reserve(namespace, keys, wanted, &below, now_ms);
-            Taken { shared: Arc::clone(&self.shared), made: Some(made) }
+            Unclaimed { shared: Arc::clone(&self.shared), made: Some(made) }
         };
         let mut taken = self.with_room(attempt, |taken| taken.made.as_ref()?.shortage);
         let Reservation { present, missing, below, refused_from, shortage } = taken.made.take().unwrap_or_default();
@@ -542,12 +585,12 @@ fn lease_epoch(clock: &dyn Clock) -> u64 {
 }
 
 /// A reservation that goes back if it is not taken.
-struct Taken {
+struct Unclaimed {
     shared: Arc<Shared>,
     made: Option<Reservation>,
 }
 
-impl Drop for Taken {
+impl Drop for Unclaimed {
     fn drop(&mut self) {
         if let Some(Reservation { present, missing, .. }) = self.made.take()
             && self.shared.process.is_current()

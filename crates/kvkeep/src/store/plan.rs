@@ -18,7 +18,7 @@ use crate::tier::{Epoch, Located};
 
 /// Where a block is.
 #[derive(Debug)]
-pub(super) enum Place {
+pub(super) enum Whereabouts {
     /// In RAM, with what it took to compute.
     Ram(u32),
     /// In the tier of this number.
@@ -29,7 +29,7 @@ pub(super) enum Place {
 /// The blocks of a chain.
 #[derive(Debug)]
 pub(super) struct Plan {
-    pub(super) places: Vec<Place>,
+    pub(super) places: Vec<Whereabouts>,
     /// Those in RAM that are held, with their positions.
     pub(super) held: Vec<(usize, Held)>,
     /// When it was made: what was removed later does not come up.
@@ -49,7 +49,7 @@ pub(super) struct Worth {
 
 /// What a lookup may find, tier by tier, and what of it is worth loading.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Found {
+pub(crate) struct Overview {
     /// In RAM, from the first key on.
     pub(crate) ram: usize,
     /// Behind those, worth loading: from a tier, or in RAM behind such.
@@ -65,7 +65,7 @@ pub(crate) struct Found {
 impl Plan {
     /// Blocks from the first one on that are in RAM.
     pub(super) fn in_ram(&self) -> usize {
-        self.places.iter().take_while(|place| matches!(place, Place::Ram(_))).count()
+        self.places.iter().take_while(|place| matches!(place, Whereabouts::Ram(_))).count()
     }
 }
 
@@ -171,30 +171,46 @@ impl Store {
     }
 
     /// What a lookup of these keys would find, without loading anything.
-    pub(crate) fn look(&self, keys: &[ObjectKey]) -> Found {
+    pub(crate) fn look(&self, keys: &[ObjectKey]) -> Overview {
         if self.here().is_err() {
-            return Found::default();
+            return Overview::default();
         }
         let Some(tiers) = &self.tiers else {
             let ram = self.shared.with(|ledger| ledger.resident(keys)).iter().take_while(|resident| **resident).count();
-            return Found { ram, by_tier: vec![("ram".to_owned(), ram)], ..Found::default() };
+            return Overview { ram, by_tier: vec![(super::RAM.to_owned(), ram)], ..Overview::default() };
         };
         let plan = self.survey(tiers, keys, tiers.deadline());
         let ram = plan.in_ram();
         let worth = tiers.estimate(&plan, ram, None);
         let there = worth.blocks + worth.not_worth;
-        let mut by_tier = vec![("ram".to_owned(), 0)];
+        let mut by_tier = vec![(super::RAM.to_owned(), 0)];
         by_tier.extend(tiers.each().map(|tier| (tier.name().to_owned(), 0)));
         for place in plan.places.iter().take(there) {
             let at = match place {
-                Place::Ram(_) => 0,
-                Place::Tier(tier, _) => tier + 1,
-                Place::Nowhere => continue,
+                Whereabouts::Ram(_) => 0,
+                Whereabouts::Tier(tier, _) => tier + 1,
+                Whereabouts::Nowhere => continue,
             };
             by_tier.iter_mut().skip(at).take(1).for_each(|(_, blocks)| *blocks += 1);
         }
         let load_time = Duration::from_micros(worth.load_us);
-        Found { ram, load: worth.blocks - ram, not_worth: worth.not_worth, load_time, by_tier }
+        Overview { ram, load: worth.blocks - ram, not_worth: worth.not_worth, load_time, by_tier }
+    }
+
+    /// Of each tier, `ram` first, which of these keys it has: also those that a tier before it has.
+    pub(crate) fn residency(&self, keys: &[ObjectKey]) -> Vec<(String, Vec<bool>)> {
+        if self.here().is_err() {
+            return Vec::new();
+        }
+        let mut residency = vec![(super::RAM.to_owned(), self.shared.with(|ledger| ledger.resident(keys)))];
+        if let Some(tiers) = &self.tiers {
+            let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
+            let has = |tier: &Arc<dyn crate::tier::Tier>| {
+                tier.locate(&names, tiers.deadline()).iter().map(Option::is_some).collect()
+            };
+            residency.extend(tiers.each().map(|tier| (tier.name().to_owned(), has(tier))));
+        }
+        residency
     }
 
     /// All of these from RAM, counted, with the lock taken once; or else a plan for all of them.
@@ -245,8 +261,8 @@ impl Tiers {
         let (mut load_us, mut there) = (0, first);
         for (position, place) in plan.places.iter().enumerate().skip(first) {
             match place {
-                Place::Ram(compute_us) => saved_us += i128::from(*compute_us),
-                Place::Tier(tier, located) => {
+                Whereabouts::Ram(compute_us) => saved_us += i128::from(*compute_us),
+                Whereabouts::Tier(tier, located) => {
                     let bytes = part_bytes.map_or(located.stored_bytes, |bytes| stored_part(located, bytes));
                     let one_us = self.rate(*tier).map_or(0, |rate| rate.estimate_us(bytes));
                     load_us += one_us;
@@ -254,11 +270,11 @@ impl Tiers {
                     let compute_us = if located.compute_us == 0 { one_us + 1 } else { located.compute_us.into() };
                     saved_us += i128::from(compute_us) - i128::from(one_us);
                 }
-                Place::Nowhere => break,
+                Whereabouts::Nowhere => break,
             }
             there = position + 1;
             // What is in RAM costs nothing: it goes with what is before it, or has just come there.
-            if saved_us > best_us || (matches!(place, Place::Ram(_)) && worth.blocks == position) {
+            if saved_us > best_us || (matches!(place, Whereabouts::Ram(_)) && worth.blocks == position) {
                 (best_us, worth.blocks, worth.load_us) = (saved_us, position + 1, load_us);
             }
         }
@@ -270,7 +286,7 @@ impl Tiers {
     fn count_skipped(&self, plan: &Plan, worth: Worth, request: Request) {
         let Request::Tokens { block_tokens, .. } = request else { return };
         for place in plan.places.iter().skip(worth.blocks).take(worth.not_worth) {
-            if let Place::Tier(tier, _) = place {
+            if let Whereabouts::Tier(tier, _) = place {
                 self.count_not_worth(*tier, block_tokens);
             }
         }
@@ -279,7 +295,7 @@ impl Tiers {
     /// As [`Tiers::estimate`]; of runs that are not worth loading, now and then one block is loaded, to measure again.
     pub(super) fn judge(&self, plan: &Plan, first: usize, part_bytes: Option<usize>) -> Worth {
         let mut worth = self.estimate(plan, first, part_bytes);
-        let skips = worth.blocks == first && matches!(plan.places.get(first), Some(Place::Tier(..)));
+        let skips = worth.blocks == first && matches!(plan.places.get(first), Some(Whereabouts::Tier(..)));
         if skips && self.is_probe() {
             (worth.blocks, worth.not_worth) = (first + 1, worth.not_worth - 1);
         }
@@ -294,15 +310,16 @@ fn stored_part(located: &Located, bytes: usize) -> u64 {
 }
 
 /// Where each key is: in RAM if it is among `in_ram`, else in the first tier that says so.
-fn locate(tiers: &Tiers, keys: &[ObjectKey], in_ram: Vec<(usize, u32)>, deadline: Deadline) -> Vec<Place> {
-    let mut places: Vec<Place> = keys.iter().map(|_| Place::Nowhere).collect();
+fn locate(tiers: &Tiers, keys: &[ObjectKey], in_ram: Vec<(usize, u32)>, deadline: Deadline) -> Vec<Whereabouts> {
+    let mut places: Vec<Whereabouts> = keys.iter().map(|_| Whereabouts::Nowhere).collect();
     for (position, compute_us) in in_ram {
         if let Some(place) = places.get_mut(position) {
-            *place = Place::Ram(compute_us);
+            *place = Whereabouts::Ram(compute_us);
         }
     }
     for (number, tier) in tiers.each().enumerate() {
-        let missing = places.iter().zip(keys).enumerate().filter(|(_, (place, _))| matches!(place, Place::Nowhere));
+        let missing =
+            places.iter().zip(keys).enumerate().filter(|(_, (place, _))| matches!(place, Whereabouts::Nowhere));
         let (positions, names): (Vec<usize>, Vec<BlockKey>) =
             missing.map(|(position, (_, key))| (position, BlockKey(*key))).unzip();
         if names.is_empty() {
@@ -310,7 +327,7 @@ fn locate(tiers: &Tiers, keys: &[ObjectKey], in_ram: Vec<(usize, u32)>, deadline
         }
         for (position, located) in positions.into_iter().zip(tier.locate(&names, deadline)) {
             if let (Some(place), Some(located)) = (places.get_mut(position), located) {
-                *place = Place::Tier(number, located);
+                *place = Whereabouts::Tier(number, located);
             }
         }
     }

@@ -29,7 +29,7 @@ impl Store {
         let gone = namespace.map_or(Gone::All, Gone::Namespace);
         let what = namespace.map_or(Forget::All, Forget::Namespace);
         let mut removed = Removed::default();
-        let begin = |_: &mut Ledger| {};
+        let begin = |ledger: &mut Ledger| ledger.is_cleared(namespace);
         let ((), forgotten) = self.forget(gone, &what, begin, || {
             // In slices: between two of them others get the lock.
             let mut next = Some(0);
@@ -45,7 +45,6 @@ impl Store {
                 });
             }
         });
-        self.shared.with(|ledger| ledger.was_cleared(namespace));
         self.shared.give_back();
         let below = forgotten.iter().map(|forgotten| forgotten.entries).max().unwrap_or(0);
         Removed { entries: removed.entries.max(below), ..removed }

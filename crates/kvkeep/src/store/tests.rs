@@ -2,6 +2,7 @@
 
 #![allow(clippy::cast_possible_truncation, clippy::allow_attributes, reason = "a test that panics fails")]
 
+mod events;
 mod leases;
 mod lent;
 mod requests;
@@ -22,8 +23,8 @@ use crate::key::TokenId;
 use crate::layout::{KvLayout, LayerView, LayerViewMut};
 use crate::named::{Outcome, SimpleKvCache};
 use crate::tensor::{DType, TensorView, TensorViewMut};
-use crate::tier::disk::DiskTier;
 use crate::tier::disk::sim::{self, Sim};
+use crate::tier::disk::{DiskTier, Options};
 
 const PAGE: u64 = 4096;
 const MIB: u64 = 1 << 20;
@@ -62,8 +63,10 @@ impl Lab {
         let (arena, pages) = ram::reserve(ram_pages * PAGE).unwrap();
         let clock: Arc<dyn Clock> = self.clock.clone();
         let ledger = Ledger::new(pages, self.policy, &[]);
-        let shared = Arc::new(Shared::new(ledger, arena, Arc::clone(&clock), None, None, sink));
-        let options = DiskTier::options(&self.config, ram_pages * PAGE);
+        let announcer = sink.map(Announcer::new);
+        let shared = Arc::new(Shared::new(ledger, arena, Arc::clone(&clock), None, None, announcer));
+        let reports = shared.announcer().map(|announcer| announcer.reports("disk"));
+        let options = Options { reports, ..DiskTier::options(&self.config, ram_pages * PAGE) };
         let disk = sim::open(&self.sim, &options, None, clock).unwrap();
         let disk = DiskTier::over(disk, self.config.read_timeout);
         disk.set_resident(resident_of(&shared));
@@ -71,6 +74,7 @@ impl Lab {
         let gate = Gate::new(self.config.admission, self.config.write_policy);
         let tiers = Tiers::over(vec![Arc::new(disk)], gate, timeouts, self.config.write_policy, &shared);
         let leases = Arc::new(Leases::new(0, ram_pages * PAGE));
+        shared.announcer().into_iter().for_each(Announcer::start);
         KvCache::over(Store { shared, tiers: Some(Arc::new(tiers)), leases })
     }
 }

@@ -4,8 +4,10 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::Arc;
+#[cfg(feature = "disk")]
+use std::sync::Weak;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use super::Shared;
@@ -17,10 +19,12 @@ use crate::block::BlockKey;
 use crate::clock::Deadline;
 use crate::config::{CacheConfig, FLUSH_TIMEOUT, READ_TIMEOUT, WritePolicy};
 use crate::error::Result;
+use crate::eviction::Admission;
 use crate::key::{Namespace, NamespaceId, ObjectKey};
 use crate::layout::KvLayout;
 use crate::stats::TierStats;
 use crate::sync::Mutex;
+#[cfg(feature = "disk")]
 use crate::tier::disk::{DiskTier, Resident};
 use crate::tier::{Epoch, Forget, Forgotten, Tier};
 
@@ -44,6 +48,13 @@ pub(super) struct Tiers {
     skipped: AtomicU64,
 }
 
+/// What holds between RAM and all tiers: what the disk's settings say, if there is a disk.
+struct Terms {
+    admission: Admission,
+    write_policy: WritePolicy,
+    timeouts: Timeouts,
+}
+
 /// How long somebody waits for a tier.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Timeouts {
@@ -53,10 +64,16 @@ pub(super) struct Timeouts {
     pub(super) flush: Duration,
 }
 
-impl Default for Timeouts {
-    /// As of a disk whose settings say nothing else.
-    fn default() -> Self {
-        Self { request: READ_TIMEOUT, flush: FLUSH_TIMEOUT }
+impl Terms {
+    #[cfg_attr(not(feature = "disk"), expect(unused_variables, reason = "only a disk has settings"))]
+    fn of(config: &CacheConfig) -> Self {
+        #[cfg(feature = "disk")]
+        if let Some(disk) = &config.disk {
+            let timeouts = Timeouts { request: disk.read_timeout, flush: disk.flush_timeout };
+            return Self { admission: disk.admission, write_policy: disk.write_policy, timeouts };
+        }
+        let timeouts = Timeouts { request: READ_TIMEOUT, flush: FLUSH_TIMEOUT };
+        Self { admission: Admission::default(), write_policy: WritePolicy::default(), timeouts }
     }
 }
 
@@ -67,21 +84,25 @@ impl Tiers {
     /// `None` if there are none.
     pub(super) fn open(config: CacheConfig, shared: &Arc<Shared>) -> Result<Option<Self>> {
         let mut tiers: Vec<Arc<dyn Tier>> = Vec::new();
-        // What the disk's settings say holds for the tiers behind it too.
-        let (mut gate, mut timeouts, mut write_policy) = (None, Timeouts::default(), WritePolicy::default());
-        if let Some(settings) = &config.disk {
-            settings.admission.check()?;
-            let disk = DiskTier::open(settings, config.capacity_bytes, Arc::clone(&shared.clock))?;
+        let Terms { admission, write_policy, timeouts } = Terms::of(&config);
+        #[cfg(feature = "disk")]
+        if let Some(disk_config) = config.disk {
+            admission.check()?;
+            let reports = shared.announcer().map(|announcer| announcer.reports("disk"));
+            let disk = DiskTier::open(&disk_config, config.capacity_bytes, Arc::clone(&shared.clock), reports)?;
             disk.set_resident(resident_of(shared));
             tiers.push(Arc::new(disk));
-            gate = Gate::new(settings.admission, settings.write_policy);
-            timeouts = Timeouts { request: settings.read_timeout, flush: settings.flush_timeout };
-            write_policy = settings.write_policy;
         }
-        tiers.extend(config.tiers);
+        for tier in config.tiers {
+            if let Some(announcer) = shared.announcer() {
+                tier.report_to(announcer.reports(tier.name()));
+            }
+            tiers.push(tier);
+        }
         if tiers.is_empty() {
             return Ok(None);
         }
+        let gate = Gate::new(admission, write_policy);
         Ok(Some(Self::over(tiers, gate, timeouts, write_policy, shared)))
     }
 
@@ -236,6 +257,7 @@ impl fmt::Debug for Tiers {
 }
 
 /// Says which keys are in RAM, or retained. Weak: what it asks owns the tier that asks.
+#[cfg(feature = "disk")]
 pub(super) fn resident_of(shared: &Arc<Shared>) -> Resident {
     let weak: Weak<Shared> = Arc::downgrade(shared);
     Box::new(move |keys| {

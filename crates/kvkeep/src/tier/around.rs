@@ -15,6 +15,7 @@ use super::{Epoch, Forget, Forgotten, Located, Offer, Read, ReadTarget, Tier};
 use crate::block::{BlockKey, BlockMeta};
 use crate::clock::Deadline;
 use crate::error::Result;
+use crate::event::Reports;
 use crate::key::NamespaceId;
 use crate::namespaces::NamespaceUsage;
 use crate::stats::TierStats;
@@ -49,6 +50,9 @@ macro_rules! pass_on {
         }
         fn sweep(&self) {
             self.inner.sweep();
+        }
+        fn report_to(&self, reports: Reports) {
+            self.inner.report_to(reports);
         }
         fn usage(&self) -> Vec<NamespaceUsage> {
             self.inner.usage()

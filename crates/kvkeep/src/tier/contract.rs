@@ -3,6 +3,7 @@
 //!
 //! A test for each tier was the alternative: then each promises what its author thought of.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
@@ -11,7 +12,8 @@ use super::{Epoch, Forget, Offer, Payload, Read, ReadTarget, Tier};
 use crate::block::{BlockKey, BlockMeta, Content};
 use crate::clock::Deadline;
 use crate::codec::CodecId;
-use crate::key::{NamespaceId, ObjectKey};
+use crate::event::{Announcer, Event, EventSink};
+use crate::key::{BlockHash, NamespaceId, ObjectKey};
 use crate::layout::KvLayout;
 use crate::tensor::{DType, PairSpec, Shape};
 
@@ -35,6 +37,7 @@ pub fn check(make: &dyn Fn() -> Arc<dyn Tier>) {
     more_than_fits_goes_back_or_drives_out_and_never_over_the_cap(&*make());
     every_payload_is_let_go_of(&*make());
     the_name_is_that_of_the_statistics(&*make());
+    what_comes_and_goes_is_reported(&*make());
 }
 
 /// A payload that says what became of it.
@@ -287,13 +290,64 @@ fn the_name_is_that_of_the_statistics(tier: &dyn Tier) {
     assert!(!tier.name().is_empty() && tier.stats().name == tier.name());
 }
 
+/// Knows what was reported last of each block.
+#[derive(Debug, Default)]
+struct Heard(Mutex<BTreeSet<BlockHash>>);
+
+impl EventSink for Heard {
+    fn publish(&self, events: Vec<Event>) {
+        let mut heard = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        for event in events {
+            match event {
+                Event::Stored { blocks, .. } => heard.extend(blocks),
+                Event::Removed { blocks, .. } => heard.retain(|block| !blocks.contains(block)),
+                Event::Cleared { .. } => heard.clear(),
+            }
+        }
+    }
+}
+
+fn what_comes_and_goes_is_reported(tier: &dyn Tier) {
+    let heard = Arc::new(Heard::default());
+    let announcer = Announcer::new(Arc::clone(&heard) as Arc<dyn EventSink>);
+    tier.report_to(announcer.reports(tier.name()));
+    announcer.start();
+    let blocks = 2 * CAPACITY_BYTES / (2 * PAGE as u64);
+    let check = |what: &str| {
+        flush(tier);
+        announcer.settle();
+        let located = (0..=blocks).filter(|number| is_located(tier, key(*number)));
+        let located: BTreeSet<BlockHash> = located.map(|number| key(number).0.block_hash()).collect();
+        let heard = heard.0.lock().unwrap_or_else(PoisonError::into_inner);
+        assert!(*heard == located, "{}: {what}: {} told, {} there", tier.name(), heard.len(), located.len());
+        located.len()
+    };
+    offer(tier, &[block(1), block(2), block(3), named(blocks)], 0, 1);
+    flush(tier);
+    tier.forget(&Forget::Keys(&[key(blocks)]), 2);
+    assert_eq!(check("offered"), 3);
+    tier.forget(&Forget::Keys(&[key(2)]), 3);
+    assert_eq!(check("removed"), 2);
+    (4..blocks).for_each(|number| _ = offer(tier, &[block(number)], 0, 4));
+    assert!(check("evicted") > 2);
+    tier.forget(&Forget::Namespace(namespace(1)), 5);
+    assert_eq!(check("a namespace"), 0);
+    offer(tier, &[block(1)], 0, 6);
+    assert_eq!(check("offered again"), 1);
+    tier.forget(&Forget::All, 7);
+    assert_eq!(check("everything"), 0);
+    announcer.close();
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::around::{Fault, Limit, Meter};
+    #[cfg(feature = "disk")]
     use super::super::disk::{Cipher, DiskTier, sim};
     use super::super::memory::MemoryTier;
     use super::*;
     use crate::clock::ManualClock;
+    #[cfg(feature = "disk")]
     use crate::config::DiskConfig;
 
     use crate::codec::Codecs;
@@ -316,6 +370,7 @@ mod tests {
         Arc::new(MemoryTier::new("memory", CAPACITY_BYTES, Arc::new(ManualClock::at(1000))))
     }
 
+    #[cfg(feature = "disk")]
     fn disk() -> Arc<dyn Tier> {
         simulated(Codecs::default(), None)
     }
@@ -352,6 +407,7 @@ mod tests {
         check(&memory);
     }
 
+    #[cfg(feature = "disk")]
     #[test]
     fn the_disk_keeps_what_a_tier_promises() {
         check(&disk);
@@ -359,7 +415,11 @@ mod tests {
 
     #[test]
     fn tiers_around_others_keep_what_a_tier_promises() {
-        for make in [memory, disk] {
+        #[cfg(feature = "disk")]
+        let makes = [memory, disk];
+        #[cfg(not(feature = "disk"))]
+        let makes = [memory];
+        for make in makes {
             check(&|| Arc::new(Meter::new(make())));
             check(&|| Arc::new(Limit::new(make(), 1)));
             check(&|| Arc::new(Fault::new(make())));
@@ -384,6 +444,7 @@ mod tests {
     }
 
     /// Completes one read at a time, and looks how many are under way.
+    #[cfg(feature = "disk")]
     #[test]
     fn a_limit_is_never_exceeded_and_every_read_comes() {
         let meter = Arc::new(Meter::new(disk()));

@@ -12,6 +12,7 @@ use crate::block::{BlockKey, BlockMeta, Content};
 use crate::clock::{Clock, Deadline};
 use crate::codec::Codecs;
 use crate::error::Result;
+use crate::event::Reports;
 use crate::key::NamespaceId;
 use crate::namespaces::NamespaceUsage;
 use crate::stats::TierStats;
@@ -34,6 +35,7 @@ struct Blocks {
     last_number: u64,
     forgets: Forgets,
     stats: TierStats,
+    reports: Option<Reports>,
     is_closed: bool,
 }
 
@@ -113,6 +115,7 @@ impl Blocks {
         let bytes = bytes.get(..stored).unwrap_or_default().into();
         self.by_key.insert(key, Kept { number, meta: meta.clone(), mark, bytes });
         self.order.push_back((key, number));
+        self.reports.iter().for_each(|reports| reports.came(meta));
         self.stats.used_bytes += meta.stored_bytes;
         self.stats.stored_total += 1;
         self.stats.written_bytes_total += meta.stored_bytes;
@@ -121,6 +124,7 @@ impl Blocks {
 
     fn remove(&mut self, key: &BlockKey) -> bool {
         let kept = self.by_key.remove(key);
+        self.reports.iter().for_each(|reports| reports.went(key));
         self.stats.used_bytes -= kept.as_ref().map_or(0, |kept| kept.meta.stored_bytes);
         kept.is_some()
     }
@@ -143,14 +147,7 @@ impl Tier for MemoryTier {
         let blocks = self.blocks.lock();
         let located = |key: &BlockKey| {
             let Kept { meta, mark, .. } = blocks.by_key.get(key).filter(|kept| kept.meta.expires_at_ms > now_ms)?;
-            Some(Located {
-                namespace: meta.namespace,
-                raw_bytes: meta.raw_bytes,
-                stored_bytes: meta.stored_bytes,
-                codec: meta.codec,
-                compute_us: meta.compute_us,
-                mark: *mark,
-            })
+            Some(Located::of(meta, *mark))
         };
         keys.iter().map(located).collect()
     }
@@ -223,6 +220,12 @@ impl Tier for MemoryTier {
     fn sweep(&self) {
         let now_ms = self.clock.now_ms();
         self.blocks.lock().remove_where(|meta| meta.expires_at_ms <= now_ms);
+    }
+
+    fn report_to(&self, reports: Reports) {
+        let mut blocks = self.blocks.lock();
+        blocks.by_key.values().for_each(|kept| reports.came(&kept.meta));
+        blocks.reports = Some(reports);
     }
 
     fn usage(&self) -> Vec<NamespaceUsage> {

@@ -12,6 +12,7 @@
 pub(crate) mod around;
 #[cfg(any(test, feature = "contract"))]
 pub mod contract;
+#[cfg(feature = "disk")]
 pub(crate) mod disk;
 mod forgets;
 pub(crate) mod memory;
@@ -26,6 +27,7 @@ use crate::block::{BlockKey, BlockMeta};
 use crate::clock::Deadline;
 use crate::codec::CodecId;
 use crate::error::Result;
+use crate::event::Reports;
 use crate::key::NamespaceId;
 use crate::namespaces::NamespaceUsage;
 use crate::stats::TierStats;
@@ -90,6 +92,10 @@ pub trait Tier: Send + Sync + fmt::Debug {
     /// Drops what has expired.
     fn sweep(&self) {}
 
+    /// From now on it reports which blocks can be found in it; first, which are there already. A tier that does not is
+    /// one that no listener hears of.
+    fn report_to(&self, _reports: Reports) {}
+
     /// What each namespace takes; in the fields of the disk.
     fn usage(&self) -> Vec<NamespaceUsage> {
         Vec::new()
@@ -108,6 +114,7 @@ pub trait Tier: Send + Sync + fmt::Debug {
 
 /// What a tier knows of a block that it has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Located {
     /// What it belongs to.
     pub namespace: NamespaceId,
@@ -123,7 +130,17 @@ pub struct Located {
     pub mark: u8,
 }
 
+impl Located {
+    /// As a block was offered: what it is, and the mark it came with.
+    #[must_use]
+    pub fn of(meta: &BlockMeta, mark: u8) -> Self {
+        let BlockMeta { namespace, raw_bytes, stored_bytes, codec, compute_us, .. } = *meta;
+        Self { namespace, raw_bytes, stored_bytes, codec, compute_us, mark }
+    }
+}
+
 /// A block to be read.
+#[non_exhaustive]
 pub struct Read {
     /// Which.
     pub key: BlockKey,
@@ -148,6 +165,7 @@ pub trait ReadTarget: Send {
 }
 
 /// A block that a tier may have.
+#[non_exhaustive]
 pub struct Offer {
     /// What it is.
     pub meta: BlockMeta,
@@ -167,7 +185,7 @@ pub trait Payload: Send + Sync {
     fn written(&self, _is_new: bool) {}
 }
 
-/// What is to be forgotten.
+/// What is to be forgotten. A tier handles each kind: one that passed over a new one would bring back what was removed.
 #[derive(Debug, Clone, Copy)]
 pub enum Forget<'a> {
     /// These keys were removed.
@@ -183,6 +201,7 @@ pub enum Forget<'a> {
 
 /// What was forgotten.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Forgotten {
     /// Of [`Forget::Keys`]: was it there?
     pub found: Vec<bool>,

@@ -19,7 +19,7 @@ def main() -> int:
     parser.add_argument("--requests", type=_positive, help="how many requests")
     parser.add_argument("--max-tokens", type=_positive, default=8, help="answer tokens a request (%(default)s)")
     parser.add_argument("--block-tokens", type=_positive, default=16, help="tokens a block (%(default)s)")
-    parser.add_argument("--capacity-gb", type=float, default=2.0, help="size of the cache in GiB (%(default)s)")
+    parser.add_argument("--capacity-gib", type=float, default=2.0, help="size of the cache in GiB (%(default)s)")
     parser.add_argument("--layers", type=_positive, default=12, help="layers of the model (%(default)s)")
     parser.add_argument("--threads", type=_positive, help="torch threads")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -39,7 +39,7 @@ def main() -> int:
     chosen = {"comparison": [comparison], "agent": [agent]}.get(options.which, [comparison, agent])
     model = lab.build_model(options.layers)
     outcomes = [
-        lab.measure(model, workload, options.max_tokens, options.block_tokens, options.capacity_gb) for workload in chosen
+        lab.measure(model, workload, options.max_tokens, options.block_tokens, options.capacity_gib) for workload in chosen
     ]
     if options.json:
         summaries = [report.summary(outcome) for outcome in outcomes]

@@ -11,6 +11,7 @@ use hashbrown::HashTable;
 use super::format::{Kind, PAGE_BYTES, RecordMeta};
 use super::segment::Segment;
 use crate::codec::CodecId;
+use crate::event::{Reports, Short};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::namespaces::{Closed, Namespaces};
 
@@ -77,6 +78,8 @@ pub(crate) struct DiskIndex {
     mean_age: Option<u32>,
     /// What is summed up for it: ages, and blocks.
     ages: (u64, u64),
+    /// Who is told of the blocks that come and go here.
+    reports: Option<Reports>,
 }
 
 /// What a segment's number stands for.
@@ -101,6 +104,12 @@ impl Fingerprint {
     fn table_hash(self) -> u64 {
         let Self([low, high, _]) = self;
         u64::from(high) << 32 | u64::from(low)
+    }
+
+    /// As listeners are told of a block: those bytes again.
+    fn short(self) -> Short {
+        let [[a, b, c, d], [e, f, g, h], [i, j, k, l]] = self.0.map(u32::to_le_bytes);
+        [a, b, c, d, e, f, g, h, i, j, k, l]
     }
 }
 
@@ -144,6 +153,11 @@ impl Slot {
 }
 
 impl DiskIndex {
+    /// Reports from now on.
+    pub(crate) fn report_to(&mut self, reports: Reports) {
+        self.reports = Some(reports);
+    }
+
     /// Gives a segment a number; `None` if there are too many.
     pub(crate) fn add_segment(&mut self, segment: Arc<Segment>) -> Option<SegmentNumber> {
         let number = match self.segments.iter().position(|slot| matches!(slot, SegmentSlot::Free)) {
@@ -174,7 +188,7 @@ impl DiskIndex {
     /// Removes what goes of the next places of the table; says how many, and where to go on, if there is more. Sums up
     /// the ages of what stays.
     pub(crate) fn remove_some(&mut self, from: usize, goes: impl Fn(&Slot) -> bool) -> (usize, Option<usize>) {
-        let Self { table, namespaces, clock, ages, .. } = self;
+        let Self { table, namespaces, clock, ages, reports, .. } = self;
         let (end, all) = (from.saturating_add(SLICE), table.num_buckets());
         let mut removed = 0;
         for place in from..end.min(all) {
@@ -185,7 +199,7 @@ impl DiskIndex {
                 }
             } else if let Ok(entry) = table.get_bucket_entry(place) {
                 let (slot, _) = entry.remove();
-                namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
+                slot_went(&slot, namespaces, reports.as_ref());
                 removed += 1;
             }
         }
@@ -244,6 +258,9 @@ impl DiskIndex {
             flags: if named { NAMED } else { 0 },
         };
         self.namespaces.add(namespace, slot.record_bytes(), meta.key.layer(), slot.prefix_bytes());
+        if let (Some(reports), false) = (&self.reports, named) {
+            reports.block_came(meta.key.block_hash(), meta.namespace);
+        }
         self.table.insert_unique(slot.fingerprint.table_hash(), slot, |slot| slot.fingerprint.table_hash());
     }
 
@@ -254,7 +271,7 @@ impl DiskIndex {
             return false;
         };
         let (slot, _) = found.remove();
-        self.namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
+        slot_went(&slot, &mut self.namespaces, self.reports.as_ref());
         true
     }
 
@@ -278,16 +295,20 @@ impl DiskIndex {
 
     /// Takes all records out, to be dropped without a lock. Segments stay.
     pub(crate) fn clear(&mut self) -> Records {
+        if let Some(reports) = &self.reports {
+            let blocks = self.table.iter().filter(|slot| !slot.is_named());
+            reports.went_each(blocks.map(|slot| slot.fingerprint.short()));
+        }
         self.namespaces.clear();
         Records(std::mem::take(&mut self.table))
     }
 
     /// The directory is another one.
     pub(crate) fn forget_everything(&mut self) {
-        let mut namespaces = std::mem::take(&mut self.namespaces);
         // A clearing may still be going on in the old one.
-        namespaces.clear();
-        *self = Self { namespaces, ..Self::default() };
+        drop(self.clear());
+        let (namespaces, reports) = (std::mem::take(&mut self.namespaces), self.reports.take());
+        *self = Self { namespaces, reports, ..Self::default() };
     }
 
     /// A record was read.
@@ -347,5 +368,13 @@ impl DiskIndex {
 
     fn get(&self, fingerprint: Fingerprint) -> Option<&Slot> {
         self.table.find(fingerprint.table_hash(), |slot| slot.fingerprint == fingerprint)
+    }
+}
+
+/// What a slot stood for can no longer be found.
+fn slot_went(slot: &Slot, namespaces: &mut Namespaces, reports: Option<&Reports>) {
+    namespaces.remove(slot.namespace, slot.record_bytes(), slot.prefix_bytes());
+    if let (Some(reports), false) = (reports, slot.is_named()) {
+        reports.went_short(slot.fingerprint.short());
     }
 }

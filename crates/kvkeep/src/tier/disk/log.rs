@@ -55,7 +55,7 @@ pub(crate) struct Aside {
 
 /// Where a record was written.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Written {
+pub(crate) struct WrittenAt {
     pub(crate) segment: SegmentNumber,
     pub(crate) page: u32,
 }
@@ -112,7 +112,7 @@ impl Log {
 
     /// Appends as many of these records, of at least one, as the newest segment has room for, with one write; says
     /// where they are.
-    pub(crate) fn append(&mut self, records: &[Record<'_>]) -> io::Result<Vec<Written>> {
+    pub(crate) fn append(&mut self, records: &[Record<'_>]) -> io::Result<Vec<WrittenAt>> {
         let Some(first) = records.first() else { return Ok(Vec::new()) };
         let pages = first.meta.pages().ok_or(io::ErrorKind::FileTooLarge)?;
         self.with_room(|log| {
@@ -227,7 +227,7 @@ impl Log {
     }
 
     /// There is room for all of them in the newest segment.
-    fn append_here(&mut self, records: &[Record<'_>]) -> io::Result<Vec<Written>> {
+    fn append_here(&mut self, records: &[Record<'_>]) -> io::Result<Vec<WrittenAt>> {
         let active = self.active.as_mut().ok_or(io::ErrorKind::StorageFull)?;
         let segment = self.lines.last().ok_or(io::ErrorKind::StorageFull)?.number;
         self.touched = true;
@@ -242,7 +242,7 @@ impl Log {
         if active.unsynced_bytes() >= SYNC_BYTES {
             self.sync()?;
         }
-        Ok(pages.into_iter().map(|page| Written { segment, page }).collect())
+        Ok(pages.into_iter().map(|page| WrittenAt { segment, page }).collect())
     }
 
     /// Does something that takes room. On a disk that is full before the cap is reached the oldest segments make it:

@@ -14,6 +14,7 @@
 mod active;
 mod archive;
 mod coded;
+#[cfg_attr(not(feature = "encryption"), path = "unencrypted.rs")]
 mod crypt;
 mod format;
 mod index;
@@ -31,7 +32,7 @@ mod shared;
 #[cfg(test)]
 pub(crate) mod sim;
 mod survey;
-#[cfg(test)]
+#[cfg(all(test, feature = "encryption"))]
 mod tests;
 pub(crate) mod tier;
 mod writer;
@@ -43,7 +44,8 @@ use std::time::Duration;
 
 use crate::clock::{Clock, Deadline};
 use crate::codec::Codecs;
-use crate::error::{Error, Result};
+use crate::error::{Error, OneLine, Result};
+use crate::event::Reports;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::process::Process;
 use crate::stats::TierStats;
@@ -95,6 +97,8 @@ pub(crate) struct Options<'a> {
     /// How long a flush waits for a disk that gets nothing done.
     pub(crate) flush_timeout: Duration,
     pub(crate) codecs: Codecs,
+    /// Who is told what can be found, from the opening on.
+    pub(crate) reports: Option<Reports>,
 }
 
 /// What became of a write that was offered.
@@ -143,7 +147,11 @@ impl Disk {
             return Err(Error::Config("a flush_timeout of zero lets no flush end well: give some time".into()));
         }
         let shared = Arc::new(Shared::new(dir, clock, codecs.clone()));
-        shared.state.lock().counters.capacity_bytes = capacity_bytes;
+        {
+            let mut state = shared.state.lock();
+            state.counters.capacity_bytes = capacity_bytes;
+            options.reports.iter().for_each(|reports| state.index.report_to(reports.clone()));
+        }
         let log = recover::open(backend, cipher.clone(), capacity_bytes, &shared)
             .map_err(|refusal| refused(dir, "open", refusal))?;
         let writer = writer::spawn(log, opener, at_once_bytes, Arc::clone(&shared));
@@ -511,7 +519,7 @@ fn at<'a>(key: &ObjectKey, found: &'a Found) -> At<'a> {
 impl Drop for Disk {
     fn drop(&mut self) {
         if let Err(error) = self.close() {
-            tracing::warn!(%error, "the disk tier was not closed cleanly");
+            tracing::warn!(error = %OneLine(&error), "the disk tier was not closed cleanly");
         }
     }
 }

@@ -16,12 +16,12 @@ type Job = Box<dyn FnOnce() + Send>;
 
 /// The threads and what they have to do.
 pub(super) struct Readers {
-    shared: Arc<Shared>,
+    shared: Arc<Jobs>,
     threads: Vec<thread::JoinHandle<()>>,
 }
 
 #[derive(Default)]
-struct Shared {
+struct Jobs {
     queue: Mutex<Queue>,
     work: Condvar,
 }
@@ -34,7 +34,7 @@ struct Queue {
 
 impl Readers {
     pub(super) fn start() -> Self {
-        let shared = Arc::new(Shared::default());
+        let shared = Arc::new(Jobs::default());
         let start = |_| {
             let shared = Arc::clone(&shared);
             thread::spawn(move || shared.run())
@@ -64,7 +64,7 @@ impl Readers {
     }
 }
 
-impl Shared {
+impl Jobs {
     fn run(&self) {
         loop {
             let mut queue = self.queue.lock();

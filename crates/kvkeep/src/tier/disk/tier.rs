@@ -13,7 +13,8 @@ use super::{Disk, Options, Resident, Taken};
 use crate::block::{BlockKey, BlockMeta};
 use crate::clock::{Clock, Deadline, Moment};
 use crate::config::DiskConfig;
-use crate::error::Result;
+use crate::error::{OneLine, Result};
+use crate::event::Reports;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::namespaces::NamespaceUsage;
 use crate::stats::TierStats;
@@ -66,9 +67,14 @@ impl Payload for Copied {
 }
 
 impl DiskTier {
-    /// Opens a directory and whatever lies in it, for a RAM tier of so many bytes.
-    pub(crate) fn open(config: &DiskConfig, ram_bytes: u64, clock: Arc<dyn Clock>) -> Result<Self> {
-        let options = Self::options(config, ram_bytes);
+    /// Opens a directory and whatever lies in it, for a RAM tier of so many bytes. Reports what it finds.
+    pub(crate) fn open(
+        config: &DiskConfig,
+        ram_bytes: u64,
+        clock: Arc<dyn Clock>,
+        reports: Option<Reports>,
+    ) -> Result<Self> {
+        let options = Options { reports, ..Self::options(config, ram_bytes) };
         Ok(Self::over(Disk::open(&options, clock)?, config.read_timeout))
     }
 
@@ -81,6 +87,7 @@ impl DiskTier {
             at_once_bytes: at_once_bytes(config, ram_bytes).min(MAX_AT_ONCE_BYTES),
             flush_timeout: config.flush_timeout,
             codecs: config.codecs.clone(),
+            reports: None,
         }
     }
 
@@ -362,6 +369,10 @@ impl Tier for DiskTier {
         self.disk.sweep();
     }
 
+    fn report_to(&self, reports: Reports) {
+        self.disk.shared.state.lock().index.report_to(reports);
+    }
+
     fn usage(&self) -> Vec<NamespaceUsage> {
         let of = |(id, entries, bytes)| NamespaceUsage {
             disk_entries: entries,
@@ -383,7 +394,7 @@ impl Tier for DiskTier {
 impl Drop for DiskTier {
     fn drop(&mut self) {
         if let Err(error) = self.close() {
-            tracing::warn!(%error, "the disk tier was not closed cleanly");
+            tracing::warn!(error = %OneLine(&error), "the disk tier was not closed cleanly");
         }
     }
 }

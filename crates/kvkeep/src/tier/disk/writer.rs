@@ -13,7 +13,7 @@ use super::active::Record;
 use super::coded::Draft;
 use super::format::PAGE_BYTES;
 use super::io::Opener;
-use super::log::{Log, Written};
+use super::log::{Log, WrittenAt};
 use super::queue::{Op, Write};
 use super::recover;
 use super::shared::Shared;
@@ -40,7 +40,7 @@ struct Writer {
 /// What became of a write.
 #[derive(Debug, Clone, Copy)]
 enum Outcome {
-    Written(Written),
+    Written(WrittenAt),
     /// It was expired, removed or replaced before.
     Unwanted,
     /// The disk is failing, or no segment can hold it.

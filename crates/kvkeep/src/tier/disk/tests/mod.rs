@@ -171,7 +171,16 @@ fn open_with(sim: &Sim, capacity_bytes: u64, cipher: Option<Cipher>, clock: Arc<
 
 fn options(dir: &Path, capacity_bytes: u64) -> Options<'_> {
     let (flush_timeout, codecs) = (Duration::from_secs(60), Codecs::default());
-    Options { dir, capacity_bytes, key_file: None, queue_bytes: 4 * MIB, at_once_bytes: MIB, flush_timeout, codecs }
+    Options {
+        dir,
+        capacity_bytes,
+        key_file: None,
+        queue_bytes: 4 * MIB,
+        at_once_bytes: MIB,
+        flush_timeout,
+        codecs,
+        reports: None,
+    }
 }
 
 fn open(sim: &Sim, capacity_bytes: u64) -> Disk {

@@ -4,7 +4,7 @@ use super::super::manifest;
 use super::super::segment::segment_name;
 use super::super::{Archive, RecordHeader};
 use super::*;
-use crate::error::Error;
+use crate::error::{Error, OneLine};
 
 /// A closed directory of several segments: blocks 0..n, and named records of two versions.
 pub(super) fn filled() -> (Sim, Vec<Thing>) {
@@ -364,9 +364,9 @@ fn a_path_that_is_no_directory_or_may_not_be_written_is_a_clear_error() {
     for path in [file.clone(), file.join("below"), link.clone()] {
         let error = real(&path).unwrap_err();
         assert!(matches!(error, Error::Disk { doing: "open", .. }), "{error}");
-        assert!(error.to_string().contains("give a directory"), "{error}");
+        assert!(OneLine(&error).to_string().contains("give a directory"), "{error}");
         let error = Archive::open(&path, None, NOW_MS).unwrap_err();
-        assert!(error.to_string().contains("give a directory"), "{error}");
+        assert!(OneLine(&error).to_string().contains("give a directory"), "{error}");
     }
     assert!(std::fs::read_link(&link).is_ok() && !home.path().join("nowhere").exists());
 }

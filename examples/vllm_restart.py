@@ -31,15 +31,15 @@ def random_model(folder: Path) -> str:
 
 def engine(model: str, cache: str) -> None:
     """One life of the engine: the same prompt, twice."""
-    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1")
+    os.environ.update(VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1")
     import torch
     from vllm import LLM, SamplingParams
 
     # vLLM's own spec knows GPUs alone; on the CPU kvkeep has the missing part.
-    spec = {"spec_name": "TieringOffloadingSpec"}
+    spec, dtype = {"spec_name": "TieringOffloadingSpec"}, "bfloat16"
     if not torch.cuda.is_available():
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        spec = {"spec_name": "CpuTieringOffloadingSpec", "spec_module_path": "kvkeep.vllm.cpu"}
+        spec, dtype = {"spec_name": "CpuTieringOffloadingSpec", "spec_module_path": "kvkeep.vllm.cpu"}, "float32"
     transfer = {
         "kv_connector": "OffloadingConnector",
         "kv_role": "kv_both",
@@ -51,7 +51,7 @@ def engine(model: str, cache: str) -> None:
             "secondary_tiers": [{"type": "kvkeep", "root_dir": cache, "capacity_gb": 1}],
         },
     }
-    llm = LLM(model=model, skip_tokenizer_init=True, enforce_eager=True, max_model_len=2048, dtype="bfloat16", kv_transfer_config=transfer)
+    llm = LLM(model=model, skip_tokenizer_init=True, enforce_eager=True, max_model_len=2048, dtype=dtype, kv_transfer_config=transfer)
     draw = random.Random(1)
     params = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
     llm.generate([{"prompt_token_ids": [5] * 100}], params, use_tqdm=False)  # whatever is done once
@@ -59,8 +59,8 @@ def engine(model: str, cache: str) -> None:
     began = time.perf_counter()
     (done,) = llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
     first_token_ms = (time.perf_counter() - began) * 1000
-    time.sleep(1)  # the disk writes in the background
-    llm.llm_engine.engine_core.engine_core.shutdown()
+    time.sleep(3)  # the engine hands its KV on, and the disk writes it, in the background
+    llm.llm_engine.engine_core.shutdown()
     print(json.dumps({"cached": done.num_cached_tokens, "first_token_ms": first_token_ms, "token": done.outputs[0].token_ids[0]}), flush=True)
     os._exit(0)
 

@@ -4,6 +4,8 @@
 //! of this module and written by the disk's; a load is read and checked by the disk's threads and copied into its row by
 //! them. So a row is held for a copy and for as long as the queue is full, and no longer than the job's deadline.
 
+#![expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
+
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -38,6 +40,9 @@ const AT_ONCE: usize = 1024;
 /// (number, kind, positions that are done, blocks, seconds)
 type RawEnded = (u64, &'static str, Vec<usize>, usize, f64);
 
+/// Names of blocks, as the engine gave them.
+type Names<'py> = Vec<Bound<'py, PyBytes>>;
+
 /// The tier.
 #[pyclass(frozen, module = "kvkeep._kvkeep")]
 #[derive(Debug)]
@@ -60,9 +65,12 @@ struct Engine {
     thread: Mutex<Option<thread::JoinHandle<()>>>,
 }
 
+/// A store that waits to be copied out of its rows.
+type Store = (Arc<Job>, Vec<Key>, StoreOptions);
+
 #[derive(Debug, Default)]
 struct Queue {
-    stores: VecDeque<(Arc<Job>, Vec<Key>, StoreOptions)>,
+    stores: VecDeque<Store>,
     closed: bool,
 }
 
@@ -204,7 +212,7 @@ impl EngineTier {
     }
 
     /// What was written and what has gone since this was last asked.
-    fn take_events<'py>(&self, py: Python<'py>) -> PyResult<(Vec<Bound<'py, PyBytes>>, Vec<Bound<'py, PyBytes>>)> {
+    fn take_events<'py>(&self, py: Python<'py>) -> PyResult<(Names<'py>, Names<'py>)> {
         let engine = self.engine()?;
         let (stored, removed) = py.detach(|| engine.events.as_ref().map(Events::take)).unwrap_or_default();
         let bytes = |keys: Vec<Key>| keys.iter().map(|key| PyBytes::new(py, key)).collect();
@@ -309,8 +317,7 @@ impl Engine {
     }
 
     /// The next store; `Some(None)` if there is none and it is time to look around; `None` at the end.
-    #[expect(clippy::type_complexity, reason = "used here alone")]
-    fn next_store(&self) -> Option<Option<(Arc<Job>, Vec<Key>, StoreOptions)>> {
+    fn next_store(&self) -> Option<Option<Store>> {
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         let waits = |queue: &mut Queue| queue.stores.is_empty() && !queue.closed;
         let waited = self.work.wait_timeout_while(queue, LOOK_EVERY, waits);

@@ -24,7 +24,7 @@ from slow_disk import SlowDisk, is_possible
 
 ENGINE = str(Path(__file__).with_name("engine.py"))
 SHORT = os.environ.get("KVKEEP_VLLM_SHORT") == "1"
-"""Half of it, for where time is short."""
+"""A part of it, for where time is short."""
 
 long_run = pytest.mark.skipif(SHORT, reason="not in the short form")
 
@@ -116,6 +116,7 @@ def test_answers_are_the_same_cold_warm_and_in_a_new_process_from_disk(model: st
         assert counters["hits"] == 30 and counters["damaged"] == 0
 
 
+@long_run
 def test_eight_requests_at_once_that_share_prefixes(model: str, alone: Engine, tmp_path: Path) -> None:
     (shared,) = prompts(1, 512)
     asked = [shared + tail for tail in prompts(8, 200, seed=8)]
@@ -127,6 +128,7 @@ def test_eight_requests_at_once_that_share_prefixes(model: str, alone: Engine, t
         assert engine.ask("counters")["hits"] > 0
 
 
+@long_run
 def test_requests_that_are_aborted_while_their_kv_is_on_its_way_harm_nobody(model: str, alone: Engine, tmp_path: Path) -> None:
     asked = prompts(6, 700)
     expected = alone.generate(asked)["tokens"]
@@ -175,6 +177,7 @@ def test_after_kill_9_a_new_engine_is_warm(model: str, alone: Engine, tmp_path: 
         assert min(warm["cached"]) >= 640, warm["cached"]
 
 
+@long_run
 def test_the_cap_holds_as_du_sees_it(model: str, tmp_path: Path) -> None:
     cap = 24 << 20
     with Engine(model, tier_at(tmp_path / "kv", capacity_gb=cap / (1 << 30)), ram_mib=64) as engine:
@@ -211,6 +214,7 @@ def test_a_disk_that_hangs_holds_no_request_longer_than_its_deadline(model: str,
         assert back["tokens"] == expected and min(back["cached"]) >= 640, back["cached"]
 
 
+@long_run
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a tmpfs")
 def test_a_disk_that_is_full_fails_no_request(model: str, alone: Engine, tmp_path: Path) -> None:
     mount = tmp_path / "small"

@@ -37,7 +37,7 @@ logger = logging.getLogger("vllm")
 logger.info_once = logger.warning_once = lambda *_, **__: None
 for name in ("vllm", "vllm.v1", "vllm.v1.kv_offload", "vllm.v1.kv_offload.tiering", "vllm.v1.metrics", "vllm.distributed",
              "vllm.distributed.kv_transfer", "vllm.distributed.kv_transfer.kv_connector", "vllm.distributed.kv_transfer.kv_connector.v1",
-             "vllm.distributed.kv_transfer.kv_connector.v1.offloading"):
+             "vllm.distributed.kv_transfer.kv_connector.v1.offloading", "vllm.v1.kv_offload.cpu", "vllm.v1.kv_offload.cpu.policies"):
     folder(name)
 sys.modules["vllm"].__version__ = {version!r}
 stub("vllm.logger", init_logger=lambda name: logger)
@@ -47,6 +47,8 @@ class Stats:
     data: dict = dataclasses.field(default_factory=dict)
 stub("vllm.distributed.kv_transfer.kv_connector.v1.metrics", KVConnectorPromMetrics=object, KVConnectorStats=Stats, PromMetric=object, PromMetricT=object)
 stub("vllm.v1.kv_offload.factory", OffloadingSpecFactory=object)
+stub("vllm.v1.kv_offload.cpu.shared_offload_region", SharedOffloadRegion=object)
+stub("vllm.distributed.kv_events", MEDIUM_CPU="CPU")
 
 sys.path.insert(0, {here!r})
 from vllm.v1.kv_offload.tiering.base import SecondaryTierManager
@@ -87,6 +89,49 @@ for life in range(2):
         assert all((lab.rows[row] == tier.content(key)).all() for row, key in enumerate(keys))
         assert set(lab.tier.get_stats().data["data"]) <= set(KvkeepTier.build_metric_definitions({{}}))
 print("round done")
+
+# This release's own manager over its own RAM tier: a promotion that comes, one that is damaged, one that is not worth it.
+from vllm.v1.kv_offload.base import LookupResult, ScheduleEndContext
+from vllm.v1.kv_offload.tiering.manager import CPUPrimaryTierOffloadingManager, TieringOffloadingManager
+
+def manager_over(lab):
+    size = {{name: 8 for name in ("num_chunks", "num_blocks") if name in inspect.signature(CPUPrimaryTierOffloadingManager).parameters}}
+    region = types.SimpleNamespace(create_kv_memoryview=lambda: lab.view, cleanup=lambda: None)
+    return TieringOffloadingManager(CPUPrimaryTierOffloadingManager(mmap_region=region, **size), [lab.tier])
+
+def step(manager, context):
+    manager.on_schedule_end(ScheduleEndContext(new_req_ids=[], preempted_req_ids=[]))
+
+def found(manager, keys, context, steps=400):
+    # As vLLM's scheduler asks: each block in order up to the first miss, again at each step while something is on its way.
+    for _ in range(steps):
+        answers = []
+        for key in keys:
+            answers.append(manager.lookup(key, context))
+            if answers[-1] is LookupResult.MISS:
+                break
+        step(manager, context)
+        if not set(answers) & {{LookupResult.RETRY, LookupResult.HIT_PENDING}}:
+            return answers.count(LookupResult.HIT)
+        time.sleep(0.01)
+    raise AssertionError("it is asked for ever")
+
+import time
+for what, worth, expected in (("comes", "always", {{6}}), ("slow", "measured", {{0}}), ("damaged", "always", {{3}})):
+    with tier.Lab(Path({work!r}), rows=8, worth=worth) as lab:
+        if what == "damaged":
+            lab.tier._engine.remove(keys[3:4])
+        if what == "slow":
+            lab.tier.rates.disk_bytes_per_s, lab.tier.rates.disk_is_measured = 1e3, True
+        manager, context = manager_over(lab), tier.request("asks", keys)
+        manager.on_new_request(context)
+        assert found(manager, keys, context) in expected, what
+        if what == "comes":
+            assert all(bytes(lab.rows[row]) in [bytes(tier.content(key)) for key in keys] for row in range(6))
+            manager.on_request_finished(context)
+            manager.reset_cache()
+            manager.get_stats()
+print("manager done")
 """
 
 
@@ -98,4 +143,4 @@ def test_the_tier_fits_this_releases_abstract_classes(version: str, tmp_path: Pa
     program = PROGRAM.format(root=str(root), version=version, here=str(Path(__file__).parent), work=str(tmp_path / "kv"))
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {"same lookup", "same submit_store", "same submit_load", "same get_finished_jobs", "round done"} <= set(done.stdout.splitlines())
+    assert {"same lookup", "same submit_store", "same submit_load", "same get_finished_jobs", "round done", "manager done"} <= set(done.stdout.splitlines())

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from slow_disk import SlowDisk, is_possible
@@ -329,6 +330,42 @@ def test_worth_it__a_request_that_prefetches_for_others_loads_anyway(tmp_path: P
         assert all(lab.hits(KEYS, context))
 
 
+@pytest.mark.parametrize(
+    ("ahead", "steps", "ends", "expected"),
+    [
+        (False, [0.05], True, 0.05),  # one step, and the request ends with it
+        (False, [0.05, 0.01, 0.01], False, 0.05),  # it goes on to answer
+        (True, [0.001, 0.05, 0.01], False, 0.051),  # the next step is scheduled before this one has ended
+        (True, [0.05], True, 0.05),
+    ],
+)
+def test_worth_it__a_pause_behind_a_prefill_is_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ahead: bool, steps: list[float], ends: bool, expected: float
+) -> None:
+    """Blocks of a request that had ended came to be stored when the next one came. The pause between them counted as computing, and a load was made that took
+    four times as long as computing."""
+    from vllm.v1.kv_offload.base import ScheduleEndContext
+
+    from kvkeep.vllm import _tier
+
+    now = [100.0]
+    with Lab(tmp_path / "kv", worth="measured", config={"ahead": ahead}) as lab:
+        monkeypatch.setattr(_tier, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        context = request("first", KEYS)
+        lab.tier.on_new_request(context)
+        lab.tier.on_schedule_end(ScheduleEndContext(new_req_ids=["first"], preempted_req_ids=[]))
+        for number, seconds in enumerate(steps):
+            now[0] += seconds
+            if ends and number == len(steps) - 1:
+                lab.tier.on_request_finished(context)
+            else:
+                lab.tier.on_schedule_end(ScheduleEndContext(new_req_ids=[], preempted_req_ids=[]))
+        now[0] += 3.0
+        lab.store(KEYS, context=context)
+        (each,) = lab.tier.rates.seconds_by_length.values()
+        assert each * len(KEYS) * CHUNK_TOKENS == pytest.approx(expected)
+
+
 def test_worth_it__both_rates_are_measured_and_known_after_a_restart(tmp_path: Path) -> None:
     with Lab(tmp_path / "kv", worth="measured") as lab:
         from vllm.v1.kv_offload.base import ScheduleEndContext
@@ -337,6 +374,7 @@ def test_worth_it__both_rates_are_measured_and_known_after_a_restart(tmp_path: P
         lab.tier.on_new_request(context)
         lab.tier.on_schedule_end(ScheduleEndContext(new_req_ids=["first"], preempted_req_ids=[]))
         time.sleep(0.2)
+        lab.tier.on_schedule_end(ScheduleEndContext(new_req_ids=[], preempted_req_ids=[]))
         lab.store(KEYS, context=context)
         assert lab.load(KEYS).success
         rates = lab.tier.rates

@@ -30,6 +30,7 @@ def engine_config(model: Path, **other: Any) -> SimpleNamespace:
         ),
         cache_config=SimpleNamespace(cache_dtype=other.get("cache_dtype", "auto"), prefix_caching_hash_algo=other.get("hash", "sha256")),
         parallel_config=SimpleNamespace(tensor_parallel_size=other.get("tp", 1), data_parallel_index=0),
+        scheduler_config=SimpleNamespace(max_num_batched_tokens=other.get("step_tokens", 8192), async_scheduling=other.get("ahead", False)),
         speculative_config=None,
         lora_config=None,
         load_config=SimpleNamespace(load_format=other.get("load_format", "auto")),

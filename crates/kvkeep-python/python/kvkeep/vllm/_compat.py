@@ -64,6 +64,12 @@ def positions_of(context: Any) -> Mapping[bytes, int] | None:
     return getattr(context, "_offload_key_positions", None) or None
 
 
+def steps_of(config: Any) -> tuple[int, int]:
+    """How many tokens one step computes at most, and how many steps are scheduled before one has ended."""
+    scheduler = config.scheduler_config
+    return max(1, int(scheduler.max_num_batched_tokens)), int(bool(getattr(scheduler, "async_scheduling", False)))
+
+
 def actions_of(context: Any) -> Iterable[tuple[str, Mapping[str, Any]]]:
     """The hints that came with a request: names and what belongs to them."""
     for action in getattr(getattr(context, "kv_hints", None), "actions", None) or ():

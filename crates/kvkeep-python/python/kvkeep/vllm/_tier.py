@@ -10,6 +10,7 @@ looked up, and judged: see `_worth`. Where vLLM does not say which blocks a requ
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Collection, Iterable
@@ -38,6 +39,10 @@ _PLAN_SECONDS = 1.0
 """For so long a request that waits is not looked up again."""
 
 _SAVE_SECONDS = 30.0
+_STEPS_KEPT = 64
+"""Steps of a request whose ends are known: more than a prompt is cut into."""
+_ENDED_KEPT = 64
+"""Requests that have ended, and whose blocks may still come to be stored."""
 
 
 @dataclass
@@ -58,6 +63,9 @@ class _Request:
     touched: int = 0
     scheduled_at: float | None = None
     """When its first step began; None again once it is no longer a measure."""
+    step_ends: list[float] = field(default_factory=list)
+    """When that step and those after it had ended. Blocks come to be stored later: behind a copy to RAM, or when the
+    next request comes."""
     computed_tokens: int = 0
 
 
@@ -93,6 +101,8 @@ class KvkeepTier(SecondaryTierManager):
         namespace = self._namespace(config, offloading_spec)
         self._open(rows, namespace, config, offloading_spec)
         self._requests: dict[str, _Request] = {}
+        self._ended_requests: dict[str, _Request] = {}
+        self._step_tokens, self._steps_ahead = _compat.steps_of(config)
         self._jobs: dict[int, _Job] = {}
         self._refused: list[JobResult] = []
         self._own = {"hits": 0, "not_worth": 0}
@@ -271,13 +281,23 @@ class KvkeepTier(SecondaryTierManager):
         return RequestOffloadingContext()
 
     def on_request_finished(self, req_context: Any) -> None:
-        self._requests.pop(req_context.req_id, None)
+        request = self._requests.pop(req_context.req_id, None)
+        if request is None or request.scheduled_at is None:
+            return
+        # It ended with a step, and no other one was scheduled ahead of that end.
+        request.step_ends += [time.monotonic()] * (1 + self._steps_ahead)
+        self._ended_requests[req_context.req_id] = request
+        if len(self._ended_requests) > _ENDED_KEPT:
+            del self._ended_requests[next(iter(self._ended_requests))]
 
     def on_schedule_end(self, context: Any) -> None:
         now = time.monotonic()
+        for request in self._requests.values():
+            if request.scheduled_at is not None and len(request.step_ends) < _STEPS_KEPT:
+                request.step_ends.append(now)
         for req_id in context.new_req_ids:
             if (request := self._requests.get(req_id)) is not None:
-                request.scheduled_at = now
+                request.scheduled_at, request.step_ends = now, []
         for req_id in context.preempted_req_ids or ():
             if (request := self._requests.get(req_id)) is not None:
                 request.scheduled_at = None
@@ -323,7 +343,8 @@ class KvkeepTier(SecondaryTierManager):
     # What is measured.
 
     def _measure(self, request: _Request, keys: list[bytes], context: Any) -> None:
-        """Blocks come to be stored as soon as they are computed: vLLM's own timing of a prefill."""
+        """Blocks come to be stored some time after the step that computed them: vLLM's own timing of a prefill."""
+        request = self._ended_requests.get(context.req_id, request)
         if request.scheduled_at is None:
             return
         group = keys[0][-4:] if keys else b""
@@ -336,7 +357,9 @@ class KvkeepTier(SecondaryTierManager):
                 request.scheduled_at = None
                 return
         request.computed_tokens += tokens
-        self.rates.computed(request.computed_tokens, time.monotonic() - request.scheduled_at)
+        steps = math.ceil(request.computed_tokens / self._step_tokens) + self._steps_ahead
+        if steps <= len(request.step_ends):
+            self.rates.computed(request.computed_tokens, request.step_ends[steps - 1] - request.scheduled_at)
 
     def _save(self, wait: bool = False) -> None:
         """Writes the rates, in a thread: the disk may not answer."""

@@ -61,8 +61,14 @@ def plot(runs: Any, path: str) -> None:
     for mode, column, label in lines:
         points = [(prefix, statistics.median(columns[column])) for prefix, columns in sorted(runs.get(mode, {}).items()) if columns[column]]
         if points:
-            axes.plot(*zip(*points), marker="o", label=label)
+            dashed = "--" if mode == "kvkeep" else "-"  # where two lines lie on each other, both are seen
+            axes.plot(*zip(*points), dashed, marker="o", label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens of the prefix", ylabel="time to first token, ms")
+    lengths = sorted({prefix for by_length in runs.values() for prefix in by_length})
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.set_yticks(times := [20, 50, 100, 200, 500, 1000, 2000, 5000], [f"{ms:,}" for ms in times])
+    axes.minorticks_off()
+    axes.grid(alpha=0.25)
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=150)

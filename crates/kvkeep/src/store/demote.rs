@@ -122,7 +122,7 @@ impl Tiers {
             let is_stuck = self.each().any(|tier| tier.is_stuck());
             self.offer(if is_stuck { Deadline::over() } else { deadline });
             if is_stuck || self.shared().wait_for_room(deadline) {
-                let waited = if is_stuck { Duration::ZERO } else { self.timeouts().request };
+                let waited = if is_stuck { Duration::ZERO } else { self.patience().full() };
                 self.each().for_each(|tier| _ = tier.give_up(waited));
                 tries -= 1;
             }

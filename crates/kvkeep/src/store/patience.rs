@@ -37,6 +37,11 @@ impl Patience {
         Self { full, account: Mutex::new(Account { left: full, until: Moment::now(), waiting: 0 }) }
     }
 
+    /// What a store waits at most. A tier that gets nothing done for so long hangs.
+    pub(super) fn full(&self) -> Duration {
+        self.full
+    }
+
     /// Runs something that may wait until the deadline it is given.
     pub(super) fn wait<T>(&self, wait: impl FnOnce(Deadline) -> T) -> T {
         let left = self.count(|waiting| *waiting += 1);

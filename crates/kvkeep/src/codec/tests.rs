@@ -1,5 +1,7 @@
 //! What every codec promises, held against the one for tests and the raw one.
 
+#![allow(clippy::cast_possible_truncation, clippy::allow_attributes, reason = "a pattern of bytes")]
+
 use proptest::prelude::*;
 
 use super::*;

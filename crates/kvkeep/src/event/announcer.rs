@@ -108,7 +108,8 @@ impl Announcer {
     }
 
     /// Turns that wait, and blocks that are known.
-    #[cfg(all(test, feature = "disk"))]
+    #[cfg(test)]
+    #[cfg(feature = "disk")]
     pub(crate) fn sizes(&self) -> (usize, usize) {
         self.state.lock().beliefs.sizes()
     }

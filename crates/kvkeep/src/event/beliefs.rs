@@ -100,7 +100,8 @@ impl Beliefs {
     }
 
     /// Turns that wait, and blocks that are known.
-    #[cfg(all(test, feature = "disk"))]
+    #[cfg(test)]
+    #[cfg(feature = "disk")]
     pub(super) fn sizes(&self) -> (usize, usize) {
         (self.turns.len(), self.blocks.len())
     }

@@ -25,7 +25,8 @@ mod patience;
 mod plan;
 mod remove;
 mod retained;
-#[cfg(all(test, feature = "disk"))]
+#[cfg(test)]
+#[cfg(feature = "disk")]
 mod tests;
 mod tiers;
 

@@ -32,7 +32,8 @@ mod shared;
 #[cfg(test)]
 pub(crate) mod sim;
 mod survey;
-#[cfg(all(test, feature = "encryption"))]
+#[cfg(test)]
+#[cfg(feature = "encryption")]
 mod tests;
 pub(crate) mod tier;
 mod writer;

@@ -30,7 +30,7 @@ impl Way {
 fn truth(way: Way) -> Truth {
     let sim = Sim::default();
     let disk = way.open(&sim).unwrap();
-    let smooth = |number: u32| if way.is_coded && number % 2 == 0 { SMOOTH } else { 0 };
+    let smooth = |number: u32| if way.is_coded && number.is_multiple_of(2) { SMOOTH } else { 0 };
     let mut things = Vec::new();
     for number in 0..8 {
         named(100 + number, 1, 1).store(&disk);

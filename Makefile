@@ -116,7 +116,7 @@ bench-foyer: ## foyer's disk cache in DIR (target), for comparison; builds it fi
 lint: ## Format, clippy, and dependency rules
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
-	$(CARGO) clippy --locked -p kvkeep --all-targets --no-default-features -- -D warnings
+	$(CARGO) clippy --locked -p kvkeep --no-default-features -- -D warnings
 	$(CARGO) clippy --locked -p kvkeep --no-default-features --features disk -- -D warnings
 	RUSTDOCFLAGS="-D warnings" $(CARGO) doc --locked --workspace --exclude kvkeep-cli --no-deps
 	RUSTFLAGS="--cfg shuttle" $(CARGO) clippy --locked -p kvkeep --tests --target-dir $${CARGO_TARGET_DIR:-target}/shuttle -- -D warnings

@@ -27,8 +27,9 @@ __all__ = ["Code", "getter"]
 _IMPLICIT = frozenset(["forward", "__call__", "__getattr__", "__getitem__", "__iter__", "__len__"])
 """Methods of the tree's classes that are called without being named."""
 
-_NOT_FOLLOWED = frozenset(["loss_function", "logger", "warnings", "__init__", "__doc__", "__module__", "__name__"])
-"""Names that lead to nothing that computes KV: losses, what is printed, how a module was made."""
+_NOT_FOLLOWED = frozenset(["_CAN_RECORD_REGISTRY", "loss_function", "logger", "warnings", "__init__", "__doc__", "__module__", "__name__"])
+"""Names that lead to nothing that computes KV: losses, what is printed, how a module was made, and the table of what models may record, which grows with
+every model that the process makes."""
 
 _KNOWN_BY_VERSION = (
     "torch", "numpy", "triton", "transformers/utils", "huggingface_hub", "psutil", "tqdm", "packaging", "yaml", "tokenizers", "safetensors",

@@ -29,6 +29,7 @@ pub(crate) enum Content {
 
 impl Content {
     /// Bytes of the block; `None` if that overflows.
+    #[cfg(feature = "disk")]
     pub(crate) fn raw_bytes(&self) -> Option<u64> {
         match self {
             Self::Block { layout, .. } => Some(layout.block_bytes() as u64),

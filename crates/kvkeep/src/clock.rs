@@ -40,7 +40,6 @@ pub struct ManualClock {
 pub struct Deadline(Option<Instant>);
 
 /// A moment in real time, to see how long ago it was.
-#[cfg(feature = "disk")]
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Moment(Instant);
 
@@ -76,7 +75,6 @@ impl Deadline {
     }
 }
 
-#[cfg(feature = "disk")]
 impl Moment {
     pub(crate) fn now() -> Self {
         Self(Instant::now())

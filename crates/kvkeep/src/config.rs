@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::clock::{Clock, SystemClock};
+#[cfg(feature = "disk")]
 use crate::codec::Codecs;
 use crate::error::{Error, Result};
 use crate::event::EventSink;

@@ -499,6 +499,7 @@ impl KvLayout {
     }
 
     /// What a record's header says of it: the shapes besides the usual one, and which layers have them.
+    #[cfg(feature = "disk")]
     pub(crate) fn others(&self) -> ([LayerShape; SHAPES - 1], Kinds) {
         let [_, others @ ..] = self.shapes;
         (others, self.kinds)

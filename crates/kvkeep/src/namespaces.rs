@@ -18,6 +18,7 @@ pub(crate) struct Namespaces {
 }
 
 /// A namespace that was closed: nothing in it can be found, and its number stays taken until [`Namespaces::free`].
+#[cfg(feature = "disk")]
 #[derive(Debug)]
 pub(crate) struct Closed {
     pub(crate) number: u32,
@@ -96,6 +97,7 @@ impl Namespaces {
     }
 
     /// From now on its entries are nobody's: whoever counts in more for this id gets another number.
+    #[cfg(feature = "disk")]
     pub(crate) fn close(&mut self, id: NamespaceId) -> Option<Closed> {
         let number = self.numbers.remove(&id)?;
         let record = self.records.get_mut(number as usize)?;
@@ -104,6 +106,7 @@ impl Namespaces {
     }
 
     /// No entry is there any more. What was closed before stays so until it is freed.
+    #[cfg(feature = "disk")]
     pub(crate) fn clear(&mut self) {
         self.free_numbers.extend(self.numbers.drain().map(|(_, number)| number));
         for record in &mut self.records {
@@ -112,6 +115,7 @@ impl Namespaces {
     }
 
     /// No entry has this number any more.
+    #[cfg(feature = "disk")]
     pub(crate) fn free(&mut self, closed: &Closed) {
         self.free_numbers.push(closed.number);
     }

@@ -86,6 +86,7 @@ pub(crate) fn frames_in(frames: &[Frame], range: &Range<usize>) -> Range<usize> 
 }
 
 /// The whole block, at the beginning of `into`, and zeros behind it. `false` if these are not the bytes of one.
+#[cfg(feature = "disk")]
 pub(crate) fn decode(codec: &dyn Codec, frames: &[Frame], stored: &[u8], into: &mut [u8]) -> bool {
     let Some(ends) = Ends::read(frames.len(), stored) else { return false };
     let whole = ends.extent(0..frames.len()).is_some_and(|all| all.end <= stored.len());

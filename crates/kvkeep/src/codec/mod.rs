@@ -20,7 +20,9 @@ use std::sync::Arc;
 use crate::key::NamespaceId;
 use crate::layout::Frame;
 
-pub(crate) use framed::{Ends, decode, decode_range, encode, frames_in};
+pub(crate) use framed::{Ends, decode_range, encode};
+#[cfg(feature = "disk")]
+pub(crate) use framed::{decode, frames_in};
 
 /// The number of a codec in a record's header. Numbers from 128 on are never given to a codec of this library.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -124,6 +126,7 @@ impl Codecs {
     }
 
     /// Does every block pass as it is?
+    #[cfg(feature = "disk")]
     pub(crate) fn are_raw(&self) -> bool {
         self.written == CodecId::RAW && self.by_namespace.iter().all(|(_, id)| *id == CodecId::RAW)
     }

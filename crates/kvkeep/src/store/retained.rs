@@ -41,6 +41,7 @@ impl Retained {
     }
 
     /// Marks those that are kept.
+    #[cfg(feature = "disk")]
     pub(super) fn mark(&self, keys: &[ObjectKey], now_ms: u64, marks: &mut [bool]) {
         let kept = self.0.lock();
         if kept.is_empty() {

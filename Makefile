@@ -8,7 +8,7 @@ MINUTES ?= 30
 # And `make fuzz`.
 SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize crash-test test-integrations test-vllm sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint semver fmt clean
+.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize sanitize-python crash-test test-integrations test-vllm sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint semver fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -63,6 +63,16 @@ sanitize: ## The code that handles raw memory, under valgrind (memcheck)
 		CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="valgrind -q --error-exitcode=9" \
 		$(CARGO) test --locked --workspace --lib -- --test-threads 1 $(SANITIZED); \
 	else echo "skipped: valgrind is not installed"; fi
+
+# A build of its own, with a switch of rustc's that a stable one has under this name; gcc's runtime goes before Python's libraries.
+sanitize-python: ## The Python extension under AddressSanitizer: what lends it memory and borrows its own
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=address" $(CARGO) build --locked -p kvkeep-python --target $$(uname -m)-unknown-linux-gnu --target-dir target/asan
+	$(VENV) .venv-test numpy "pytest>=9,<10" ml_dtypes "mypy>=2,<3"
+	rm -rf target/asan/site && mkdir -p target/asan/site && cp -r crates/kvkeep-python/python/. target/asan/site
+	cp target/asan/$$(uname -m)-unknown-linux-gnu/debug/lib_kvkeep.so target/asan/site/kvkeep/_kvkeep.abi3.so
+	cd crates/kvkeep-python && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:abort_on_error=1 PYTHONMALLOC=malloc PYTHONPATH=$$PWD/../../target/asan/site \
+		$${SANITIZED_PYTHON:-../../.venv-test/bin/python} -m pytest -p no:cacheprovider tests/test_lending.py tests/test_tokens.py tests/test_simple.py tests/test_values.py
 
 sweep: wheel ## Every causal architecture of the installed transformers: right or refused by name (an hour on two busy cores)
 	KVKEEP_SWEEP=all PYTHON="$(PYTHON)" bash tests/integrations_python.sh sweep

@@ -3,7 +3,7 @@
 //!
 //! Async stops at the scheduler: requests are checked here, wait in a bounded queue, and are
 //! answered on threads of the scheduler's own, which call the synchronous engine and cache.
-//! Every answer, however it ended, becomes one [`served::Served`], and metrics, the list of
+//! Every answer, however it ended, becomes one `served::Served`, and metrics, the list of
 //! recent requests and the tree of prefixes are made from nothing else.
 
 mod auth;

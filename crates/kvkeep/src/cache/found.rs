@@ -43,14 +43,14 @@ impl Match {
 
     /// Of [`Match::cached_tokens`], those whose blocks were in RAM when they were looked for. The
     /// others were loaded from the disk, or lay in RAM behind such. Blocks that
-    /// [`KvCache::get_or_prefill`] had computed count as in RAM.
+    /// [`KvCache::get_or_prefill`](crate::KvCache::get_or_prefill) had computed count as in RAM.
     #[must_use]
     pub fn ram_tokens(&self) -> usize {
         (self.blocks() - self.loaded.len()) * self.layout.block_tokens()
     }
 
     /// What computing these blocks took, as those said who stored them: what whoever uses them is
-    /// spared. Blocks that were stored without [`StoreOptions::compute_time`] count as nothing.
+    /// spared. Blocks that were stored without [`StoreOptions::compute_time`](crate::StoreOptions::compute_time) count as nothing.
     #[must_use]
     pub fn compute_time(&self) -> Duration {
         self.pin.compute_time()

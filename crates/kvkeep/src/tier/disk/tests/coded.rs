@@ -58,16 +58,22 @@ fn what_a_codec_made_shorter_takes_less_of_the_disk_and_comes_back_exactly() {
     }
 }
 
+/// A disk with these things, as a clean end and as a kill leave it.
+fn closed_and_killed(things: &[Thing]) -> (Sim, Sim) {
+    let sim = Sim::default();
+    let disk = open_coded(&sim, planes(), None);
+    store_all(&disk, things);
+    let killed = sim.copy();
+    drop(disk);
+    (sim, killed)
+}
+
 /// The index at a segment's end says so too, and without one the headers do.
 #[test]
 fn codecs_are_known_again_after_a_clean_end_and_after_a_kill() {
-    let sim = Sim::default();
     let things = mixed();
-    let disk = open_coded(&sim, planes(), None);
-    store_all(&disk, &things);
-    let killed = sim.copy();
-    drop(disk);
-    for (sim, what) in [(killed, "killed"), (sim, "closed")] {
+    let (closed, killed) = closed_and_killed(&things);
+    for (sim, what) in [(killed, "killed"), (closed, "closed")] {
         let disk = open_coded(&sim, planes(), None);
         assert!(things.iter().all(|thing| thing.is_there(&disk)), "{what}");
         assert_eq!(disk.stats().unknown_codec_records, 0);
@@ -102,13 +108,9 @@ fn a_namespace_may_have_a_codec_of_its_own() {
 /// again, or count as lost: only its codec's release can say what it is.
 #[test]
 fn a_record_of_an_unknown_codec_is_a_counted_miss_and_can_be_stored_anew() {
-    let sim = Sim::default();
     let things = mixed();
-    let disk = open_coded(&sim, planes(), None);
-    store_all(&disk, &things);
-    let killed = sim.copy();
-    drop(disk);
-    for sim in [sim, killed] {
+    let (closed, killed) = closed_and_killed(&things);
+    for sim in [closed, killed] {
         let disk = open_coded(&sim, Codecs::default(), None);
         let stats = disk.stats();
         assert_eq!((stats.unknown_codec_records, stats.damaged_total, stats.failing), (9, 0, false));

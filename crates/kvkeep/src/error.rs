@@ -135,6 +135,17 @@ pub enum Error {
         /// What the operating system said.
         source: io::Error,
     },
+    /// A flush left blocks in RAM alone.
+    #[error(
+        "{blocks} blocks were not flushed: the tier {tier:?} does not take them now. They are still in RAM: flush again \
+         when it works"
+    )]
+    NotTaken {
+        /// The tier's name.
+        tier: String,
+        /// Blocks that it handed back.
+        blocks: usize,
+    },
     /// Another process has the directory.
     #[error(
         "the disk tier at {} is in use by {}: close it there, or give this one a directory of its own",
@@ -307,6 +318,7 @@ mod tests {
             Error::PrivateMemory { bytes: 1, source: cause() },
             Error::LeasesFull { needed_bytes: 2, limit_bytes: 1 },
             Error::BadLeaseId("l".into()),
+            Error::NotTaken { tier: "t".into(), blocks: 2 },
         ];
         let number = |error: &Error| match error {
             Error::Config(_) => 0,
@@ -336,8 +348,9 @@ mod tests {
             Error::PrivateMemory { .. } => 24,
             Error::LeasesFull { .. } => 25,
             Error::BadLeaseId(_) => 26,
+            Error::NotTaken { .. } => 27,
         };
-        assert!(all.iter().map(number).eq(0..27));
+        assert!(all.iter().map(number).eq(0..28));
         all
     }
 

@@ -13,8 +13,8 @@ use super::ledger::{Held, Leaving, Ledger, SLICE, Shortage};
 use super::tiers::Tiers;
 use crate::block::Content;
 use crate::clock::Deadline;
-use crate::error::{OneLine, Result};
-use crate::tier::{Offer, Payload};
+use crate::error::{Error, OneLine, Result};
+use crate::tier::{Offer, Payload, Tier};
 
 /// How often a store tries again after it has given up what was queued, because what it evicts is queued too.
 const LAST_TRIES: usize = 4;
@@ -72,10 +72,11 @@ impl Tiers {
         drop(offers);
     }
 
-    /// Offers what the ledger says, and waits for room in each tier as long as that gets on.
-    fn offer_patiently(&self) {
+    /// Offers what the ledger says, and waits for room in each tier as long as that gets on. Adds up what each one
+    /// does not take.
+    fn offer_patiently(&self, not_taken: &mut [usize]) {
         let offers = self.to_offer();
-        for tier in self.each() {
+        for (tier, not_taken) in self.each().zip(not_taken) {
             let mut left = copies(&offers);
             while !left.is_empty() {
                 let before = left.len();
@@ -84,6 +85,7 @@ impl Tiers {
                     break;
                 }
             }
+            *not_taken += left.len();
         }
     }
 
@@ -134,13 +136,19 @@ impl Tiers {
 
     /// Makes everything durable that is in RAM or was queued, and may be in a tier.
     pub(super) fn flush(&self) -> Result<()> {
+        let mut not_taken = vec![0; self.all().len()];
         let mut next = Some(0);
         while let Some(from) = next {
             // In slices: between two of them others get the lock.
             next = self.shared().with(|ledger| ledger.offer_some(from, SLICE));
-            self.offer_patiently();
+            self.offer_patiently(&mut not_taken);
         }
-        self.each().map(|tier| tier.flush(self.timeouts().flush)).fold(Ok(()), Result::and)
+        let flush = |(tier, blocks): (&Arc<dyn Tier>, usize)| {
+            // What it did take is made durable in any case, and its own error says more.
+            tier.flush(self.timeouts().flush)?;
+            if blocks > 0 { Err(Error::NotTaken { tier: tier.name().to_owned(), blocks }) } else { Ok(()) }
+        };
+        self.each().zip(not_taken).map(flush).fold(Ok(()), Result::and)
     }
 }
 

@@ -235,6 +235,35 @@ fn a_log_that_asks_the_cache_for_its_counters_gets_them() {
     *ASKED.lock().unwrap() = None;
 }
 
+/// A flush said that all was well while the disk paused between two tries and took nothing: what was stored then was in
+/// RAM alone.
+#[test]
+fn a_flush_that_leaves_blocks_in_ram_alone_says_so() {
+    let lab = Lab::new();
+    let cache = lab.open(64);
+    lab.sim.fail_writes(true);
+    store(&cache, &prompt(0, 4), &plain());
+    assert!(matches!(cache.flush(), Err(Error::Disk { .. })));
+    for more in 1..4 {
+        store(&cache, &prompt(1000 * more, 4), &plain());
+        match cache.flush() {
+            Err(Error::NotTaken { tier, blocks }) => {
+                assert_eq!((tier.as_str(), blocks), ("disk", 4 * (more as usize + 1)))
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    lab.sim.fail_writes(false);
+    lab.clock.advance(Duration::from_secs(100));
+    cache.flush().unwrap();
+    drop(cache);
+    let cache = lab.open(64);
+    for more in 0..4 {
+        let tokens = prompt(1000 * more, 4);
+        assert_eq!(look(&cache, &tokens), tokens.len());
+    }
+}
+
 /// A sweep looked at every entry, under the lock: 134 ms at a million.
 #[test]
 fn work_under_the_lock_is_done_in_slices_and_only_where_there_is_some() {

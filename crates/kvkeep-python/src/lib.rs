@@ -11,14 +11,15 @@
 //! (numpy) or DLPack (torch).
 
 mod array;
-mod checksum;
 mod convert;
 mod engine_jobs;
 mod engine_rows;
 mod engine_tier;
 mod error;
 mod fork;
+mod hashes;
 mod logs;
+mod mapped;
 mod memory;
 mod named;
 mod open;
@@ -34,13 +35,15 @@ mod _kvkeep {
     #[pymodule_export]
     use crate::array::Memory;
     #[pymodule_export]
-    use crate::checksum::checksum;
-    #[pymodule_export]
     use crate::engine_tier::EngineTier;
     #[pymodule_export]
     use crate::error::{Outcome, Rejection};
     #[pymodule_export]
     use crate::fork::before_fork;
+    #[pymodule_export]
+    use crate::hashes::{blake3, checksum};
+    #[pymodule_export]
+    use crate::mapped::files_behind;
     #[pymodule_export]
     use crate::named::NamedCache;
     #[pymodule_export]

@@ -1,11 +1,11 @@
-"""Tensors to digests: SHA-256 over every byte of every weight, in several threads.
+"""Tensors to digests: BLAKE3 over every byte of every weight, in several threads.
 
 Invariant: two tensors have one digest only if dtype, shape and all bytes are the same. Nothing of where a tensor lies (address,
 strides, device) enters.
 
-What was hashed once in this process is recognised by a checksum of all its bytes, several times as fast, and not hashed again. Remembering
-which tensors were seen costs nothing, and was the alternative that lost: an edit through `.data` moves no counter, and a file that a
-model was loaded from says nothing about what has been done to it since.
+A weight that is still what its file holds has the hash that is kept for it (`kvkeep._files`). What was hashed once in this process is recognised
+by a checksum of all its bytes, several times as fast, and not hashed again. Remembering which tensors were seen costs nothing, and
+was the alternative that lost: an edit through `.data` moves no counter.
 
 A tensor is cut into pieces, and the digest of a tensor is that of its pieces' digests: so one large embedding keeps all cores busy, as
 many small tensors do. A sample of each tensor was the alternative that lost: it is free, and blind to other added tokens, to one edited
@@ -21,7 +21,8 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from kvkeep._kvkeep import checksum
+from kvkeep._files import WeightHashes
+from kvkeep._kvkeep import blake3, checksum
 
 if TYPE_CHECKING:
     import torch
@@ -39,15 +40,15 @@ _SEED = int.from_bytes(os.urandom(8), "little")
 _PIECES_KNOWN = 1 << 17
 """How many pieces are remembered: a terabyte of weights in whole pieces, for 20 MB."""
 
-_sha256_of: dict[tuple[bytes, int], bytes] = {}
-"""(checksum, bytes) of a piece → its SHA-256."""
+_digest_of: dict[tuple[bytes, int], bytes] = {}
+"""(checksum, bytes) of a piece → its digest."""
 
 _BATCH_BYTES = 1 << 30
 """What `weights_digest` holds of a stream of tensors before it hashes them."""
 
 
 def weights_digest(named: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256, in hex, of weights given as (name, tensor) pairs, for engines that are no module tree.
+    """A digest, in hex, of weights given as (name, tensor) pairs, for engines that are no module tree.
 
     The order of the pairs does not matter. A stream is read once, and at most a gigabyte of it is held at a time.
     Raises `UnsupportedTensorError` for a tensor whose bytes cannot be read.
@@ -89,7 +90,17 @@ def refusal_of(tensor: Any) -> str | None:
 
 
 def digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
-    """SHA-256 of each tensor's dtype, shape and bytes. None of them may be one that `refusal_of` refuses."""
+    """A digest of each tensor's dtype, shape and bytes: SHA-256 over what its pieces hash to. None of them may be one that `refusal_of` refuses."""
+    kept = WeightHashes(tensors)
+    digests = {number: digest for number in range(len(tensors)) if (digest := kept.get(number))}
+    fresh = [number for number in range(len(tensors)) if number not in digests]
+    hashed = dict(zip(fresh, _hash([tensors[number] for number in fresh])))
+    kept.keep(hashed)
+    digests |= hashed
+    return [digests[number] for number in range(len(tensors))]
+
+
+def _hash(tensors: Sequence[torch.Tensor]) -> list[bytes]:
     flats = [_flat(tensor) for tensor in tensors]
     places = [
         (number, start)
@@ -111,18 +122,18 @@ def digests(tensors: Sequence[torch.Tensor]) -> list[bytes]:
 
 
 def _piece_digest(address: int, size: int) -> bytes:
-    """SHA-256 of a piece of memory, computed once for each content."""
+    """BLAKE3 of a piece of memory, computed once for each content."""
     if size < _PIECE_BYTES // 1024:  # hashed before it is recognised
-        return hashlib.sha256(memory(address, size)).digest()
+        return blake3(address, size)
     key = (checksum(address, size, _SEED), size)
-    digest = _sha256_of.get(key)
+    digest = _digest_of.get(key)
     if digest is None:
-        digest = hashlib.sha256(memory(address, size)).digest()
+        digest = blake3(address, size)
         if checksum(address, size, _SEED) != key[0]:
             return digest  # somebody wrote meanwhile: the two are not of one content
-        if len(_sha256_of) >= _PIECES_KNOWN:
-            _sha256_of.clear()
-        _sha256_of[key] = digest
+        if len(_digest_of) >= _PIECES_KNOWN:
+            _digest_of.clear()
+        _digest_of[key] = digest
     return digest
 
 
@@ -160,5 +171,5 @@ def _in_threads(function: Any, places: list[tuple[int, int]]) -> list[bytes]:
     if threads == 1 or len(places) < 2:
         return [function(place) for place in places]
     with ThreadPoolExecutor(threads, thread_name_prefix="kvkeep-hash") as pool:
-        # hashlib lets go of the interpreter's lock while it hashes.
+        # The interpreter's lock is let go of while a piece is hashed.
         return list(pool.map(function, places))

@@ -8,11 +8,12 @@ The name and a revision alone were the alternative: other weights under the same
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from kvkeep._files import Hashes, identity_of
 
 _PIECE_BYTES = 16 << 20
 
@@ -57,20 +58,16 @@ def _downloaded(name: str, revision: str | None) -> Path:
 
 
 def _hashes(files: dict[str, Path], known: Path) -> dict[str, str]:
-    before = _read(known)
-    named: dict[str, tuple[str, str]] = {name: (_identity(path), "") for name, path in files.items()}
-    fresh = [name for name, (identity, _) in named.items() if identity not in before and not _named_by_content(files[name])]
+    kept = Hashes(known)
+    identities = {name: identity_of(path) for name, path in files.items()}
+    hashes = {name: hash for name, path in files.items() if (hash := _named_by_content(path) or kept.get(identities[name]))}
+    fresh = [name for name in files if name not in hashes]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), thread_name_prefix="kvkeep-hash") as pool:
-        hashed = dict(zip(fresh, pool.map(_sha256, [files[name] for name in fresh])))
-    hashes = {name: _named_by_content(files[name]) or hashed.get(name) or before[identity] for name, (identity, _) in named.items()}
-    if fresh:
-        _write(known, before | {named[name][0]: hashed[name] for name in fresh})
+        for name, hash in zip(fresh, pool.map(_sha256, [files[name] for name in fresh])):
+            kept.put(identities[name], hash)
+            hashes[name] = hash
+    kept.save()
     return hashes
-
-
-def _identity(path: Path) -> str:
-    seen = path.stat()
-    return f"{seen.st_dev} {seen.st_ino} {seen.st_size} {seen.st_mtime_ns} {seen.st_ctime_ns}"
 
 
 def _named_by_content(path: Path) -> str | None:
@@ -85,23 +82,3 @@ def _sha256(path: Path) -> str:
         while size := file.readinto(piece):
             digest.update(piece[:size])
     return digest.hexdigest()
-
-
-def _read(known: Path) -> dict[str, str]:
-    try:
-        read = json.loads(known.read_text())
-    except (OSError, ValueError):
-        return {}
-    right = isinstance(read, dict) and all(isinstance(value, str) and re.fullmatch(r"[0-9a-f]{64}", value) for value in read.values())
-    return read if right else {}
-
-
-def _write(known: Path, hashes: dict[str, str]) -> None:
-    """Without it the files are read again next time."""
-    kept = dict(list(hashes.items())[-4096:])
-    try:
-        new = known.with_suffix(f".{os.getpid()}.new")
-        new.write_text(json.dumps(kept))
-        os.replace(new, known)
-    except OSError:
-        pass

@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV = PYTHON="$(PYTHON)" bash tests/venv.sh
 # How long `make soak` goes on.
 MINUTES ?= 30
+# With `dev` it runs what the tests have built.
+SOAK_PROFILE ?= release
 # And `make fuzz`.
 SECONDS ?= 60
 
@@ -78,8 +80,8 @@ sweep: wheel ## Every causal architecture of the installed transformers: right o
 	KVKEEP_SWEEP=all PYTHON="$(PYTHON)" bash tests/integrations_python.sh sweep
 
 soak: ## MINUTES (30) of mixed load at twice the disk cap, watched from outside
-	$(CARGO) build --release --locked -p kvkeep --example soak
-	$(PYTHON) tests/soak.py $${CARGO_TARGET_DIR:-target}/release/examples/soak $$(( $(MINUTES) * 60 ))
+	$(CARGO) build --profile $(SOAK_PROFILE) --locked $(if $(filter dev,$(SOAK_PROFILE)),--workspace,-p kvkeep) --example soak
+	$(PYTHON) tests/soak.py $${CARGO_TARGET_DIR:-target}/$(if $(filter dev,$(SOAK_PROFILE)),debug,release)/examples/soak $$(( $(MINUTES) * 60 ))
 
 fuzz: ## SECONDS (60) of anything into the disk format's decoders; needs cargo-fuzz and a C++ compiler, no nightly
 	@if $(CARGO) fuzz --version >/dev/null 2>&1; then \

@@ -3,24 +3,26 @@
 # their JSON makes. Needs cargo, Python 3 and the demo model.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. tests/parts.sh
 CARGO=${CARGO:-cargo}
 PYTHON=${PYTHON:-python3}
 out=target/integrations
 mkdir -p "$out"
 
+part "build"
 "$CARGO" build --release --locked -p kvkeep-cli
 kvkeep=${CARGO_TARGET_DIR:-target}/release/kvkeep
 
-echo "-- demo comparison"
+part "demo comparison"
 "$kvkeep" demo comparison --json --plot "$out/comparison.svg" >"$out/comparison.json"
-echo "-- demo agent (short)"
+part "demo agent (short)"
 "$kvkeep" demo agent --requests 16 --json --plot "$out/agent.svg" >"$out/agent.json"
-echo "-- demo restart"
+part "demo restart"
 "$kvkeep" demo restart --disk "$out/restart" --json --plot "$out/restart.svg" >"$out/restart.json"
 "$kvkeep" verify "$out/restart" --json >"$out/verify.json"
 "$kvkeep" export "$out/restart" --limit 2 --out "$out/restart.safetensors"
 rm -rf "$out/restart"
-echo "-- bench"
+part "bench"
 "$kvkeep" bench --quick --disk "$out" --json >"$out/bench.json"
 
 "$PYTHON" - "$out" <<'PY'
@@ -58,15 +60,17 @@ print(f"{passed} passed, {failed} failed")
 sys.exit(failed > 0)
 PY
 
-echo "-- server"
+part "server"
 PYTHON="$PYTHON" bash tests/venv.sh .venv-server "openai>=2,<3"
 .venv-server/bin/python tests/server.py "$kvkeep"
-echo "-- openapi"
+part "openapi"
 PYTHON="$PYTHON" bash tests/openapi.sh "$kvkeep"
+part "load"
 "$PYTHON" tests/load.py "$kvkeep" 20 32
+part "hostile"
 "$PYTHON" tests/hostile.py "$kvkeep" 3000
 
-echo "-- dashboard, in a browser"
+part "dashboard, in a browser"
 KVKEEP=$(realpath "$kvkeep") bash tests/dashboard/run.sh
-echo "-- soak (a minute)"
-make --no-print-directory soak MINUTES=1 CARGO="$CARGO" PYTHON="$PYTHON"
+part "soak (a minute)"
+make --no-print-directory soak MINUTES=1 SOAK_PROFILE=dev CARGO="$CARGO" PYTHON="$PYTHON"

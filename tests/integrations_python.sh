@@ -3,11 +3,13 @@
 # tests/integrations_python.sh bench: the benchmark alone, in full. sweep: all architectures.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. tests/parts.sh
 export PYTHON=${PYTHON:-python3}
 wheel=$(ls "$PWD"/dist/kvkeep-*.whl)
 out=$PWD/target/integrations
 mkdir -p "$out"
 
+part "torch and transformers are installed"
 bash tests/venv.sh .venv-torch "torch>=2.15,<3" "transformers>=5.23,<6" "peft>=0.19" accelerate numpy "pytest>=9,<10" "tqdm>=4.60" "matplotlib>=3.7" \
   ml_dtypes "nbclient>=0.11,<1" "nbformat>=5,<6" "ipykernel>=7,<8" "mypy>=2,<3" "basedpyright>=1.40,<2"
 .venv-torch/bin/python -m pip install --quiet --no-deps --force-reinstall --disable-pip-version-check "$wheel"
@@ -20,34 +22,34 @@ if [ "${1:-}" = sweep ]; then
   cd crates/kvkeep-python
   exec python -m pytest tests/test_architectures.py
 fi
-echo "-- pytest with torch and transformers"
+part "pytest with torch and transformers"
 (cd crates/kvkeep-python && python -m pytest)
 # The paths below the best one of this processor: the libraries underneath round differently on each.
 best=$(python -c 'import torch; print(torch.backends.cpu.get_cpu_capability().lower())')
 for path in "default SSE41" "avx2 AVX2"; do
   read -r capability isa <<<"$path"
   if [ "$best" = avx512 ] || { [ "$best" = avx2 ] && [ "$capability" = default ]; }; then
-    echo "-- pytest with torch's $capability path (this processor's best is $best)"
+    part "pytest with torch's $capability path (this processor's best is $best)"
     (cd crates/kvkeep-python && ATEN_CPU_CAPABILITY=$capability ONEDNN_MAX_CPU_ISA=$isa python -m pytest tests/test_torch.py tests/test_transformers.py)
   fi
 done
-echo "-- types"
+part "types"
 (cd crates/kvkeep-python && python -m mypy --strict --no-incremental tests/sample.py python/kvkeep)
 # From a folder of its own: in the repository pyright takes crates/kvkeep for the package.
 mkdir -p "$out/types" && cp crates/kvkeep-python/tests/sample.py "$out/types"
 (cd "$out/types" && basedpyright --level error --pythonpath "$(command -v python)" sample.py && python sample.py)
-echo "-- README's snippets"
+part "README's snippets"
 python tests/readme.py
-echo "-- examples"
+part "examples"
 for example in examples/example_*.py; do python "$example"; done
-echo "-- vLLM"
+part "vLLM"
 bash tests/vllm.sh short
-echo "-- demos"
+part "demos"
 python -m kvkeep.demo --layers 3 --json --plot "$out/python-demo.png" >"$out/python-demo.json" 2>"$out/python-demo.err" \
   || { cat "$out/python-demo.err"; exit 1; }
-echo "-- benchmark"
+part "benchmark"
 python -m kvkeep.bench --quick --json >"$out/python-bench.json"
-echo "-- notebooks"
+part "notebooks"
 python tests/notebooks.py
 
 python - "$out" <<'PY'

@@ -10,7 +10,7 @@ SOAK_PROFILE ?= release
 # And `make fuzz`.
 SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize sanitize-python crash-test test-integrations test-vllm sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint semver fmt clean
+.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize sanitize-python crash-test test-integrations test-vllm test-clients sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint semver fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -97,6 +97,9 @@ bench: ## Benchmarks against memcpy and each other; figures go to docs/benchmark
 bench-python: wheel ## The Python front door against a dict and memcpy (needs what test-integrations installs)
 	PYTHON="$(PYTHON)" bash tests/integrations_python.sh bench
 
+test-clients: command ## openai, LiteLLM, LangChain, llama-index, llm, the AI SDK and curl against the server, directly and through nginx
+	PYTHON="$(PYTHON)" bash tests/clients/run.sh $${CARGO_TARGET_DIR:-target}/release/kvkeep
+
 load: ## 32 clients at a server for a minute
 	$(CARGO) build --release --locked -p kvkeep-cli
 	$(PYTHON) tests/load.py $${CARGO_TARGET_DIR:-target}/release/kvkeep 60 32
@@ -148,4 +151,4 @@ fmt: ## Format everything
 
 clean: ## Remove what was built
 	$(CARGO) clean
-	rm -rf dist .venv-build .venv-empty .venv-release .venv-server .venv-test .venv-torch .venv-vllm .venv-vllm-releases
+	rm -rf dist .venv-build .venv-clients .venv-empty .venv-release .venv-server .venv-test .venv-torch .venv-vllm .venv-vllm-releases

@@ -65,6 +65,8 @@ PYTHON="$PYTHON" bash tests/venv.sh .venv-server "openai>=2,<3"
 .venv-server/bin/python tests/server.py "$kvkeep"
 part "openapi"
 PYTHON="$PYTHON" bash tests/openapi.sh "$kvkeep"
+part "clients, directly and through nginx"
+PYTHON="$PYTHON" bash tests/clients/run.sh "$kvkeep"
 part "load"
 "$PYTHON" tests/load.py "$kvkeep" 20 32
 part "hostile"

@@ -67,6 +67,8 @@ part "openapi"
 PYTHON="$PYTHON" bash tests/openapi.sh "$kvkeep"
 part "clients, directly and through nginx"
 PYTHON="$PYTHON" bash tests/clients/run.sh "$kvkeep"
+part "newcomer"
+PYTHON="$PYTHON" bash tests/newcomer.sh dist/kvkeep-*.whl
 part "load"
 "$PYTHON" tests/load.py "$kvkeep" 20 32
 part "hostile"

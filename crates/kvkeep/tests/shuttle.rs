@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use common::{Kv, assert_right, namespace, store};
 use kvkeep::tiers::MemoryTier;
 use kvkeep::{
-    CacheConfig, Clock, DType, DiskConfig, Error, KvCache, ManualClock, Namespace, Outcome, SimpleKvCache,
+    CacheConfig, Chain, Clock, DType, DiskConfig, Error, KvCache, ManualClock, Namespace, Outcome, SimpleKvCache,
     StoreOptions, TensorView, WritePolicy,
 };
 use shuttle::thread;
@@ -270,4 +270,44 @@ fn the_value_that_ram_has_is_the_one_that_a_tier_gives_back() {
     };
     shuttle::check_random(explore, ROUNDS);
     shuttle::check_pct(explore, ROUNDS, 3);
+}
+
+/// A removal ended the leases that it saw. One that was on its way then held what nobody could find, for as long as it lasted.
+#[test]
+fn a_lease_never_outlives_what_it_holds() {
+    shuttle::check_random(
+        || {
+            let (cache, namespace) = (cache(8), Arc::new(namespace("m")));
+            let tokens: Vec<u32> = (0..8).collect();
+            store(&cache, &namespace, &tokens);
+            let leasing = {
+                let (cache, namespace, tokens) = (cache.clone(), Arc::clone(&namespace), tokens.clone());
+                thread::spawn(move || {
+                    let chain = Chain::of(&namespace, &tokens).unwrap();
+                    cache.store_handle().lease(&chain, "client", None).unwrap()
+                })
+            };
+            let removing = {
+                let (cache, namespace, tokens) = (cache.clone(), Arc::clone(&namespace), tokens.clone());
+                let way = shuttle::rand::Rng::gen_range(&mut shuttle::rand::thread_rng(), 0..3);
+                thread::spawn(move || {
+                    let removed = if way == 0 { cache.clear() } else { cache.remove(&namespace, &tokens).unwrap() };
+                    assert_eq!(removed.entries, 2);
+                    if way == 2 {
+                        // It comes again, as another entry.
+                        store(&cache, &namespace, &tokens);
+                    }
+                })
+            };
+            let lease = leasing.join().unwrap();
+            removing.join().unwrap();
+            let (leases, found) = (cache.store_handle().leases(), cache.lookup(&namespace, &tokens).unwrap());
+            let held: usize = leases.iter().map(|lease| lease.tokens).sum();
+            assert!(held <= found.cached_tokens(), "{lease:?} holds what nobody finds");
+            drop(found);
+            assert_eq!(cache.stats().held_bytes, cache.store_handle().leased().bytes);
+            assert!(cache.stats().used_bytes <= cache.stats().held_bytes.max(2 * PAGE));
+        },
+        ROUNDS,
+    );
 }

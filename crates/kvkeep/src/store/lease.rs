@@ -22,7 +22,8 @@ use super::guard::Pin;
 use crate::chain::Chain;
 use crate::clock::duration_ms;
 use crate::error::{Error, Result};
-use crate::index::NEVER;
+use crate::eviction::EntryId;
+use crate::index::{Index, NEVER};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::sync::Mutex;
 use crate::tier::ram::PAGE_BYTES;
@@ -105,22 +106,37 @@ impl Store {
     pub fn lease(&self, chain: &Chain, owner: impl Into<String>, ttl: Option<Duration>) -> Result<Lease> {
         self.here()?;
         self.end_expired();
+        let owner = owner.into();
+        loop {
+            let (lease, entries) = self.lease_once(chain, &owner, ttl)?;
+            // What was removed before the lease could be seen has not ended it.
+            let is_there =
+                |index: &Index| chain.keys().iter().zip(&entries).all(|(key, id)| index.find(key) == Some(*id));
+            if self.shared.with(|ledger| is_there(ledger.index())) || !self.end_lease(lease.id) {
+                return Ok(lease);
+            }
+        }
+    }
+
+    /// Says which entries it holds, too.
+    fn lease_once(&self, chain: &Chain, owner: &str, ttl: Option<Duration>) -> Result<(Lease, Vec<EntryId>)> {
         let (pin, _) = self.pin_run(chain.keys(), super::Request::Uncounted);
         let expires_at_ms = ttl.map(|ttl| self.shared.now_ms().saturating_add(duration_ms(ttl)));
         let keys = chain.keys().get(..pin.len()).unwrap_or_default().to_vec();
         let layout = chain.namespace().layout();
         let lease = Lease {
             id: LeaseId { epoch: self.leases.epoch, number: 0 },
-            owner: owner.into(),
+            owner: owner.to_owned(),
             namespace: chain.namespace().id(),
             blocks: keys.len(),
             tokens: keys.len() * layout.block_tokens(),
             expires_at_ms,
         };
         let block_bytes = (layout.block_bytes() as u64).next_multiple_of(PAGE_BYTES as u64);
+        let entries = pin.held().iter().map(|held| held.id).collect();
         let held = Held { lease, keys, block_tokens: layout.block_tokens(), block_bytes, _pin: pin };
         // Here, without the table's lock, the pin of a refused one is dropped.
-        self.leases.add(held).map_err(|refused| refused.1)
+        self.leases.add(held).map(|lease| (lease, entries)).map_err(|refused| refused.1)
     }
 
     /// A lease goes on for so long from now, or without end; `None` if it has ended.

@@ -48,7 +48,7 @@ pub(crate) enum Request {
 /// One pinned object.
 #[derive(Debug)]
 pub(crate) struct Held {
-    id: EntryId,
+    pub(super) id: EntryId,
     /// Held for a queued write: no use, and no pin.
     queued: bool,
     pub(super) grant: ReadGrant,

@@ -25,7 +25,9 @@ impl Store {
         if self.here().is_err() {
             return Removed::default();
         }
-        self.end_leases(|lease| namespace.is_none_or(|namespace| namespace == lease.namespace));
+        // First, so that what they hold is freed at once; and again, for those that came meanwhile.
+        let end_leases = || self.end_leases(|lease| namespace.is_none_or(|namespace| namespace == lease.namespace));
+        end_leases();
         let gone = namespace.map_or(Gone::All, Gone::Namespace);
         let what = namespace.map_or(Forget::All, Forget::Namespace);
         let mut removed = Removed::default();
@@ -45,6 +47,7 @@ impl Store {
                 });
             }
         });
+        end_leases();
         self.shared.give_back();
         let below = forgotten.iter().map(|forgotten| forgotten.entries).max().unwrap_or(0);
         Removed { entries: removed.entries.max(below), ..removed }
@@ -61,6 +64,7 @@ impl Store {
         let begin = |ledger: &mut Ledger| ledger.remove(keys, now_ms);
         let ((mut removed, mut found), forgotten) =
             self.forget(Gone::Keys(names.clone()), &Forget::Keys(&names), begin, || {});
+        self.end_leases_of(keys);
         for below in &forgotten {
             found.iter_mut().zip(&below.found).for_each(|(found, below)| *found |= below);
         }

@@ -55,7 +55,7 @@ class Settings:
         for field in fields(self):
             value = getattr(self, field.name)
             may_be_left_out = field.default is None and value is None
-            if field.name in _NUMBERS and not may_be_left_out and not _is_above_0(value):
+            if field.name in _NUMBERS and not may_be_left_out and not is_above_0(value):
                 raise ValueError(f"kvkeep: {field.name} is {value!r}: give a number above 0")
 
     @classmethod
@@ -82,5 +82,5 @@ class Settings:
         return int(self.queue_mb * _MIB)
 
 
-def _is_above_0(value: Any) -> bool:
+def is_above_0(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")

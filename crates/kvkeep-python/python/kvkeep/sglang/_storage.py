@@ -59,6 +59,7 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
         self._skipped = 0
         self._pools: dict[str, Pool] = {}
         self._pager: Pager | None = None
+        self._is_closed = False
         self._opening = threading.Lock()
 
     def _identify(self, storage_config: Any) -> str:
@@ -78,6 +79,8 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
 
     def _opened(self) -> Pager:
         with self._opening:
+            if self._is_closed:
+                raise RuntimeError("kvkeep: this backend is closed: attach it again")
             if self._pager is None:
                 self._pager = self._open()
             return self._pager
@@ -273,6 +276,7 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
     def close(self) -> None:
         """Writes what was taken, and lets go of the folder."""
         with self._opening:
+            self._is_closed = True
             self._let_go()
         try:
             self._file.write(replace(self.rates))

@@ -11,6 +11,7 @@ part of the cap of its own, and no pool could use what another leaves.
 from __future__ import annotations
 
 import ctypes
+import operator
 import threading
 import time
 from collections import deque
@@ -95,9 +96,17 @@ class Pager:
         return self._run("load", pages, [True] * len(pages))
 
     def write(self, pages: Sequence[Page]) -> list[bool]:
-        """Takes copies of pages, in order until one is not taken; they are written behind. What is there already is not written again."""
-        there = self.has([(page.name, sum(size for _, size in page.pieces)) for page in pages])
-        return self._run("store", pages, [not is_there for is_there in there])
+        """Writes pages, in order until one is not taken: which can be read now? What is there already is not written again."""
+        until = time.monotonic() + 2 * self._times["store"]
+        names = [(page.name, sum(size for _, size in page.pieces)) for page in pages]
+        there = self.has(names)
+        taken = self._run("store", pages, [not is_there for is_there in there])
+        # They are written behind. What is said to be stored is found from then on, so that is waited for.
+        while not all(there := self.has(names)) and any(map(operator.gt, taken, there)) and time.monotonic() < until:
+            if not self._engine.stats()["disk"]["queued_bytes"]:
+                return self.has(names)  # dropped, or evicted already
+            time.sleep(_POLL_SECONDS_AT_MOST)
+        return there
 
     def _run(self, kind: str, pages: Sequence[Page], wanted: list[bool]) -> list[bool]:
         records = [self._records(page) if is_wanted else [] for page, is_wanted in zip(pages, wanted)]

@@ -45,7 +45,7 @@ def begin(folder: Path, **arguments: Any) -> None:
     """Makes this process a scheduler of SGLang's, of this model."""
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    ranks = {name: arguments.pop(name, default) for name, default in (("tp_rank", 0), ("tp_size", 1), ("dp_rank", None))}
+    ranks = {name: arguments.pop(name, default) for name, default in (("tp_rank", 0), ("dp_rank", None))}
     given = {"device": "cpu", "random_seed": 0, "dtype": "bfloat16", "page_size": PAGE_TOKENS, **arguments}
     publish(ServerArgs(model_path=str(model(folder)), **given), role="scheduler")
     get_parallel().override_permanently(pp_rank=0, pp_size=1, attn_dcp_size=1, attn_dcp_rank=0, **ranks)

@@ -120,12 +120,12 @@ def test_private__an_adapter_that_was_trained_on_under_its_name_and_path_finds_n
 def test_private__ranks_have_folders_of_their_own_also_where_sglang_has_one_rank_write_for_all(tmp_path: Path) -> None:
     """Of a model whose ranks all have the same KV, SGLang has the first rank alone write it. The others had an empty folder, and all of them together no hit."""
     for rank in (0, 1):
-        with Lab(tmp_path / "kv", "mla", arguments={"tp_rank": rank}) as lab:
+        with Lab(tmp_path / "kv", "mla", arguments={"tp_rank": rank, "tp_size": 2}) as lab:
             assert lab.controller.storage_config.tp_rank == rank and not lab.controller.backup_skip
             assert lab.store(prompt(20)) == 20 * PAGE_TOKENS
     assert len(list((tmp_path / "kv").glob("kv-*"))) == 2
     for rank in (1, 0):
-        with Lab(tmp_path / "kv", "mla", arguments={"tp_rank": rank}) as lab:
+        with Lab(tmp_path / "kv", "mla", arguments={"tp_rank": rank, "tp_size": 2}) as lab:
             assert lab.load(prompt(20)) == 20 * PAGE_TOKENS
 
 

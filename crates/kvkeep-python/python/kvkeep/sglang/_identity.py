@@ -59,10 +59,20 @@ def _weights_of(arguments: Mapping[str, Any], vouched: str | None, known: Path) 
 
 
 def _adapters_of(arguments: Mapping[str, Any], known: Path) -> list[tuple[str, str]]:
-    adapters = [(str(lora.lora_id), str(lora.lora_path)) for lora in arguments.get("lora_paths") or ()]
+    given = arguments.get("lora_paths") or ()
+    adapters = list(given.items()) if isinstance(given, Mapping) else [_named(lora) for lora in given]
     if (path := arguments.get("uno_lora_path")) is not None:
         adapters.append(("uno", str(path)))
     return sorted((name, adapter(path, known)) for name, path in adapters)
+
+
+def _named(lora: Any) -> tuple[str, str]:
+    """Name and path of an adapter, as SGLang has it or as it was given."""
+    if isinstance(lora, str):
+        name, _, path = lora.rpartition("=")
+        return name or path, path
+    known = lora if isinstance(lora, Mapping) else {name: getattr(lora, name) for name in ("lora_name", "lora_path")}
+    return str(known["lora_name"]), str(known["lora_path"])
 
 
 def _ranks(storage: Any) -> dict[str, Any]:

@@ -73,7 +73,7 @@ class Pool:
 
 def is_logical(host_pool: Any) -> bool:
     """Does it hold nothing itself? SGLang then asks for the pools beside it."""
-    return getattr(host_pool, "kv_buffer", host_pool) is None
+    return getattr(host_pool, "size_per_token", None) == 0
 
 
 def _sizes_of_a_page(host_pool: Any, page_tokens: int) -> list[int] | None:

@@ -161,18 +161,18 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
 
     def _judged(self, pager: Pager, keys: Sequence[str], transfers: Sequence[PoolTransfer], extra_info: Any, found: PoolTransferResult) -> PoolTransferResult:
         """What is there, unless computing it is faster."""
-        pools = [pool for name in [PoolName.KV, *(transfer.name for transfer in transfers)] if (pool := self._pool(name)) is not None]
-        names = [page for pool in pools for page in self._named(pool, keys)]
-        tokens = len(keys) * max((pool.page_tokens for pool in pools), default=1)
-        before = len(getattr(extra_info, "prefix_keys", None) or ()) * tokens // len(keys)
+        loads = [(self._pool(PoolName.KV), keys), *((self._pool(transfer.name), _loaded(keys, transfer)) for transfer in transfers)]
+        pages = [page for pool, loaded in loads if pool is not None for page in self._named(pool, loaded)]
+        page_tokens = self.mem_pool_host.page_size
+        before = len(getattr(extra_info, "prefix_keys", None) or ()) * page_tokens
         pager.take_probes()
-        if self._pays(before, before + tokens, sum(pool.page_bytes for pool in pools) * len(keys)):
-            pager.touch(names)
+        if self._pays(before, before + len(keys) * page_tokens, sum(size for _, size in pages)):
+            pager.touch(pages)
             return found
         self._own["not_worth"] += len(keys)
         self._skipped += 1
         if self._skipped % _PROBE_EVERY == 1:
-            pager.probe(names[:_PROBE_PAGES])
+            pager.probe(pages[:_PROBE_PAGES])
         return PoolTransferResult(0, found.extra_pool_hit_pages, [])
 
     def _pays(self, first: int, end: int, size: int) -> bool:
@@ -300,6 +300,11 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
 
     def _named(self, pool: Pool, keys: Sequence[str]) -> list[tuple[bytes, int]]:
         return [(pool.name(key), pool.page_bytes) for key in self._keys(keys)]
+
+
+def _loaded(keys: Sequence[str], transfer: PoolTransfer) -> Sequence[str]:
+    """Which pages of a pool are loaded with a prefix: all, or the last ones of it."""
+    return keys[-max(1, len(transfer.keys or ())) :] if transfer.hit_policy == PoolHitPolicy.TRAILING_PAGES else keys
 
 
 def _run(there: Sequence[bool]) -> int:

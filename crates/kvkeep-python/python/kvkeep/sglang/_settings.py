@@ -8,7 +8,7 @@ from typing import Any
 
 from kvkeep._engines import settings
 
-_OF_SGLANG = ("backend_name", "module_path", "class_name", "interface_v1")
+_OF_SGLANG = ("backend_name", "module_path", "class_name", "interface_v1", "file_storage_path")
 """What SGLang itself reads, and leaves in."""
 
 

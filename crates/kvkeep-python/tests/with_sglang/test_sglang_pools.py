@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import random
+import threading
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lab import LAYERS, PAGE_TOKENS, begin, config, device_pool, host_pool, model
+from lab import LAYERS, PAGE_TOKENS, TOKENS, as_key, begin, config, device_pool, host_pool, model, prompt
+from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
 from sglang.srt.mem_cache.device_pool_info import MambaStateBufferInfo
 from sglang.srt.mem_cache.hicache_storage import HiCacheFile, HiCacheStorageConfig, PoolHitPolicy, PoolName, PoolTransfer
+from sglang.srt.mem_cache.hybrid_cache.hybrid_cache_controller import HybridCacheController
 from sglang.srt.mem_cache.memory_pool_host import LogicalHostPool
+from sglang.srt.mem_cache.pool_host import HostPoolGroup, PoolEntry
 from sglang.srt.mem_cache.pool_host.mamba import MambaPoolHost
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
+from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from kvkeep import _kvkeep
 from kvkeep.sglang import _settings
@@ -144,6 +150,46 @@ def test_exists__of_an_anchor_that_holds_nothing_the_pools_beside_it_decide(tmp_
     found = storage.batch_exists_v2(KEYS[:8], [transfer(PoolName.INDEXER, KEYS[:8])])
     assert found.kv_hit_pages == 5
     storage.close()
+
+
+def hybrid(tmp_path: Path, of: dict[PoolName, Any], **settings: Any) -> HybridCacheController:
+    """SGLang's controller of several pools, as its servers have it."""
+    begin(tmp_path / "model")
+    device = device_pool("mha")
+    entries = [PoolEntry(name, pool, device, lambda layer: layer, is_primary_index_anchor=name == PoolName.KV) for name, pool in of.items()]
+    return HybridCacheController(
+        PagedTokenToKVPoolAllocator(TOKENS, PAGE_TOKENS, torch.bfloat16, "cpu", device, False), HostPoolGroup(entries), PAGE_TOKENS, torch.distributed.group.WORLD,
+        threading.Event(), write_policy="write_through", io_backend="direct", storage_backend="dynamic", model_name=str(tmp_path / "model"),
+        storage_backend_extra_config=config(tmp_path / "kv", **settings),
+    )  # fmt: skip
+
+
+def test_hybrid__sglangs_controller_stores_and_restores_kv_with_the_state_at_its_end(tmp_path: Path) -> None:
+    of = {PoolName.KV: host_pool(device_pool("mha"), "mha", "page_first"), PoolName.MAMBA: mamba_pool()}
+    key = as_key(prompt(12))
+    keys = list(get_storage_hash_str(key, None, page_size=PAGE_TOKENS))
+    controller = hybrid(tmp_path, of)
+    kv = fill(of[PoolName.KV], 8, 1)
+    state = fill(of[PoolName.MAMBA], 1, 2)
+    last = lambda indices: transfer(PoolName.MAMBA, [keys[7]], indices, PoolHitPolicy.TRAILING_PAGES)  # noqa: E731
+    controller.write_storage(kv[0], key, hash_value=keys[:8], extra_pools=[last(state[0])])
+    assert controller.ack_backup_queue.get(timeout=60).completed_tokens == 8 * PAGE_TOKENS
+    controller.detach_storage_backend()
+
+    of = {PoolName.KV: host_pool(device_pool("mha"), "mha", "page_first"), PoolName.MAMBA: mamba_pool()}
+    controller = hybrid(tmp_path, of)
+    controller.prefetch(CacheRequestHandle("r", 0), key, extra_pools=[transfer(PoolName.MAMBA, [keys[11]], torch.tensor([3]), PoolHitPolicy.TRAILING_PAGES)])
+    operation = controller.prefetch_hit_queue.get(timeout=60)
+    assert operation.storage_hit_count == 8 * PAGE_TOKENS and operation.pool_storage_result.restorable_prefix_pages == [8], "there is one state"
+    operation.host_indices = torch.arange(8 * PAGE_TOKENS)
+    controller.prefetch_buffer.put(operation)
+    acks: list[Any] = []
+    while not acks or not acks[-1].completed_req:
+        acks.append(controller.ack_prefetch_queue.get(timeout=60))
+    assert max(ack.completed_tokens or 0 for ack in acks) == 8 * PAGE_TOKENS
+    assert [ack.pool_hits[PoolName.MAMBA] for ack in acks if ack.pool_hits] == [1]
+    assert contents(of[PoolName.KV], 8) == kv[1] and contents(of[PoolName.MAMBA], 4)[3] == state[1][0]
+    controller.detach_storage_backend()
 
 
 def test_a_pool_that_comes_late_is_served_from_the_same_folder(tmp_path: Path) -> None:

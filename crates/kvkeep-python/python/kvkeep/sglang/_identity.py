@@ -76,10 +76,9 @@ def _named(lora: Any) -> tuple[str, str]:
 
 
 def _ranks(storage: Any) -> dict[str, Any]:
-    """Which part of each page this process has. Where all ranks have the same, the rank is nothing."""
-    ranks = ("tp_size", "pp_rank", "pp_size", "attn_cp_rank", "attn_cp_size", "dcp_rank", "dcp_size", "is_mla_model")
-    described = {name: getattr(storage, name, None) for name in ranks}
-    return described if storage.is_mla_model else {**described, "tp_rank": storage.tp_rank}
+    """Which part of each page this process has. The rank also where all have the same KV: other states of such a model may still be parts."""
+    ranks = ("tp_rank", "tp_size", "pp_rank", "pp_size", "attn_cp_rank", "attn_cp_size", "dcp_rank", "dcp_size", "is_mla_model")
+    return {name: getattr(storage, name, None) for name in ranks}
 
 
 def _version() -> str:

@@ -240,6 +240,20 @@ def test_records__any_pages_in_any_pieces_come_back(tmp_path: Path) -> None:
         pager.close()
 
 
+def test_private__a_record_has_nothing_in_it_of_the_page_that_was_in_its_place_before(tmp_path: Path) -> None:
+    """Pages go to the disk through memory that is used again. What a short page left free of it held the end of a longer one, of whomever that was."""
+    settings = _settings.read(config(tmp_path / "kv", buffer_mb=0.001))  # of two records
+    namespace = _kvkeep.Namespace("m", (1, 1, 4096, 4096, 1), _kvkeep.DTYPES.index("u8"), False, ("x", "sglang", "", ""))
+    pager = Pager(str(tmp_path / "kv"), 8192, namespace, settings, lambda *_: None)
+    long, short = np.full(8192, 0xAB, np.uint8), np.full(100, 0xCD, np.uint8)
+    for name, array in [(b"a", long), (b"b", long), (b"c", short), (b"d", short)]:
+        assert pager.write([Page(name * 32, [(array.ctypes.data, array.nbytes)])]) == [True]
+    pager.close()
+    written = b"".join(path.read_bytes() for path in sorted((tmp_path / "kv").glob("segment-*")))
+    assert written.count(short.tobytes()) == 2 and written.count(long.tobytes()) == 2
+    assert written.count(short.tobytes() + bytes(8192 - 100)) == 2
+
+
 def test_records__they_waste_little_whatever_pools_there_are() -> None:
     generator = random.Random(1)
     for _ in range(500):

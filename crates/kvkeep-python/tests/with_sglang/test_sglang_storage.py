@@ -115,6 +115,16 @@ def test_never_wrong__a_page_that_did_not_come_leaves_its_place_in_ram_as_it_was
         assert lab.right(["other"] * 4, indices)[2]
 
 
+def test_never_stuck__behind_a_page_that_is_missing_nothing_more_is_read_or_written(tmp_path: Path) -> None:
+    with Lab(tmp_path / "kv", buffer_mb=0.05) as lab:  # of two pages
+        keys = lab.keys(prompt(40))
+        lab.store(prompt(40))
+        indices = lab.put(["other"] * 41)
+        came = lab.storage.batch_get_v1(["missing", *keys], indices)
+        assert not came[0] and sum(came) <= 1, "what was under way with it"
+        assert lab.storage.counters()["hits"] <= 1
+
+
 def test_never_over__the_folder_stays_under_its_cap_as_du_sees_it(tmp_path: Path) -> None:
     root, cap = tmp_path / "kv", 12 << 20
     with Lab(root, capacity_gb=cap / (1 << 30)) as lab:

@@ -8,7 +8,7 @@ release=0.5.23
 
 # SGLang wants dozens of packages with kernels for GPUs. What its memory cache imports is a few of them; they are given here. ninja builds its hash.
 bash tests/venv.sh .venv-sglang "torch==2.14.1" "torchvision>=0.29" numpy "transformers==5.19.0" "pytest>=9,<10" "apache-tvm-ffi" "compressed-tensors>=0.18" \
-  aiohttp dill fastapi gguf loguru msgspec ninja openai orjson partial-json-parser prometheus-client psutil pybase64 pydantic pyzmq requests sentencepiece setproctitle uvloop
+  aiohttp dill fastapi gguf ipython loguru msgspec ninja openai orjson partial-json-parser prometheus-client psutil pybase64 pydantic pyzmq requests sentencepiece setproctitle uvloop
 # For its Python alone, and its hash in C++: a Python of another version than the wheel's imports it as well.
 unpacked=$PWD/.venv-sglang-release/$release
 if [ ! -d "$unpacked/sglang" ]; then

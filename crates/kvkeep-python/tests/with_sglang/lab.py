@@ -41,10 +41,15 @@ def model(folder: Path, weights: bytes = b"weights") -> Path:
     return folder
 
 
+def meet(store: Any, rank: int, ranks: int) -> None:
+    """The group of ranks that this process is in, once and for all."""
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
+
+
 def begin(folder: Path, **arguments: Any) -> None:
     """Makes this process a scheduler of SGLang's, of this model."""
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    meet(torch.distributed.HashStore(), 0, 1)
     ranks = {name: arguments.pop(name, default) for name, default in (("tp_rank", 0), ("dp_rank", None))}
     given = {"device": "cpu", "random_seed": 0, "dtype": "bfloat16", "page_size": PAGE_TOKENS, **arguments}
     publish(ServerArgs(model_path=str(model(folder)), **given), role="scheduler")
@@ -164,3 +169,18 @@ def as_key(tokens: RadixKey | list[int]) -> RadixKey:
 def prompt(pages: int, salt: int = 0) -> list[int]:
     """A prompt that no other salt begins with."""
     return [1_000_000 * (salt + 1) + number for number in range(pages * PAGE_TOKENS)]
+
+
+def segments(root: Path) -> list[Path]:
+    return sorted(root.rglob("segment-*"))
+
+
+def flip(root: Path, content: bytes, at: int = 5000) -> None:
+    """Flips a bit of what lies on the disk."""
+    (path,) = [path for path in segments(root) if content in path.read_bytes()]
+    place = path.read_bytes().index(content) + at
+    with path.open("r+b") as file:
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 from array import array
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lab import PAGE_TOKENS, Lab, begin, config, prompt
+from lab import LAYERS, PAGE_TOKENS, Lab, as_key, begin, config, flip, model, page_bytes, prompt
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorageConfig
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
+from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from kvkeep.sglang import _engine
 
@@ -127,6 +130,47 @@ def test_private__ranks_have_folders_of_their_own_also_where_sglang_has_one_rank
     for rank in (1, 0):
         with Lab(tmp_path / "kv", "mla", arguments={"tp_rank": rank, "tp_size": 2}) as lab:
             assert lab.load(prompt(20)) == 20 * PAGE_TOKENS
+
+
+RANK = """
+import sys; sys.path.insert(0, {here!r})
+from pathlib import Path
+import torch
+from lab import Lab, meet, prompt
+root, rank = Path({root!r}), {rank}
+meet(torch.distributed.FileStore(str(root.parent / "meets"), 2), rank, 2)
+lab = Lab(root, "mla", arguments={{"tp_rank": rank, "tp_size": 2}})
+print("stored", lab.store(prompt(20)), flush=True)
+for _ in range(2):
+    input()
+    print("loaded", lab.load(prompt(20)), flush=True)
+lab.controller.detach_storage_backend()
+"""
+
+
+def test_never_wrong__ranks_that_start_and_ask_at_once_agree_on_what_all_of_them_have(tmp_path: Path) -> None:
+    """Two processes with one model: both hash its files at once, each stores, and SGLang takes what the one that has least of it has."""
+    model(tmp_path / "model")
+    programs = [RANK.format(here=str(Path(__file__).parent), root=str(tmp_path / "kv"), rank=rank) for rank in (0, 1)]
+    ranks = [subprocess.Popen([sys.executable, "-W", "ignore", "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for program in programs]
+
+    def said(word: str) -> list[int]:
+        return [next(int(line.split()[1]) for line in iter(rank.stdout.readline, "") if line.startswith(word)) for rank in ranks if rank.stdout is not None]
+
+    def go() -> None:
+        for rank in ranks:
+            assert rank.stdin is not None
+            rank.stdin.write("\n")
+            rank.stdin.flush()
+
+    assert said("stored") == [20 * PAGE_TOKENS] * 2
+    go()
+    assert said("loaded") == [20 * PAGE_TOKENS] * 2
+    seventh = get_storage_hash_str(as_key(prompt(20)), None, page_size=PAGE_TOKENS)[7]
+    flip(tmp_path / "kv" / "kv-0-0-0-0-1", page_bytes(seventh, LAYERS * PAGE_TOKENS * 128 * 2).numpy().tobytes())
+    go()
+    assert said("loaded") == [7 * PAGE_TOKENS] * 2, "one of them has a page less"
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
 
 
 @pytest.mark.parametrize("how", ["update_weights_from_disk", "update_weights_from_tensor", "end_weight_update", "_select_runners"])

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab import LAYERS, PAGE_TOKENS, Lab, begin, config, model, page_bytes, prompt
+from lab import LAYERS, PAGE_TOKENS, Lab, begin, config, flip, model, page_bytes, prompt, segments
 from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, HiCacheStorageConfig, HiCacheStorageExtraInfo, HiCacheStorageFailureInjector
 from sglang.srt.mem_cache.storage.backend_factory import StorageBackendFactory
 from slow_disk import SlowDisk, is_possible
@@ -25,24 +25,9 @@ LAYOUTS += [("mla", layout) for layout in ("layer_first", "page_first", "page_fi
 PAGE_BYTES = 2 * LAYERS * PAGE_TOKENS * 2 * 64 * 2
 
 
-def segments(root: Path) -> list[Path]:
-    return sorted(root.glob("kv-*/segment-*"))
-
-
 def disk_use(root: Path) -> int:
     """As `du` sees it."""
     return sum(path.lstat().st_blocks * 512 for path in [root, *root.rglob("*")])
-
-
-def flip(root: Path, content: bytes, at: int = 5000) -> None:
-    """Flips a bit of what lies on the disk."""
-    (path,) = [path for path in segments(root) if content in path.read_bytes()]
-    place = path.read_bytes().index(content) + at
-    with path.open("r+b") as file:
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ 1]))
 
 
 def child(root: Path, program: str, **settings: object) -> list[str]:

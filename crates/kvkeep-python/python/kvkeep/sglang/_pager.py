@@ -33,13 +33,17 @@ _POLL_SECONDS, _POLL_SECONDS_AT_MOST = 0.0002, 0.002
 
 def record_bytes(page_bytes: Sequence[int]) -> int:
     """For pools with pages of these sizes: the largest record of those that waste little."""
-    sizes = {_whole(-(-size // (parts * -(-size // (_RECORD_AT_MOST * parts))))) for size in page_bytes for parts in range(1, _PARTS_AT_MOST + 1)}
-    taken = {size: sum(size * -(-page // size) for page in page_bytes) for size in sizes}
+    sizes: set[int] = set()
+    for size in page_bytes:
+        least = _up(size, _RECORD_AT_MOST)
+        sizes.update(_PAGE_BYTES * _up(_up(size, parts), _PAGE_BYTES) for parts in range(least, least + _PARTS_AT_MOST))
+    taken = {size: sum(size * _up(page, size) for page in page_bytes) for size in sizes}
     return max(size for size in sizes if taken[size] <= 1.125 * min(taken.values()))
 
 
-def _whole(size: int) -> int:
-    return -(-size // _PAGE_BYTES) * _PAGE_BYTES
+def _up(whole: int, part: int) -> int:
+    """How many parts it takes."""
+    return -(-whole // part)
 
 
 @dataclass
@@ -193,7 +197,7 @@ class Pager:
         return [_record_name(name, at) for name, size in pages for at in range(self._count(size))]
 
     def _count(self, size: int) -> int:
-        return -(-size // self.record_bytes)
+        return _up(size, self.record_bytes)
 
     def _records(self, page: Page) -> list[tuple[bytes, list[Piece]]]:
         """A page's memory, cut into records."""

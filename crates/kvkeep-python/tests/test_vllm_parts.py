@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kvkeep.vllm import _hints, _weights
-from kvkeep.vllm._worth import MARGIN, Rates, RatesFile
+from kvkeep._engines import weights
+from kvkeep._engines.worth import MARGIN, Rates, RatesFile
+from kvkeep.vllm import _hints
 
 
 def model(folder: Path, weights: bytes = b"weights" * 1000) -> Path:
@@ -23,46 +24,46 @@ def model(folder: Path, weights: bytes = b"weights" * 1000) -> Path:
 
 def test_weights_with_one_other_byte_or_another_config_are_others(tmp_path: Path) -> None:
     known, one = tmp_path / "known.json", model(tmp_path / "one")
-    first = _weights.fingerprint(str(one), None, known)
-    assert first == _weights.fingerprint(str(model(tmp_path / "copy")), None, known), "a copy elsewhere is the same"
-    assert first != _weights.fingerprint(str(model(tmp_path / "other", b"weights" * 999 + b"Weights")), None, known)
+    first = weights.fingerprint(str(one), None, known)
+    assert first == weights.fingerprint(str(model(tmp_path / "copy")), None, known), "a copy elsewhere is the same"
+    assert first != weights.fingerprint(str(model(tmp_path / "other", b"weights" * 999 + b"Weights")), None, known)
     (one / "config.json").write_text('{"rope_theta": 1}')
-    assert first != _weights.fingerprint(str(one), None, known)
+    assert first != weights.fingerprint(str(one), None, known)
     (one / "config.json").write_text("{}")
     (one / "tokenizer.json").write_text("another")
-    assert first == _weights.fingerprint(str(one), None, known), "token ids are what KV is a function of"
+    assert first == weights.fingerprint(str(one), None, known), "token ids are what KV is a function of"
 
 
 def test_weights_are_read_once_and_again_when_they_were_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    hashed = _weights._sha256
-    monkeypatch.setattr(_weights, "_sha256", lambda path: (read.append(path.name), hashed(path))[1])
+    hashed = weights._sha256
+    monkeypatch.setattr(weights, "_sha256", lambda path: (read.append(path.name), hashed(path))[1])
     folder, known = model(tmp_path / "m"), tmp_path / "known.json"
-    first = _weights.fingerprint(str(folder), None, known)
+    first = weights.fingerprint(str(folder), None, known)
     assert sorted(read) == ["config.json", "model.safetensors"]
-    assert _weights.fingerprint(str(folder), None, known) == first and len(read) == 2
+    assert weights.fingerprint(str(folder), None, known) == first and len(read) == 2
     # The same size and the same time, as a careful copy has: a file in another's place is another file.
     before = (folder / "model.safetensors").stat()
     (folder / "new").write_bytes(b"WEIGHTS" * 1000)
     os.utime(folder / "new", ns=(before.st_atime_ns, before.st_mtime_ns))
     os.replace(folder / "new", folder / "model.safetensors")
-    assert _weights.fingerprint(str(folder), None, known) != first
+    assert weights.fingerprint(str(folder), None, known) != first
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"1 2": 3}', '{"1 2": "zz"}'])
 def test_a_file_of_hashes_that_is_damaged_is_made_again(tmp_path: Path, text: str) -> None:
     folder, known = model(tmp_path / "m"), tmp_path / "known.json"
-    first = _weights.fingerprint(str(folder), None, known)
+    first = weights.fingerprint(str(folder), None, known)
     known.write_text(text)
-    assert _weights.fingerprint(str(folder), None, known) == first
+    assert weights.fingerprint(str(folder), None, known) == first
     assert len(json.loads(known.read_text())) == 2
 
 
 def test_weights_that_cannot_be_read_are_an_error_that_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in (str(tmp_path / "empty"), "nobody/nothing"):
-        with pytest.raises(_weights.WeightsError, match="vouch"):
-            _weights.fingerprint(name, None, tmp_path / "known.json")
+        with pytest.raises(weights.WeightsError, match="vouch"):
+            weights.fingerprint(name, None, tmp_path / "known.json")
 
 
 def h100() -> Rates:

@@ -8,22 +8,21 @@ An adapter's name says nothing of its weights. So the adapters' files enter vLLM
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvkeep.vllm._weights import WeightsError, fingerprint
+from kvkeep._engines.identity import adapter, machine
+from kvkeep._engines.weights import fingerprint
 
 _PLAIN_ROPE = {"default", "linear", "llama3", "yarn", "mrope", "proportional"}
 """Kinds of rotary embedding that do not ask how long a context may be."""
 
 
 def describe(config: Any, spec: Any, row_bytes: int, weights: str | None, known: Path) -> dict[str, Any]:
-    """Everything that decides the bytes of a row, under names, for `digest`."""
+    """Everything that decides the bytes of a row, under names, for a digest of them."""
     model, cache_config, parallel = config.model_config, config.cache_config, config.parallel_config
     return {
         "weights": weights_of(config, weights, known),
@@ -48,11 +47,6 @@ def describe(config: Any, spec: Any, row_bytes: int, weights: str | None, known:
         "attention": _attention(config),
         "engine": _engine(),
     }
-
-
-def digest(parts: Mapping[str, Any]) -> str:
-    """SHA-256 of all parts, in hex."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def weights_of(config: Any, vouched: str | None, known: Path) -> str:
@@ -88,12 +82,9 @@ def _attention(config: Any) -> str:
 
 
 def _engine() -> list[str]:
-    import torch
     import vllm
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    capability = "" if torch.cuda.is_available() else torch.backends.cpu.get_cpu_capability()
-    return [f"vllm {vllm.__version__}", f"torch {torch.__version__}", device, capability]
+    return [f"vllm {vllm.__version__}", *machine()]
 
 
 _HASH_NAME = "_gen_lora_extra_hash_keys"
@@ -119,7 +110,7 @@ def cover_adapters(known: Path) -> bool:
         path = lora.lora_path
         name = (lora.lora_int_id, path, _changed(path) if getattr(lora, "load_inplace", False) else "")
         if name not in contents:
-            contents[name] = _content(path, known)
+            contents[name] = adapter(path, known)
         return contents[name]
 
     def with_content(request: Any) -> list[Any]:
@@ -129,14 +120,6 @@ def cover_adapters(known: Path) -> bool:
     with_content._kvkeep = True  # type: ignore[attr-defined]
     setattr(kv_cache_utils, _HASH_NAME, with_content)
     return True
-
-
-def _content(path: str, known: Path) -> str:
-    """What an adapter is; of one that cannot be read, something that no other process says."""
-    try:
-        return fingerprint(path, None, known)
-    except (OSError, WeightsError):
-        return f"unknown {os.urandom(16).hex()}"
 
 
 def _changed(path: str) -> str:

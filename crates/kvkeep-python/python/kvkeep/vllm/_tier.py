@@ -4,7 +4,7 @@ Invariant: nothing here waits. A look-up reads an index in memory. A job is begu
 at the latest, and one that failed is a miss for its request from then on, so that no request asks again for ever.
 
 A load is one decision for all of a request's blocks. vLLM asks for one block after the other, so on the first question the whole run is
-looked up, and judged: see `_worth`. Where vLLM does not say which blocks a request has (0.26), the load itself is judged, and refused.
+looked up, and judged: see `kvkeep._engines.worth`. Where vLLM does not say which blocks a request has (0.26), the load itself is judged, and refused.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from vllm.v1.kv_offload.base import LookupResult, RequestOffloadingContext
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 from kvkeep import KvkeepError, _kvkeep
+from kvkeep._engines import figures
+from kvkeep._engines.identity import digest
+from kvkeep._engines.worth import Rates, RatesFile
 from kvkeep.vllm import _compat, _hints, _identity, _metrics
 from kvkeep.vllm._settings import Settings
-from kvkeep.vllm._worth import Rates, RatesFile
 
 _log = logging.getLogger(__name__)
 
@@ -122,7 +124,7 @@ class KvkeepTier(SecondaryTierManager):
             raise ValueError("kvkeep: this vLLM does not say which adapter a request uses: serve it without --enable-lora, or without kvkeep")
         began = time.monotonic()
         parts = _identity.describe(config, spec, self._row_bytes, self.settings.weights, known)
-        self.identity = _identity.digest(parts)
+        self.identity = digest(parts)
         _log.info("kvkeep: identity %s in %.1f s", self.identity[:16], time.monotonic() - began)
         dims = (1, 1, self._row_bytes // 2, self._row_bytes // 2, 1)
         salt = self.settings.salt
@@ -330,7 +332,7 @@ class KvkeepTier(SecondaryTierManager):
 
     def counters(self) -> dict[str, int]:
         """All counters as of now, for tests and logs."""
-        return _metrics.counters(self._engine.stats(), self._own)
+        return figures.counters(self._engine.stats(), self._own)
 
     def shutdown(self) -> None:
         """Gives vLLM its memory back, and writes what was taken."""

@@ -75,7 +75,7 @@ pub use tier::disk::{Archive, Contents, ManifestState, RecordInfo, RecordState, 
 pub mod tiers {
     pub use crate::block::{BlockKey, BlockMeta};
     pub use crate::clock::Deadline;
-    pub use crate::codec::{Codec, CodecId, Codecs, Raw};
+    pub use crate::codec::{Codec, CodecId, Codecs, Lossless, Raw};
     pub use crate::event::Reports;
     pub use crate::layout::{Frame, Side};
     pub use crate::tier::around::{Fault, Limit, Meter, Metered};

@@ -1,6 +1,7 @@
 //! Codecs: the form in which tiers keep blocks. Bytes to bytes and back, without I/O.
 //!
 //! - Here: the trait, [`Raw`], and [`Codecs`]: which codec writes what, and which ones can be read.
+//! - `lossless`: byte planes and an entropy coder.
 //! - `framed`: the stored form of a whole block, whose frames (K or V of one layer) are decoded one by one.
 //!
 //! Invariants:
@@ -11,6 +12,7 @@
 //! - Blocks of [`Raw`] pass through untouched: nobody copies or allocates for them.
 
 mod framed;
+mod lossless;
 #[cfg(test)]
 pub(crate) mod tests;
 
@@ -23,6 +25,7 @@ use crate::layout::Frame;
 pub(crate) use framed::{Ends, decode_range, encode};
 #[cfg(feature = "disk")]
 pub(crate) use framed::{decode, frames_in};
+pub use lossless::Lossless;
 
 /// The number of a codec in a record's header. Numbers from 128 on are never given to a codec of this library.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -70,7 +73,7 @@ impl fmt::Display for CodecId {
 
 /// Every codec of this library: what one wrote, any cache can read.
 fn built_in() -> Vec<Arc<dyn Codec>> {
-    vec![Arc::new(Raw)]
+    vec![Arc::new(Raw), Arc::new(Lossless::new())]
 }
 
 impl Default for Codecs {

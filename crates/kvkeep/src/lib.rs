@@ -94,6 +94,13 @@ pub fn fuzz_disk_format(bytes: &[u8]) {
     tier::disk::decode_anything(bytes);
 }
 
+/// Feeds bytes to every codec, as what is stored and as a block. For `fuzz/` alone.
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub fn fuzz_codecs(bytes: &[u8]) {
+    codec::code_anything(bytes);
+}
+
 /// The snippets that people paste: compiled and run.
 #[cfg(doctest)]
 mod readmes {

@@ -19,6 +19,7 @@ pub(crate) mod tests;
 use std::fmt;
 use std::sync::Arc;
 
+use crate::error::{Error, Result};
 use crate::key::NamespaceId;
 use crate::layout::Frame;
 
@@ -90,6 +91,23 @@ impl Codecs {
         Self { written, ..Self::default() }.knows(codec)
     }
 
+    /// Everything is written by the codec of this name, one of [`Codecs::names`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] for any other name.
+    pub fn named(name: &str) -> Result<Self> {
+        let found = built_in().into_iter().find(|codec| codec.name() == name);
+        let unknown =
+            || Error::Config(format!("no codec is called {name:?}: give one of {}", Self::names().join(", ")));
+        found.map(Self::all).ok_or_else(unknown)
+    }
+
+    /// The names of the codecs of this library.
+    #[must_use]
+    pub fn names() -> Vec<&'static str> {
+        built_in().iter().map(|codec| codec.name()).collect()
+    }
+
     /// Blocks of this namespace are written by this codec instead.
     #[must_use]
     pub fn namespace(self, namespace: NamespaceId, codec: Arc<dyn Codec>) -> Self {
@@ -155,5 +173,29 @@ impl Codec for Raw {
             raw.copy_from_slice(stored);
         }
         fits
+    }
+}
+
+/// Feeds bytes from anywhere to every codec: as what is stored, and as a block. What fuzzing calls. The first two say
+/// what elements they are, and how long the block is.
+///
+/// # Panics
+/// If a block does not come back, or not exactly from a codec that is exact.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn code_anything(bytes: &[u8]) {
+    use crate::tensor::{DType, Shape};
+    let Some(([dtype, size], bytes)) = bytes.split_first_chunk() else { return };
+    let Some(dtype) = DType::ALL.get(usize::from(*dtype) % DType::ALL.len()).copied() else { return };
+    let Ok(shape) = Shape::new(&[bytes.len() / dtype.size_bytes()]) else { return };
+    let frame = |bytes: usize| Frame { range: 0..bytes, layer: 0, side: None, dtype, shape, order: None };
+    for codec in built_in() {
+        let mut raw = vec![0; usize::from(*size) * 37];
+        let _ = codec.decode(&frame(raw.len()), bytes, &mut raw);
+        let (mut stored, mut again) = (vec![0; bytes.len() + 64], vec![0; bytes.len()]);
+        let stored = codec.encode(&frame(bytes.len()), bytes, &mut stored).and_then(|length| stored.get(..length));
+        if let Some(stored) = stored {
+            assert!(codec.decode(&frame(bytes.len()), stored, &mut again), "{} cannot read itself", codec.name());
+            assert_eq!(again, bytes, "{} is not exact", codec.name());
+        }
     }
 }

@@ -72,9 +72,9 @@ impl Form {
         let turn = u32::from(self.is_float);
         match self.log_bytes {
             0 => planes.copy_from_slice(raw),
-            1 => halves::split(raw, turn, planes),
-            2 => singles::split(raw, turn, planes),
-            _ => doubles::split(raw, turn, planes),
+            1 => split_halves(raw, turn, planes),
+            2 => split_singles(raw, turn, planes),
+            _ => split_doubles(raw, turn, planes),
         }
     }
 
@@ -85,47 +85,50 @@ impl Form {
         match (planes, self.log_bytes) {
             ([bytes], 0) => raw.copy_from_slice(bytes),
             ([low, high], 1) => merge_halves(low, high, turn, raw),
-            (_, 2) => singles::merge(planes, turn, raw),
-            _ => doubles::merge(planes, turn, raw),
+            (_, 2) => merge_singles(planes, turn, raw),
+            _ => merge_doubles(planes, turn, raw),
         }
     }
 }
 
-/// Both ways for elements of one width. Each plane has a pass of its own, so that compilers make vectors of it.
-macro_rules! width {
+/// Each plane has a pass of its own, so that compilers make vectors of it.
+macro_rules! split {
     ($name:ident, $number:ty) => {
-        mod $name {
-            const BYTES: usize = size_of::<$number>();
-
-            #[inline(always)]
-            pub(super) fn split(raw: &[u8], turn: u32, planes: &mut [u8]) {
-                let (elements, _) = raw.as_chunks::<BYTES>();
-                for (plane, byte) in planes.chunks_exact_mut(elements.len().max(1)).zip((0..).step_by(8)) {
-                    for (to, element) in plane.iter_mut().zip(elements) {
-                        let turned = <$number>::from_le_bytes(*element).rotate_left(turn);
-                        *to = (turned >> byte).to_le_bytes()[0];
-                    }
-                }
-            }
-
-            #[inline(always)]
-            pub(super) fn merge(planes: &[&[u8]], turn: u32, raw: &mut [u8]) {
-                let (elements, _) = raw.as_chunks_mut::<BYTES>();
-                for ((plane, number), byte) in planes.iter().zip(1..).zip((0..).step_by(8)) {
-                    let turn = if number == BYTES { turn } else { 0 };
-                    for (element, part) in elements.iter_mut().zip(*plane) {
-                        let before = if number == 1 { 0 } else { <$number>::from_le_bytes(*element) };
-                        *element = (before | <$number>::from(*part) << byte).rotate_right(turn).to_le_bytes();
-                    }
+        #[inline(always)]
+        fn $name(raw: &[u8], turn: u32, planes: &mut [u8]) {
+            let (elements, _) = raw.as_chunks();
+            for (plane, byte) in planes.chunks_exact_mut(elements.len().max(1)).zip((0..).step_by(8)) {
+                for (to, element) in plane.iter_mut().zip(elements) {
+                    let turned = <$number>::from_le_bytes(*element).rotate_left(turn);
+                    *to = (turned >> byte).to_le_bytes()[0];
                 }
             }
         }
     };
 }
 
-width!(halves, u16);
-width!(singles, u32);
-width!(doubles, u64);
+/// As well.
+macro_rules! merge {
+    ($name:ident, $number:ty) => {
+        #[inline(always)]
+        fn $name(planes: &[&[u8]], turn: u32, raw: &mut [u8]) {
+            let (elements, _) = raw.as_chunks_mut();
+            for ((plane, number), byte) in planes.iter().zip(1..).zip((0..).step_by(8)) {
+                let turn = if number == size_of::<$number>() { turn } else { 0 };
+                for (element, part) in elements.iter_mut().zip(*plane) {
+                    let before = if number == 1 { 0 } else { <$number>::from_le_bytes(*element) };
+                    *element = (before | <$number>::from(*part) << byte).rotate_right(turn).to_le_bytes();
+                }
+            }
+        }
+    };
+}
+
+split!(split_halves, u16);
+split!(split_singles, u32);
+split!(split_doubles, u64);
+merge!(merge_singles, u32);
+merge!(merge_doubles, u64);
 
 /// What nearly all KV is: both planes in one pass, in half the time.
 #[inline(always)]

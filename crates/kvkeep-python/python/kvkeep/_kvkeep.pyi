@@ -13,7 +13,7 @@ __version__: str
 DTYPES: list[str]
 
 _Tokens: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
-_RawDisk: TypeAlias = tuple[str, float, str, str, str | None, float]
+_RawDisk: TypeAlias = tuple[str, float, str, str, str | None, float, str]
 
 class Settings(TypedDict):
     max_size_gb: float

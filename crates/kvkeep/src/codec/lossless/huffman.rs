@@ -204,10 +204,10 @@ fn most_bits(symbols: u32) -> u8 {
 
 /// Lengths for 2 to 256 leaves in ascending order, such that their code is complete and none is longer than `most`.
 fn package_merge(leaves: &[Leaf], most: u8) -> [u8; 256] {
-    let (mut packages, mut count) = ([0u32; 512], 0);
+    let (mut packages, mut before, mut count) = ([0u32; 512], [0; 512], 0);
     let mut are_leaves = [[false; 512]; MOST_BITS as usize];
     for flags in are_leaves.iter_mut().take(most.into()) {
-        let before = packages;
+        before.iter_mut().zip(&packages).take(count).for_each(|(to, package)| *to = *package);
         let (pairs, _) = before.get(..count).unwrap_or_default().as_chunks::<2>();
         let mut pairs = pairs.iter().map(|[a, b]| a + b).peekable();
         let mut rest = leaves.iter().map(|leaf| leaf.count).peekable();

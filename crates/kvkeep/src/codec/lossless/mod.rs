@@ -139,13 +139,16 @@ fn worth_coding(plane: &[u8]) -> Option<Lengths> {
 /// times; of planes with that of less than 230 at most 2% can be saved, since the entropy is at least the logarithm of that.
 #[inline(always)]
 fn is_flat(plane: &[u8]) -> bool {
-    const SAMPLE: usize = 1024;
-    let mut counts = [0u32; 256];
-    for byte in plane.iter().step_by((plane.len() / SAMPLE).max(1)) {
-        if let Some(count) = counts.get_mut(usize::from(*byte)) {
-            *count += 1;
-        }
+    const RUNS: usize = 16;
+    const RUN_BYTES: usize = 64;
+    let mut sample = [0; RUNS * RUN_BYTES];
+    let runs = plane.chunks((plane.len() / RUNS).max(RUN_BYTES)).filter_map(|run| run.get(..RUN_BYTES));
+    let mut bytes = 0;
+    for (to, run) in sample.chunks_exact_mut(RUN_BYTES).zip(runs) {
+        to.copy_from_slice(run);
+        bytes += RUN_BYTES;
     }
+    let counts = count(sample.get(..bytes).unwrap_or_default());
     let (pairs, equal) = pairs(&counts);
     equal * 230 < pairs
 }
@@ -180,10 +183,8 @@ fn count(bytes: &[u8]) -> [u32; 256] {
         }
     }
     let [mut total, others @ ..] = parts;
-    for (sum, count) in others.iter().flat_map(|counts| (0..256usize).zip(counts)) {
-        if let Some(total) = total.get_mut(sum) {
-            *total += count;
-        }
+    for counts in &others {
+        total.iter_mut().zip(counts).for_each(|(total, count)| *total += count);
     }
     for byte in rest {
         if let Some(count) = total.get_mut(usize::from(*byte)) {

@@ -214,7 +214,7 @@ def test_lossless_gives_back_every_bit_and_says_what_it_saved(tmp_path: Path) ->
     with SimpleKVCache(0.1, disk=disk) as cache:
         cache.cache_kv("a prefix", 0, kv, -kv)
         cache.flush()
-        stats = cache.stats["disk"]
+        stats = cache.get_stats()["disk"]
         assert stats is not None
         assert stats["codec"] == "lossless"
         assert stats["codec_ratio"] > 2

@@ -62,6 +62,10 @@ impl Codec for Lossless {
         "lossless"
     }
 
+    fn is_exact(&self) -> bool {
+        true
+    }
+
     fn encode(&self, frame: &Frame, raw: &[u8], into: &mut [u8]) -> Option<usize> {
         let form = form(frame.dtype, raw);
         match self.wide {

@@ -295,10 +295,11 @@ mod tests {
     use crate::layout::KvLayout;
 
     const CODECS: [Quantised; 3] = [INT8, INT4, K8V4];
-    const TOKENS: usize = 8;
+    const TOKENS: u32 = 8;
+    const COUNT: usize = 8 * 2 * 16;
 
     fn layout(dtype: DType, order: TokenOrder) -> KvLayout {
-        let layout = KvLayout::new(1, 2, 16, dtype).unwrap().with_block_tokens(TOKENS as u32).unwrap();
+        let layout = KvLayout::new(1, 2, 16, dtype).unwrap().with_block_tokens(TOKENS).unwrap();
         layout.with_order(order)
     }
 
@@ -377,12 +378,12 @@ mod tests {
 
     #[test]
     fn elements_stay_within_the_stated_bound_whatever_they_are() {
-        let count = TOKENS * 2 * 16;
+        let count = COUNT;
         let mut outlier = vec![0.01; count];
         outlier[77] = -30_000.0;
         check(&outlier);
         check(&vec![0.0; count]);
-        check(&vec![-3.1415; count]);
+        check(&vec![-3.3; count]);
         check(&vec![f32::MIN_POSITIVE / 4.0; count]);
         check(&(0..count).map(|at| at as f32 * f32::MIN_POSITIVE / 512.0).collect::<Vec<_>>());
         check(&(0..count).map(|at| 1000.0 + (at * 37 % 11) as f32).collect::<Vec<_>>());
@@ -395,15 +396,15 @@ mod tests {
     fn frames_with_nan_or_infinity_and_those_of_other_kinds_are_kept_as_they_are() {
         let layout = layout(DType::F32, TokenOrder::TokenHeadDim);
         for odd in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-            let mut values = vec![1.0; TOKENS * 2 * 16];
+            let mut values = vec![1.0; COUNT];
             values[9] = odd;
             for (codec, frame) in CODECS.iter().zip(layout.frames()) {
                 assert_eq!(back(*codec, &frame, &bytes(&values, DType::F32)), None);
             }
         }
-        let raw = vec![1; TOKENS * 2 * 16];
+        let raw = vec![1; COUNT];
         for dtype in [DType::U8, DType::F8E4M3, DType::I8] {
-            let frames = KvLayout::new(1, 2, 16, dtype).unwrap().with_block_tokens(TOKENS as u32).unwrap().frames();
+            let frames = KvLayout::new(1, 2, 16, dtype).unwrap().with_block_tokens(TOKENS).unwrap().frames();
             assert!(frames.iter().all(|frame| back(INT8, frame, &raw).is_none()));
         }
         let opaque = KvLayout::opaque(256, 8).unwrap().frames();
@@ -428,7 +429,7 @@ mod tests {
         #[test]
         fn any_elements_stay_within_the_stated_bound(
             values in prop::collection::vec(any::<f32>(), 1..9),
-            mantissas in prop::collection::vec(-1.0f32..1.0, TOKENS * 2 * 16),
+            mantissas in prop::collection::vec(-1.0f32..1.0, COUNT),
         ) {
             // Magnitudes of channels as far apart as floats have them.
             let each = mantissas.iter().zip(values.iter().cycle());

@@ -2,7 +2,7 @@
 //!
 //! Of a float, sign and mantissa are noise, and the exponent has few values: 2.7 bits in real KV. So elements are cut
 //! into byte planes (`planes`), and each plane that is worth it is coded by how often its bytes occur (`huffman`). What
-//! is known of weights (DFloat11, arXiv 2504.11651) holds for KV.
+//! is known of weights (`DFloat11`, arXiv 2504.11651) holds for KV.
 //!
 //! - Here: the codec, and a frame's stored form: its form (1 byte, see `planes`), then each 64 KiB of it by themselves,
 //!   then bytes that are no whole element. Of each piece, planes from the lowest byte's on; of each plane its kind

@@ -3,7 +3,6 @@
 use super::super::format::{PAGE_BYTES, RecordHeader};
 use super::super::segment::segment_name;
 use super::*;
-use crate::codec::Codec as _;
 use crate::codec::tests::planes::{Planes, planes};
 use crate::tier::disk::archive::Archive;
 

@@ -86,10 +86,12 @@ soak: ## MINUTES (30) of mixed load at twice the disk cap, watched from outside
 	$(CARGO) build --profile $(SOAK_PROFILE) --locked $(if $(filter dev,$(SOAK_PROFILE)),--workspace,-p kvkeep) --example soak
 	$(PYTHON) tests/soak.py $${CARGO_TARGET_DIR:-target}/$(if $(filter dev,$(SOAK_PROFILE)),debug,release)/examples/soak $$(( $(MINUTES) * 60 ))
 
-fuzz: ## SECONDS (60) of anything into the disk format's decoders; needs cargo-fuzz and a C++ compiler, no nightly
+fuzz: ## SECONDS (60) of anything into the disk format's decoders, and into the codecs; needs cargo-fuzz and a C++ compiler, no nightly
 	@if $(CARGO) fuzz --version >/dev/null 2>&1; then \
 		mkdir -p fuzz/corpus/format && cd fuzz && RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run format corpus/format \
 			../crates/kvkeep/tests/fixtures/disk-v1 ../crates/kvkeep/tests/fixtures/disk-v1-encrypted \
+			-- -max_total_time=$(SECONDS) -max_len=16384 -print_final_stats=1 \
+		&& mkdir -p corpus/codecs && RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run codecs corpus/codecs \
 			-- -max_total_time=$(SECONDS) -max_len=16384 -print_final_stats=1; \
 	else echo "skipped: cargo-fuzz is not installed (cargo install cargo-fuzz)"; fi
 

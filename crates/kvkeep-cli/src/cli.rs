@@ -215,8 +215,10 @@ pub(crate) struct DemoOptions {
 #[derive(Debug, Args)]
 #[command(after_help = EXIT_CODES)]
 pub(crate) struct BenchOptions {
+    #[command(subcommand)]
+    pub(crate) what: Option<BenchCommand>,
     /// Fewer and smaller rounds
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub(crate) quick: bool,
     /// Also measure the model and the server: warm time to first token, prefill and decode
     #[arg(long)]
@@ -235,8 +237,30 @@ pub(crate) struct BenchOptions {
     #[arg(long, value_name = "FILE.svg", value_parser = svg_file)]
     pub(crate) plot: Option<PathBuf>,
     /// Print one JSON object instead of a table
-    #[arg(long)]
+    #[arg(long, global = true)]
     pub(crate) json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchCommand {
+    /// How small and how fast codecs make the KV of a real model that reads a real text, and what is predicted behind it
+    ///
+    /// On one core, beside memcpy of the same bytes and, where it is installed, zstd at level 1 on the same byte planes.
+    #[command(after_help = EXIT_CODES)]
+    Codecs(CodecsOptions),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CodecsOptions {
+    /// A model of your own, in GGUF format [default: SmolLM2-135M-Instruct.Q4_1, downloaded on first use]
+    #[arg(long, value_name = "PATH.gguf", value_parser = model_file)]
+    pub(crate) model: Option<PathBuf>,
+    /// Compute threads of the model [default: one for each core]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+    /// Tokens of a block
+    #[arg(long, value_name = "N", default_value = "64", value_parser = clap::value_parser!(u32).range(1..=1024))]
+    pub(crate) block_tokens: u32,
 }
 
 /// Prints a shell's completions.

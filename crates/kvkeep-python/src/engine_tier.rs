@@ -12,6 +12,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use kvkeep::tiers::Codecs;
 use kvkeep::tiers::{Payload, ReadTarget};
 use kvkeep::{CacheConfig, Chain, DiskConfig, KvCache, StoreOptions};
 use pyo3::prelude::*;
@@ -86,7 +87,7 @@ struct Events {
 }
 
 /// What a tier is opened with: directory, bytes, bytes of the queue, key file.
-type RawDir = (std::path::PathBuf, u64, u64, Option<std::path::PathBuf>);
+type RawDir = (std::path::PathBuf, u64, u64, Option<std::path::PathBuf>, String);
 
 #[pymethods]
 impl EngineTier {
@@ -106,9 +107,10 @@ impl EngineTier {
         }
         let [load, store, flush] = times;
         let (load, store) = (some_seconds(load, "load_timeout_s")?, some_seconds(store, "store_timeout_s")?);
-        let (dir, capacity_bytes, queue_bytes, key_file) = disk;
+        let (dir, capacity_bytes, queue_bytes, key_file, codec) = disk;
         let mut config = DiskConfig::new(dir, capacity_bytes)
             .queue_bytes(queue_bytes)
+            .codecs(Codecs::named(&codec).map_err(|error| to_python(&error))?)
             .read_timeout(load)
             .flush_timeout(some_seconds(flush, "flush_timeout_s")?);
         if let Some(key_file) = key_file {

@@ -12,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use kvkeep::tiers::Codecs;
 use kvkeep::{CacheConfig, DiskConfig, WritePolicy};
 use pyo3::prelude::*;
 
@@ -22,7 +23,7 @@ use crate::tokens::Namespace;
 
 /// Directory, GiB, when it is written (`through` or `back`), what is admitted, key file, seconds to wait for a disk
 /// that gets nothing done.
-pub(crate) type RawDisk = (PathBuf, f64, String, String, Option<PathBuf>, f64);
+pub(crate) type RawDisk = (PathBuf, f64, String, String, Option<PathBuf>, f64, String);
 
 /// What both doors open a cache with.
 #[derive(Debug, FromPyObject)]
@@ -131,7 +132,7 @@ pub(crate) fn interrupted() -> bool {
     Python::attach(|py| py.check_signals().map_err(|raised| raised.restore(py)).is_err())
 }
 
-fn disk_config((dir, size_gb, write, admission, key_file, flush_timeout): RawDisk) -> PyResult<DiskConfig> {
+fn disk_config((dir, size_gb, write, admission, key_file, flush_timeout, codec): RawDisk) -> PyResult<DiskConfig> {
     let write_policy = match write.as_str() {
         "through" => WritePolicy::Through,
         "back" => WritePolicy::Back,
@@ -140,7 +141,8 @@ fn disk_config((dir, size_gb, write, admission, key_file, flush_timeout): RawDis
     let admission = admission.parse().map_err(|error| to_python(&error))?;
     let config = DiskConfig::from_gib(dir, size_gb).map_err(|error| to_python(&error))?;
     let flush_timeout = some_seconds(flush_timeout, "disk_flush_timeout_seconds")?;
-    let config = config.write_policy(write_policy).admission(admission).flush_timeout(flush_timeout);
+    let codecs = Codecs::named(&codec).map_err(|error| to_python(&error))?;
+    let config = config.write_policy(write_policy).admission(admission).flush_timeout(flush_timeout).codecs(codecs);
     Ok(match key_file {
         Some(key_file) => config.key_file(key_file),
         None => config,

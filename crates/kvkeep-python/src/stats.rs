@@ -56,6 +56,7 @@ fn tier_to_dict<'py>(py: Python<'py>, stats: &TierStats) -> PyResult<Bound<'py, 
         ("hits", stats.hits),
         ("stored_total", stats.stored_total),
         ("written_bytes_total", stats.written_bytes_total),
+        ("written_raw_bytes_total", stats.written_raw_bytes_total),
         ("read_bytes_total", stats.read_bytes_total),
         ("dropped_total", stats.dropped_total),
         ("not_admitted_total", stats.not_admitted_total),
@@ -71,6 +72,8 @@ fn tier_to_dict<'py>(py: Python<'py>, stats: &TierStats) -> PyResult<Bound<'py, 
     ] {
         dict.set_item(name, value)?;
     }
+    dict.set_item("codec", stats.codec)?;
+    dict.set_item("codec_ratio", stats.codec_ratio())?;
     dict.set_item("failing", stats.failing)?;
     Ok(dict)
 }

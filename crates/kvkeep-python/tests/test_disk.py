@@ -204,3 +204,29 @@ def test_a_forked_child_that_ends_leaves_the_parents_disk_alone(tmp_path: Path) 
     cache.close()
     with SimpleKVCache(0.01, disk_path=tmp_path / "kv", disk_size_gb=0.1) as cache:
         assert found(cache)
+
+
+def test_lossless_gives_back_every_bit_and_says_what_it_saved(tmp_path: Path) -> None:
+    values = np.random.default_rng(1).standard_normal((256, 4, 64)).astype(np.float32)
+    # What was bfloat16: the lower half of each number is zero.
+    kv = (values.view(np.uint32) & np.uint32(0xFFFF_0000)).view(np.float32)
+    disk = kvkeep.DiskConfig(tmp_path / "kv", size_gb=0.1, codec="lossless")
+    with SimpleKVCache(0.1, disk=disk) as cache:
+        cache.cache_kv("a prefix", 0, kv, -kv)
+        cache.flush()
+        stats = cache.get_stats()["disk"]
+        assert stats is not None
+        assert stats["codec"] == "lossless"
+        assert stats["codec_ratio"] > 2
+        assert stats["written_raw_bytes_total"] > 2 * stats["written_bytes_total"] > 0
+    # Whatever is written now.
+    with SimpleKVCache(0.1, disk=kvkeep.DiskConfig(tmp_path / "kv", size_gb=0.1)) as cache:
+        found = cache.get_cached_kv("a prefix", 0)
+        assert found is not None
+        assert found[0].tobytes() == kv.tobytes()
+        assert found[1].tobytes() == (-kv).tobytes()
+
+
+def test_a_codec_that_there_is_not_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
+    with pytest.raises(kvkeep.ConfigError, match='no codec is called "zip": give one of raw, lossless, int8, int4, k8v4'):
+        SimpleKVCache(0.1, disk_path=tmp_path / "kv", disk_size_gb=0.1, disk_codec="zip")  # type: ignore[arg-type]

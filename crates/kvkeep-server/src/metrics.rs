@@ -201,6 +201,8 @@ impl Page<'_> {
         let dropped = behind(|tier| tier.dropped_total);
         self.counters("tier_dropped", "Blocks not written: the queue was full, or the tier failed", dropped);
         self.counters("tier_written_bytes", "Bytes of blocks written", behind(|tier| tier.written_bytes_total));
+        let saved = behind(TierStats::saved_bytes_total);
+        self.counters("tier_codec_saved_bytes", "Bytes that codecs have spared of what was written", saved);
         self.counters("tier_read_bytes", "Bytes of blocks read", behind(|tier| tier.read_bytes_total));
         self.errors(&stats.tiers);
     }

@@ -21,6 +21,7 @@ function factsOf(tier) {
     `${count(tier.evictions)} evicted`,
     tier.damaged > 0 ? `${count(tier.damaged)} damaged and left out` : null,
     tier.load_bytes_per_s > 0 ? `loads at ${bytes(tier.load_bytes_per_s)}/s` : null,
+    tier.saved_bytes > 0 ? `${tier.codec}: ${tier.codec_ratio.toFixed(2)}x, ${bytes(tier.saved_bytes)} saved` : null,
     tier.encrypted ? "encrypted" : null,
   ];
 }

@@ -75,7 +75,7 @@ pub use tier::disk::{Archive, Contents, ManifestState, RecordInfo, RecordState, 
 pub mod tiers {
     pub use crate::block::{BlockKey, BlockMeta};
     pub use crate::clock::Deadline;
-    pub use crate::codec::{Codec, CodecId, Codecs, Raw};
+    pub use crate::codec::{Codec, CodecId, Codecs, Lossless, Raw};
     pub use crate::event::Reports;
     pub use crate::layout::{Frame, Side};
     pub use crate::tier::around::{Fault, Limit, Meter, Metered};
@@ -92,6 +92,13 @@ pub mod tiers {
 #[doc(hidden)]
 pub fn fuzz_disk_format(bytes: &[u8]) {
     tier::disk::decode_anything(bytes);
+}
+
+/// Feeds bytes to every codec, as what is stored and as a block. For `fuzz/` alone.
+#[cfg(feature = "fuzzing")]
+#[doc(hidden)]
+pub fn fuzz_codecs(bytes: &[u8]) {
+    codec::code_anything(bytes);
 }
 
 /// The snippets that people paste: compiled and run.

@@ -103,6 +103,24 @@ pub struct TierStats {
     pub load_bytes_per_s: u64,
 }
 
+impl TierStats {
+    /// Bytes that codecs have spared so far.
+    #[must_use]
+    pub fn saved_bytes_total(&self) -> u64 {
+        self.written_raw_bytes_total.saturating_sub(self.written_bytes_total)
+    }
+
+    /// How many times as long what was written was before its codec; 1 if nothing was written.
+    #[must_use]
+    #[expect(clippy::cast_precision_loss, reason = "for people to read")]
+    pub fn codec_ratio(&self) -> f64 {
+        match self.written_bytes_total {
+            0 => 1.0,
+            written => self.written_raw_bytes_total as f64 / written as f64,
+        }
+    }
+}
+
 impl Stats {
     /// The tier of this name, if there is one.
     #[must_use]

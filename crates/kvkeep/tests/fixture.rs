@@ -10,7 +10,11 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
 use common::{assert_right, namespace, store};
-use kvkeep::{Archive, CacheConfig, DType, DiskConfig, KvCache, Outcome, SimpleKvCache, TensorView};
+use kvkeep::tiers::{CodecId, Codecs};
+use kvkeep::{
+    Archive, CacheConfig, DType, DiskConfig, KvCache, KvLayout, LayerView, Namespace, Outcome, SimpleKvCache,
+    TensorView,
+};
 
 fn fixtures() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures")
@@ -59,6 +63,76 @@ fn write_fixtures() {
     }
 }
 
+/// Blocks that each built-in codec has written, by its name.
+const CODECS: [&str; 1] = ["lossless"];
+
+/// A block of each kind of float, with bytes that become shorter: namespace, and K as well as V of each layer.
+fn coded() -> [(Namespace, Vec<u8>); 3] {
+    let of = |dtype, name: &str| {
+        let layout = KvLayout::new(2, 2, 32, dtype).unwrap().with_block_tokens(64).unwrap();
+        let state = |at: u32| at.wrapping_mul(0x9e37_79b9).rotate_left(11).wrapping_mul(0x85eb_ca6b);
+        let element = |at: u32| (f64::from(state(at)) / f64::from(u32::MAX) - 0.5) * f64::from(1 + at % 7);
+        let bytes = |at| match dtype {
+            DType::BF16 => half::bf16::from_f64(element(at)).to_le_bytes().to_vec(),
+            DType::F16 => half::f16::from_f64(element(at)).to_le_bytes().to_vec(),
+            _ => half::bf16::from_f64(element(at)).to_f32().to_le_bytes().to_vec(),
+        };
+        (Namespace::new(name, layout), (0..64 * 2 * 32).flat_map(bytes).collect())
+    };
+    [of(DType::BF16, "bf16"), of(DType::F16, "f16"), of(DType::F32, "f32")]
+}
+
+fn open_coded(dir: &Path, codec: &str) -> KvCache {
+    let codecs = Codecs::named(codec).unwrap();
+    KvCache::new(CacheConfig::new(1 << 20).disk(DiskConfig::new(dir, 4 << 20).codecs(codecs))).unwrap()
+}
+
+#[test]
+#[ignore = "writes the fixture of a new codec"]
+fn write_coded_fixtures() {
+    for codec in CODECS {
+        let dir = fixtures().join(format!("codec-{codec}"));
+        let cache = open_coded(&dir, codec);
+        for (namespace, side) in coded() {
+            let view = TensorView::new(namespace.layout().dtype(), &[64, 2, 32], &side).unwrap();
+            let tokens: Vec<u32> = (0..64).collect();
+            cache.store(&namespace, &tokens, &[LayerView { k: view, v: view }; 2]).unwrap();
+        }
+        cache.flush().unwrap();
+        drop(cache);
+        fs::remove_file(dir.join("LOCK")).unwrap();
+    }
+}
+
+#[test]
+fn what_a_codec_wrote_is_read_for_ever_whatever_is_written_now() {
+    for (codec, now) in CODECS.into_iter().flat_map(|codec| [(codec, codec), (codec, "raw")]) {
+        let home = tempfile::tempdir().unwrap();
+        copy(&fixtures().join(format!("codec-{codec}")), home.path());
+        let archive = Archive::open(home.path(), None, 0).unwrap();
+        assert!(
+            archive.records().len() == 3 && archive.records().iter().all(|record| record.codec != CodecId::RAW),
+            "{codec}"
+        );
+        let cache = open_coded(home.path(), now);
+        for (namespace, side) in coded() {
+            let found = cache.lookup(&namespace, &(0..64).collect::<Vec<u32>>()).unwrap();
+            assert_eq!(found.cached_tokens(), 64, "{codec}");
+            for layer in 0..2 {
+                let view = found.layer(0, layer).unwrap();
+                assert!(view.k.bytes() == side && view.v.bytes() == side, "{codec}, {}", namespace.layout().dtype());
+            }
+        }
+    }
+}
+
+fn copy(from: &Path, to: &Path) {
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), to.join(entry.file_name())).unwrap();
+    }
+}
+
 #[test]
 fn a_directory_of_format_1_opens_for_ever() {
     let home = tempfile::tempdir().unwrap();
@@ -66,10 +140,7 @@ fn a_directory_of_format_1_opens_for_ever() {
     for (name, key) in [("disk-v1", None), ("disk-v1-encrypted", Some(key.as_path()))] {
         let dir = home.path().join(name);
         fs::create_dir(&dir).unwrap();
-        for entry in fs::read_dir(fixtures().join(name)).unwrap() {
-            let entry = entry.unwrap();
-            fs::copy(entry.path(), dir.join(entry.file_name())).unwrap();
-        }
+        copy(&fixtures().join(name), &dir);
         let verified = Archive::open(&dir, key, 0).unwrap().verify(|_| {});
         assert!(verified.is_whole() && verified.records >= 8, "{name}: {verified:?}");
         let (cache, simple) = open(&dir, key);

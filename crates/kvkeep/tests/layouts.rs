@@ -166,6 +166,10 @@ impl Codec for Counting {
         "counting"
     }
 
+    fn is_exact(&self) -> bool {
+        true
+    }
+
     fn encode(&self, frame: &Frame, raw: &[u8], into: &mut [u8]) -> Option<usize> {
         Planes.encode(frame, raw, into)
     }

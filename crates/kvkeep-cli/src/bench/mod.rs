@@ -5,6 +5,7 @@
 //! numbers of one machine were the alternative: they say nothing on another one.
 
 mod blocks;
+mod codecs;
 mod disk;
 mod engine;
 mod fio;
@@ -21,7 +22,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use kvkeep::{DType, KvLayout, LayerView, LayerViewMut, Namespace, TensorView, TensorViewMut, TokenId};
 use serde::Serialize;
 
-use crate::cli::BenchOptions;
+use crate::cli::{BenchCommand, BenchOptions};
 use crate::stats::{median, ratio};
 use crate::{model, plot};
 
@@ -73,6 +74,9 @@ const MEASURES: [(&str, Measure); 7] = [
 
 /// Measures and prints.
 pub(crate) fn run(options: &BenchOptions) -> Result<ExitCode> {
+    if let Some(BenchCommand::Codecs(codecs)) = &options.what {
+        return codecs::run(codecs, options.quick, options.json);
+    }
     let effort = Effort { quick: options.quick };
     let load = || model::load(options.model.as_deref(), &model::options(options.threads));
     let engine = options.engine.then(load).transpose()?;

@@ -70,6 +70,9 @@ struct TierBehind {
     failing: bool,
     damaged: u64,
     encrypted: bool,
+    codec: String,
+    codec_ratio: f64,
+    saved_bytes: u64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -167,7 +170,11 @@ impl TierBehind {
         let encrypted = if self.encrypted { ", encrypted" } else { "" };
         let failing = if self.failing { ", FAILING" } else { "" };
         let damaged = if self.damaged > 0 { format!(", {} damaged", self.damaged) } else { String::new() };
-        format!("{}{encrypted}{damaged}{failing}", self.tier.words())
+        let codec = match self.codec.as_str() {
+            "raw" => String::new(),
+            codec => format!(", {codec}: {:.2}x, {} saved", self.codec_ratio, size(self.saved_bytes)),
+        };
+        format!("{}{codec}{encrypted}{damaged}{failing}", self.tier.words())
     }
 }
 

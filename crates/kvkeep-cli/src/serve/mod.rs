@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use kvkeep::tiers::Codecs;
 use kvkeep::{CacheConfig, DiskConfig, Error as CacheError, KvCache};
 use kvkeep_engine::{Engine, user_cache_dir};
 use kvkeep_server::{ApiKeys, Server, ServerConfig};
@@ -145,6 +146,9 @@ fn cache(settings: &Settings, dir: Option<&Path>) -> Result<KvCache> {
         let mut disk = DiskConfig::from_gib(dir, settings.disk_gib.unwrap_or(8.0))?;
         if let Some(key) = &settings.disk_key_file {
             disk = disk.key_file(key);
+        }
+        if let Some(codec) = &settings.disk_codec {
+            disk = disk.codecs(Codecs::named(codec)?);
         }
         config = config.disk(disk);
     }

@@ -6,7 +6,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
+use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
+use kvkeep::tiers::Codecs;
 use kvkeep_server::Origin;
 use serde::{Deserialize, Serialize};
 
@@ -80,6 +82,10 @@ pub(crate) struct Settings {
     /// Encrypt the disk tier with this key: 32 bytes or 64 hexadecimal digits, readable by its owner alone
     #[arg(long, env = "KVKEEP_SERVE_DISK_KEY_FILE", value_name = "FILE", help_heading = "Cache")]
     pub(crate) disk_key_file: Option<PathBuf>,
+    /// How blocks are written to the disk: as they are, or the same bits in fewer bytes [default: raw]
+    #[arg(long, env = "KVKEEP_SERVE_DISK_CODEC", value_name = "CODEC", help_heading = "Cache",
+          value_parser = PossibleValuesParser::new(Codecs::names()))]
+    pub(crate) disk_codec: Option<String>,
     /// Keep nothing on the disk
     #[arg(long, env = "KVKEEP_SERVE_NO_DISK", value_name = "BOOL", help_heading = "Cache", num_args = 0..=1,
           require_equals = true, default_missing_value = "true")]
@@ -184,6 +190,7 @@ impl Settings {
         disk,
         disk_gib,
         disk_key_file,
+        disk_codec,
         no_disk,
         block_tokens,
         parallel,
@@ -207,6 +214,7 @@ impl Settings {
             context_tokens: Some(4096),
             ram_gib: Some(1.0),
             disk_gib: Some(8.0),
+            disk_codec: Some(Codecs::default().name().to_owned()),
             no_disk: Some(false),
             block_tokens: Some(16),
             parallel: Some(4),
@@ -299,6 +307,7 @@ mod tests {
             "--ram-gib=0.5",
             "--log-format=json",
             "--disk=/x",
+            "--disk-codec=lossless",
             "--allow-origin=app://a,http://b:1",
             "--model-alias=c",
         ]);
@@ -316,6 +325,7 @@ mod tests {
             ("ram_gib = 0.0", "above 0"),
             ("parallel = 0", "1..=256"),
             ("log_format = \"xml\"", "xml"),
+            ("disk_codec = \"zip\"", "zip"),
             ("allow_origin = [\"*\"]", "one by one"),
             ("port = 1\nport = 2", "duplicate key"),
         ] {

@@ -13,7 +13,7 @@ __version__: str
 DTYPES: list[str]
 
 _Tokens: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
-_RawDisk: TypeAlias = tuple[str, float, str, str, str | None, float]
+_RawDisk: TypeAlias = tuple[str, float, str, str, str | None, float, str]
 
 class Settings(TypedDict):
     max_size_gb: float
@@ -169,12 +169,12 @@ class TokenCache:
 
 class EngineTier:
     """A disk behind an engine that keeps KV in RAM of its own. `rows`: a writeable array of bytes, [rows, bytes]; `disk`: folder, bytes,
-    bytes that may wait, key file; `times`: seconds of a load, a store, a flush. Jobs are begun and later asked for; keys are the engine's."""
+    bytes that may wait, key file, codec; `times`: seconds of a load, a store, a flush. Jobs are begun and later asked for; keys are the engine's."""
     def __new__(
         cls,
         rows: np.ndarray[Any, np.dtype[np.uint8]],
         namespace: Namespace,
-        disk: tuple[str, int, int, str | None],
+        disk: tuple[str, int, int, str | None, str],
         times: tuple[float, float, float],
         events: bool,
     ) -> Self: ...

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from kvkeep._kvkeep import Settings
 
 DiskWrite: TypeAlias = Literal["through", "back"]
+Codec: TypeAlias = Literal["raw", "lossless", "int8", "int4", "k8v4"]
 Policy: TypeAlias = Literal["adaptive", "lru", "s3fifo", "arc", "lru2"]
 Priority: TypeAlias = Literal["drop-first", "normal", "keep-longer"]
 
@@ -39,6 +40,9 @@ class DiskConfig:
     flush_timeout_seconds: float = 30.0
     """How long `flush` and `close` wait for a disk that gets nothing done, before they raise `DiskError`. A slow disk
     that gets on is waited for."""
+    codec: Codec = "raw"
+    """How blocks are written: `"raw"` as they are; `"lossless"` the same bits in fewer bytes, two thirds of bfloat16.
+    `"int8"`, `"int4"` and `"k8v4"` change blocks of `KVCache` within a stated bound. What another exact codec wrote is read as well."""
 
 
 class DiskOptions(TypedDict, total=False):
@@ -50,6 +54,7 @@ class DiskOptions(TypedDict, total=False):
     disk_admission: str
     disk_key_file: str | os.PathLike[str] | None
     disk_flush_timeout_seconds: float
+    disk_codec: Codec
 
 
 _PREFIX = "disk_"
@@ -98,6 +103,7 @@ def disk_config(disk: DiskConfig | str | os.PathLike[str] | None, options: Mappi
     return DiskConfig(**parts)
 
 
-def _raw(disk: DiskConfig) -> tuple[str, float, str, str, str | None, float]:
+def _raw(disk: DiskConfig) -> tuple[str, float, str, str, str | None, float, str]:
     key_file = None if disk.key_file is None else os.fspath(disk.key_file)
-    return os.fspath(disk.path), disk.size_gb, disk.write, disk.admission, key_file, disk.flush_timeout_seconds
+    path, flush_timeout = os.fspath(disk.path), disk.flush_timeout_seconds
+    return path, disk.size_gb, disk.write, disk.admission, key_file, flush_timeout, disk.codec

@@ -25,6 +25,8 @@ class TierStats(TypedDict):
     """Records read back into RAM."""
     stored_total: int
     written_bytes_total: int
+    written_raw_bytes_total: int
+    """What was written, before its codec."""
     read_bytes_total: int
     dropped_total: int
     """Records that were not written: the queue was full, or the disk failed."""
@@ -41,6 +43,10 @@ class TierStats(TypedDict):
     """Tokens that were not loaded because computing them again is faster."""
     foreign_files: int
     load_bytes_per_s: int
+    codec: str
+    """Which one writes what goes there."""
+    codec_ratio: float
+    """How many times as long what was written was before its codec."""
     failing: bool
     """Is the disk failing right now? Then it is tried again, ever more seldom."""
 

@@ -102,6 +102,12 @@ struct TierInfo {
     load_bytes_per_s: u64,
     /// Is what lies there encrypted?
     encrypted: bool,
+    /// Writes what goes there.
+    codec: String,
+    /// How many times as long what was written was before its codec.
+    codec_ratio: f64,
+    /// Bytes that codecs have spared so far.
+    saved_bytes: u64,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -304,6 +310,9 @@ impl From<&TierStats> for TierInfo {
             damaged: tier.damaged_total,
             load_bytes_per_s: tier.load_bytes_per_s,
             encrypted: tier.encrypted,
+            codec: tier.codec.to_owned(),
+            codec_ratio: tier.codec_ratio(),
+            saved_bytes: tier.saved_bytes_total(),
         }
     }
 }

@@ -1,6 +1,8 @@
 //! Codecs: the form in which tiers keep blocks. Bytes to bytes and back, without I/O.
 //!
 //! - Here: the trait, [`Raw`], and [`Codecs`]: which codec writes what, and which ones can be read.
+//! - `lossless`: byte planes and an entropy coder.
+//! - `quantised`: whole numbers of 8 and 4 bits.
 //! - `framed`: the stored form of a whole block, whose frames (K or V of one layer) are decoded one by one.
 //!
 //! Invariants:
@@ -8,21 +10,26 @@
 //! - Each record carries its codec's number. So a tier holds blocks of several codecs, and a cache that has changed
 //!   its codec reads what it wrote before. A codec for a whole directory was the alternative: changing it would throw
 //!   the directory away.
+//! - What a codec wrote that is not exact is a miss to a namespace that did not ask for it, whoever wrote it.
 //! - Blocks of [`Raw`] pass through untouched: nobody copies or allocates for them.
 
 mod framed;
+mod lossless;
+mod quantised;
 #[cfg(test)]
 pub(crate) mod tests;
 
 use std::fmt;
 use std::sync::Arc;
 
+use crate::error::{Error, Result};
 use crate::key::NamespaceId;
 use crate::layout::Frame;
 
 pub(crate) use framed::{Ends, decode_range, encode};
 #[cfg(feature = "disk")]
 pub(crate) use framed::{decode, frames_in};
+pub use lossless::Lossless;
 
 /// The number of a codec in a record's header. Numbers from 128 on are never given to a codec of this library.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -34,6 +41,8 @@ pub trait Codec: Send + Sync + fmt::Debug {
     fn id(&self) -> CodecId;
     /// Its name in settings and statistics.
     fn name(&self) -> &'static str;
+    /// Does every bit come back? A block that one wrote which is not exact is read only for namespaces that it writes.
+    fn is_exact(&self) -> bool;
     /// Writes what tiers keep of a frame into the beginning of `into`, and says how many bytes that are. `None` if they
     /// are more than `into` has: then the frame is kept as it is. `into` is a little shorter than the frame.
     fn encode(&self, frame: &Frame, raw: &[u8], into: &mut [u8]) -> Option<usize>;
@@ -70,7 +79,8 @@ impl fmt::Display for CodecId {
 
 /// Every codec of this library: what one wrote, any cache can read.
 fn built_in() -> Vec<Arc<dyn Codec>> {
-    vec![Arc::new(Raw)]
+    use quantised::{INT4, INT8, K8V4};
+    vec![Arc::new(Raw), Arc::new(Lossless::new()), Arc::new(INT8), Arc::new(INT4), Arc::new(K8V4)]
 }
 
 impl Default for Codecs {
@@ -85,6 +95,23 @@ impl Codecs {
     pub fn all(codec: Arc<dyn Codec>) -> Self {
         let written = codec.id();
         Self { written, ..Self::default() }.knows(codec)
+    }
+
+    /// Everything is written by the codec of this name, one of [`Codecs::names`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] for any other name.
+    pub fn named(name: &str) -> Result<Self> {
+        let found = built_in().into_iter().find(|codec| codec.name() == name);
+        let unknown =
+            || Error::Config(format!("no codec is called {name:?}: give one of {}", Self::names().join(", ")));
+        found.map(Self::all).ok_or_else(unknown)
+    }
+
+    /// The names of the codecs of this library.
+    #[must_use]
+    pub fn names() -> Vec<&'static str> {
+        built_in().iter().map(|codec| codec.name()).collect()
     }
 
     /// Blocks of this namespace are written by this codec instead.
@@ -119,6 +146,13 @@ impl Codecs {
         self.get(id).filter(|codec| codec.id() != CodecId::RAW)
     }
 
+    /// The codec of this number, if blocks of this namespace may be read with it: it is exact, or asked for.
+    #[must_use]
+    pub fn reading(&self, namespace: NamespaceId, id: CodecId) -> Option<&Arc<dyn Codec>> {
+        let is_asked_for = || self.writing(namespace).is_some_and(|codec| codec.id() == id);
+        self.get(id).filter(|codec| codec.is_exact() || is_asked_for())
+    }
+
     /// The name of the codec that writes what no namespace says otherwise.
     #[must_use]
     pub fn name(&self) -> &'static str {
@@ -141,6 +175,10 @@ impl Codec for Raw {
         "raw"
     }
 
+    fn is_exact(&self) -> bool {
+        true
+    }
+
     fn encode(&self, _frame: &Frame, raw: &[u8], into: &mut [u8]) -> Option<usize> {
         into.get_mut(..raw.len())?.copy_from_slice(raw);
         Some(raw.len())
@@ -152,5 +190,29 @@ impl Codec for Raw {
             raw.copy_from_slice(stored);
         }
         fits
+    }
+}
+
+/// Feeds bytes from anywhere to every codec: as what is stored, and as a block. What fuzzing calls. The first two say
+/// what elements they are, and how long the block is.
+///
+/// # Panics
+/// If a block does not come back, or not exactly from a codec that is exact.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn code_anything(bytes: &[u8]) {
+    use crate::tensor::{DType, Shape};
+    let Some(([dtype, size], bytes)) = bytes.split_first_chunk() else { return };
+    let Some(dtype) = DType::ALL.get(usize::from(*dtype) % DType::ALL.len()).copied() else { return };
+    let Ok(shape) = Shape::new(&[bytes.len() / dtype.size_bytes()]) else { return };
+    let frame = |bytes: usize| Frame { range: 0..bytes, layer: 0, side: None, dtype, shape, order: None };
+    for codec in built_in() {
+        let mut raw = vec![0; usize::from(*size) * 37];
+        let _ = codec.decode(&frame(raw.len()), bytes, &mut raw);
+        let (mut stored, mut again) = (vec![0; bytes.len() + 64], vec![0; bytes.len()]);
+        let stored = codec.encode(&frame(bytes.len()), bytes, &mut stored).and_then(|length| stored.get(..length));
+        if let Some(stored) = stored {
+            assert!(codec.decode(&frame(bytes.len()), stored, &mut again), "{} cannot read itself", codec.name());
+            assert!(again == bytes || !codec.is_exact(), "{} is not exact", codec.name());
+        }
     }
 }

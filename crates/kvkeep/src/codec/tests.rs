@@ -102,6 +102,16 @@ fn a_block_that_does_not_shrink_is_not_encoded() {
 }
 
 #[test]
+fn codecs_are_found_by_their_names_and_a_wrong_name_says_which_there_are() {
+    assert_eq!(Codecs::names(), ["raw", "lossless", "int8", "int4", "k8v4"]);
+    for name in Codecs::names() {
+        assert_eq!(Codecs::named(name).unwrap().name(), name);
+    }
+    let error = Codecs::named("lossy").unwrap_err().to_string();
+    assert!(error.contains("\"lossy\"") && error.contains("raw, lossless"), "{error}");
+}
+
+#[test]
 fn each_namespace_is_written_by_its_codec_and_all_are_known() {
     let special = NamespaceId::named("special");
     let codecs = planes().namespace(special, Arc::new(Raw));
@@ -114,6 +124,13 @@ fn each_namespace_is_written_by_its_codec_and_all_are_known() {
 }
 
 proptest! {
+    /// The twin of fuzz/fuzz_targets/codecs.rs.
+    #[test]
+    fn what_every_codec_is_fed_comes_back_or_is_refused(bytes in prop::collection::vec(any::<u8>(), 0..4000), run in 1usize..9) {
+        let bytes: Vec<u8> = (0..bytes.len()).map(|at| bytes[at / run * run]).collect();
+        code_anything(&bytes);
+    }
+
     #[test]
     fn any_block_comes_back_exactly(bytes in prop::collection::vec(any::<u8>(), 576), run in 1usize..64) {
         let frames = frames();

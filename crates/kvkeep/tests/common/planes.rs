@@ -27,6 +27,10 @@ impl Codec for Planes {
         "planes"
     }
 
+    fn is_exact(&self) -> bool {
+        true
+    }
+
     /// Pairs of a count and a byte.
     fn encode(&self, frame: &Frame, raw: &[u8], into: &mut [u8]) -> Option<usize> {
         let (planes, mut at) = (frame.dtype.size_bytes(), 0);

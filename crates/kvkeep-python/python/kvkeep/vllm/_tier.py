@@ -134,7 +134,8 @@ class KvkeepTier(SecondaryTierManager):
     def _open(self, rows: Any, namespace: _kvkeep.Namespace, config: Any, spec: Any) -> None:
         settings = self.settings
         replica = int(getattr(config.parallel_config, "data_parallel_index", 0) or 0)
-        disk = (str(settings.root / f"kv-{replica}"), settings.capacity_bytes, settings.queue_bytes, settings.key_file)
+        root = str(settings.root / f"kv-{replica}")
+        disk = (root, settings.capacity_bytes, settings.queue_bytes, settings.key_file, settings.codec)
         times = (settings.load_timeout_s, settings.store_timeout_s, settings.flush_timeout_s)
         self._events = settings.enable_kv_events and spec.kv_events_config.enable_kv_cache_events
         self._engine = _kvkeep.EngineTier(rows, namespace, disk, times, self._events)

@@ -155,7 +155,7 @@ impl<'a> Opening<'a> {
     }
 
     fn knows(&self, meta: &RecordMeta) -> bool {
-        self.shared.codecs.get(meta.codec).is_some()
+        self.shared.codecs.reading(meta.namespace, meta.codec).is_some()
     }
 
     /// Something is lost that may have replaced or removed any named record before it.

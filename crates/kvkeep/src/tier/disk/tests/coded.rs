@@ -104,6 +104,47 @@ fn a_namespace_may_have_a_codec_of_its_own() {
     assert_eq!((codec(&raw), codec(&coded)), (CodecId::RAW, CodecId(200)));
 }
 
+/// As `planes`, but says that it is not exact.
+#[derive(Debug)]
+struct Lossy;
+
+impl crate::codec::Codec for Lossy {
+    fn id(&self) -> CodecId {
+        CodecId(202)
+    }
+
+    fn name(&self) -> &'static str {
+        "lossy"
+    }
+
+    fn is_exact(&self) -> bool {
+        false
+    }
+
+    fn encode(&self, frame: &crate::layout::Frame, raw: &[u8], into: &mut [u8]) -> Option<usize> {
+        Planes.encode(frame, raw, into)
+    }
+
+    fn decode(&self, frame: &crate::layout::Frame, stored: &[u8], raw: &mut [u8]) -> bool {
+        Planes.decode(frame, stored, raw)
+    }
+}
+
+#[test]
+fn what_a_lossy_codec_wrote_is_a_miss_to_whoever_did_not_ask_for_it() {
+    let sim = Sim::default();
+    let things = [smooth(block(1, 9)), smooth(block(2, 9))];
+    store_all(&open_coded(&sim, Codecs::all(Arc::new(Lossy)), None), &things);
+    let are_there = |codecs: Codecs| {
+        let disk = open_coded(&sim, codecs, None);
+        things.map(|thing| thing.is_there(&disk))
+    };
+    let only_first = Codecs::default().namespace(namespace(1), Arc::new(Lossy));
+    assert_eq!(are_there(Codecs::all(Arc::new(Lossy))), [true, true]);
+    assert_eq!(are_there(only_first), [true, false], "the second one's namespace wants every bit");
+    assert_eq!(are_there(Codecs::default().knows(Arc::new(Lossy))), [false, false], "known, and not asked for");
+}
+
 /// A record of a codec that this release lacks must not be served as it lies there, keep its block from being stored
 /// again, or count as lost: only its codec's release can say what it is.
 #[test]

@@ -22,6 +22,7 @@ mod logs;
 mod memory;
 mod named;
 mod open;
+mod ram;
 mod stats;
 mod tokens;
 mod torch;
@@ -43,6 +44,8 @@ mod _kvkeep {
     use crate::fork::before_fork;
     #[pymodule_export]
     use crate::named::NamedCache;
+    #[pymodule_export]
+    use crate::ram::{Held, Ram};
     #[pymodule_export]
     use crate::tokens::{Match, Namespace, StoreReport, TokenCache};
 

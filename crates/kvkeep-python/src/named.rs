@@ -67,7 +67,7 @@ impl NamedCache {
         py: Python<'_>,
         prefix: &str,
         layers: Vec<(LayerCount, RawSpec, RawSpec)>,
-        write: Py<PyAny>,
+        write: (Py<PyAny>, Py<PyAny>),
         ttl_seconds: Option<f64>,
         compute_seconds: Option<f64>,
     ) -> PyResult<Outcome> {
@@ -83,7 +83,7 @@ impl NamedCache {
             cache.cache_all_layers_written(prefix, &layers, &options, |pages| {
                 let addresses: Vec<(usize, usize)> =
                     pages.into_iter().map(|(k, v)| (k.as_mut_ptr() as usize, v.as_mut_ptr() as usize)).collect();
-                Python::attach(|py| write.call1(py, (addresses,)))?;
+                ram::written(&write.0, &write.1, addresses)?;
                 Ok::<(), CallError>(())
             })
         });

@@ -44,6 +44,9 @@ pub(crate) type RawSpec = (usize, Vec<usize>);
 /// What memory is given out in.
 const PAGE_BYTES: usize = 4096;
 
+/// How often waiting is tried: it fails where Ctrl-C comes in between, or for good where the device is lost.
+const WAITS: usize = 4;
+
 #[pymethods]
 impl Ram {
     #[getter]
@@ -98,6 +101,24 @@ pub(crate) fn runs(blocks: impl Iterator<Item = (usize, usize)>, block_bytes: us
         }
     }
     runs
+}
+
+/// Has pages written by `write(where)`, and waits with `wait()` until nothing writes them any more, whatever was raised.
+pub(crate) fn written<T>(write: &Py<PyAny>, wait: &Py<PyAny>, places: T) -> PyResult<()>
+where
+    T: for<'py> IntoPyObject<'py>,
+{
+    Python::attach(|py| {
+        let mut raised = write.call1(py, (places,)).err();
+        // Ctrl-C may come here too, and must not free pages that a device still writes.
+        for _ in 0..WAITS {
+            match wait.call0(py) {
+                Ok(_) => break,
+                Err(error) => _ = raised.get_or_insert(error),
+            }
+        }
+        raised.map_or(Ok(()), Err)
+    })
 }
 
 /// Element type and shape, as the library has them.

@@ -168,7 +168,7 @@ impl TokenCache {
         namespace: &Namespace,
         tokens: &Bound<'_, PyAny>,
         first_token: usize,
-        write: Py<PyAny>,
+        write: (Py<PyAny>, Py<PyAny>),
         ttl_seconds: Option<f64>,
         compute_seconds: Option<f64>,
         priority: &str,
@@ -184,7 +184,7 @@ impl TokenCache {
             cache.store_written(&chain, first_block, &options, |blocks| {
                 let blocks = blocks.into_iter().map(|(block, pages)| (block, pages.as_mut_ptr() as usize));
                 let runs: Vec<Run> = ram::runs(blocks, layout.block_bytes());
-                Python::attach(|py| write.call1(py, (runs,)))?;
+                ram::written(&write.0, &write.1, runs)?;
                 Ok::<(), CallError>(())
             })
         });

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kvkeep.vllm import _hints, _weights
-from kvkeep.vllm._worth import MARGIN, Rates, RatesFile
+from kvkeep._worth import MARGIN
+from kvkeep.vllm._worth import Rates, RatesFile
 
 
 def model(folder: Path, weights: bytes = b"weights" * 1000) -> Path:

@@ -81,6 +81,11 @@ class Namespace:
         return self.raw.id
 
     @property
+    def block_bytes(self) -> int:
+        """Bytes of one block: all layers, K and V."""
+        return self.raw.block_bytes
+
+    @property
     def dtype(self) -> str:
         """kvkeep's name of the element type."""
         return DTYPES[self.dtype_code]
@@ -445,6 +450,11 @@ class KVCache:
     def print_stats(self) -> None:
         """Prints counters and sizes."""
         print(self._raw.stats_text(), end="")
+
+    @property
+    def gpu_bytes_per_s(self) -> float:
+        """How fast blocks go to a GPU: as measured of late, or a first guess."""
+        return self._home.gpu().bytes_per_s
 
     @staticmethod
     def _check(namespace: Namespace, ids: np.ndarray[Any, Any], pairs: list[tuple[Any, Any]], first_token: int) -> None:

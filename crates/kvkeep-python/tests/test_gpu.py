@@ -213,7 +213,7 @@ def test_blocks_that_lie_apart_and_around_others_are_stored_and_loaded(runtime: 
         assert match.cached_tokens == 400
         held, runs = match._raw.hold()
         assert len(runs) > 5 and sum(count for _, count, _ in runs) == 25
-        for (k, v), (wk, wv) in zip(match.to_torch(device="cpu"), whole, strict=True):
+        for (k, v), (wk, wv) in zip(match.to_torch(), whole, strict=True):
             assert torch.equal(k, wk) and torch.equal(v, wv)
         for (k, v), (wk, wv) in zip(_loaded(match, 400), whole, strict=True):
             assert torch.equal(k, wk) and torch.equal(v, wv)

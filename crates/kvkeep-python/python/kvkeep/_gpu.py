@@ -345,13 +345,16 @@ class Cuda:
     """CUDA, through torch."""
 
     def __init__(self) -> None:
+        import torch
+
+        self._device = torch.cuda.current_device()
         self._streams: dict[int, tuple[Any, ...]] = {}
         self._lock = threading.Lock()
 
     def owns(self, tensor: Any) -> bool:
         import torch
 
-        return bool(tensor.is_cuda) and tensor.layout is torch.strided
+        return getattr(tensor, "is_cuda", False) and tensor.layout is torch.strided
 
     def lanes(self, device: Any) -> tuple[Any, ...]:
         import torch
@@ -381,7 +384,8 @@ class Cuda:
         import torch
 
         portable = 1
-        _checked(torch.cuda.cudart().cudaHostRegister(address, size, portable))
+        with torch.cuda.device(self._device):  # a thread of its own begins on the first one
+            _checked(torch.cuda.cudart().cudaHostRegister(address, size, portable))
 
     def unregister(self, address: int) -> None:
         import torch

@@ -181,10 +181,11 @@ class Match:
         dtype, target = torch_dtype(self.namespace.dtype), torch.device(device)
         make = functools.partial(torch.empty, dtype=dtype, device=target, pin_memory=pin_memory)
         layers = self._new(make, room_tokens)
-        if target.type == "cpu":
+        gpu = self._home.of([tensor for pair in layers for tensor in pair])
+        if gpu is None:
             self._raw.load(0, layers, True)
         else:
-            self.load(layers)
+            self._load_on(gpu, 0, layers)
         return layers
 
     def close(self) -> None:

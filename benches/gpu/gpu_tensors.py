@@ -4,7 +4,8 @@ a random Llama of 1.1 billion parameters with and without reuse. Prints a line o
     python gpu_tensors.py [copies] [refused] [generate] [--rounds N] [--lens 1024,32768] [--size-gb 12]
 
 `copies` is 32 layers of 8 heads of 128 in bfloat16, as an 8B model has them. `refused` is the same where the driver registers
-no memory. All rates are GB/s, medians; `ratio` is of torch's copy of as many bytes in the same run.
+no memory. All rates are GB/s, medians; `ratio` is of torch's copy of as many bytes in the same run; `d2h_each` are torch's copies of
+K and V of one layer, waited for, as `cache_kv` has to.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ def named(way: str, tokens: int, layers: dict[int, Any], torchs: dict[str, float
         each = [seconds(lambda: cache.cache_all_layers("a", layers)) for _ in range(options.rounds)]
         done(way, "cache_all_layers", tokens, size / statistics.median(each), torchs["d2h"])
         each = [seconds(lambda: [cache.cache_kv("a", n, k, v) for n, (k, v) in layers.items()]) for _ in range(options.rounds)]
-        done(way, "cache_kv, layer by layer", tokens, size / statistics.median(each), torchs["d2h"])
+        rate = size / statistics.median(each)
+        done(way, "cache_kv, layer by layer", tokens, rate, torchs["d2h"], ratio_of_as_small=rate / torchs["d2h_each"])
         cache.cache_all_layers("a", layers)
         found: Any = None
         each = []
@@ -166,7 +168,17 @@ def pinned_rates(tokens: int, rounds: int) -> dict[str, float]:
     host, device = torch.empty(bytes_of(tokens), dtype=torch.uint8, pin_memory=True), torch.empty(bytes_of(tokens), dtype=torch.uint8, device="cuda")
     d2h = [seconds(lambda: host.copy_(device, non_blocking=True)) for _ in range(rounds + 1)]
     h2d = [seconds(lambda: device.copy_(host, non_blocking=True)) for _ in range(rounds + 1)]
-    rates = {"d2h": host.numel() / statistics.median(d2h[1:]), "h2d": host.numel() / statistics.median(h2d[1:])}
+    pairs = list(zip(host.chunk(2 * LAYERS), device.chunk(2 * LAYERS)))
+
+    def each() -> None:
+        for number, (target, source) in enumerate(pairs):
+            target.copy_(source, non_blocking=True)
+            if number % 2:
+                torch.cuda.current_stream().synchronize()
+
+    d2h_each = [seconds(each) for _ in range(rounds + 1)]
+    medians = {"d2h": d2h, "h2d": h2d, "d2h_each": d2h_each}
+    rates = {name: host.numel() / statistics.median(each[1:]) for name, each in medians.items()}
     say("torch, pinned", tokens=tokens, **{name: round(rate / 1e9, 1) for name, rate in rates.items()})
     return rates
 
@@ -201,7 +213,7 @@ def same(found: dict[int, Any], layers: dict[int, Any]) -> bool:
 
 
 def done(way: str, what: str, tokens: int, rate: float, torchs: float, **more: Any) -> None:
-    more = {name: round(value, 1) if isinstance(value, float) else value for name, value in more.items()}
+    more = {name: round(value, 2) if isinstance(value, float) else value for name, value in more.items()}
     say(what, way=way, tokens=tokens, gb_per_s=round(rate / 1e9, 1), ratio=round(rate / torchs, 2), **more)
 
 

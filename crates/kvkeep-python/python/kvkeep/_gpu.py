@@ -18,6 +18,9 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from itertools import cycle
 from typing import TYPE_CHECKING, Any, Protocol
 
 from kvkeep._errors import ClosedError
@@ -33,15 +36,22 @@ if TYPE_CHECKING:
     Pair = tuple[torch.Tensor, torch.Tensor]
     Run = tuple[int, int, int]
     """First block, blocks, address of the first one: their pages lie behind each other."""
+    Place = tuple[int, int, Sequence[int]]
+    """Address, dtype code, shape."""
+    Into = tuple[torch.device, Callable[[], Sequence[Pair]]]
+    """A GPU, and what gives K and V of each layer there, or of all layers in one pair: the same ones each time."""
     Store = Callable[[tuple[Callable[[Any], None], Callable[[], None]]], Any]
     """Reserves pages, has them written by the first function, waits by the second, and seals them."""
 
-SLOT_BYTES = 64 << 20
+SLOT_BYTES = 32 << 20
 """Blocks put together at once on the GPU, twice as much of its memory for each of two streams."""
+
+_TOGETHER_BYTES = 16 << 20
+"""Named tensors that cross the bus in one piece."""
 
 _PAGE_BYTES = 4096
 
-_FIRST_GUESS, _RATE_FROM_BYTES = 20e9, 8 << 20
+_FIRST_GUESS, _RATE_FROM_BYTES = 20e9, 64 << 20
 """Bytes a second until something was measured; shorter copies say nothing of the bus."""
 
 
@@ -67,7 +77,7 @@ class Gpu:
         self.pinned = Pinned(ram, self._runtime)
         self._ring, self._copies = Ring(self._runtime), _Copies()
         self._end = weakref.finalize(self, _end, self.pinned, self._copies)
-        self.pinned.want(0)
+        self.pinned.begin()
 
     @property
     def bytes_per_s(self) -> float:
@@ -87,91 +97,127 @@ class Gpu:
         """Lets `store` store these tensors: it is given what writes them to their addresses, and what waits until they
         are there."""
         device = tensors[0].device
+        lanes = self._runtime.lanes(device)[:1]
 
         def write(addresses: Sequence[tuple[int, int]]) -> None:
-            sources = [_flat(tensor.detach().resolve_neg().contiguous()) for tensor in tensors]
-            places = [address for pair in addresses for address in pair]
-            for lane, turn in self._behind(device):
-                with self._runtime.on(lane):
-                    for source, address in zip(sources[turn], places[turn]):
-                        self._from_gpu(address, source)
+            import torch
 
-        return self._stored(store, device, write)
+            self._follow(lanes, device)
+            flat = [address for pair in addresses for address in pair]
+            places = [(address, tensor.dtype, tensor.shape) for address, tensor in zip(flat, tensors, strict=True)]
+            with self._runtime.on(lanes[0]):
+                for group in _groups(places):
+                    of = [tensor.detach().resolve_neg() for tensor in tensors[group.of]]
+                    if len(of) > 1 and group.is_dense:
+                        slot = torch.empty(group.size, dtype=torch.uint8, device=device)
+                        torch._foreach_copy_(group.tensors(slot), of)
+                        self._from_gpu(group.address, slot)
+                        continue
+                    for number, tensor in enumerate(of):
+                        self._from_gpu(group.address + number * group.stride, _flat(tensor.contiguous()))
+
+        return self._stored(store, write, lanes)
 
     def store_blocks(self, store: Store, blocks: Blocks, layers: Sequence[Pair], first_token: int) -> Any:
         """As `store_named`, of blocks of layers that begin at `first_token`."""
         shape, device = _Shape(blocks), layers[0][0].device
         layers = [(k.detach(), v.detach()) for k, v in layers]
+        lanes = self._runtime.lanes(device)
 
         def write(runs: Sequence[Run]) -> None:
-            chunks = list(shape.chunks(runs))
-            for lane, turn in self._behind(device):
+            self._follow(lanes, device)
+            for chunk, lane in zip(shape.chunks(runs), cycle(lanes)):
                 with self._runtime.on(lane):
-                    for first, count, address in chunks[turn]:
-                        made = shape.gathered(layers, first * blocks.block_tokens - first_token, count)
-                        self._from_gpu(address, made)
+                    made = shape.gathered(layers, chunk.first * blocks.block_tokens - first_token, chunk.count)
+                    for at, size, address in chunk.pages:
+                        self._from_gpu(address, made[at : at + size])
 
-        return self._stored(store, device, write)
+        return self._stored(store, write, lanes)
 
-    def load_named(self, device: Any, held: Any, places: Sequence[tuple[int, int, Sequence[int]]]) -> list[torch.Tensor]:
+    def load_named(self, device: Any, held: Any, places: Sequence[Place]) -> list[torch.Tensor]:
         """New tensors on the device, with what lies at these places. Does not wait for the GPU."""
         import torch
 
-        made = [torch.empty(tuple(shape), dtype=_dtype(code), device=device) for _, code, shape in places]
-        targets = [_flat(tensor) for tensor in made]
-        with self._loading(device, held, sum(target.numel() for target in targets)) as lanes:
-            for lane, turn in lanes:
+        made: list[torch.Tensor] = []
+        specs = [(address, _dtype(code), tuple(shape)) for address, code, shape in places]
+        groups = list(_groups(specs))
+        with self._loading(device, held, sum(group.size for group in groups), len(groups)) as lanes:
+            for group, lane in zip(groups, cycle(lanes)):
+                of = specs[group.of]
                 with self._runtime.on(lane):
-                    for target, (address, _, _) in zip(targets[turn], places[turn]):
-                        self._to_gpu(target, address)
+                    slot = torch.empty(group.size, dtype=torch.uint8, device=device) if len(of) > 1 else None
+                    if slot is not None:
+                        self._to_gpu(slot, group.address)
+                # In the caller's memory, not in the lane's: torch keeps a store of its own for each stream.
+                new = [torch.empty(shape, dtype=dtype, device=device) for _, dtype, shape in of]
+                made.extend(new)
+                with self._runtime.on(lane):
+                    if slot is None:
+                        self._to_gpu(_flat(new[0]), group.address)
+                    else:
+                        torch._foreach_copy_(new, group.tensors(slot))
+                    del slot  # its memory is the lane's again
         return made
 
-    def load_blocks(self, blocks: Blocks, held: Any, runs: Sequence[Run], first_layer: int, into: Sequence[Pair]) -> None:
-        """Brings blocks to tensors on one GPU, each at its tokens' place. Does not wait for the GPU."""
+    def load_blocks(self, blocks: Blocks, held: Any, runs: Sequence[Run], first_layer: int, into: Into) -> None:
+        """Brings blocks to tensors on one GPU, each at its tokens' place. `into` makes them, while the first blocks are on
+        their way. Does not wait for the GPU."""
         import torch
 
-        shape, device = _Shape(blocks), into[0][0].device
-        chunks = list(shape.chunks(runs))
-        with self._loading(device, held, sum(count for _, count, _ in runs) * shape.stride) as lanes:
-            for lane, turn in lanes:
+        shape, (device, make) = _Shape(blocks), into
+        chunks = shape.chunks(runs)
+        with self._loading(device, held, sum(count for _, count, _ in runs) * shape.stride, len(chunks)) as lanes:
+            under_way: deque[tuple[Any, _Chunk, torch.Tensor]] = deque()
+
+            def take_apart() -> None:
+                targets = make()
+                lane, chunk, slot = under_way.popleft()
                 with self._runtime.on(lane):
-                    for first, count, address in chunks[turn]:
-                        slot = torch.empty(count * shape.stride, dtype=torch.uint8, device=device)
-                        self._to_gpu(slot, address)
-                        shape.scatter(slot, first * blocks.block_tokens, count, first_layer, into)
+                    shape.scatter(slot, chunk.first * blocks.block_tokens, chunk.count, first_layer, targets)
 
-    def _stored(self, store: Store, device: Any, write: Callable[[Any], None]) -> Any:
-        lanes = self._runtime.lanes(device)
+            for chunk, lane in zip(chunks, cycle(lanes)):
+                with self._runtime.on(lane):
+                    slot = torch.empty(chunk.count * shape.stride, dtype=torch.uint8, device=device)
+                    for at, size, address in chunk.pages:
+                        self._to_gpu(slot[at : at + size], address)
+                under_way.append((lane, chunk, slot))
+                del slot  # its memory is the lane's again as soon as it is taken apart
+                if len(under_way) == len(lanes):
+                    take_apart()
+            while under_way:
+                take_apart()
 
+    def _stored(self, store: Store, write: Callable[[Any], None], lanes: Sequence[Any]) -> Any:
         def wait() -> None:
             for lane in lanes:
                 lane.synchronize()
 
         self._copies.reap()
-        with self._copies.under_way():
+        with self._copies:
             return store((write, wait))
 
-    def _behind(self, device: Any) -> list[tuple[Any, slice]]:
-        """The streams to copy on, behind what the caller's stream is to do, and whose turn what is."""
-        lanes, current = self._runtime.lanes(device), self._runtime.current(device)
+    def _follow(self, lanes: Sequence[Any], device: Any) -> None:
+        """These streams go on behind what the caller's stream is to do."""
+        current = self._runtime.current(device)
         for lane in lanes:
             lane.wait_stream(current)
-        return [(lane, slice(number, None, len(lanes))) for number, lane in enumerate(lanes)]
 
     @contextmanager
-    def _loading(self, device: Any, held: Any, size: int) -> Iterator[list[tuple[Any, slice]]]:
-        """As `_behind`; afterwards the caller's stream goes on behind the copies, and `held` is kept until they have ended."""
+    def _loading(self, device: Any, held: Any, size: int, copies: int) -> Iterator[tuple[Any, ...]]:
+        """Streams for so many copies, behind what the caller's stream is to do. Afterwards that goes on behind the copies, and
+        `held` is kept until they have ended."""
         self._copies.reap()
-        with self._copies.under_way():
-            lanes, current = self._behind(device), self._runtime.current(device)
-            lease = self._copies.lease(held, size, [lane for lane, _ in lanes])
-            begin = self._recorded(lanes[0][0])
+        with self._copies:
+            lanes, current = self._runtime.lanes(device)[: max(1, copies)], self._runtime.current(device)
+            self._follow(lanes, device)
+            lease = self._copies.lease(held, size, lanes)
+            begin = self._recorded(lanes[0])
             try:
                 yield lanes
             finally:
-                for lane, _ in lanes:
+                for lane in lanes:
                     current.wait_stream(lane)
-                lease.ends_with(begin, [self._recorded(lane) for lane, _ in lanes])
+                lease.ends_with(begin, [self._recorded(lane) for lane in lanes])
 
     def _recorded(self, stream: Any) -> Any:
         event = self._runtime.event()
@@ -186,20 +232,20 @@ class Gpu:
             return
         if offset + size > self.pinned.until:
             self._ring.to_gpu(target, self.pinned.tensor[offset : offset + size])
-        else:
-            for at, start, step in self.pinned.parts(offset, size):
-                target[at : at + step].copy_(self.pinned.tensor[start : start + step], non_blocking=True)
-        self.pinned.want(offset + size)
+            return
+        for at, start, step in self.pinned.parts(offset, size):
+            part = target if step == size else target[at : at + step]
+            part.copy_(self.pinned.tensor[start : start + step], non_blocking=True)
 
     def _from_gpu(self, address: int, source: torch.Tensor) -> None:
         """Copies bytes to an address of the cache, on the current stream."""
         offset, size = address - self.pinned.address, source.numel()
         if offset + size > self.pinned.until:
             self._ring.from_gpu(self.pinned.tensor[offset : offset + size], source)
-        else:
-            for at, start, step in self.pinned.parts(offset, size):
-                self.pinned.tensor[start : start + step].copy_(source[at : at + step], non_blocking=True)
-        self.pinned.want(offset + size)
+            return
+        for at, start, step in self.pinned.parts(offset, size):
+            part = source if step == size else source[at : at + step]
+            self.pinned.tensor[start : start + step].copy_(part, non_blocking=True)
 
 
 class _Copies:
@@ -211,17 +257,15 @@ class _Copies:
         self._callers = 0
         self._leases: deque[_Lease] = deque()
 
-    @contextmanager
-    def under_way(self) -> Iterator[None]:
-        """A call that may begin copies."""
+    def __enter__(self) -> None:
+        """A call begins that may begin copies."""
         with self._changed:
             self._callers += 1
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._callers -= 1
-                self._changed.notify_all()
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._callers -= 1
+            self._changed.notify_all()
 
     def lease(self, held: Any, size: int, lanes: Sequence[Any]) -> _Lease:
         """Holds pages until the copies on these streams have ended."""
@@ -247,6 +291,64 @@ class _Copies:
             self._changed.wait_for(lambda: self._callers == 0)
             while self._leases:
                 self._leases.popleft().wait()
+
+
+@dataclass
+class _Group:
+    """Tensors of one shape that lie one `stride` behind the other, and cross the bus together."""
+
+    of: slice
+    address: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    each: int
+    stride: int
+
+    @property
+    def count(self) -> int:
+        return self.of.stop - self.of.start
+
+    @property
+    def size(self) -> int:
+        return (self.count - 1) * self.stride + self.each
+
+    @property
+    def is_dense(self) -> bool:
+        """Is there nothing between them?"""
+        return self.stride == self.each
+
+    def takes(self, address: int, dtype: torch.dtype, shape: tuple[int, ...]) -> bool:
+        """Is this the next one?"""
+        if (dtype, shape) != (self.dtype, self.shape):
+            return False
+        stride = self.stride if self.count > 1 else address - self.address
+        is_next = address == self.address + self.count * stride and self.each <= stride < self.each + _PAGE_BYTES
+        return is_next and stride % dtype.itemsize == 0 and self.count * stride + self.each <= _TOGETHER_BYTES
+
+    def tensors(self, slot: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Them, in these bytes."""
+        strides, step = [], 1
+        for dim in reversed(self.shape):
+            strides.insert(0, step)
+            step *= dim
+        shape = (self.count, *self.shape)
+        return slot.view(self.dtype).as_strided(shape, (self.stride // self.dtype.itemsize, *strides)).unbind()
+
+
+def _groups(places: Sequence[tuple[int, torch.dtype, tuple[int, ...]]]) -> Iterator[_Group]:
+    """Small tensors go together: between two copies the bus waits for some microseconds."""
+    group: _Group | None = None
+    for number, (address, dtype, shape) in enumerate(places):
+        if group is not None and group.takes(address, dtype, shape):
+            group.stride = address - group.address if group.count == 1 else group.stride
+            group.of = slice(group.of.start, number + 1)
+            continue
+        if group is not None:
+            yield group
+        each = math.prod(shape) * dtype.itemsize
+        group = _Group(slice(number, number + 1), address, dtype, shape, each, each)
+    if group is not None:
+        yield group
 
 
 class _Lease:
@@ -275,65 +377,88 @@ class _Lease:
         return 1000 * self.size / milliseconds if milliseconds > 0 else None
 
 
+@dataclass
+class _Chunk:
+    """Blocks in a row, wherever their pages are."""
+
+    first: int
+    count: int
+    pages: list[tuple[int, int, int]]
+    """Where a part is in the chunk, its size in bytes, its address."""
+
+
 class _Shape:
-    """Where the layers of a block lie: `[layer][k|v][tokens, heads, dim]`, or heads before tokens; then up to the page's end."""
+    """Where the layers of a block lie: `[layer][k|v][tokens, heads, dim]`, or heads before tokens; then up to the page's end.
+
+    Elements are moved as wide as they lie: a copy of 8 bytes takes the GPU no longer than one of 2."""
 
     def __init__(self, blocks: Blocks) -> None:
+        import torch
+
         self.blocks, self.dtype = blocks, torch_dtype(blocks.dtype)
-        self.k_size = blocks.block_tokens * blocks.kv_heads * blocks.k_head_dim
-        self.v_size = blocks.block_tokens * blocks.kv_heads * blocks.v_head_dim
-        size = blocks.layers * (self.k_size + self.v_size) * self.dtype.itemsize
+        rows = [dim * self.dtype.itemsize for dim in (blocks.k_head_dim, blocks.v_head_dim)]
+        wide = (torch.int64, torch.int32, torch.int16, torch.uint8)
+        self.wide = next(dtype for dtype in wide if all(row % dtype.itemsize == 0 for row in rows))
+        self.dims = [row // self.wide.itemsize for row in rows]
+        self.sizes = [blocks.block_tokens * blocks.kv_heads * dim for dim in self.dims]
+        size = blocks.layers * sum(self.sizes) * self.wide.itemsize
         self.stride = math.ceil(size / _PAGE_BYTES) * _PAGE_BYTES
 
-    def chunks(self, runs: Sequence[Run]) -> Iterator[Run]:
-        """The runs, in pieces of what is put together at once."""
+    def chunks(self, runs: Sequence[Run]) -> list[_Chunk]:
+        """The runs, as what is put together at once."""
         most = max(1, SLOT_BYTES // self.stride)
-        for first, count, address in runs:
-            for at in range(0, count, most):
-                yield first + at, min(most, count - at), address + at * self.stride
+        chunks: list[_Chunk] = []
+        for first, left, address in runs:
+            while left:
+                chunk = chunks[-1] if chunks else None
+                if chunk is None or chunk.first + chunk.count != first or chunk.count == most:
+                    chunk = _Chunk(first, 0, [])
+                    chunks.append(chunk)
+                count = min(left, most - chunk.count)
+                chunk.pages.append((chunk.count * self.stride, count * self.stride, address))
+                chunk.count += count
+                first, left, address = first + count, left - count, address + count * self.stride
+        return chunks
 
     def gathered(self, layers: Sequence[Pair], token: int, count: int) -> torch.Tensor:
         """Blocks, as bytes, of tokens from `token` on in each tensor."""
         import torch
 
-        made = torch.empty((count, self.stride // self.dtype.itemsize), dtype=self.dtype, device=layers[0][0].device)
-        for side, dim, part in self._sides(made, count, len(layers)):
-            tokens = [self._tokens(pair[side], token, count) for pair in layers]
-            part.copy_(self._by_block(torch.stack(tokens), count, dim))
-        return made.view(torch.uint8).view(-1)
+        made = torch.empty(count * self.stride, dtype=torch.uint8, device=layers[0][0].device)
+        for side, part in self._sides(made, count):
+            tokens = torch.stack([self._tokens(pair[side], token, count, 0) for pair in layers])
+            part.copy_(self._by_block(tokens.view(self.wide), count))
+        return made
 
     def scatter(self, slot: torch.Tensor, token: int, count: int, first_layer: int, into: Sequence[Pair]) -> None:
-        """Takes blocks apart, to tokens from `token` on in each tensor."""
+        """Takes blocks apart, to tokens from `token` on in each tensor. One of all layers takes one copy."""
         import torch
 
-        blocks = slot.view(self.dtype).view(count, -1)
-        targets, parts = [], []
-        for side, dim, part in self._sides(blocks, count, self.blocks.layers):
-            for layer, pair in enumerate(into, first_layer):
-                tokens = self._tokens(pair[side], token, count)
-                targets.append(self._by_block(tokens[None], count, dim)[:, 0])
-                parts.append(part[:, layer])
-        torch._foreach_copy_(targets, parts)
+        for side, part in self._sides(slot, count):
+            tensors = [pair[side] for pair in into]
+            if tensors[0].dim() == 4:
+                tokens = self._tokens(tensors[0].view(self.wide), token, count, 1)
+                self._by_block(tokens, count).copy_(part)
+            else:
+                targets = [self._by_block(self._tokens(tensor, token, count, 0)[None], count)[:, 0] for tensor in tensors]
+                parts = part.view(self.dtype).unbind(1)[first_layer : first_layer + len(tensors)]
+                torch._foreach_copy_(targets, parts)
 
-    def _sides(self, blocks: torch.Tensor, count: int, layers: int) -> Iterator[tuple[int, int, torch.Tensor]]:
-        """0 and K's head_dim, 1 and V's: with what is K, or V, in each block and layer."""
-        both = blocks[:, : self.blocks.layers * (self.k_size + self.v_size)].unflatten(1, (self.blocks.layers, -1))
-        for side, dim, start, size in (
-            (0, self.blocks.k_head_dim, 0, self.k_size),
-            (1, self.blocks.v_head_dim, self.k_size, self.v_size),
-        ):
-            if size:
-                yield side, dim, both[:, :, start : start + size].unflatten(2, self._dims(dim))
-
-    def _dims(self, dim: int) -> tuple[int, int, int]:
+    def _sides(self, slot: torch.Tensor, count: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """0 and all that is K, `[block, layer, ...]`; 1 and all that is V."""
+        layers, both = self.blocks.layers, sum(self.sizes)
+        elements = slot.view(self.wide).view(count, -1)[:, : layers * both].unflatten(1, (layers, both))
         tokens, heads = self.blocks.block_tokens, self.blocks.kv_heads
-        return (heads, tokens, dim) if self.blocks.order == "head_token" else (tokens, heads, dim)
+        for side, start in ((0, 0), (1, self.sizes[0])):
+            dims = (heads, tokens, self.dims[side]) if self.blocks.order == "head_token" else (tokens, heads, self.dims[side])
+            if self.sizes[side]:
+                yield side, elements[:, :, start : start + self.sizes[side]].unflatten(2, dims)
 
-    def _tokens(self, tensor: torch.Tensor, token: int, count: int) -> torch.Tensor:
-        at = 1 if self.blocks.order == "head_token" else 0
+    def _tokens(self, tensor: torch.Tensor, token: int, count: int, before: int) -> torch.Tensor:
+        at = before + (1 if self.blocks.order == "head_token" else 0)
         return tensor.narrow(at, token, count * self.blocks.block_tokens)
 
-    def _by_block(self, layers: torch.Tensor, count: int, dim: int) -> torch.Tensor:
+    def _by_block(self, layers: torch.Tensor, count: int) -> torch.Tensor:
         """Tokens of layers, `[layer, ...]`, as `[block, layer, ...]`."""
         tokens = self.blocks.block_tokens
         if self.blocks.order == "head_token":
@@ -422,6 +547,10 @@ class Home:
         gpu = self.gpu()
         return gpu if gpu.owns(tensors) else None
 
+    def on(self, device: torch.device) -> Gpu | None:
+        """What copies to this device; None for the CPU."""
+        return self.gpu() if device.type == "cuda" else None
+
     def close(self) -> None:
         with self._lock:
             self._ram = None
@@ -436,7 +565,10 @@ def _on_gpu(tensors: Sequence[Any]) -> bool:
 
 def spec(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
     """Dtype code and shape."""
-    return dtype_code(tensor.dtype), tuple(tensor.shape)
+    return _code(tensor.dtype), tuple(tensor.shape)
+
+
+_code = cache(dtype_code)
 
 
 def _end(pinned: Pinned, copies: _Copies) -> None:
@@ -453,6 +585,7 @@ def _checked(code: Any) -> None:
         raise RuntimeError(str(torch.cuda.CudaError(int(code))))
 
 
+@cache
 def _dtype(code: int) -> torch.dtype:
     return torch_dtype(DTYPES[code])
 

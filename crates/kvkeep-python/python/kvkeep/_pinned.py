@@ -1,8 +1,9 @@
 """The cache's memory as a GPU copies from and to it: registered with the driver, piece by piece, by a thread of its own.
 
 Invariant: `until` grows only when the bytes before it are registered, and what is registered stays the same memory until
-`release` (`Ram.keep_until`). A little more than what is in use is registered, so memory is still taken as it is used. All of
-it at once was the alternative: a cache of 100 GiB takes ten seconds to register, and all of the machine's memory.
+`release` (`Ram.keep_until`). All of it is registered in the first seconds, as far as the machine has the memory. As much as is in use, and
+a little more, was the alternative: then there was always a piece to register after a store, and the next request's kernels waited for
+the driver.
 
 What is not registered yet, or may not be, goes through a ring of pinned buffers; where there are none either, past them.
 """
@@ -13,6 +14,7 @@ import ctypes
 import logging
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -26,11 +28,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("kvkeep.gpu")
 
-PIECE_BYTES = 64 << 20
-"""Registered at once: some 5 ms, in which the driver does nothing else."""
+PIECE_BYTES = 16 << 20
+"""Registered at once: some 1.3 ms, in which the driver begins nothing else."""
 
-AHEAD_BYTES = 2 << 30
-"""Registered beyond what is in use."""
+PAUSE = 1
+"""Between two pieces, so many times what one took."""
 
 LEFT_FREE = 0.1
 """Of the machine's memory, what registering leaves free: what is registered cannot be swapped out."""
@@ -66,23 +68,17 @@ class Pinned:
         self.refused: str | None = None
         """Why no more are registered."""
         self._ram, self._runtime, self._pid = ram, runtime, os.getpid()
-        self._lock = threading.Lock()
-        self._wanted, self._registered, self._ended = 0, 0, False
-        self._thread: threading.Thread | None = None
+        self._registered, self._ended, self._hurry = 0, False, threading.Event()
+        self._thread = threading.Thread(target=self._register, name="kvkeep-pin", daemon=True)
 
-    def want(self, used: int) -> None:
-        """Goes on registering in the background, up to some way beyond what is used. Does not wait."""
-        with self._lock:
-            self._wanted = max(self._wanted, min(self.capacity, used + AHEAD_BYTES))
-            if self._thread is None and self.refused is None and not self._ended and self.until < self._wanted:
-                self._thread = threading.Thread(target=self._register, name="kvkeep-pin", daemon=True)
-                self._thread.start()
+    def begin(self) -> None:
+        """Begins to register, in the background."""
+        self._thread.start()
 
     def wait(self) -> None:
-        """Until all that is wanted so far is registered or refused."""
-        thread = self._thread
-        if thread is not None:
-            thread.join()
+        """Until all is registered or refused, without pauses."""
+        self._hurry.set()
+        self._thread.join()
 
     def parts(self, offset: int, size: int) -> Iterator[tuple[int, int, int]]:
         """A range in the parts that one copy may take: what is registered apart must be copied apart. Where each is in the
@@ -97,8 +93,7 @@ class Pinned:
         """From now on nothing counts as registered. False in a child, which has neither the thread nor the driver."""
         if os.getpid() != self._pid:
             return False
-        with self._lock:
-            self._ended = True
+        self._ended = True
         self.wait()
         self._registered, self.until = self.until, 0
         return True
@@ -111,12 +106,8 @@ class Pinned:
         self._ram.keep_until(0)
 
     def _register(self) -> None:
-        while True:
-            with self._lock:
-                if self._ended or self.refused is not None or self.until >= self._wanted:
-                    self._thread = None
-                    return
-            size = min(PIECE_BYTES, self.capacity - self.until)
+        while not self._ended and self.until < self.capacity:
+            size, begin = min(PIECE_BYTES, self.capacity - self.until), time.monotonic()
             try:
                 if not _has_room(size):
                     raise RuntimeError("the machine has too little memory left")
@@ -129,8 +120,9 @@ class Pinned:
                     "%d MiB of the cache's memory are pinned, and no more: %s. The rest is copied through buffers, slower.",
                     self.until >> 20, error,
                 )  # fmt: skip
-            else:
-                self.until += size
+                return
+            self.until += size
+            self._hurry.wait(PAUSE * (time.monotonic() - begin))
 
 
 class Ring:
@@ -138,58 +130,57 @@ class Ring:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime, self._lock = runtime, threading.Lock()
-        self._slots: list[torch.Tensor] | None = None
+        self._slots: deque[tuple[Any, torch.Tensor]] | None = None
 
     def to_gpu(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copies bytes to the GPU, on the stream that is current. When this returns, `source` has been read."""
-        busy: deque[tuple[Any, torch.Tensor]] = deque()
         with self._lock:
-            slots = deque(self._made())
+            slots = self._made()
             if not slots:
                 target.copy_(source)
                 return
-            try:
-                for start in range(0, source.numel(), SLOT_BYTES):
-                    if not slots:
-                        event, slot = busy.popleft()
+            for start in range(0, source.numel(), SLOT_BYTES):
+                event, slot = slots.popleft()
+                try:
+                    if event is not None:
                         event.synchronize()
-                        slots.append(slot)
-                    slot, part = slots.popleft(), source[start : start + SLOT_BYTES]
+                    part = source[start : start + SLOT_BYTES]
                     slot[: part.numel()].copy_(part)
                     target[start : start + SLOT_BYTES].copy_(slot[: part.numel()], non_blocking=True)
-                    busy.append((self._recorded(), slot))
-            finally:
-                for event, _ in busy:
-                    event.synchronize()
+                finally:
+                    slots.append((self._recorded(), slot))
 
     def from_gpu(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copies bytes from the GPU, on the stream that is current. When this returns, they are there."""
         busy: deque[tuple[Any, torch.Tensor, torch.Tensor]] = deque()
         with self._lock:
-            slots = deque(self._made())
+            slots = self._made()
             if not slots:
                 target.copy_(source)
                 return
-            try:
-                for start in range(0, source.numel(), SLOT_BYTES):
-                    if not slots:
-                        slots.append(_arrived(*busy.popleft()))
-                    slot, part = slots.popleft(), source[start : start + SLOT_BYTES]
-                    slot[: part.numel()].copy_(part, non_blocking=True)
-                    busy.append((self._recorded(), slot, target[start : start + SLOT_BYTES]))
-                while busy:
+            for start in range(0, source.numel(), SLOT_BYTES):
+                if len(busy) == SLOTS:
                     _arrived(*busy.popleft())
-            finally:
-                for event, _, _ in busy:
-                    event.synchronize()
+                event, slot = slots.popleft()
+                try:
+                    if event is not None:
+                        event.synchronize()
+                    part = source[start : start + SLOT_BYTES]
+                    slot[: part.numel()].copy_(part, non_blocking=True)
+                finally:
+                    slots.append((self._recorded(), slot))
+                busy.append((slots[-1][0], slot, target[start : start + SLOT_BYTES]))
+            while busy:
+                _arrived(*busy.popleft())
 
-    def _made(self) -> list[torch.Tensor]:
-        """The slots; none where pinned memory is refused."""
+    def _made(self) -> deque[tuple[Any, torch.Tensor]]:
+        """The slots, the one that was used longest ago first, each with the end of its use; none where pinned memory is
+        refused."""
         if self._slots is None:
             try:
-                self._slots = [self._runtime.buffer(SLOT_BYTES) for _ in range(SLOTS)]
+                self._slots = deque((None, self._runtime.buffer(SLOT_BYTES)) for _ in range(SLOTS))
             except RuntimeError as error:
-                self._slots = []
+                self._slots = deque()
                 _log.warning("no pinned memory (%s): copies from and to the GPU are slow", error)
         return self._slots
 
@@ -199,10 +190,9 @@ class Ring:
         return event
 
 
-def _arrived(event: Any, slot: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+def _arrived(event: Any, slot: torch.Tensor, target: torch.Tensor) -> None:
     event.synchronize()
     target.copy_(slot[: target.numel()])
-    return slot
 
 
 def _has_room(size: int, read: Callable[[], str] = lambda: Path("/proc/meminfo").read_text()) -> bool:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from kvkeep import _kvkeep
-from kvkeep._errors import LayerCountError, LayoutError, TokenIdError, UnsupportedTensorError
+from kvkeep._errors import LayerCountError, LayoutError, ShapeMismatchError, TokenIdError, UnsupportedTensorError
 from kvkeep._gpu import Gpu, Home, spec
 from kvkeep._kvkeep import DTYPES
 from kvkeep._settings import DiskConfig, DiskOptions, Policy, Priority, settings
@@ -176,17 +176,17 @@ class Match:
         pin_memory: bool = False,
         device: torch.device | str = "cpu",
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """As `to_numpy`, but torch tensors, on the CPU (`pin_memory` as in torch) or on a GPU, as `load` brings them there."""
+        """As `to_numpy`, but torch tensors, on the CPU (`pin_memory` as in torch) or on a GPU, as `load` brings them there. On a
+        GPU all K are parts of one tensor, and all V of another."""
         torch = needed("torch", "Match.to_torch")
         dtype, target = torch_dtype(self.namespace.dtype), torch.device(device)
         make = functools.partial(torch.empty, dtype=dtype, device=target, pin_memory=pin_memory)
-        layers = self._new(make, room_tokens)
-        gpu = self._home.of([tensor for pair in layers for tensor in pair])
+        gpu = self._home.on(target)
         if gpu is None:
+            layers = self._new(make, room_tokens)
             self._raw.load(0, layers, True)
-        else:
-            self._load_on(gpu, 0, layers)
-        return layers
+            return layers
+        return self._new_on(gpu, target, make, self.cached_tokens if room_tokens is None else room_tokens)
 
     def close(self) -> None:
         """Lets go of the blocks. May be called more than once."""
@@ -218,7 +218,19 @@ class Match:
                 "a tensor to be written must be free of gradients, which writing would make wrong: give tensor.detach()"
             )
         held, runs = self._raw.hold()
-        gpu.load_blocks(self.namespace, held, runs, first_layer, pairs)
+        gpu.load_blocks(self.namespace, held, runs, first_layer, (pairs[0][0].device, lambda: pairs))
+
+    def _new_on(self, gpu: Gpu, target: torch.device, make: Callable[..., Any], room_tokens: int) -> list[Any]:
+        """All layers of K in one tensor and all of V in another: one copy takes a block apart."""
+        namespace = self.namespace
+        if room_tokens < self.cached_tokens:
+            raise ShapeMismatchError(f"room for {room_tokens} tokens: {self.cached_tokens} are cached")
+        shapes = [namespace.shape(room_tokens, dim) for dim in (namespace.k_head_dim, namespace.v_head_dim)]
+        whole = functools.cache(lambda: tuple(make((namespace.layers, *shape)) for shape in shapes))
+        held, runs = self._raw.hold()
+        gpu.load_blocks(namespace, held, runs, 0, (target, lambda: [whole()]))
+        k, v = whole()
+        return list(zip(k.unbind(), v.unbind(), strict=True))
 
     def _new(self, make: Callable[[tuple[int, int, int]], Any], room_tokens: int | None) -> list[tuple[Any, Any]]:
         tokens = self.cached_tokens if room_tokens is None else room_tokens
@@ -451,6 +463,11 @@ class KVCache:
     def print_stats(self) -> None:
         """Prints counters and sizes."""
         print(self._raw.stats_text(), end="")
+
+    def pin_memory(self) -> None:
+        """Begins to register the cache's memory with the GPU's driver, in the background. The first tensor on a GPU
+        does so, too; until it is done copies take several times as long."""
+        self._home.gpu()
 
     @property
     def gpu_bytes_per_s(self) -> float:

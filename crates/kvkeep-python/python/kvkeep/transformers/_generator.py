@@ -28,7 +28,7 @@ from kvkeep.transformers._model import (
     leaves_state,
     padding_is_harmless,
 )
-from kvkeep.transformers._past import Past, Row, Served, gather, look_up, store_row
+from kvkeep.transformers._past import Past, Row, Served, gather, look_up, one_gpu, store_row
 from kvkeep.transformers._prompts import Prompts, numbers, prompts_of
 from kvkeep.transformers._worth import Worth
 
@@ -131,6 +131,8 @@ class CachedGenerator:
         state = self._identity.now()
         if state.refusal is None:
             self._served = self._serve(state)
+        if self._served is not None and one_gpu(self._served.layout) is not None:
+            cache.pin_memory()
 
     def __repr__(self) -> str:
         name = type(inner(self.model)).__name__

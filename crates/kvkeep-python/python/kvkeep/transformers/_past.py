@@ -93,7 +93,7 @@ class Served:
 def look_up(cache: KVCache, served: Served, prompts: Sequence[list[int]], worth: Worth) -> list[Row]:
     """What is stored of each prompt. The last token is left for the model, which must make the first logits."""
     rows = [Row(tokens) for tokens in prompts]
-    gpu = _one_gpu(served.layout)
+    gpu = one_gpu(served.layout)
     with ExitStack() as matches:
         found = [
             (row, matches.enter_context(cache.lookup(served.namespace, row.tokens[:-1])))
@@ -116,7 +116,7 @@ def look_up(cache: KVCache, served: Served, prompts: Sequence[list[int]], worth:
     return rows
 
 
-def _one_gpu(layout: Layout) -> torch.device | None:
+def one_gpu(layout: Layout) -> torch.device | None:
     """The GPU that all layers are on."""
     device = layout.devices[0]
     return device if device.type == "cuda" and len(set(layout.devices)) == 1 else None

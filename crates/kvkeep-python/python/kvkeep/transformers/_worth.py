@@ -20,6 +20,7 @@ class Worth:
     def __init__(self) -> None:
         self._prefill = Prefill()
         self._begin_seconds: float | None = None
+        self._loads = 0
 
     def read(self, tokens: int, behind: int, seconds: float) -> None:
         """The model read so many tokens behind so many that were loaded, and chose the next one, in so long."""
@@ -27,8 +28,10 @@ class Worth:
             self._prefill.computed(tokens, seconds)
 
     def began(self, seconds: float) -> None:
-        """Beginning a load took so long."""
-        self._begin_seconds = believe(self._begin_seconds, seconds)
+        """Beginning a load took so long. The first one also made streams and found memory on the GPU."""
+        self._loads += 1
+        if self._loads > 1:
+            self._begin_seconds = believe(self._begin_seconds, seconds)
 
     def pays(self, tokens: int, size: int, bytes_per_s: float) -> bool:
         """Is loading the first tokens, of so many bytes, better than reading them?"""

@@ -55,8 +55,11 @@ def named(way: str, tokens: int, layers: dict[int, Any], torchs: dict[str, float
     size = bytes_of(tokens)
     with SimpleKVCache(options.size_gb, device="cuda") as cache:
         first = seconds(lambda: cache.cache_all_layers("a", layers))
+        done(way, "cache_all_layers, just opened", tokens, size / first, torchs["d2h"])
+        begin = time.perf_counter()
         cache._home.gpu().pinned.wait()
-        done(way, "cache_all_layers, new memory", tokens, size / first, torchs["d2h"])
+        if tokens == 1024:
+            say("pinned", way=way, gib=cache._home.gpu().pinned.until >> 30, seconds=round(time.perf_counter() - begin, 2))
         each = [seconds(lambda: cache.cache_all_layers("a", layers)) for _ in range(options.rounds)]
         done(way, "cache_all_layers", tokens, size / statistics.median(each), torchs["d2h"])
         each = [seconds(lambda: [cache.cache_kv("a", n, k, v) for n, (k, v) in layers.items()]) for _ in range(options.rounds)]
@@ -85,12 +88,11 @@ def by_tokens(
     )
     given, found = [(k[0], v[0]) for k, v in layers.values()], None
     with KVCache(options.size_gb) as cache:
-        cache._home.gpu()
+        cache.pin_memory()
         cache._home.gpu().pinned.wait()
         stores, loads = [], []
         for _ in range(options.rounds + 1):
             stores.append(seconds(lambda: cache.store(namespace, ids, given)))
-            cache._home.gpu().pinned.wait()
             found = None
 
             def load() -> None:
@@ -102,7 +104,7 @@ def by_tokens(
             is_same = all(torch.equal(one, other) for a, b in zip(found or [], given) for one, other in zip(a, b))
             cache.clear()
         what = f"of {block_tokens} tokens"
-        done(way, f"store, blocks {what}", tokens, size / statistics.median(stores[1:]), torchs["d2h"], new_memory=size / stores[0] / 1e9)
+        done(way, f"store, blocks {what}", tokens, size / statistics.median(stores[1:]), torchs["d2h"])
         done(way, f"lookup and load, blocks {what}", tokens, size / statistics.median(loads[1:]), torchs["h2d"], same=is_same)
 
 

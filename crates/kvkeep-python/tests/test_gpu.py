@@ -142,6 +142,25 @@ def test_named_layers_come_back_as_they_were(runtime: OnTheCpu, dtype: torch.dty
     assert torch.equal(k.view(torch.uint8), layers[2][0].view(torch.uint8)) and v.shape == layers[2][1].shape
 
 
+@pytest.mark.parametrize("numbers", [1024, 1030, 1008, 1, 60_000])
+def test_many_layers_of_one_shape_come_back_as_they_were(runtime: OnTheCpu, numbers: int) -> None:
+    cache = named(0.02, runtime)
+    layers = {n: (torch.randn(2, numbers), torch.randn(2, numbers)[:, :]) for n in range(12)}
+    layers[7] = (torch.randn(numbers, 2).T, torch.randn(2, numbers).half())
+    assert cache.cache_all_layers("a prefix", layers)
+    found = cache.get_all_layers("a prefix", 12) or {}
+    assert all(torch.equal(a, b) for n, pair in layers.items() for a, b in zip(found[n], pair, strict=True))
+
+
+def test_tensors_that_cross_the_bus_together_are_those_that_lie_together() -> None:
+    f32, f16 = torch.float32, torch.float16
+    places = [(0, f32, (8,)), (32, f32, (8,)), (64, f32, (8,)), (96, f32, (4, 2)), (128, f16, (16,)), (9000, f16, (16,)), (9100, f16, (16,))]
+    groups = [(g.of, g.size, g.is_dense) for g in _gpu._groups(places)]
+    assert groups == [(slice(0, 3), 96, True), (slice(3, 4), 32, True), (slice(4, 5), 32, True), (slice(5, 7), 132, False)]
+    assert [g.of for g in _gpu._groups([(n * 250_000, f32, (62_500,)) for n in range(5)])] == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert [g.of for g in _gpu._groups([(64, f32, (8,)), (32, f32, (8,)), (32, f32, (8,))])] == [slice(0, 1), slice(1, 2), slice(2, 3)]
+
+
 def test_what_is_handed_out_is_the_callers_own(runtime: OnTheCpu) -> None:
     cache = named(0.01, runtime)
     given = torch.randn(2, 500)

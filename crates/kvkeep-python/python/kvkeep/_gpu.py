@@ -16,7 +16,7 @@ import sys
 import threading
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -46,8 +46,8 @@ if TYPE_CHECKING:
 SLOT_BYTES = 32 << 20
 """Blocks put together at once on the GPU, twice as much of its memory for each of two streams."""
 
-_TOGETHER_BYTES = 16 << 20
-"""Named tensors that cross the bus in one piece."""
+_TOGETHER_BYTES, _WORTH_A_SLOT = 16 << 20, 4
+"""Named tensors that cross the bus in one piece; fewer than so many are stored one by one."""
 
 _PAGE_BYTES = 4096
 
@@ -86,8 +86,8 @@ class Gpu:
 
     def owns(self, tensors: Sequence[Any]) -> bool:
         """Are these all on one GPU?"""
-        devices = {tensor.device if self._runtime.owns(tensor) else None for tensor in tensors}
-        return len(devices) == 1 and None not in devices
+        owns = self._runtime.owns
+        return bool(tensors) and all(owns(tensor) and tensor.device == tensors[0].device for tensor in tensors)
 
     def close(self) -> None:
         """Waits for what is under way and forgets the memory. What comes later goes through buffers."""
@@ -104,11 +104,11 @@ class Gpu:
 
             self._follow(lanes, device)
             flat = [address for pair in addresses for address in pair]
-            places = [(address, tensor.dtype, tensor.shape) for address, tensor in zip(flat, tensors, strict=True)]
-            with self._runtime.on(lanes[0]):
+            places = ((address, tensor.dtype, tensor.shape) for address, tensor in zip(flat, tensors, strict=True))
+            with torch.no_grad(), self._runtime.on(lanes[0]):
                 for group in _groups(places):
-                    of = [tensor.detach().resolve_neg() for tensor in tensors[group.of]]
-                    if len(of) > 1 and group.is_dense:
+                    of = [tensor.resolve_neg() for tensor in tensors[group.of]]
+                    if group.count >= _WORTH_A_SLOT and group.is_dense:
                         slot = torch.empty(group.size, dtype=torch.uint8, device=device)
                         torch._foreach_copy_(group.tensors(slot), of)
                         self._from_gpu(group.address, slot)
@@ -120,10 +120,12 @@ class Gpu:
 
     def store_blocks(self, store: Store, blocks: Blocks, layers: Sequence[Pair], first_token: int) -> Any:
         """As `store_named`, of blocks of layers that begin at `first_token`."""
+        import torch
+
         shape, device = _Shape(blocks), layers[0][0].device
-        layers = [(k.detach(), v.detach()) for k, v in layers]
         lanes = self._runtime.lanes(device)
 
+        @torch.no_grad()
         def write(runs: Sequence[Run]) -> None:
             self._follow(lanes, device)
             for chunk, lane in zip(shape.chunks(runs), cycle(lanes)):
@@ -139,17 +141,15 @@ class Gpu:
         import torch
 
         made: list[torch.Tensor] = []
-        specs = [(address, _dtype(code), tuple(shape)) for address, code, shape in places]
-        groups = list(_groups(specs))
-        with self._loading(device, held, sum(group.size for group in groups), len(groups)) as lanes:
-            for group, lane in zip(groups, cycle(lanes)):
-                of = specs[group.of]
+        with self._loading(device, held, len(places)) as (lanes, lease):
+            specs = ((address, _dtype(code), tuple(shape)) for address, code, shape in places)
+            for group, lane in zip(_groups(specs), cycle(lanes)):
                 with self._runtime.on(lane):
-                    slot = torch.empty(group.size, dtype=torch.uint8, device=device) if len(of) > 1 else None
+                    slot = torch.empty(group.size, dtype=torch.uint8, device=device) if group.count > 1 else None
                     if slot is not None:
                         self._to_gpu(slot, group.address)
                 # In the caller's memory, not in the lane's: torch keeps a store of its own for each stream.
-                new = [torch.empty(shape, dtype=dtype, device=device) for _, dtype, shape in of]
+                new = [torch.empty(group.shape, dtype=group.dtype, device=device) for _ in range(group.count)]
                 made.extend(new)
                 with self._runtime.on(lane):
                     if slot is None:
@@ -157,6 +157,7 @@ class Gpu:
                     else:
                         torch._foreach_copy_(new, group.tensors(slot))
                     del slot  # its memory is the lane's again
+                lease.size += group.size
         return made
 
     def load_blocks(self, blocks: Blocks, held: Any, runs: Sequence[Run], first_layer: int, into: Into) -> None:
@@ -166,7 +167,8 @@ class Gpu:
 
         shape, (device, make) = _Shape(blocks), into
         chunks = shape.chunks(runs)
-        with self._loading(device, held, sum(count for _, count, _ in runs) * shape.stride, len(chunks)) as lanes:
+        with self._loading(device, held, len(chunks)) as (lanes, lease):
+            lease.size = sum(count for _, count, _ in runs) * shape.stride
             under_way: deque[tuple[Any, _Chunk, torch.Tensor]] = deque()
 
             def take_apart() -> None:
@@ -203,17 +205,17 @@ class Gpu:
             lane.wait_stream(current)
 
     @contextmanager
-    def _loading(self, device: Any, held: Any, size: int, copies: int) -> Iterator[tuple[Any, ...]]:
+    def _loading(self, device: Any, held: Any, copies: int) -> Iterator[tuple[tuple[Any, ...], _Lease]]:
         """Streams for so many copies, behind what the caller's stream is to do. Afterwards that goes on behind the copies, and
         `held` is kept until they have ended."""
         self._copies.reap()
         with self._copies:
             lanes, current = self._runtime.lanes(device)[: max(1, copies)], self._runtime.current(device)
             self._follow(lanes, device)
-            lease = self._copies.lease(held, size, lanes)
+            lease = self._copies.lease(held, lanes)
             begin = self._recorded(lanes[0])
             try:
-                yield lanes
+                yield lanes, lease
             finally:
                 for lane in lanes:
                     current.wait_stream(lane)
@@ -267,9 +269,9 @@ class _Copies:
             self._callers -= 1
             self._changed.notify_all()
 
-    def lease(self, held: Any, size: int, lanes: Sequence[Any]) -> _Lease:
+    def lease(self, held: Any, lanes: Sequence[Any]) -> _Lease:
         """Holds pages until the copies on these streams have ended."""
-        lease = _Lease(held, size, lanes)
+        lease = _Lease(held, lanes)
         with self._changed:
             self._leases.append(lease)
         return lease
@@ -335,7 +337,7 @@ class _Group:
         return slot.view(self.dtype).as_strided(shape, (self.stride // self.dtype.itemsize, *strides)).unbind()
 
 
-def _groups(places: Sequence[tuple[int, torch.dtype, tuple[int, ...]]]) -> Iterator[_Group]:
+def _groups(places: Iterable[tuple[int, torch.dtype, tuple[int, ...]]]) -> Iterator[_Group]:
     """Small tensors go together: between two copies the bus waits for some microseconds."""
     group: _Group | None = None
     for number, (address, dtype, shape) in enumerate(places):
@@ -354,8 +356,8 @@ def _groups(places: Sequence[tuple[int, torch.dtype, tuple[int, ...]]]) -> Itera
 class _Lease:
     """Pages that are held until the copies from them have ended."""
 
-    def __init__(self, held: Any, size: int, lanes: Sequence[Any]) -> None:
-        self.held, self.size = held, size
+    def __init__(self, held: Any, lanes: Sequence[Any]) -> None:
+        self.held, self.size = held, 0
         self._lanes, self._begin = lanes, None
         self._ends: Sequence[Any] = ()
 
@@ -455,8 +457,8 @@ class _Shape:
                 yield side, elements[:, :, start : start + self.sizes[side]].unflatten(2, dims)
 
     def _tokens(self, tensor: torch.Tensor, token: int, count: int, before: int) -> torch.Tensor:
-        at = before + (1 if self.blocks.order == "head_token" else 0)
-        return tensor.narrow(at, token, count * self.blocks.block_tokens)
+        at, tokens = before + (1 if self.blocks.order == "head_token" else 0), count * self.blocks.block_tokens
+        return tensor if tensor.shape[at] == tokens else tensor.narrow(at, token, tokens)
 
     def _by_block(self, layers: torch.Tensor, count: int) -> torch.Tensor:
         """Tokens of layers, `[layer, ...]`, as `[block, layer, ...]`."""

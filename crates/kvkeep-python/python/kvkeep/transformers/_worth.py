@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kvkeep._worth import MARGIN, Prefill, believe
 
-_DOUBT = 0.999
+_DOUBT = 0.99
 """What loading took beside the bus counts for a little less each time that nothing is loaded, so that it is tried again."""
 
 _SHORT_TOKENS = 256
@@ -23,8 +23,9 @@ class Worth:
         self._loads = 0
 
     def read(self, tokens: int, behind: int, seconds: float) -> None:
-        """The model read so many tokens behind so many that were loaded, and chose the next one, in so long."""
-        if behind == 0 or tokens <= _SHORT_TOKENS:
+        """The model read so many tokens behind so many that were loaded, and chose the next one, in so long. The first time
+        behind loaded ones says nothing: kernels are chosen for it."""
+        if behind == 0 or (tokens <= _SHORT_TOKENS and self._loads > 1):
             self._prefill.computed(tokens, seconds)
 
     def began(self, seconds: float) -> None:

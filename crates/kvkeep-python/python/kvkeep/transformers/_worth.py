@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kvkeep._worth import MARGIN, Prefill, believe
 
-_DOUBT = 0.99
+_DOUBT = 0.995
 """What loading took beside the bus counts for a little less each time that nothing is loaded, so that it is tried again."""
 
 _SHORT_TOKENS = 256
@@ -25,8 +25,12 @@ class Worth:
     def read(self, tokens: int, behind: int, seconds: float) -> None:
         """The model read so many tokens behind so many that were loaded, and chose the next one, in so long. The first time
         behind loaded ones says nothing: kernels are chosen for it."""
-        if behind == 0 or (tokens <= _SHORT_TOKENS and self._loads > 1):
+        known = self._prefill.step_seconds
+        if behind == 0:
             self._prefill.computed(tokens, seconds)
+        elif tokens <= _SHORT_TOKENS and self._loads > 1:
+            # Not the fastest of late: a load that came out slower is not tried again at once.
+            self._prefill.step_seconds = seconds if known is None else (known + seconds) / 2
 
     def began(self, seconds: float) -> None:
         """Beginning a load took so long. The first one also made streams and found memory on the GPU."""

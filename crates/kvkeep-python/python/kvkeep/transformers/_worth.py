@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from kvkeep._worth import MARGIN, Prefill, believe
 
-_DOUBT = 0.995
+_DOUBT = 0.998
 """What loading took beside the bus counts for a little less each time that nothing is loaded, so that it is tried again."""
 
 _SHORT_TOKENS = 256

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use kvkeep::{CachedLayers, DType, PrivateTensor, Shape, TensorView};
+use kvkeep::{CachedLayers, DType, PrivateTensor, Shape, TensorSpec, TensorView};
 use pyo3::prelude::*;
 
 use crate::convert;
@@ -95,7 +95,7 @@ pub(crate) fn runs(blocks: impl Iterator<Item = (usize, usize)>, block_bytes: us
     for (block, address) in blocks {
         match runs.last_mut() {
             Some((first, count, start)) if *first + *count == block && *start + *count * stride == address => {
-                *count += 1
+                *count += 1;
             }
             _ => runs.push((block, 1, address)),
         }
@@ -122,7 +122,7 @@ where
 }
 
 /// Element type and shape, as the library has them.
-pub(crate) fn spec((code, dims): &RawSpec) -> PyResult<(DType, Shape)> {
+pub(crate) fn spec((code, dims): &RawSpec) -> PyResult<TensorSpec> {
     Ok((convert::dtype(*code)?, Shape::new(dims).map_err(|error| to_python(&error))?))
 }
 

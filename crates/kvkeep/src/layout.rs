@@ -13,7 +13,7 @@
 use std::ops::Range;
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, PairSpec, Shape, TensorView, TensorViewMut};
+use crate::tensor::{DType, PairSpec, Shape, TensorSpec, TensorView, TensorViewMut};
 
 /// Tokens in a block unless said otherwise.
 pub const DEFAULT_BLOCK_TOKENS: u32 = 64;
@@ -448,11 +448,11 @@ impl KvLayout {
     pub fn check_pairs(
         &self,
         first_layer: usize,
-        pairs: &[((DType, Shape), (DType, Shape))],
+        pairs: &[(TensorSpec, TensorSpec)],
         min_tokens: usize,
     ) -> Result<Vec<(usize, usize)>> {
         self.check_layers(&(first_layer..first_layer.saturating_add(pairs.len())))?;
-        let check = |(layer, (k, v)): (usize, &((DType, Shape), (DType, Shape)))| {
+        let check = |(layer, (k, v)): (usize, &(TensorSpec, TensorSpec))| {
             let tokens_of_k = self.check_tensor(*k, Side::K, layer, min_tokens)?;
             Ok((tokens_of_k, self.check_tensor(*v, Side::V, layer, min_tokens)?))
         };
@@ -461,13 +461,7 @@ impl KvLayout {
 
     /// Refuses a tensor that is not one layer's K or V of at least `min_tokens` tokens;
     /// says how many tokens it has.
-    fn check_tensor(
-        &self,
-        (dtype, shape): (DType, Shape),
-        side: Side,
-        layer: usize,
-        min_tokens: usize,
-    ) -> Result<usize> {
+    fn check_tensor(&self, (dtype, shape): TensorSpec, side: Side, layer: usize, min_tokens: usize) -> Result<usize> {
         let tensor = || format!("{} of layer {layer}", if side == Side::K { "k" } else { "v" });
         if dtype != self.dtype {
             let (expected, got) = (self.dtype, dtype);

@@ -66,7 +66,7 @@ pub use record::TraceRecorder;
 pub use simulation::{Hits, Simulation};
 pub use stats::{Stats, TierStats};
 pub use store::{Lease, LeaseId, Leased, Ram, Removed, Store};
-pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};
+pub use tensor::{DType, Element, MAX_RANK, Shape, TensorSpec, TensorView, TensorViewMut};
 pub use tier::Tier;
 #[cfg(feature = "disk")]
 pub use tier::disk::{Archive, Contents, ManifestState, RecordInfo, RecordState, Verified};

@@ -15,7 +15,7 @@ use crate::eviction::Place;
 use crate::key::{NamespaceId, ObjectKey, PrefixHash, PrefixHasher};
 use crate::stats::Stats;
 use crate::store::{OnPresent, Pending, Pin, PrivatePin, Removed, Request, Sealing, Store};
-use crate::tensor::{DType, PairSpec, Shape, TensorView};
+use crate::tensor::{DType, PairSpec, Shape, TensorSpec, TensorView};
 
 /// Layers run from 0 to below this.
 pub const MAX_LAYERS: usize = 4096;
@@ -63,9 +63,9 @@ pub struct LayerSpec {
     /// The layer's number.
     pub layer: usize,
     /// Element type and shape of the keys.
-    pub k: (DType, Shape),
+    pub k: TensorSpec,
     /// Element type and shape of the values.
-    pub v: (DType, Shape),
+    pub v: TensorSpec,
 }
 
 impl LayerKv<'_> {

@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use crate::error::{Error, Result};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
-use crate::tensor::{DType, Shape, TensorView, TensorViewMut};
+use crate::tensor::{TensorSpec, TensorView, TensorViewMut};
 
 /// Checks that there is a tensor for each layer with room for `tokens` tokens; says for how
 /// many each K and V has room.
@@ -41,7 +41,7 @@ pub(super) fn copy_block(
     });
 }
 
-fn of(view: &TensorView<'_>) -> (DType, Shape) {
+fn of(view: &TensorView<'_>) -> TensorSpec {
     (view.dtype(), view.shape())
 }
 

@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
     from kvkeep._kvkeep import Ram
 
-    Pair = tuple[torch.Tensor, torch.Tensor]
+    Pair = tuple[Any, Any]
+    """K and V of a layer: tensors of torch."""
     Run = tuple[int, int, int]
     """First block, blocks, address of the first one: their pages lie behind each other."""
     Place = tuple[int, int, Sequence[int]]
@@ -63,8 +64,9 @@ class Blocks(Protocol):
     k_head_dim: int
     v_head_dim: int
     block_tokens: int
-    order: str
 
+    @property
+    def order(self) -> str: ...
     @property
     def dtype(self) -> str: ...
 
@@ -93,7 +95,7 @@ class Gpu:
         """Waits for what is under way and forgets the memory. What comes later goes through buffers."""
         self._end()
 
-    def store_named(self, store: Store, tensors: Sequence[torch.Tensor]) -> Any:
+    def store_named(self, store: Store, tensors: Sequence[Any]) -> Any:
         """Lets `store` store these tensors: it is given what writes them to their addresses, and what waits until they
         are there."""
         device = tensors[0].device
@@ -308,7 +310,7 @@ class _Group:
 
     @property
     def count(self) -> int:
-        return self.of.stop - self.of.start
+        return int(self.of.stop - self.of.start)
 
     @property
     def size(self) -> int:
@@ -327,9 +329,10 @@ class _Group:
         is_next = address == self.address + self.count * stride and self.each <= stride < self.each + _PAGE_BYTES
         return is_next and stride % dtype.itemsize == 0 and self.count * stride + self.each <= _TOGETHER_BYTES
 
-    def tensors(self, slot: torch.Tensor) -> Sequence[torch.Tensor]:
+    def tensors(self, slot: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Them, in these bytes."""
-        strides, step = [], 1
+        strides: list[int] = []
+        step = 1
         for dim in reversed(self.shape):
             strides.insert(0, step)
             step *= dim
@@ -422,7 +425,7 @@ class _Shape:
                 first, left, address = first + count, left - count, address + count * self.stride
         return chunks
 
-    def gathered(self, layers: Sequence[Pair], token: int, count: int) -> torch.Tensor:
+    def gathered(self, layers: Sequence[Pair], token: int, count: int) -> Any:
         """Blocks, as bytes, of tokens from `token` on in each tensor."""
         import torch
 
@@ -432,7 +435,7 @@ class _Shape:
             part.copy_(self._by_block(tokens.view(self.wide), count))
         return made
 
-    def scatter(self, slot: torch.Tensor, token: int, count: int, first_layer: int, into: Sequence[Pair]) -> None:
+    def scatter(self, slot: Any, token: int, count: int, first_layer: int, into: Sequence[Pair]) -> None:
         """Takes blocks apart, to tokens from `token` on in each tensor. One of all layers takes one copy."""
         import torch
 
@@ -446,7 +449,7 @@ class _Shape:
                 parts = part.view(self.dtype).unbind(1)[first_layer : first_layer + len(tensors)]
                 torch._foreach_copy_(targets, parts)
 
-    def _sides(self, slot: torch.Tensor, count: int) -> Iterator[tuple[int, torch.Tensor]]:
+    def _sides(self, slot: Any, count: int) -> Iterator[tuple[int, Any]]:
         """0 and all that is K, `[block, layer, ...]`; 1 and all that is V."""
         layers, both = self.blocks.layers, sum(self.sizes)
         elements = slot.view(self.wide).view(count, -1)[:, : layers * both].unflatten(1, (layers, both))
@@ -456,11 +459,11 @@ class _Shape:
             if self.sizes[side]:
                 yield side, elements[:, :, start : start + self.sizes[side]].unflatten(2, dims)
 
-    def _tokens(self, tensor: torch.Tensor, token: int, count: int, before: int) -> torch.Tensor:
+    def _tokens(self, tensor: Any, token: int, count: int, before: int) -> Any:
         at, tokens = before + (1 if self.blocks.order == "head_token" else 0), count * self.blocks.block_tokens
         return tensor if tensor.shape[at] == tokens else tensor.narrow(at, token, tokens)
 
-    def _by_block(self, layers: torch.Tensor, count: int) -> torch.Tensor:
+    def _by_block(self, layers: Any, count: int) -> Any:
         """Tokens of layers, `[layer, ...]`, as `[block, layer, ...]`."""
         tokens = self.blocks.block_tokens
         if self.blocks.order == "head_token":
@@ -472,20 +475,17 @@ class Cuda:
     """CUDA, through torch."""
 
     def __init__(self) -> None:
-        import torch
-
+        torch = _torch()
         self._device = torch.cuda.current_device()
         self._streams: dict[int, tuple[Any, ...]] = {}
         self._lock = threading.Lock()
 
     def owns(self, tensor: Any) -> bool:
-        import torch
-
+        torch = _torch()
         return getattr(tensor, "is_cuda", False) and tensor.layout is torch.strided
 
     def lanes(self, device: Any) -> tuple[Any, ...]:
-        import torch
-
+        torch = _torch()
         index = torch.cuda.current_device() if device.index is None else device.index
         with self._lock:
             if index not in self._streams:
@@ -493,35 +493,29 @@ class Cuda:
             return self._streams[index]
 
     def current(self, device: Any) -> Any:
-        import torch
-
+        torch = _torch()
         return torch.cuda.current_stream(device)
 
     def on(self, stream: Any) -> Any:
-        import torch
-
+        torch = _torch()
         return torch.cuda.stream(stream)
 
     def event(self) -> Any:
-        import torch
-
+        torch = _torch()
         return torch.cuda.Event(enable_timing=True)
 
     def register(self, address: int, size: int) -> None:
-        import torch
-
+        torch = _torch()
         portable = 1
         with torch.cuda.device(self._device):  # a thread of its own begins on the first one
             _checked(torch.cuda.cudart().cudaHostRegister(address, size, portable))
 
     def unregister(self, address: int) -> None:
-        import torch
-
+        torch = _torch()
         _checked(torch.cuda.cudart().cudaHostUnregister(address))
 
     def buffer(self, size: int) -> torch.Tensor:
-        import torch
-
+        torch = _torch()
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
 
@@ -565,7 +559,7 @@ def _on_gpu(tensors: Sequence[Any]) -> bool:
     return "torch" in sys.modules and any(getattr(tensor, "is_cuda", False) for tensor in tensors)
 
 
-def spec(tensor: torch.Tensor) -> tuple[int, tuple[int, ...]]:
+def spec(tensor: Any) -> tuple[int, tuple[int, ...]]:
     """Dtype code and shape."""
     return _code(tensor.dtype), tuple(tensor.shape)
 
@@ -577,6 +571,13 @@ def _end(pinned: Pinned, copies: _Copies) -> None:
     if pinned.stop():
         copies.wait()
         pinned.release()
+
+
+def _torch() -> Any:
+    """Without types: not all of `torch.cuda` has them."""
+    import torch
+
+    return torch
 
 
 def _checked(code: Any) -> None:

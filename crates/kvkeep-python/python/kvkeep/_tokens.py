@@ -81,11 +81,6 @@ class Namespace:
         return self.raw.id
 
     @property
-    def block_bytes(self) -> int:
-        """Bytes of one block: all layers, K and V."""
-        return self.raw.block_bytes
-
-    @property
     def dtype(self) -> str:
         """kvkeep's name of the element type."""
         return DTYPES[self.dtype_code]
@@ -211,7 +206,7 @@ class Match:
     def __repr__(self) -> str:
         return f"<Match of {self.cached_tokens} tokens in {self.blocks} blocks{', closed' if self.closed else ''}>"
 
-    def _load_on(self, gpu: Gpu, first_layer: int, pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def _load_on(self, gpu: Gpu, first_layer: int, pairs: list[tuple[Any, Any]]) -> None:
         self.namespace.raw.check(first_layer, [(spec(k), spec(v)) for k, v in pairs], self.cached_tokens)
         if any(tensor.requires_grad for pair in pairs for tensor in pair):
             raise UnsupportedTensorError(

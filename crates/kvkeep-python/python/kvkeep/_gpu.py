@@ -514,7 +514,7 @@ class Cuda:
         torch = _torch()
         _checked(torch.cuda.cudart().cudaHostUnregister(address))
 
-    def buffer(self, size: int) -> torch.Tensor:
+    def buffer(self, size: int) -> Any:
         torch = _torch()
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 

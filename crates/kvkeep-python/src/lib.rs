@@ -23,6 +23,7 @@ mod mapped;
 mod memory;
 mod named;
 mod open;
+mod ram;
 mod stats;
 mod tokens;
 mod torch;
@@ -46,6 +47,8 @@ mod _kvkeep {
     use crate::mapped::files_behind;
     #[pymodule_export]
     use crate::named::NamedCache;
+    #[pymodule_export]
+    use crate::ram::{Held, Ram};
     #[pymodule_export]
     use crate::tokens::{Match, Namespace, StoreReport, TokenCache};
 

@@ -3,17 +3,20 @@
 
 #![expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
-use kvkeep::{CachedLayers, HashedPrefix, LayerKv, PrivateLayers, PrivateTensor, SimpleKvCache, StoreOptions};
+use kvkeep::{
+    CachedKv, CachedLayers, HashedPrefix, LayerKv, LayerSpec, PrivateLayers, PrivateTensor, SimpleKvCache, StoreOptions,
+};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
 
 use crate::convert::{LayerCount, seconds};
-use crate::error::{Outcome, raise, stopped, to_python};
+use crate::error::{CallError, Outcome, raise, stopped, to_python};
 use crate::fork::Holding;
 use crate::memory::{Access, Lent};
 use crate::open::{Open, Settings, interrupted};
+use crate::ram::{self, Held, Ram, RawSpec};
 use crate::{array, stats, torch};
 
 /// What came in as torch tensors goes out as such; everything else goes out to numpy.
@@ -31,8 +34,8 @@ pub(crate) struct NamedCache {
     /// The last prefix asked for and its hash: who asks for layer after layer passes the same
     /// string object, and hashing 8,192 tokens of text takes ten times as long as a hit.
     last: Mutex<Option<(Py<PyString>, HashedPrefix)>>,
-    /// Called with a tensor to bring it where it is wanted; None if that is the CPU.
-    to_device: Option<Py<PyAny>>,
+    /// Makes tensors of torch where they are wanted; none if that is the CPU.
+    hand_out: OnceLock<Py<PyAny>>,
 }
 
 /// Tensors of one hit: the memory that they show.
@@ -42,10 +45,49 @@ pub(crate) struct Hit(Holding<PrivateLayers>);
 #[pymethods]
 impl NamedCache {
     #[new]
-    #[pyo3(signature = (settings, to_device))]
-    fn new(py: Python<'_>, settings: Settings, to_device: Option<Py<PyAny>>) -> PyResult<Self> {
+    #[pyo3(signature = (settings))]
+    fn new(py: Python<'_>, settings: Settings) -> PyResult<Self> {
         let cache = Open::new(py, settings, SimpleKvCache::open)?;
-        Ok(Self { cache, last: Mutex::new(None), to_device })
+        Ok(Self { cache, last: Mutex::new(None), hand_out: OnceLock::new() })
+    }
+
+    /// From now on torch tensors of hits go out through `hand_out(held, places)`, which returns tensors where they are wanted.
+    fn _hand_out(&self, hand_out: Py<PyAny>) {
+        let _is_first = self.hand_out.set(hand_out);
+    }
+
+    fn _ram(&self) -> PyResult<Ram> {
+        Ok(Ram(self.cache.get()?.store_handle().ram()))
+    }
+
+    /// As `_store`, of tensors of torch that `write` writes: it is called with the addresses of K and V of each layer, and
+    /// returns when all are written.
+    fn _store_written(
+        &self,
+        py: Python<'_>,
+        prefix: &str,
+        layers: Vec<(LayerCount, RawSpec, RawSpec)>,
+        write: (Py<PyAny>, Py<PyAny>),
+        ttl_seconds: Option<f64>,
+        compute_seconds: Option<f64>,
+    ) -> PyResult<Outcome> {
+        let cache = self.cache.get()?;
+        let spec = |(layer, k, v): &(LayerCount, RawSpec, RawSpec)| {
+            Ok(LayerSpec { layer: layer.0, k: ram::spec(k)?, v: ram::spec(v)? })
+        };
+        let layers = layers.iter().map(spec).collect::<PyResult<Vec<_>>>()?;
+        let mut options = StoreOptions::default().tag(TORCH);
+        options.ttl = seconds(ttl_seconds, "ttl_seconds")?;
+        options.compute_time = seconds(compute_seconds, "compute_seconds")?;
+        let outcome = py.detach(|| {
+            cache.cache_all_layers_written(prefix, &layers, &options, |pages| {
+                let addresses: Vec<(usize, usize)> =
+                    pages.into_iter().map(|(k, v)| (k.as_mut_ptr() as usize, v.as_mut_ptr() as usize)).collect();
+                ram::written(&write.0, &write.1, addresses)?;
+                Ok::<(), CallError>(())
+            })
+        });
+        Ok(Outcome::of(outcome?))
     }
 
     /// Stores (layer, K, V) of a prefix, all or nothing.
@@ -90,9 +132,7 @@ impl NamedCache {
         let (cache, hashed) = (self.cache.get()?, self.hashed(prefix)?);
         let found = self.waiting(py, || cache.get_hashed(&hashed, layer.0));
         let Some(found) = found.map_err(|error| to_python(&error))? else { return Ok(None) };
-        let hit = Hit::of(found.into_private())?;
-        let tensors = self.tensors(py, &hit)?;
-        PyTuple::new(py, tensors).map(Some)
+        PyTuple::new(py, self.tensors(py, CachedKv::into_layers(found))?).map(Some)
     }
 
     /// K and V of the layers 0 to `num_layers`, as a dict from layer to (k, v), or None if
@@ -108,9 +148,8 @@ impl NamedCache {
         let (cache, hashed) = (self.cache.get()?, self.hashed(prefix)?);
         let found = self.waiting(py, || cache.get_all_hashed(&hashed, num_layers.0));
         let Some(found) = found.map_err(|error| to_python(&error))? else { return Ok(None) };
-        let hit = Hit::of(CachedLayers::into_private(found))?;
         let dict = PyDict::new(py);
-        let mut tensors = self.tensors(py, &hit)?.into_iter();
+        let mut tensors = self.tensors(py, found)?.into_iter();
         for layer in 0..num_layers.0 {
             dict.set_item(layer, (tensors.next(), tensors.next()))?;
         }
@@ -194,29 +233,34 @@ impl NamedCache {
     }
 
     /// K and V of each layer of a hit, one after the other, as what they came in as.
-    fn tensors<'py>(&self, py: Python<'py>, hit: &Arc<Hit>) -> PyResult<Vec<Bound<'py, PyAny>>> {
+    fn tensors<'py>(&self, py: Python<'py>, found: CachedLayers) -> PyResult<Vec<Bound<'py, PyAny>>> {
+        let of_torch: Vec<bool> = (0..found.len()).map(|layer| found.tag(layer) == TORCH).collect();
+        let all_of_torch = of_torch.iter().all(|of_torch| *of_torch);
+        if let (Some(hand_out), true) = (self.hand_out.get(), all_of_torch) {
+            let (held, places) = Held::layers(found);
+            return hand_out.bind(py).call1((held, places))?.extract();
+        }
+        let hit = Hit::of(found.into_private())?;
         let layers = hit.0.get();
         let mut flat: Vec<PrivateTensor> = Vec::with_capacity(2 * layers.len());
         for layer in 0..layers.len() {
             let (k, v) = layers.layer(layer).map_err(|error| to_python(&error))?;
             flat.extend([k, v]);
         }
-        let of_torch = |layer: usize| layers.tag(layer) == TORCH;
-        let tensors = if (0..layers.len()).all(of_torch) {
-            torch::tensors(py, hit, &flat)?
-        } else {
-            let make = |(place, tensor): (usize, &PrivateTensor)| {
-                if of_torch(place / 2) {
-                    return Ok(torch::tensors(py, hit, &[*tensor])?.remove(0));
-                }
-                array::array(py, hit, tensor)
-            };
-            flat.iter().enumerate().map(make).collect::<PyResult<_>>()?
-        };
-        match &self.to_device {
-            None => Ok(tensors),
-            Some(to_device) => tensors.into_iter().map(|tensor| to_device.bind(py).call1((tensor,))).collect(),
+        if all_of_torch {
+            return torch::tensors(py, &hit, &flat);
         }
+        let make = |(position, tensor): (usize, &PrivateTensor)| {
+            if of_torch.get(position / 2) != Some(&true) {
+                return array::array(py, &hit, tensor);
+            }
+            let made = torch::tensors(py, &hit, &[*tensor])?.remove(0);
+            match self.hand_out.get() {
+                Some(hand_out) => hand_out.bind(py).call1((made, [ram::place(tensor)]))?.get_item(0),
+                None => Ok(made),
+            }
+        };
+        flat.iter().enumerate().map(make).collect()
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvkeep::{KvCache, KvLayout, LayerView, LayerViewMut, StoreOptions, TokenOrder};
+use kvkeep::{Chain, KvCache, KvLayout, LayerView, LayerViewMut, StoreOptions, TokenOrder};
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyType};
 
@@ -14,6 +14,7 @@ use crate::error::{CallError, Rejection, raise, stopped, to_python};
 use crate::fork::{Here, Holding};
 use crate::memory::{Access, Lent, Tokens, no_overlap};
 use crate::open::{Open, Settings, interrupted};
+use crate::ram::{self, Held, Ram, RawSpec, Run};
 use crate::stats;
 
 /// (k, v) of each layer.
@@ -82,6 +83,13 @@ impl Namespace {
     fn block_bytes(&self) -> usize {
         self.0.layout().block_bytes()
     }
+
+    /// Refuses K and V of layers that do not fit: dtype code and shape of each.
+    fn check(&self, first_layer: LayerCount, pairs: Vec<(RawSpec, RawSpec)>, min_tokens: usize) -> PyResult<()> {
+        let pairs = pairs.iter().map(|(k, v)| Ok((ram::spec(k)?, ram::spec(v)?))).collect::<PyResult<Vec<_>>>()?;
+        let checked = self.0.layout().check_pairs(first_layer.0, &pairs, min_tokens);
+        checked.map(|_| ()).map_err(|error| to_python(&error))
+    }
 }
 
 impl Namespace {
@@ -149,6 +157,42 @@ impl TokenCache {
             cache.store_from(&namespace.0, tokens.ids(), first_token, &views, &options)
         });
         report.map(StoreReport::of).map_err(|error| stopped(py, &error))
+    }
+
+    /// As `store`, of blocks that `write` writes: it is called with the runs that are missing, and returns when all
+    /// are written.
+    #[expect(clippy::too_many_arguments, reason = "one call from Python with all it needs")]
+    fn store_written(
+        &self,
+        py: Python<'_>,
+        namespace: &Namespace,
+        tokens: &Bound<'_, PyAny>,
+        first_token: usize,
+        write: (Py<PyAny>, Py<PyAny>),
+        ttl_seconds: Option<f64>,
+        compute_seconds: Option<f64>,
+        priority: &str,
+    ) -> PyResult<StoreReport> {
+        let cache = self.0.get()?;
+        let mut options = StoreOptions::default().priority(convert::priority(priority)?);
+        options.ttl = seconds(ttl_seconds, "ttl_seconds")?;
+        options.compute_time = seconds(compute_seconds, "compute_seconds")?;
+        let (tokens, layout) = (Tokens::new(tokens)?, namespace.0.layout());
+        let first_block = first_token.div_ceil(layout.block_tokens());
+        let report = py.detach(|| {
+            let chain = Chain::of(&namespace.0, tokens.ids())?;
+            cache.store_written(&chain, first_block, &options, |blocks| {
+                let blocks = blocks.into_iter().map(|(block, pages)| (block, pages.as_mut_ptr() as usize));
+                let runs: Vec<Run> = ram::runs(blocks, layout.block_bytes());
+                ram::written(&write.0, &write.1, runs)?;
+                Ok::<(), CallError>(())
+            })
+        });
+        Ok(StoreReport::of(report?))
+    }
+
+    fn ram(&self) -> PyResult<Ram> {
+        Ok(Ram(self.0.get()?.store_handle().ram()))
     }
 
     /// Calls `prefill(first_token, cached)` if blocks are missing and nobody else computes them.
@@ -269,6 +313,18 @@ impl Match {
             held.get().load(layers, &mut views)
         });
         loaded.map_err(|error| to_python(&error))
+    }
+
+    /// What keeps the blocks readable whatever becomes of this match, and the runs that they lie in.
+    fn hold(&self) -> PyResult<(Held, Vec<Run>)> {
+        let held = self.held()?;
+        let found = held.get();
+        let address = |block| found.block(block).map(|bytes| (block, bytes.as_ptr() as usize, bytes.len()));
+        let blocks = (0..found.blocks()).map(address).collect::<kvkeep::Result<Vec<_>>>();
+        let blocks = blocks.map_err(|error| to_python(&error))?;
+        let block_bytes = blocks.first().map_or(0, |(_, _, bytes)| *bytes);
+        let runs = ram::runs(blocks.iter().map(|(block, address, _)| (*block, *address)), block_bytes);
+        Ok((Held::blocks(Arc::clone(&held)), runs))
     }
 
     /// Lets go of the blocks; they can be evicted again.

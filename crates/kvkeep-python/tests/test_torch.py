@@ -221,3 +221,13 @@ def test_torch_tensors_are_torch_tensors_after_a_restart(tmp_path) -> None:  # t
     with SimpleKVCache(0.01, disk_path=tmp_path / "kv", disk_size_gb=0.1) as cache:
         hit = cache.get_cached_kv("p", 0)
         assert hit is not None and hit[0].dtype == torch.bfloat16 and torch.equal(hit[0], k)
+
+
+def test_a_part_without_elements_is_a_tensor_like_any_other():
+    # K and V of a layer with latent attention: V has no elements, and a part of it begins behind the end of its storage.
+    namespace = kvkeep.Namespace("m", layers=1, kv_heads=1, head_dim=4, v_head_dim=0, dtype="float32", block_tokens=2)
+    k, v = torch.randn(6, 1, 4), torch.empty(6, 1, 0)
+    assert v[2:].storage_offset() > 0
+    cache = kvkeep.KVCache(0.01)
+    assert cache.store(namespace, [1, 2], [(k[:2], v[:2])]).stored_blocks == 1
+    assert cache.store(namespace, [1, 2, 3, 4, 5, 6], [(k[2:], v[2:])], first_token=2).stored_blocks == 2

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from kvkeep._engines import weights
-from kvkeep._engines.worth import MARGIN, Rates, RatesFile
+from kvkeep._engines.worth import Rates, RatesFile
+from kvkeep._worth import MARGIN
 from kvkeep.vllm import _hints
 
 

@@ -13,7 +13,7 @@
 use std::ops::Range;
 
 use crate::error::{Error, Result};
-use crate::tensor::{DType, PairSpec, Shape, TensorView, TensorViewMut};
+use crate::tensor::{DType, PairSpec, Shape, TensorSpec, TensorView, TensorViewMut};
 
 /// Tokens in a block unless said otherwise.
 pub const DEFAULT_BLOCK_TOKENS: u32 = 64;
@@ -440,21 +440,34 @@ impl KvLayout {
         Ok(())
     }
 
+    /// Refuses K and V of layers, from `first_layer` on, that are not of at least `min_tokens` tokens: each one's element
+    /// types and shapes. Says how many tokens each K and V has.
+    ///
+    /// # Errors
+    /// [`Error::ZeroLayers`], [`Error::LayerOutOfRange`], [`Error::DTypeMismatch`], [`Error::ShapeMismatch`].
+    pub fn check_pairs(
+        &self,
+        first_layer: usize,
+        pairs: &[(TensorSpec, TensorSpec)],
+        min_tokens: usize,
+    ) -> Result<Vec<(usize, usize)>> {
+        self.check_layers(&(first_layer..first_layer.saturating_add(pairs.len())))?;
+        let check = |(layer, (k, v)): (usize, &(TensorSpec, TensorSpec))| {
+            let tokens_of_k = self.check_tensor(*k, Side::K, layer, min_tokens)?;
+            Ok((tokens_of_k, self.check_tensor(*v, Side::V, layer, min_tokens)?))
+        };
+        (first_layer..).zip(pairs).map(check).collect()
+    }
+
     /// Refuses a tensor that is not one layer's K or V of at least `min_tokens` tokens;
     /// says how many tokens it has.
-    pub(crate) fn check_tensor(
-        &self,
-        view: &TensorView<'_>,
-        side: Side,
-        layer: usize,
-        min_tokens: usize,
-    ) -> Result<usize> {
+    fn check_tensor(&self, (dtype, shape): TensorSpec, side: Side, layer: usize, min_tokens: usize) -> Result<usize> {
         let tensor = || format!("{} of layer {layer}", if side == Side::K { "k" } else { "v" });
-        if view.dtype() != self.dtype {
-            let (expected, got) = (self.dtype, view.dtype());
+        if dtype != self.dtype {
+            let (expected, got) = (self.dtype, dtype);
             return Err(Error::DTypeMismatch { tensor: tensor(), expected, got });
         }
-        let (shape, of) = (view.shape(), self.layer_shape(layer));
+        let of = self.layer_shape(layer);
         let tokens = match (self.order, shape.dims()) {
             (TokenOrder::TokenHeadDim, &[tokens, heads, dim]) | (TokenOrder::HeadTokenDim, &[heads, tokens, dim])
                 if heads == of.kv_heads as usize && dim == of.dim(side) as usize && tokens >= min_tokens =>

@@ -57,16 +57,16 @@ pub use eviction::{Admission, PolicyKind, Priority};
 pub use key::{BlockHash, Namespace, NamespaceId, TokenId};
 pub use layout::{DEFAULT_BLOCK_TOKENS, KvLayout, LayerShape, LayerView, LayerViewMut, TokenOrder};
 pub use named::{
-    CachedKv, CachedLayers, DEFAULT_MAX_SIZE_GIB, DEFAULT_TTL, Evicted, HashedPrefix, LayerKv, MAX_LAYERS, Outcome,
-    PrivateLayers, PrivateTensor, SimpleKvCache,
+    CachedKv, CachedLayers, DEFAULT_MAX_SIZE_GIB, DEFAULT_TTL, Evicted, HashedPrefix, LayerKv, LayerSpec, MAX_LAYERS,
+    Outcome, PrivateLayers, PrivateTensor, SimpleKvCache,
 };
 pub use namespaces::NamespaceUsage;
 pub use process::Process;
 pub use record::TraceRecorder;
 pub use simulation::{Hits, Simulation};
 pub use stats::{Stats, TierStats};
-pub use store::{Lease, LeaseId, Leased, Removed, Store};
-pub use tensor::{DType, Element, MAX_RANK, Shape, TensorView, TensorViewMut};
+pub use store::{Lease, LeaseId, Leased, Ram, Removed, Store};
+pub use tensor::{DType, Element, MAX_RANK, Shape, TensorSpec, TensorView, TensorViewMut};
 pub use tier::Tier;
 #[cfg(feature = "disk")]
 pub use tier::disk::{Archive, Contents, ManifestState, RecordInfo, RecordState, Verified};

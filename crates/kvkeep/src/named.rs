@@ -15,7 +15,7 @@ use crate::eviction::Place;
 use crate::key::{NamespaceId, ObjectKey, PrefixHash, PrefixHasher};
 use crate::stats::Stats;
 use crate::store::{OnPresent, Pending, Pin, PrivatePin, Removed, Request, Sealing, Store};
-use crate::tensor::{DType, PairSpec, Shape, TensorView};
+use crate::tensor::{DType, PairSpec, Shape, TensorSpec, TensorView};
 
 /// Layers run from 0 to below this.
 pub const MAX_LAYERS: usize = 4096;
@@ -55,6 +55,23 @@ pub struct LayerKv<'a> {
     pub k: TensorView<'a>,
     /// The values, of any shape.
     pub v: TensorView<'a>,
+}
+
+/// What K and V of one layer look like that are to be stored under a prefix.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerSpec {
+    /// The layer's number.
+    pub layer: usize,
+    /// Element type and shape of the keys.
+    pub k: TensorSpec,
+    /// Element type and shape of the values.
+    pub v: TensorSpec,
+}
+
+impl LayerKv<'_> {
+    fn spec(&self) -> LayerSpec {
+        LayerSpec { layer: self.layer, k: (self.k.dtype(), self.k.shape()), v: (self.v.dtype(), self.v.shape()) }
+    }
 }
 
 /// A prefix text, hashed once, for several requests of the cache that made it.
@@ -194,6 +211,43 @@ impl SimpleKvCache {
         layers: &[LayerKv<'_>],
         options: &StoreOptions,
     ) -> Result<Outcome> {
+        let mut copied = options.copied();
+        let specs: Vec<LayerSpec> = layers.iter().map(LayerKv::spec).collect();
+        self.store_pending(prefix, &specs, options, |pending| {
+            for ((pending, v_start), layer) in pending.iter_mut().zip(layers) {
+                copy_to(pending, 0, layer.k.bytes(), &mut copied)?;
+                copy_to(pending, *v_start, layer.v.bytes(), &mut copied)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// As [`SimpleKvCache::cache_all_layers_with`], where something else than the processor writes them. `write` gets the
+    /// bytes of K and of V of each layer, in the order given, and returns when all are written. It is not called if they are
+    /// not admitted; if it fails, nothing is stored.
+    ///
+    /// # Errors
+    /// As [`SimpleKvCache::cache_all_layers`], and whatever `write` returns.
+    pub fn cache_all_layers_written<E: From<Error>>(
+        &self,
+        prefix: &str,
+        layers: &[LayerSpec],
+        options: &StoreOptions,
+        write: impl FnOnce(Vec<(&mut [u8], &mut [u8])>) -> Result<(), E>,
+    ) -> Result<Outcome, E> {
+        self.store_pending(prefix, layers, options, |pending| {
+            write(pending.iter_mut().zip(layers).map(|(pending, layer)| parts(pending, layer)).collect())
+        })
+    }
+
+    /// Stores layers once `write` has written all of them. It gets each one's pages, and where V begins in them.
+    fn store_pending<E: From<Error>>(
+        &self,
+        prefix: &str,
+        layers: &[LayerSpec],
+        options: &StoreOptions,
+        write: impl FnOnce(&mut [(Pending, usize)]) -> Result<(), E>,
+    ) -> Result<Outcome, E> {
         let hash = self.hash(prefix)?;
         let plans = plan(prefix, hash, layers, options.tag)?;
         let sizes: Vec<usize> = plans.iter().map(|plan| plan.bytes).collect();
@@ -201,20 +255,13 @@ impl SimpleKvCache {
             Ok(pages) => pages,
             Err(rejection) => return Ok(Outcome::Rejected(rejection)),
         };
-        let (mut objects, mut copied) = (Vec::with_capacity(layers.len()), options.copied());
-        for ((plan, mut pending), layer) in plans.into_iter().zip(pages).zip(layers) {
-            copy_to(&mut pending, 0, layer.k.bytes(), &mut copied)?;
-            copy_to(&mut pending, plan.v_start, layer.v.bytes(), &mut copied)?;
+        let mut pending: Vec<_> = pages.into_iter().zip(plans.iter().map(|plan| plan.v_start)).collect();
+        write(&mut pending)?;
+        let sealing = |(plan, (pending, _)): (Plan, (Pending, usize))| {
             let place = Place::of(0, layers.len(), 0);
-            objects.push(Sealing {
-                key: plan.key,
-                pending,
-                bytes: plan.bytes,
-                spec: Some(plan.spec),
-                parent: None,
-                place,
-            });
-        }
+            Sealing { key: plan.key, pending, bytes: plan.bytes, spec: Some(plan.spec), parent: None, place }
+        };
+        let objects = plans.into_iter().zip(pending).map(sealing).collect();
         self.store.seal(self.namespace, objects, options, OnPresent::Replace);
         Ok(Outcome::Stored)
     }
@@ -389,6 +436,12 @@ impl CachedLayers {
         Ok(self.views(layer))
     }
 
+    /// What [`StoreOptions::tag`] said when this layer was stored.
+    #[must_use]
+    pub fn tag(&self, layer: usize) -> u8 {
+        self.pin.spec(layer).map_or(0, |spec| spec.tag)
+    }
+
     /// K and V of every layer, in order.
     pub fn iter(&self) -> impl ExactSizeIterator<Item = (TensorView<'_>, TensorView<'_>)> {
         (0..self.len()).map(|layer| self.views(layer))
@@ -408,6 +461,12 @@ impl CachedLayers {
 }
 
 impl CachedKv {
+    /// The same, as layer 0 of one.
+    #[must_use]
+    pub fn into_layers(self) -> CachedLayers {
+        self.0
+    }
+
     /// The same in memory of the holder's own, as layer 0 of one.
     ///
     /// # Errors
@@ -476,29 +535,35 @@ struct Plan {
     bytes: usize,
 }
 
-fn plan(prefix: &str, hash: PrefixHash, layers: &[LayerKv<'_>], tag: u8) -> Result<Vec<Plan>> {
+fn plan(prefix: &str, hash: PrefixHash, layers: &[LayerSpec], tag: u8) -> Result<Vec<Plan>> {
     if layers.is_empty() {
         return Err(Error::ZeroLayers);
     }
     let mut seen = std::collections::HashSet::with_capacity(layers.len());
     layers
         .iter()
-        .map(|LayerKv { layer, k, v }| {
+        .map(|LayerSpec { layer, k, v }| {
             if !seen.insert(layer) {
                 return Err(Error::DuplicateLayer(*layer));
             }
-            for (name, tensor) in [("k", k), ("v", v)] {
-                if tensor.bytes().is_empty() {
+            for (name, (_, shape)) in [("k", k), ("v", v)] {
+                if shape.dims().contains(&0) {
                     return Err(Error::EmptyTensor(format!("{name} of layer {layer}")));
                 }
             }
             let overflow = Error::SizeOverflow("the size of K and V");
-            let (k, v) = ((k.dtype(), k.shape()), (v.dtype(), v.shape()));
-            let spec = PairSpec { k, v, prefix_bytes: prefix.len(), tag };
+            let spec = PairSpec { k: *k, v: *v, prefix_bytes: prefix.len(), tag };
             let (Some(v_start), Some(bytes)) = (spec.v_start(), spec.payload_bytes()) else { return Err(overflow) };
             Ok(Plan { key: hash.key(checked_layer(*layer)?), spec: Arc::new(spec), v_start, bytes })
         })
         .collect()
+}
+
+/// Where K and V of a layer are to be written.
+fn parts<'a>((pending, v_start): &'a mut (Pending, usize), layer: &LayerSpec) -> (&'a mut [u8], &'a mut [u8]) {
+    let (k, v) = pending.bytes_mut().split_at_mut_checked(*v_start).unwrap_or_default();
+    let size = |(dtype, shape): (DType, Shape)| ..shape.size_bytes(dtype).unwrap_or(0);
+    (k.get_mut(size(layer.k)).unwrap_or_default(), v.get_mut(size(layer.v)).unwrap_or_default())
 }
 
 /// So many bytes further on.

@@ -81,6 +81,9 @@ pub trait Element: sealed::Plain + Copy + Send + Sync + 'static {
     const DTYPE: DType;
 }
 
+/// What a tensor looks like: its element type and shape.
+pub type TensorSpec = (DType, Shape);
+
 impl DType {
     /// Every dtype, in the order of their codes.
     pub const ALL: [Self; 11] = [

@@ -49,12 +49,33 @@ class Outcome:
     def rejection(self) -> Rejection | None: ...
     def __bool__(self) -> bool: ...
 
+class Ram:
+    """The memory that a cache keeps blocks in."""
+    @property
+    def address(self) -> int: ...
+    @property
+    def capacity_bytes(self) -> int: ...
+    def keep_until(self, bytes: int) -> None:
+        """Brings memory behind the first `bytes` bytes, and keeps it there."""
+
+class Held:
+    """Pages that stay readable, and are not evicted, while this lives."""
+
+_RawSpec: TypeAlias = tuple[int, Sequence[int]]
+_Write: TypeAlias = tuple[Callable[[Any], None], Callable[[], None]]
+
 class NamedCache:
-    def __new__(
-        cls,
-        settings: Settings,
-        to_device: Callable[[Any], Any] | None,
-    ) -> Self: ...
+    def __new__(cls, settings: Settings) -> Self: ...
+    def _hand_out(self, hand_out: Callable[[Any, Any], list[Any]]) -> None: ...
+    def _ram(self) -> Ram: ...
+    def _store_written(
+        self,
+        prefix: str,
+        layers: Sequence[tuple[int, _RawSpec, _RawSpec]],
+        write: _Write,
+        ttl_seconds: float | None,
+        compute_seconds: float | None,
+    ) -> Outcome: ...
     def _store(
         self,
         prefix: str,
@@ -112,6 +133,7 @@ class Namespace:
     def id(self) -> str: ...
     @property
     def block_bytes(self) -> int: ...
+    def check(self, first_layer: int, pairs: Sequence[tuple[_RawSpec, _RawSpec]], min_tokens: int) -> None: ...
 
 class StoreReport:
     """What became of the blocks of one store."""
@@ -136,6 +158,7 @@ class Match:
     @property
     def closed(self) -> bool: ...
     def load(self, first_layer: int, into: Sequence[tuple[Any, Any]], new: bool) -> None: ...
+    def hold(self) -> tuple[Held, list[tuple[int, int, int]]]: ...
     def close(self) -> None: ...
 
 class TokenCache:
@@ -155,6 +178,17 @@ class TokenCache:
         compute_seconds: float | None,
         priority: str,
     ) -> StoreReport: ...
+    def store_written(
+        self,
+        namespace: Namespace,
+        tokens: _Tokens,
+        first_token: int,
+        write: _Write,
+        ttl_seconds: float | None,
+        compute_seconds: float | None,
+        priority: str,
+    ) -> StoreReport: ...
+    def ram(self) -> Ram: ...
     def look(self, namespace: Namespace, tokens: _Tokens) -> tuple[int, int, int, float, list[tuple[str, int]]]: ...
     def load_layers(
         self, namespace: Namespace, tokens: _Tokens, first_layer: int, into: Sequence[tuple[Any, Any]]

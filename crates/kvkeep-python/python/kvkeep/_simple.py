@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvkeep._errors import DeviceError
+from kvkeep._gpu import Home, spec
 from kvkeep._kvkeep import NamedCache, Outcome
 from kvkeep._settings import DiskConfig, DiskOptions, Policy, settings
 from kvkeep._stats import Stats, html_of, text_of
@@ -46,7 +48,8 @@ class SimpleKVCache(NamedCache):
         **disk_options: Unpack[DiskOptions],
     ) -> SimpleKVCache:
         chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, disk_options)
-        return super().__new__(cls, chosen, _mover(device))
+        _checked_device(device)
+        return super().__new__(cls, chosen)
 
     def __init__(
         self,
@@ -59,12 +62,23 @@ class SimpleKVCache(NamedCache):
         **disk_options: Unpack[DiskOptions],
     ) -> None:
         self.device = str(device)
+        self._home = Home(self._ram())
+        target = _checked_device(device)
+        if target is not None:
+            self._hand_out(functools.partial(self._home.gpu().load_named, target))
 
     def __enter__(self) -> SimpleKVCache:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def close(self) -> None:
+        """Ends the cache. A disk tier gets what is in RAM and is let go of, for this or another process
+        to open again. Calls that follow raise `ClosedError`; tensors stay valid.
+        """
+        self._home.close()
+        super().close()
 
     def cache_kv(
         self,
@@ -102,7 +116,15 @@ class SimpleKVCache(NamedCache):
         Otherwise as `cache_kv`. Raises `ZeroLayersError` too.
         """
         layers = [(layer, k, v) for layer, (k, v) in kv_dict.items()]
-        return self._store(prefix, layers, ttl_seconds, compute_seconds)
+        tensors = [tensor for _, k, v in layers for tensor in (k, v)]
+        gpu = self._home.of(tensors)
+        if gpu is None:
+            return self._store(prefix, layers, ttl_seconds, compute_seconds)
+        specs = [(layer, spec(k), spec(v)) for layer, k, v in layers]
+        outcome: Outcome = gpu.store_named(
+            lambda write: self._store_written(prefix, specs, write, ttl_seconds, compute_seconds), tensors
+        )
+        return outcome
 
     def stats(self) -> Stats:
         """Counters and sizes as of now; `get_stats` by another name."""
@@ -119,8 +141,8 @@ class SimpleKVCache(NamedCache):
         return html_of(self)
 
 
-def _mover(device: object) -> Callable[[Any], Any] | None:
-    """What brings a tensor to the device; None for the CPU."""
+def _checked_device(device: object) -> torch.device | None:
+    """Where tensors are handed back; None for the CPU. Raises `DeviceError`."""
     if str(device) == "cpu":
         return None
     try:
@@ -135,13 +157,4 @@ def _mover(device: object) -> Callable[[Any], Any] | None:
         raise DeviceError(f"device {device} is not supported: give 'cpu' or 'cuda'")
     if not torch.cuda.is_available():
         raise DeviceError("device cuda: torch finds no CUDA device here; use device='cpu'")
-
-    def move(tensor: object) -> object:
-        if not isinstance(tensor, torch.Tensor):
-            return tensor
-        # Pinned memory makes the copy asynchronous; torch's allocator keeps it until it is done.
-        staged = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        staged.copy_(tensor)
-        return staged.to(target, non_blocking=True)
-
-    return move
+    return target

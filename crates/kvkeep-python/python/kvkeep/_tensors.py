@@ -127,12 +127,13 @@ def lend_torch(tensor: Any, write: bool, new: bool) -> tuple[int, int, tuple[int
             # The way to say so that torch has: a numpy array over the storage, here of no elements.
             _torch().empty(0, dtype=_torch().uint8).set_(storage, 0, (0,)).numpy()
         offset, shape = tensor.storage_offset() * tensor.itemsize, tuple(tensor.shape)
-        address, size = storage.data_ptr() + offset, offset + math.prod(shape) * tensor.itemsize
+        address, elements = storage.data_ptr() + offset, math.prod(shape)
     except (RuntimeError, NotImplementedError, AttributeError) as error:
         raise UnsupportedTensorError(
             f"a {type(tensor).__name__} without plain memory is not kept: give a plain tensor ({error})"
         ) from error
-    if size > storage.nbytes():
+    # A part without elements may begin anywhere.
+    if elements and offset + elements * tensor.itemsize > storage.nbytes():
         raise UnsupportedTensorError("the tensor's memory was taken away: its storage is smaller than its shape says")
     return address, code, shape, storage
 

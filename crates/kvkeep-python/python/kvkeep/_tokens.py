@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from kvkeep import _kvkeep
-from kvkeep._errors import LayoutError, TokenIdError
+from kvkeep._errors import LayerCountError, LayoutError, ShapeMismatchError, TokenIdError, UnsupportedTensorError
+from kvkeep._gpu import Gpu, Home, spec
 from kvkeep._kvkeep import DTYPES
 from kvkeep._settings import DiskConfig, DiskOptions, Policy, Priority, settings
 from kvkeep._stats import Stats, html_of, text_of
@@ -123,8 +124,8 @@ class Match:
     it is closed: use it in a `with` statement, or call `close`.
     """
 
-    def __init__(self, raw: _kvkeep.Match, namespace: Namespace) -> None:
-        self._raw = raw
+    def __init__(self, raw: _kvkeep.Match, namespace: Namespace, home: Home) -> None:
+        self._raw, self._home = raw, home
         self.namespace = namespace
 
     @property
@@ -140,13 +141,20 @@ class Match:
     def load(self, into: Layers, first_layer: int = 0) -> None:
         """Copies K and V into tensors of yours, one (k, v) for each layer from `first_layer` on.
 
-        Each has room for at least `cached_tokens` tokens in the namespace's order, is contiguous and
-        on the CPU; the matched tokens are written at its beginning, the rest is left alone.
+        Each has room for at least `cached_tokens` tokens in the namespace's order; on the CPU it is contiguous. The
+        matched tokens are written at its beginning, the rest is left alone. Tensors on a GPU are written by it: the
+        current stream waits for that, and this call does not.
 
         Raises `ZeroLayersError`, `LayerOutOfRangeError`, `DTypeMismatchError`, `ShapeMismatchError`,
         `UnsupportedTensorError`, `OverlapError`, `ClosedError`; then nothing was written.
         """
-        self._raw.load(first_layer, [(k, v) for k, v in into], False)
+        pairs = [(k, v) for k, v in into]
+        tensors = [tensor for pair in pairs for tensor in pair]
+        gpu = self._home.of(tensors)
+        if gpu is None:
+            self._raw.load(first_layer, pairs, False)
+        else:
+            self._load_on(gpu, first_layer, pairs)
 
     def to_numpy(self, room_tokens: int | None = None) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
         """New arrays with the matched K and V of every layer, contiguous, with room for `room_tokens`
@@ -157,14 +165,23 @@ class Match:
         return layers
 
     def to_torch(
-        self, room_tokens: int | None = None, *, pin_memory: bool = False
+        self,
+        room_tokens: int | None = None,
+        *,
+        pin_memory: bool = False,
+        device: torch.device | str = "cpu",
     ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """As `to_numpy`, but torch tensors on the CPU; `pin_memory` as in torch, for copies to a GPU."""
+        """As `to_numpy`, but torch tensors, on the CPU (`pin_memory` as in torch) or on a GPU, as `load` brings them there. On a
+        GPU all K are parts of one tensor, and all V of another."""
         torch = needed("torch", "Match.to_torch")
-        dtype = torch_dtype(self.namespace.dtype)
-        layers = self._new(lambda shape: torch.empty(shape, dtype=dtype, pin_memory=pin_memory), room_tokens)
-        self._raw.load(0, layers, True)
-        return layers
+        dtype, target = torch_dtype(self.namespace.dtype), torch.device(device)
+        make = functools.partial(torch.empty, dtype=dtype, device=target, pin_memory=pin_memory)
+        gpu = self._home.on(target)
+        if gpu is None:
+            layers = self._new(make, room_tokens)
+            self._raw.load(0, layers, True)
+            return layers
+        return self._new_on(gpu, target, make, self.cached_tokens if room_tokens is None else room_tokens)
 
     def close(self) -> None:
         """Lets go of the blocks. May be called more than once."""
@@ -188,6 +205,27 @@ class Match:
 
     def __repr__(self) -> str:
         return f"<Match of {self.cached_tokens} tokens in {self.blocks} blocks{', closed' if self.closed else ''}>"
+
+    def _load_on(self, gpu: Gpu, first_layer: int, pairs: list[tuple[Any, Any]]) -> None:
+        self.namespace.raw.check(first_layer, [(spec(k), spec(v)) for k, v in pairs], self.cached_tokens)
+        if any(tensor.requires_grad for pair in pairs for tensor in pair):
+            raise UnsupportedTensorError(
+                "a tensor to be written must be free of gradients, which writing would make wrong: give tensor.detach()"
+            )
+        held, runs = self._raw.hold()
+        gpu.load_blocks(self.namespace, held, runs, first_layer, (pairs[0][0].device, lambda: pairs))
+
+    def _new_on(self, gpu: Gpu, target: torch.device, make: Callable[..., Any], room_tokens: int) -> list[Any]:
+        """All layers of K in one tensor and all of V in another: one copy takes a block apart."""
+        namespace = self.namespace
+        if room_tokens < self.cached_tokens:
+            raise ShapeMismatchError(f"room for {room_tokens} tokens: {self.cached_tokens} are cached")
+        shapes = [namespace.shape(room_tokens, dim) for dim in (namespace.k_head_dim, namespace.v_head_dim)]
+        whole = functools.cache(lambda: tuple(make((namespace.layers, *shape)) for shape in shapes))
+        held, runs = self._raw.hold()
+        gpu.load_blocks(namespace, held, runs, 0, (target, lambda: [whole()]))
+        k, v = whole()
+        return list(zip(k.unbind(), v.unbind(), strict=True))
 
     def _new(self, make: Callable[[tuple[int, int, int]], Any], room_tokens: int | None) -> list[tuple[Any, Any]]:
         tokens = self.cached_tokens if room_tokens is None else room_tokens
@@ -274,6 +312,7 @@ class KVCache:
     ) -> None:
         chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, disk_options, quotas)
         self._raw = _kvkeep.TokenCache(chosen)
+        self._home = Home(self._raw.ram())
 
     def __enter__(self) -> KVCache:
         return self
@@ -287,12 +326,12 @@ class KVCache:
         Raises `EmptyTokensError`, `TokenIdError`.
         """
         ids = token_ids(tokens)
-        return Match(self._raw.lookup(namespace.raw, ids), namespace)
+        return Match(self._raw.lookup(namespace.raw, ids), namespace, self._home)
 
     def pin(self, namespace: Namespace, tokens: Tokens) -> Match:
         """As `lookup`, but not a request: keeps a prefix, such as a system prompt, until it is closed."""
         ids = token_ids(tokens)
-        return Match(self._raw.pin(namespace.raw, ids), namespace)
+        return Match(self._raw.pin(namespace.raw, ids), namespace, self._home)
 
     def look(self, namespace: Namespace, tokens: Tokens) -> Look:
         """Where a prompt's KV is now. Not a request: nothing is loaded, touched or counted.
@@ -340,7 +379,16 @@ class KVCache:
             raise TokenIdError(f"first_token is {first_token}: give the position of a token, from 0 on")
         ids = token_ids(tokens)
         pairs = [(k, v) for k, v in layers]
-        return self._raw.store(namespace.raw, ids, first_token, pairs, ttl_seconds, compute_seconds, priority)
+        tensors = [tensor for pair in pairs for tensor in pair]
+        gpu = self._home.of(tensors) if len(ids) else None
+        if gpu is None:
+            return self._raw.store(namespace.raw, ids, first_token, pairs, ttl_seconds, compute_seconds, priority)
+        self._check(namespace, ids, pairs, first_token)
+        store = functools.partial(self._raw.store_written, namespace.raw, ids, first_token)
+        report: _kvkeep.StoreReport = gpu.store_blocks(
+            lambda write: store(write, ttl_seconds, compute_seconds, priority), namespace, pairs, first_token
+        )
+        return report
 
     def get_or_prefill(
         self, namespace: Namespace, tokens: Tokens, prefill: Callable[[Missing], Layers | None]
@@ -356,7 +404,8 @@ class KVCache:
         ids = token_ids(tokens)
 
         def run(first_token: int, cached: _kvkeep.Match | None) -> None:
-            missing = Missing(self, namespace, ids, first_token, Match(cached, namespace) if cached else None)
+            match = Match(cached, namespace, self._home) if cached else None
+            missing = Missing(self, namespace, ids, first_token, match)
             try:
                 layers = prefill(missing)
                 if layers is not None:
@@ -365,7 +414,7 @@ class KVCache:
                 if missing.cached is not None:
                     missing.cached.close()
 
-        return Match(self._raw.get_or_prefill(namespace.raw, ids, run), namespace)
+        return Match(self._raw.get_or_prefill(namespace.raw, ids, run), namespace, self._home)
 
     def remove(self, namespace: Namespace, tokens: Tokens) -> int:
         """Removes the blocks of this prompt; returns how many. Blocks of longer prompts that begin with
@@ -395,6 +444,7 @@ class KVCache:
         """Ends the cache. A disk tier gets what is in RAM and is let go of, for this or another process to
         open again. Calls that follow raise `ClosedError`; what was loaded stays valid.
         """
+        self._home.close()
         self._raw.close()
 
     def stats(self) -> Stats:
@@ -408,6 +458,24 @@ class KVCache:
     def print_stats(self) -> None:
         """Prints counters and sizes."""
         print(self._raw.stats_text(), end="")
+
+    def pin_memory(self) -> None:
+        """Begins to register the cache's memory with the GPU's driver, in the background. The first tensor on a GPU
+        does so, too; until it is done copies take several times as long."""
+        self._home.gpu()
+
+    @property
+    def gpu_bytes_per_s(self) -> float:
+        """How fast blocks go to a GPU: as measured of late, or a first guess."""
+        return self._home.gpu().bytes_per_s
+
+    @staticmethod
+    def _check(namespace: Namespace, ids: np.ndarray[Any, Any], pairs: list[tuple[Any, Any]], first_token: int) -> None:
+        """Raises what the library raises for tensors that do not fit."""
+        if len(pairs) != namespace.layers:
+            raise LayerCountError(f"{len(pairs)} layers given, {namespace.layers} expected: pass one entry for each layer")
+        blocks_end = len(ids) // namespace.block_tokens * namespace.block_tokens
+        namespace.raw.check(0, [(spec(k), spec(v)) for k, v in pairs], max(0, blocks_end - first_token))
 
     def __repr__(self) -> str:
         return text_of(self)

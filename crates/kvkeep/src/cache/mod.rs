@@ -22,7 +22,7 @@ use crate::flight::{Flights, Patience};
 use crate::key::{Namespace, NamespaceId, TokenId};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
 use crate::stats::Stats;
-use crate::store::{OnPresent, Removed, Request, Reserved, Sealing, Store, Wanted};
+use crate::store::{OnPresent, Pending, Removed, Request, Reserved, Sealing, Store, Wanted};
 
 pub use found::Match;
 use tensors::{Source, check_targets, copy_block};
@@ -383,6 +383,26 @@ impl KvCache {
         })
     }
 
+    /// Stores what is not there of a chain from block `first_block` on, where something else than the processor writes it,
+    /// or writes it better at once. `write` gets the number of each block that is missing and its pages, which begin with the
+    /// bytes in the order of the namespace's layout, and returns when all are written; what is behind is cleared. If it
+    /// fails, nothing is stored. What comes before must be in the cache, or the report says [`Rejection::PrefixGone`].
+    ///
+    /// # Errors
+    /// Whatever `write` returns; [`Error::Forked`].
+    pub fn store_written<E: From<Error>>(
+        &self,
+        chain: &Chain,
+        first_block: usize,
+        options: &StoreOptions,
+        write: impl FnOnce(Vec<(usize, &mut [u8])>) -> Result<(), E>,
+    ) -> Result<StoreReport, E> {
+        self.store.here()?;
+        self.store_missing(chain, first_block, options, |missing| {
+            write(missing.iter_mut().map(|(block, pending)| (*block, pending.bytes_mut())).collect())
+        })
+    }
+
     /// Stores what is not there of a chain. `write` gets the number of a block, and its pages.
     fn store_each(
         &self,
@@ -391,6 +411,23 @@ impl KvCache {
         options: &StoreOptions,
         write: impl Fn(usize, &mut [u8]),
     ) -> Result<StoreReport> {
+        let (block_bytes, mut copied) = (chain.namespace().layout().block_bytes(), options.copied());
+        self.store_missing(chain, first_block, options, |missing| {
+            missing.iter_mut().try_for_each(|(block, pending)| {
+                write(*block, pending.bytes_mut());
+                copied.add(block_bytes)
+            })
+        })
+    }
+
+    /// Stores what is not there of a chain, once `write` has written all of it.
+    fn store_missing<E>(
+        &self,
+        chain: &Chain,
+        first_block: usize,
+        options: &StoreOptions,
+        write: impl FnOnce(&mut [(usize, Pending)]) -> Result<(), E>,
+    ) -> Result<StoreReport, E> {
         let (layout, keys) = (chain.namespace().layout(), chain.keys());
         self.store.describe(chain.namespace());
         if self.store.wants_tokens() {
@@ -398,30 +435,21 @@ impl KvCache {
         }
         let wanted = Wanted { bytes_each: layout.block_bytes(), first_given: first_block, priority: options.priority };
         let namespace = chain.namespace().id();
-        let Reserved { present, missing, below, rejection } = self.store.reserve(namespace, keys, wanted);
+        let Reserved { present, mut missing, below, rejection } = self.store.reserve(namespace, keys, wanted);
         let mut report = StoreReport {
             present_blocks: present.len() + below,
             rejected_blocks: keys.len() - present.len() - below - missing.len(),
             rejection: rejection.map(|rejection| in_tokens(rejection, layout)),
             ..StoreReport::default()
         };
+        write(&mut missing)?;
         let found = missing.first().map_or(keys.len(), |(position, _)| *position);
-        let (mut objects, mut copied) = (Vec::with_capacity(missing.len()), options.copied());
-        for (position, mut pending) in missing {
-            write(position, pending.bytes_mut());
-            copied.add(layout.block_bytes())?;
-            if let Some(key) = keys.get(position) {
-                let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
-                objects.push(Sealing {
-                    key: *key,
-                    pending,
-                    bytes: layout.block_bytes(),
-                    spec: None,
-                    parent,
-                    place: Place::of(position, keys.len(), found),
-                });
-            }
-        }
+        let sealing = |(position, pending): (usize, Pending)| {
+            let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
+            let place = Place::of(position, keys.len(), found);
+            Some(Sealing { key: *keys.get(position)?, pending, bytes: layout.block_bytes(), spec: None, parent, place })
+        };
+        let objects: Vec<Sealing> = missing.into_iter().filter_map(sealing).collect();
         let reserved = objects.len();
         report.stored_blocks = self.store.seal(namespace, objects, options, OnPresent::Keep);
         report.present_blocks += reserved - report.stored_blocks;

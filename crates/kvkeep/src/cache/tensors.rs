@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use crate::error::{Error, Result};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
-use crate::tensor::{TensorView, TensorViewMut};
+use crate::tensor::{TensorSpec, TensorView, TensorViewMut};
 
 /// Checks that there is a tensor for each layer with room for `tokens` tokens; says for how
 /// many each K and V has room.
@@ -20,11 +20,8 @@ pub(super) fn check_targets(
     if into.len() != layers.len() {
         return Err(Error::LayerCount { expected: layers.len(), got: into.len() });
     }
-    let check = |(layer, target): (usize, &LayerViewMut<'_>)| {
-        let k = layout.check_tensor(&target.k.as_view(), Side::K, layer, tokens)?;
-        Ok((k, layout.check_tensor(&target.v.as_view(), Side::V, layer, tokens)?))
-    };
-    layers.clone().zip(into).map(check).collect()
+    let pairs: Vec<_> = into.iter().map(|target| (of(&target.k.as_view()), of(&target.v.as_view()))).collect();
+    layout.check_pairs(layers.start, &pairs, tokens)
 }
 
 /// Copies one side of one layer of a block to where it belongs in a tensor of `room` tokens.
@@ -42,6 +39,10 @@ pub(super) fn copy_block(
             to.copy_from_slice(from);
         }
     });
+}
+
+fn of(view: &TensorView<'_>) -> TensorSpec {
+    (view.dtype(), view.shape())
 }
 
 /// An engine's tensors, checked to hold what is to be stored.
@@ -67,11 +68,8 @@ impl<'a> Source<'a> {
             return Err(Error::LayerCount { expected: layout.layers(), got: layers.len() });
         }
         let min_tokens = end_token.saturating_sub(first_token);
-        let check = |(layer, view): (usize, &LayerView<'_>)| {
-            let k_tokens = layout.check_tensor(&view.k, Side::K, layer, min_tokens)?;
-            Ok((k_tokens, layout.check_tensor(&view.v, Side::V, layer, min_tokens)?))
-        };
-        let tensor_tokens = layers.iter().enumerate().map(check).collect::<Result<_>>()?;
+        let pairs: Vec<_> = layers.iter().map(|view| (of(&view.k), of(&view.v))).collect();
+        let tensor_tokens = layout.check_pairs(0, &pairs, min_tokens)?;
         Ok(Self { layout, layers, first_token, tensor_tokens })
     }
 

@@ -20,6 +20,7 @@ mod lease;
 pub(crate) mod ledger;
 mod lent;
 mod loads;
+mod memory;
 mod meter;
 mod patience;
 mod plan;
@@ -60,6 +61,7 @@ pub use lease::{Lease, LeaseId, Leased};
 use ledger::Written;
 use ledger::{Gone, Ledger, News, Reservation, Shortage};
 pub(crate) use ledger::{Request, Wanted};
+pub use memory::Ram;
 use retained::Retained;
 use tiers::Tiers;
 

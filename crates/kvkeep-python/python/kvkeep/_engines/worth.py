@@ -11,12 +11,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MARGIN = 0.85
-"""A load may take this part of the time that computing takes: what is measured is never quite what comes."""
+from kvkeep._worth import MARGIN, Prefill
 
 STEP_SECONDS = 0.010
 """What a load costs beside the disk: the scheduler looks at it once more, and a copy to the device begins."""
@@ -24,33 +23,12 @@ STEP_SECONDS = 0.010
 DEVICE_BYTES_PER_SECOND = 20e9
 """From RAM to the device: PCIe 4, or a slow core's memcpy."""
 
-_SHORT_TOKENS, _STEP_AT_MOST = 256, 0.05
-"""What takes longer than this is computing, also in a step that is full of others' tokens."""
-
-_FASTER, _SLOWER = 0.5, 1.03
-"""A faster time counts at once by half, a slower one moves what is believed up by so much at most."""
-
-
 @dataclass
-class Rates:
-    """What is known of one model on one machine."""
+class Rates(Prefill):
+    """What is known of one model on one machine, and of the disk."""
 
-    prefill_tokens_per_s: float = 20_000.0
     disk_bytes_per_s: float = 1e9
-    seconds_by_length: dict[int, float] = field(default_factory=dict)
-    """Seconds a token takes in a prefill of 2^n tokens from the beginning."""
-    step_seconds: float | None = None
-    """A prefill of a few tokens: what a step takes anyway."""
     disk_is_measured: bool = False
-
-    def computed(self, tokens: int, seconds: float) -> None:
-        """A prefill of so many tokens took so long."""
-        if tokens <= 0 or not seconds > 0:
-            return
-        bucket, each = tokens.bit_length() - 1, seconds / tokens
-        self.seconds_by_length[bucket] = _believe(self.seconds_by_length.get(bucket), each)
-        if tokens <= _SHORT_TOKENS:
-            self.step_seconds = _believe(self.step_seconds, min(seconds, _STEP_AT_MOST))
 
     def loaded(self, size: int, seconds: float) -> None:
         """A load of so many bytes took so long."""
@@ -59,11 +37,6 @@ class Rates:
         rate = size / seconds
         self.disk_bytes_per_s = rate if not self.disk_is_measured else 0.7 * self.disk_bytes_per_s + 0.3 * rate
         self.disk_is_measured = True
-
-    def compute_seconds(self, first: int, end: int) -> float:
-        """Computing tokens `first` to `end` of a prompt, beside what a step takes anyway."""
-        step = min(self.step_seconds or 0.0, self._from_start(end)) if first == 0 else 0.0
-        return max(0.0, self._from_start(end) - self._from_start(first) - step)
 
     def load_seconds(self, size: int) -> float:
         return STEP_SECONDS + size / self.disk_bytes_per_s + size / DEVICE_BYTES_PER_SECOND
@@ -76,32 +49,6 @@ class Rates:
         """Is there any prefix for which it pays? The longer, the likelier: attention costs more than tokens in proportion."""
         chunks = max(1, longest // max(1, chunk_tokens))
         return self.pays(0, chunks * chunk_tokens, chunks * chunk_bytes) or self.pays(0, chunk_tokens, chunk_bytes)
-
-    def _from_start(self, tokens: int) -> float:
-        """A prefill of so many tokens. Beyond the longest that was seen, the guess: a short one says nothing of long ones."""
-        if tokens <= 0:
-            return 0.0
-        known = self.seconds_by_length
-        longest = 1 << max(known) if known else 0
-        if tokens > 2 * longest:
-            return (longest * known[max(known)] if known else 0.0) + (tokens - longest) / self.prefill_tokens_per_s
-        # Between two lengths that were seen, along the line: what a step takes anyway is in both.
-        times = {1 << bucket: (1 << bucket) * each for bucket, each in known.items()}
-        below = max((length for length in times if length <= tokens), default=None)
-        above = min((length for length in times if length >= tokens), default=None)
-        if below is None or above is None:
-            nearest = above or below or tokens
-            return times[nearest] * tokens / nearest
-        if below == above:
-            return times[below]
-        return times[below] + (times[above] - times[below]) * (tokens - below) / (above - below)
-
-
-def _believe(known: float | None, seen: float) -> float:
-    """The fastest time of late: others in the batch make a prefill slower, and nothing makes it faster."""
-    if known is None:
-        return seen
-    return known + (seen - known) * _FASTER if seen < known else min(seen, known * _SLOWER)
 
 
 class RatesFile:
@@ -121,7 +68,8 @@ class RatesFile:
         numbers = [*by_length.values(), disk, *([] if step is None else [step])]
         if not all(isinstance(number, (int, float)) and 0 < number < math.inf for number in numbers):
             return guess
-        return Rates(guess.prefill_tokens_per_s, disk, by_length, step, disk_is_measured=bool(known.get("disk_is_measured")))
+        measured = bool(known.get("disk_is_measured"))
+        return Rates(guess.prefill_tokens_per_s, by_length, step, disk_bytes_per_s=disk, disk_is_measured=measured)
 
     def write(self, rates: Rates) -> None:
         """Takes the old file's place at once. Raises OSError."""

@@ -28,8 +28,9 @@ from kvkeep.transformers._model import (
     leaves_state,
     padding_is_harmless,
 )
-from kvkeep.transformers._past import Past, Row, Served, gather, look_up, store_row
+from kvkeep.transformers._past import Past, Row, Served, gather, look_up, one_gpu, store_row
 from kvkeep.transformers._prompts import Prompts, numbers, prompts_of
+from kvkeep.transformers._worth import Worth
 
 if TYPE_CHECKING:
     from kvkeep import StoreReport
@@ -59,6 +60,8 @@ class Generation:
     """Why the call was a plain `generate`, or None."""
     row_cached_tokens: tuple[int, ...] = ()
     """`cached_tokens` of each prompt."""
+    not_worth_tokens: int = 0
+    """Tokens of the prompts that were found and read again, since the GPU reads them in less time than they take to load."""
 
 
 class FirstToken:
@@ -67,6 +70,16 @@ class FirstToken:
     def __init__(self) -> None:
         self.seconds: float | None = None
         self._begin = time.perf_counter()
+        self._reads: float | None = None
+
+    def reads(self) -> None:
+        """From now on the model reads."""
+        self._reads = time.perf_counter()
+
+    @property
+    def reading_seconds(self) -> float | None:
+        """Of `seconds`, what the model took."""
+        return None if self.seconds is None or self._reads is None else self.seconds - (self._reads - self._begin)
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         if self.seconds is None:
@@ -112,11 +125,14 @@ class CachedGenerator:
         self._leaves_state = leaves_state(model)
         self._pads: dict[str, bool] = {}
         self._served: Served | None = None
+        self._worth: dict[str, Worth] = {}
         forget_requests(model)
         self._identity = ModelIdentity(model, weights=weights)
         state = self._identity.now()
         if state.refusal is None:
             self._served = self._serve(state)
+        if self._served is not None and one_gpu(self._served.layout) is not None:
+            cache.pin_memory()
 
     def __repr__(self) -> str:
         name = type(inner(self.model)).__name__
@@ -137,7 +153,8 @@ class CachedGenerator:
         arguments = dict(zip(_GENERATE_ARGUMENTS, args)) | kwargs
         try:
             prompts, served = self._accept(args, kwargs, arguments)
-            rows = look_up(self.cache, served, prompts.rows or [])
+            worth = self._worth.setdefault(served.digest, Worth())
+            rows = look_up(self.cache, served, prompts.rows or [], worth)
             past = gather(self.model, self.cache, served, rows, prompts.width)
         except _Plain as plain:
             return self._plain(str(plain), args, kwargs)
@@ -152,6 +169,7 @@ class CachedGenerator:
     def _run(self, call: _Call, given: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Lets the model generate, and stores what it has read, also when it is interrupted."""
         begin = time.perf_counter()
+        call.first_token.reads()
         try:
             output = self.model.generate(call.prompts.ids, **{CACHE_ARGUMENT: call.past.state}, **given)
         except BaseException as error:
@@ -164,6 +182,7 @@ class CachedGenerator:
             raise
         seconds = time.perf_counter() - begin
         stored = self._keep(call, output if isinstance(output, torch.Tensor) else output.sequences, seconds)
+        self._learn(call)
         cached = tuple(row.cached_tokens for row in call.rows)
         self.last = Generation(
             prompt_tokens=sum(len(row.tokens) for row in call.rows),
@@ -171,8 +190,17 @@ class CachedGenerator:
             ttft_seconds=call.first_token.seconds or seconds,
             stored=stored,
             row_cached_tokens=cached,
+            not_worth_tokens=sum(row.not_worth_tokens for row in call.rows),
         )
         return output
+
+    def _learn(self, call: _Call) -> None:
+        """How long reading took; of a batch that says little."""
+        seconds = call.first_token.reading_seconds
+        if seconds is not None and len(call.rows) == 1:
+            row = call.rows[0]
+            behind = row.cached_tokens
+            self._worth[call.served.digest].read(len(row.tokens) - behind, behind, seconds)
 
     def _accept(self, args: tuple[Any, ...], kwargs: dict[str, Any], arguments: dict[str, Any]) -> tuple[Prompts, Served]:
         """The prompts of a call and the model that they are for.

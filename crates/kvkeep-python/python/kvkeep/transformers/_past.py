@@ -8,19 +8,24 @@ what another one lacks.
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from kvkeep._tokens import KVCache, Namespace
+from kvkeep._tokens import KVCache, Match, Namespace
 from kvkeep.transformers._model import Layout, new_cache, read, record_windows
+from kvkeep.transformers._worth import Worth
 
 if TYPE_CHECKING:
     from kvkeep import StoreReport
+
+_BEGINS_WITH_BOTH = "value_states" in inspect.signature(DynamicLayer.lazy_initialization).parameters
 
 _TOGETHER = 2
 """Rows read together while that reads at most this many times the tokens that each row needs."""
@@ -38,6 +43,8 @@ class Row:
     known_tokens: int = 0
     first_unstored: int = 0
     """The first token whose KV is not in the cache, a multiple of the block."""
+    not_worth_tokens: int = 0
+    """Found, and not loaded: reading them again is faster."""
 
 
 class Past:
@@ -83,19 +90,43 @@ class Served:
     layout: Layout
 
 
-def look_up(cache: KVCache, served: Served, prompts: Sequence[list[int]]) -> list[Row]:
+def look_up(cache: KVCache, served: Served, prompts: Sequence[list[int]], worth: Worth) -> list[Row]:
     """What is stored of each prompt. The last token is left for the model, which must make the first logits."""
-    rows = []
-    for tokens in prompts:
-        row = Row(tokens)
-        if len(tokens) > 1:
-            with cache.lookup(served.namespace, tokens[:-1]) as found:
-                if found:
-                    # Pinned memory goes to a GPU at the bus's speed, and torch keeps it for the next time.
-                    row.known = found.to_torch(pin_memory=served.layout.devices[0].type == "cuda")
-                    row.cached_tokens = row.known_tokens = row.first_unstored = found.cached_tokens
-        rows.append(row)
+    rows = [Row(tokens) for tokens in prompts]
+    gpu = one_gpu(served.layout)
+    with ExitStack() as matches:
+        found = [
+            (row, matches.enter_context(cache.lookup(served.namespace, row.tokens[:-1])))
+            for row in rows
+            if len(row.tokens) > 1
+        ]
+        tokens = sum(match.cached_tokens for _, match in found)
+        size = sum(match.blocks for _, match in found) * served.namespace.block_bytes
+        if gpu is not None and not worth.pays(tokens, size, cache.gpu_bytes_per_s):
+            for row, match in found:
+                row.not_worth_tokens = match.cached_tokens
+            return rows
+        begin = time.perf_counter()
+        for row, match in found:
+            if match:
+                row.known = _loaded(match, served.layout, gpu)
+                row.cached_tokens = row.known_tokens = row.first_unstored = match.cached_tokens
+        if size:
+            worth.began(time.perf_counter() - begin)
     return rows
+
+
+def one_gpu(layout: Layout) -> torch.device | None:
+    """The GPU that all layers are on."""
+    device = layout.devices[0]
+    return device if device.type == "cuda" and len(set(layout.devices)) == 1 else None
+
+
+def _loaded(match: Match, layout: Layout, gpu: torch.device | None) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    if gpu is not None:
+        return match.to_torch(device=gpu)
+    # Pinned memory goes to a GPU at the bus's speed, and torch keeps it for the next time.
+    return match.to_torch(pin_memory=layout.devices[0].type == "cuda")
 
 
 def gather(model: Any, cache: KVCache, served: Served, rows: Sequence[Row], width: int) -> Past:
@@ -108,7 +139,10 @@ def gather(model: Any, cache: KVCache, served: Served, rows: Sequence[Row], widt
             if len(row.tokens) - row.known_tokens > reading:
                 _read_alone(model, cache, served, row, len(row.tokens) - reading)
     offsets = [width - len(row.tokens) for row in rows]
-    return Past(_started(model, served.layout, rows, width, reading), width - reading, offsets)
+    state = _started(model, served.layout, rows, width, reading)
+    for row in rows:
+        row.known = []  # it is in the state: twice is too much of a GPU's memory
+    return Past(state, width - reading, offsets)
 
 
 def store_row(
@@ -142,9 +176,18 @@ def _started(model: Any, layout: Layout, rows: Sequence[Row], width: int, readin
     state = new_cache(model)
     if width > reading:
         for index, layer in enumerate(state.layers):
-            layer.update(*_joined(layout, rows, index, width - reading, reading))
+            _begin(layer, *_joined(layout, rows, index, width - reading, reading))
     record_windows(state)
     return state
+
+
+def _begin(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Gives an empty layer its first tokens. One that only grows keeps them without a copy: it never writes into them."""
+    if type(layer) is DynamicLayer and _BEGINS_WITH_BOTH:
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+    else:
+        layer.update(keys, values)
 
 
 def _joined(

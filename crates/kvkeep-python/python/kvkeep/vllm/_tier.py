@@ -139,7 +139,7 @@ class KvkeepTier(SecondaryTierManager):
         times = (settings.load_timeout_s, settings.store_timeout_s, settings.flush_timeout_s)
         self._events = settings.enable_kv_events and spec.kv_events_config.enable_kv_cache_events
         self._engine = _kvkeep.EngineTier(rows, namespace, disk, times, self._events)
-        guess = Rates(settings.prefill_tokens_per_s, settings.disk_gb_per_s * (1 << 30))
+        guess = Rates(settings.prefill_tokens_per_s, disk_bytes_per_s=settings.disk_gb_per_s * (1 << 30))
         self._file = RatesFile(settings.root / "rates.json", self.identity)
         self.rates = self._file.read(guess)
         self._saved, self._saved_at = replace(self.rates), time.monotonic()

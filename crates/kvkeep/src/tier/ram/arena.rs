@@ -24,6 +24,7 @@ use super::huge::{HUGE_BYTES, HugePages};
 use super::lanes::{Lanes, Source, View};
 use super::{PAGE_BYTES, page_bytes};
 use crate::error::{Error, Result};
+use crate::sync::Mutex;
 
 /// The memory, and who may see which part of it.
 #[derive(Debug)]
@@ -34,6 +35,9 @@ pub(crate) struct Arena {
     bytes: usize,
     huge: HugePages,
     lanes: Lanes,
+    /// The first bytes, which a device has been told of: their memory stays. Held while memory is given back; no other
+    /// lock is taken then.
+    kept_bytes: Mutex<usize>,
 }
 
 /// Address space that is given back when this goes.
@@ -84,7 +88,8 @@ impl Arena {
         });
         let (memfd, base, mapping) = mapped.map_err(|source| Error::Memory { bytes: page_bytes(pages), source })?;
         let lanes = Lanes::of(memfd.map(|memfd| Source { memfd, bytes }));
-        Ok((Self { _mapping: mapping, base, bytes, huge: HugePages::of(bytes), lanes }, pages))
+        let (huge, kept_bytes) = (HugePages::of(bytes), Mutex::new(0));
+        Ok((Self { _mapping: mapping, base, bytes, huge, lanes, kept_bytes }, pages))
     }
 
     /// The bytes of an extent that is being read.
@@ -138,9 +143,24 @@ impl Arena {
         self.lanes.give(view);
     }
 
+    /// Where it begins, and how many bytes it has.
+    pub(crate) fn span(&self) -> (NonNull<u8>, usize) {
+        (self.base, self.bytes)
+    }
+
+    /// Brings memory behind the first `bytes` bytes, and keeps it there: from now on a device may go to it past the
+    /// page tables. Without this a piece that was given back would be new memory for the processor and the old one for
+    /// the device.
+    pub(crate) fn keep_until(&self, bytes: usize) {
+        let bytes = bytes.min(self.bytes);
+        let from = std::mem::replace(&mut *self.kept_bytes.lock(), bytes);
+        self.huge.populate(self.base, from..bytes);
+    }
+
     /// Is there memory behind this piece of 2 MiB that could be given back?
     pub(super) fn is_committed(&self, piece: u32) -> bool {
-        self.lanes.memfd().is_some() && self.huge.is_touched(piece as usize)
+        let is_kept = || (piece as usize).saturating_mul(HUGE_BYTES) < *self.kept_bytes.lock();
+        self.lanes.memfd().is_some() && self.huge.is_touched(piece as usize) && !is_kept()
     }
 
     /// Gives the memory behind these pages back to the system; when they are next touched they are new. Where
@@ -152,6 +172,10 @@ impl Arena {
         assert!(!extent.is_read(), "pages that are read stay");
         let (start, len) = self.bounds(extent.first_page, extent.pages);
         let Some(memfd) = self.lanes.memfd() else { return };
+        let kept_bytes = self.kept_bytes.lock();
+        if start < *kept_bytes {
+            return;
+        }
         let punch = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
         // The extent is unique and has no grants, so nobody reads or writes these bytes, in no mapping of them.
         if fallocate(memfd, punch, start as u64, len as u64).is_ok() {
@@ -178,6 +202,17 @@ impl Arena {
     #[cfg(test)]
     pub(super) fn base(&self) -> NonNull<u8> {
         self.base
+    }
+
+    /// Is there memory behind the first page of this piece?
+    #[cfg(all(test, target_os = "linux"))]
+    fn is_resident(&self, piece: usize) -> bool {
+        let mut states = [0u8];
+        // SAFETY: a page of the mapping, and a byte for what is said of it.
+        let asked = unsafe {
+            libc::mincore(self.base.add(piece * HUGE_BYTES).as_ptr().cast(), PAGE_BYTES, states.as_mut_ptr())
+        };
+        asked == 0 && states[0] & 1 == 1
     }
 
     fn bounds(&self, first_page: u32, pages: u32) -> (usize, usize) {
@@ -309,6 +344,34 @@ mod tests {
         extent.revoke(two);
         pages.free(extent).unwrap();
         assert_eq!(pages.used_pages(), 0);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn memory_that_a_device_was_told_of_is_not_given_back() {
+        // A device goes to the pages that it was told of. Punched out of the file, they were the device's alone, and
+        // what was stored later never reached it.
+        let piece = super::HUGE_BYTES;
+        let (arena, mut pages) = reserve(4 * piece as u64).unwrap();
+        arena.keep_until(piece + 1);
+        for (first, stays) in [(0, true), (1, true), (2, false), (3, false)] {
+            let mut extent = pages.allocate(512).unwrap();
+            arena.bytes_mut(&mut extent).fill(7);
+            assert_eq!(arena.is_committed(first), !stays, "piece {first}");
+            arena.decommit(&mut extent);
+            let grant = extent.grant();
+            assert!(arena.bytes(&grant).iter().all(|byte| *byte == if stays { 7 } else { 0 }), "piece {first}");
+        }
+        arena.keep_until(0);
+        assert!(arena.is_committed(0));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn memory_for_a_device_is_there_before_it_is_told() {
+        let (arena, _) = reserve(page_bytes(3 * 512)).unwrap();
+        arena.keep_until(2 * super::HUGE_BYTES);
+        assert!(arena.is_resident(0) && arena.is_resident(1) && !arena.is_resident(2));
     }
 
     #[test]

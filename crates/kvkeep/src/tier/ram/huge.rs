@@ -45,6 +45,17 @@ impl HugePages {
         }
     }
 
+    /// Brings memory behind a part of the arena at `base`, whoever's it is: in huge pages where the kernel gives them, and
+    /// no byte is changed.
+    pub(super) fn populate(&self, base: NonNull<u8>, part: Range<usize>) {
+        for page in part.start / HUGE_BYTES..part.end.div_ceil(HUGE_BYTES).min(self.whole) {
+            let Some(asked) = self.asked.get(page / 64) else { continue };
+            if asked.fetch_or(1 << (page % 64), Ordering::Relaxed) & 1 << (page % 64) == 0 {
+                bring(base, page * HUGE_BYTES);
+            }
+        }
+    }
+
     /// A part of the arena at `base`, which is the caller's alone, is about to be written.
     pub(super) fn touch(&self, base: NonNull<u8>, part: Range<usize>) {
         for page in part.start / HUGE_BYTES..part.end.div_ceil(HUGE_BYTES).min(self.whole) {
@@ -69,6 +80,22 @@ fn ask(base: NonNull<u8>, start: usize, ours: usize) -> bool {
         libc::madvise(base.add(start).as_ptr().cast(), HUGE_BYTES, libc::MADV_COLLAPSE) == 0
     }
 }
+
+/// Brings the huge page that begins at an offset. Where that is refused, whoever touches it first brings small ones.
+#[cfg(target_os = "linux")]
+fn bring(base: NonNull<u8>, start: usize) {
+    // SAFETY: the piece lies in the arena, and the kernel alone touches it: the first advice brings a first small page as if it
+    // had been written, without writing; the second is as in `ask`.
+    unsafe {
+        let start = base.add(start).as_ptr().cast();
+        libc::madvise(start, super::PAGE_BYTES, libc::MADV_POPULATE_WRITE);
+        libc::madvise(start, HUGE_BYTES, libc::MADV_COLLAPSE);
+        libc::madvise(start, HUGE_BYTES, libc::MADV_POPULATE_WRITE);
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn bring(_: NonNull<u8>, _: usize) {}
 
 #[cfg(not(target_os = "linux"))]
 fn ask(_: NonNull<u8>, _: usize, _: usize) -> bool {

@@ -248,7 +248,7 @@ fn a_flush_that_leaves_blocks_in_ram_alone_says_so() {
         store(&cache, &prompt(1000 * more, 4), &plain());
         match cache.flush() {
             Err(Error::NotTaken { tier, blocks }) => {
-                assert_eq!((tier.as_str(), blocks), ("disk", 4 * (more as usize + 1)))
+                assert_eq!((tier.as_str(), blocks), ("disk", 4 * (more as usize + 1)));
             }
             other => panic!("{other:?}"),
         }

@@ -75,7 +75,7 @@ class Pager:
         self._rows = np.zeros((2 * each, record), np.uint8)
         # A job is begun in the first half of a call's time, and has the other half to end in.
         times = (settings.load_timeout_s / 2, settings.store_timeout_s / 2, settings.flush_timeout_s)
-        disk = (folder, settings.capacity_bytes, settings.queue_bytes, settings.key_file)
+        disk = (folder, settings.capacity_bytes, settings.queue_bytes, settings.key_file, settings.codec)
         self._engine = _kvkeep.EngineTier(self._rows, namespace, disk, times, False)
         self._times = {"load": times[0], "store": times[1]}
         self._ttl_s = settings.ttl_s

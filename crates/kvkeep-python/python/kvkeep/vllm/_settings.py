@@ -11,8 +11,6 @@ from kvkeep._engines import settings
 class Settings(settings.Settings):
     """Every setting with its default: those of every engine, and these."""
 
-    codec: str = "raw"
-    """How blocks are written: `raw` as they are, `lossless` the same bits in fewer bytes, two thirds of bfloat16."""
     prefill_tokens_per_s: float = 20_000
     """How fast the engine computes, until it is measured."""
     enable_kv_events: bool = False

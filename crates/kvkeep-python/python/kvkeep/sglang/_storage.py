@@ -51,7 +51,7 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
         if storage_config.is_mla_model:
             # All ranks have the same KV, and SGLang has the first one alone write it. Here each rank reads a folder of its own.
             storage_config.is_mla_model = False
-        guess = Rates(self.settings.prefill_tokens_per_s or 0.0, self.settings.disk_gb_per_s * (1 << 30))
+        guess = Rates(self.settings.prefill_tokens_per_s or 0.0, disk_bytes_per_s=self.settings.disk_gb_per_s * (1 << 30))
         self._file = RatesFile(self.settings.root / "rates.json", f"{self.identity} {self._place}")
         self.rates = self._file.read(guess)
         self._metrics = Metrics(storage_config)

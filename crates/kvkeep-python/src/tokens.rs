@@ -147,9 +147,7 @@ impl TokenCache {
         priority: &str,
     ) -> PyResult<StoreReport> {
         let cache = self.0.get()?;
-        let mut options = StoreOptions::default().stop(interrupted).priority(convert::priority(priority)?);
-        options.ttl = seconds(ttl_seconds, "ttl_seconds")?;
-        options.compute_time = seconds(compute_seconds, "compute_seconds")?;
+        let options = store_options(ttl_seconds, compute_seconds, priority)?.stop(interrupted);
         let (tokens, layers) = (Tokens::new(tokens)?, lent_layers(&layers, Access::Read)?);
         let report = py.detach(|| {
             let views = layers.iter().map(|(k, v)| Ok(LayerView { k: k.view()?, v: v.view()? }));
@@ -174,9 +172,7 @@ impl TokenCache {
         priority: &str,
     ) -> PyResult<StoreReport> {
         let cache = self.0.get()?;
-        let mut options = StoreOptions::default().priority(convert::priority(priority)?);
-        options.ttl = seconds(ttl_seconds, "ttl_seconds")?;
-        options.compute_time = seconds(compute_seconds, "compute_seconds")?;
+        let options = store_options(ttl_seconds, compute_seconds, priority)?;
         let (tokens, layout) = (Tokens::new(tokens)?, namespace.0.layout());
         let first_block = first_token.div_ceil(layout.block_tokens());
         let report = py.detach(|| {
@@ -372,6 +368,13 @@ impl StoreReport {
         let why = rejection.as_ref().map(|why| format!(": {why:?}")).unwrap_or_default();
         format!("<StoreReport {stored_blocks} stored, {present_blocks} present, {rejected_blocks} rejected{why}>")
     }
+}
+
+fn store_options(ttl_seconds: Option<f64>, compute_seconds: Option<f64>, priority: &str) -> PyResult<StoreOptions> {
+    let mut options = StoreOptions::default().priority(convert::priority(priority)?);
+    options.ttl = seconds(ttl_seconds, "ttl_seconds")?;
+    options.compute_time = seconds(compute_seconds, "compute_seconds")?;
+    Ok(options)
 }
 
 fn views_mut(layers: &mut [(Lent, Lent)]) -> kvkeep::Result<Vec<LayerViewMut<'_>>> {

@@ -13,6 +13,7 @@ import json
 import mmap
 import os
 import re
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,15 +65,18 @@ class Hashes:
             return
         every = self._read() | self._new
         text = json.dumps(dict(list(every.items())[-_MOST:]))
-        new = self._path.with_suffix(f".{os.getpid()}.new")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+            # For its owner alone, and of another name for each thread that saves at the same time.
+            descriptor, new = tempfile.mkstemp(prefix=f".{self._path.name}-", dir=self._path.parent)
+        except OSError:
+            return  # without it they are hashed again next time
+        try:
             with os.fdopen(descriptor, "w") as file:
                 file.write(text)
             os.replace(new, self._path)
         except OSError:
-            pass  # without it they are hashed again next time
+            os.unlink(new)
 
     def _read(self) -> dict[str, str]:
         try:

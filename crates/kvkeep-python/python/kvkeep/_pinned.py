@@ -17,7 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -140,15 +140,10 @@ class Ring:
                 target.copy_(source)
                 return
             for start in range(0, source.numel(), SLOT_BYTES):
-                event, slot = slots.popleft()
-                try:
-                    if event is not None:
-                        event.synchronize()
+                with self._free(slots) as slot:
                     part = source[start : start + SLOT_BYTES]
                     slot[: part.numel()].copy_(part)
                     target[start : start + SLOT_BYTES].copy_(slot[: part.numel()], non_blocking=True)
-                finally:
-                    slots.append((self._recorded(), slot))
 
     def from_gpu(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copies bytes from the GPU, on the stream that is current. When this returns, they are there."""
@@ -161,14 +156,9 @@ class Ring:
             for start in range(0, source.numel(), SLOT_BYTES):
                 if len(busy) == SLOTS:
                     _arrived(*busy.popleft())
-                event, slot = slots.popleft()
-                try:
-                    if event is not None:
-                        event.synchronize()
+                with self._free(slots) as slot:
                     part = source[start : start + SLOT_BYTES]
                     slot[: part.numel()].copy_(part, non_blocking=True)
-                finally:
-                    slots.append((self._recorded(), slot))
                 busy.append((slots[-1][0], slot, target[start : start + SLOT_BYTES]))
             while busy:
                 _arrived(*busy.popleft())
@@ -183,6 +173,17 @@ class Ring:
                 self._slots = deque()
                 _log.warning("no pinned memory (%s): copies from and to the GPU are slow", error)
         return self._slots
+
+    @contextmanager
+    def _free(self, slots: deque[tuple[Any, torch.Tensor]]) -> Iterator[torch.Tensor]:
+        """The slot that was used longest ago, once that use has ended. What is queued meanwhile is its next use."""
+        event, slot = slots.popleft()
+        try:
+            if event is not None:
+                event.synchronize()
+            yield slot
+        finally:
+            slots.append((self._recorded(), slot))
 
     def _recorded(self) -> Any:
         event = self._runtime.event()

@@ -173,6 +173,29 @@ def test_a_folder_that_cannot_be_written_costs_time_alone(tmp_path: Path, hashed
     assert _weights.digests(loaded(path)) == plain(loaded(path))
 
 
+def test_generators_made_at_the_same_time_leave_a_whole_file_of_hashes(tmp_path: Path) -> None:
+    """Threads of one process wrote into one new file, each over the other's."""
+    from threading import Thread
+
+    path, whole = tmp_path / "weights.json", []
+
+    def keep(thread: int) -> None:
+        for _ in range(40):
+            hashes = _files.Hashes(path)
+            for key in range(200 * (thread + 1)):
+                hashes.put(f"{thread} {key}", f"{thread:02x}" * 32)
+            hashes.save()
+            # Whoever reads finds it whole, and something in it.
+            whole.append(bool(_files.Hashes(path)._kept))
+
+    threads = [Thread(target=keep, args=(thread,)) for thread in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    kept = json.loads(path.read_text())
+    assert all(whole) and kept and all(value == f"{int(key.split()[0]):02x}" * 32 for key, value in kept.items())
+    assert [file.name for file in tmp_path.iterdir()] == ["weights.json"]
+
+
 SCRIPT = """
 import sys, time
 import transformers

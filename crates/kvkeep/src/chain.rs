@@ -36,7 +36,7 @@ impl Chain {
     /// # Errors
     /// [`Error::EmptyTokens`] if there are no tokens at all.
     pub fn of(namespace: &Namespace, tokens: &[TokenId]) -> Result<Self> {
-        let keys = namespace.block_hashes(tokens)?.into_iter().map(BlockHash::key).collect();
+        let keys = namespace.keys(tokens)?;
         Ok(Self { namespace: namespace.clone(), keys, tokens: tokens.len(), token_ids: Vec::new() })
     }
 

@@ -129,6 +129,11 @@ impl Namespace {
         Ok(self.block_hashes_behind(None, tokens, 0))
     }
 
+    /// The keys of the full blocks of `tokens`.
+    pub(crate) fn keys(&self, tokens: &[TokenId]) -> Result<Vec<ObjectKey>> {
+        Ok(self.block_hashes(tokens)?.into_iter().map(BlockHash::key).collect())
+    }
+
     /// The hashes of the full blocks of `tokens` behind the first `known`, of which the last one is `parent`.
     pub(crate) fn block_hashes_behind(
         &self,

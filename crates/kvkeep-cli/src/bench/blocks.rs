@@ -37,7 +37,8 @@ pub(super) fn copies(effort: Effort) -> Result<Vec<Figure>> {
                 })
             },
             &mut || {
-                cache.clear();
+                // Not `clear`: it gives the memory back, and a cache in use keeps its own.
+                cache.remove(&namespace, &tokens)?;
                 time(|| Ok(cache.store(&namespace, &tokens, &views)?))
             },
             &mut || {

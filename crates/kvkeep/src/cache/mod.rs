@@ -19,7 +19,7 @@ use crate::config::{CacheConfig, StoreOptions};
 use crate::error::{Error, Rejection, Result};
 use crate::eviction::Place;
 use crate::flight::{Flights, Patience};
-use crate::key::{Namespace, NamespaceId, TokenId};
+use crate::key::{Namespace, NamespaceId, ObjectKey, TokenId};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
 use crate::stats::Stats;
 use crate::store::{OnPresent, Pending, Removed, Request, Reserved, Sealing, Store, Wanted};
@@ -160,14 +160,14 @@ impl KvCache {
     /// [`Error::EmptyTokens`].
     pub fn lookup(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Match> {
         self.store.here()?;
-        Ok(self.lookup_chain(&Chain::of(namespace, tokens)?))
+        // A hit needs no chain: that would copy the namespace.
+        Ok(self.found(namespace.layout(), &namespace.keys(tokens)?, tokens.len()))
     }
 
     /// As [`KvCache::lookup`], of a prompt that is hashed already.
     #[must_use]
     pub fn lookup_chain(&self, chain: &Chain) -> Match {
-        self.store.record(chain.tokens(), chain.keys());
-        self.pinned(chain, request(chain))
+        self.found(chain.namespace().layout(), chain.keys(), chain.tokens())
     }
 
     /// What [`KvCache::lookup`] would find, tier by tier, and what of it is worth loading. Loads
@@ -258,15 +258,20 @@ impl KvCache {
         let part = first..layout.range(layers.end - 1, Side::V).end;
         self.store.here()?;
         self.store.record(chain.tokens(), chain.keys());
-        let blocks = self.store.read_parts(chain.keys(), &part, request(chain), |block, bytes| {
-            for ((layer, target), room) in layers.clone().zip(&mut *into).zip(&room) {
-                for (side, tensor, room) in [(Side::K, &mut target.k, room.0), (Side::V, &mut target.v, room.1)] {
-                    let range = layout.range(layer, side);
-                    let payload = bytes.get(range.start - first..range.end - first).unwrap_or_default();
-                    copy_block(layout, (layer, side), block, payload, tensor, room);
+        let blocks = self.store.read_parts(
+            chain.keys(),
+            &part,
+            request(chain.namespace().layout(), chain.tokens()),
+            |block, bytes| {
+                for ((layer, target), room) in layers.clone().zip(&mut *into).zip(&room) {
+                    for (side, tensor, room) in [(Side::K, &mut target.k, room.0), (Side::V, &mut target.v, room.1)] {
+                        let range = layout.range(layer, side);
+                        let payload = bytes.get(range.start - first..range.end - first).unwrap_or_default();
+                        copy_block(layout, (layer, side), block, payload, tensor, room);
+                    }
                 }
-            }
-        });
+            },
+        );
         Ok(blocks * layout.block_tokens())
     }
 
@@ -299,7 +304,7 @@ impl KvCache {
     /// As [`KvCache::pin`], of a prompt that is hashed already.
     #[must_use]
     pub fn pin_chain(&self, chain: &Chain) -> Match {
-        self.pinned(chain, Request::Uncounted)
+        self.pinned(chain.namespace().layout(), chain.keys(), Request::Uncounted)
     }
 
     /// Stores the full blocks of `tokens`; those already there are skipped. `layers` holds
@@ -496,10 +501,10 @@ impl KvCache {
         prefill: impl FnOnce(&Missing<'_>) -> Result<(), E>,
     ) -> Result<Match, E> {
         self.store.record(chain.tokens(), chain.keys());
-        let request = request(chain);
+        let request = request(chain.namespace().layout(), chain.tokens());
         let mut patience = Patience::default();
         loop {
-            let cached = self.pinned(chain, Request::Uncounted);
+            let cached = self.pinned(chain.namespace().layout(), chain.keys(), Request::Uncounted);
             let missing = chain.keys().get(cached.blocks()..).unwrap_or_default();
             if missing.is_empty() {
                 self.store.count(&cached.pin, request);
@@ -575,14 +580,20 @@ impl KvCache {
         Ok(if self.store.wants_tokens() { chain.with_token_ids(tokens) } else { chain })
     }
 
-    fn pinned(&self, chain: &Chain, request: Request) -> Match {
-        let (pin, loaded) = self.store.pin_run(chain.keys(), request);
-        Match { pin, loaded, layout: *chain.namespace().layout() }
+    /// A lookup of so many tokens, whose full blocks these are.
+    fn found(&self, layout: &KvLayout, keys: &[ObjectKey], tokens: usize) -> Match {
+        self.store.record(tokens, keys);
+        self.pinned(layout, keys, request(layout, tokens))
+    }
+
+    fn pinned(&self, layout: &KvLayout, keys: &[ObjectKey], request: Request) -> Match {
+        let (pin, loaded) = self.store.pin_run(keys, request);
+        Match { pin, loaded, layout: *layout }
     }
 
     /// Looks again while the earlier match still keeps what it has.
     fn extended(&self, cached: Match, chain: &Chain) -> Match {
-        let again = self.pinned(chain, Request::Uncounted);
+        let again = self.pinned(chain.namespace().layout(), chain.keys(), Request::Uncounted);
         if again.blocks() < cached.blocks() {
             return cached;
         }
@@ -593,8 +604,8 @@ impl KvCache {
 }
 
 /// As what a lookup of this prompt counts.
-fn request(chain: &Chain) -> Request {
-    Request::Tokens { requested: chain.tokens(), block_tokens: chain.namespace().layout().block_tokens() }
+fn request(layout: &KvLayout, tokens: usize) -> Request {
+    Request::Tokens { requested: tokens, block_tokens: layout.block_tokens() }
 }
 
 impl fmt::Debug for KvCache {

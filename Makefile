@@ -10,7 +10,7 @@ SOAK_PROFILE ?= release
 # And `make fuzz`.
 SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize sanitize-python crash-test test-integrations test-vllm test-sglang test-clients sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python lint semver fmt clean
+.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize sanitize-python crash-test test-integrations test-vllm test-sglang test-clients sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python bench-peers book package lint semver fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -133,6 +133,18 @@ bench-foyer: ## foyer's disk cache in DIR (target), for comparison; builds it fi
 	cd benches/foyer && $(CARGO) build --release --locked
 	benches/foyer/target/release/kvkeep-bench-foyer $${DIR:-target}
 
+bench-peers: wheel ## kvkeep in turns with llama-server, a dict, redis, LMCache and foyer, in DIR (target); fetches 4 GB and builds llama-server first
+	PYTHON="$(PYTHON)" bash benches/peers/run.sh $${DIR:-target}
+
+# mdBook is built into target/tools the first time.
+book: ## The guides as one site, in target/book; links are checked
+	$(PYTHON) tests/docs.py
+	@[ -x target/tools/bin/mdbook ] || $(CARGO) install --quiet --locked mdbook --version 0.5.4 --no-default-features --features search --root target/tools
+	target/tools/bin/mdbook build
+
+package: ## The crates as they would be published, each built from its package
+	$(CARGO) publish --workspace --dry-run --locked
+
 lint: ## Format, clippy, and dependency rules
 	$(CARGO) fmt --all --check
 	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
@@ -156,4 +168,4 @@ fmt: ## Format everything
 
 clean: ## Remove what was built
 	$(CARGO) clean
-	rm -rf dist .venv-build .venv-clients .venv-empty .venv-release .venv-server .venv-test .venv-torch .venv-sglang .venv-sglang-release .venv-vllm .venv-vllm-releases
+	rm -rf dist .venv-build .venv-clients .venv-empty .venv-peers .venv-release .venv-server .venv-test .venv-torch .venv-sglang .venv-sglang-release .venv-vllm .venv-vllm-releases

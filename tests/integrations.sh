@@ -69,6 +69,8 @@ part "clients, directly and through nginx"
 PYTHON="$PYTHON" bash tests/clients/run.sh "$kvkeep"
 part "newcomer"
 PYTHON="$PYTHON" bash tests/newcomer.sh dist/kvkeep-*.whl
+part "the guides as a book"
+make --no-print-directory book CARGO="$CARGO" PYTHON="$PYTHON"
 part "load"
 "$PYTHON" tests/load.py "$kvkeep" 20 32
 part "hostile"

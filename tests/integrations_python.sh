@@ -10,7 +10,7 @@ out=$PWD/target/integrations
 mkdir -p "$out"
 
 part "torch and transformers are installed"
-bash tests/venv.sh .venv-torch "torch>=2.15,<3" "transformers>=5.23,<6" "peft>=0.19" accelerate numpy "pytest>=9,<10" "tqdm>=4.60" "matplotlib>=3.7" \
+bash tests/venv.sh .venv-torch "torch>=2.15,<3" "transformers>=5.23,<6" "peft>=0.19" accelerate numpy "pytest>=9,<10" "pytest-xdist>=3.8,<4" "tqdm>=4.60" "matplotlib>=3.7" \
   ml_dtypes "nbclient>=0.11,<1" "nbformat>=5,<6" "ipykernel>=7,<8" "mypy>=2,<3" "basedpyright>=1.40,<2"
 .venv-torch/bin/python -m pip install --quiet --no-deps --force-reinstall --disable-pip-version-check "$wheel"
 export PATH="$PWD/.venv-torch/bin:$PATH"

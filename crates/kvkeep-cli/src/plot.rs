@@ -2,10 +2,13 @@
 //!
 //! Times span two orders of magnitude between a cold and a warm request, so the axis of time
 //! is logarithmic: on a linear one all warm requests lie on the zero line.
+//!
+//! One look for all: a grid only where values are read off, colours that the colour-blind tell apart, labels with a halo so that no line crosses
+//! them, and the reader's dark mode, by CSS inside the file.
 
 use std::path::Path;
 
-use anyhow::{Result, anyhow};
+use anyhow::{Context, Result, anyhow};
 use plotters::coord::{CoordTranslate, Shift};
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
@@ -37,21 +40,52 @@ const WITH: RGBColor = RGBColor(0, 114, 178);
 /// What nothing is promised of.
 const GREY: RGBColor = RGBColor(165, 165, 165);
 
-/// One panel below the other.
-pub(crate) fn ttft(path: &Path, panels: &[Panel]) -> Result<()> {
-    let height = PANEL_HEIGHT * u32::try_from(panels.len())?;
-    let root = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
-    root.fill(&WHITE).map_err(|error| anyhow!("{error}"))?;
-    for (area, panel) in root.split_evenly((panels.len(), 1)).iter().zip(panels) {
-        draw(area, panel).map_err(|error| anyhow!("{error}"))?;
-    }
-    root.present().map_err(|error| anyhow!("{error}"))
-}
-
 /// What drawing on an SVG returns.
 pub(crate) type Drawn<'a> = Result<(), DrawingAreaErrorKind<<SVGBackend<'a> as DrawingBackend>::ErrorType>>;
 
-fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, panel: &Panel) -> Drawn<'a> {
+/// A place to draw on.
+pub(crate) type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+
+/// What the reader's settings change, and what the drawing library has no word for.
+const STYLE: &str = r##"<style>
+text { font-family: system-ui, sans-serif; paint-order: stroke; stroke: #FFFFFF; stroke-width: 3px; stroke-linejoin: round }
+@media (prefers-color-scheme: dark) {
+  rect[fill="#FFFFFF"] { fill: #15191E }
+  text { fill: #DDE3EA; stroke: #15191E }
+  [fill="#282828"]:not(text) { fill: #DDE3EA }
+  [stroke="#282828"] { stroke: #DDE3EA }
+}
+</style>
+"##;
+
+/// One panel below the other, written to a file.
+pub(crate) fn panels<T>(
+    path: &Path,
+    panel_height: u32,
+    panels: &[T],
+    draw: impl for<'a> Fn(&Area<'a>, &T) -> Drawn<'a>,
+) -> Result<()> {
+    let mut svg = String::new();
+    {
+        let height = panel_height * u32::try_from(panels.len())?;
+        let root = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
+        root.fill(&WHITE).map_err(|error| anyhow!("{error}"))?;
+        for (area, panel) in root.split_evenly((panels.len(), 1)).iter().zip(panels) {
+            draw(area, panel).map_err(|error| anyhow!("{error}"))?;
+        }
+        root.present().map_err(|error| anyhow!("{error}"))?;
+    }
+    let drawing = svg.find('\n').map_or(0, |end| end + 1);
+    svg.insert_str(drawing, STYLE);
+    std::fs::write(path, svg).with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// Times to first token.
+pub(crate) fn ttft(path: &Path, demos: &[Panel]) -> Result<()> {
+    panels(path, PANEL_HEIGHT, demos, draw)
+}
+
+fn draw<'a>(area: &Area<'a>, panel: &Panel) -> Drawn<'a> {
     let all = || panel.without_ms.iter().chain(&panel.with_ms).copied();
     let (low, high) = (all().fold(f64::INFINITY, f64::min), all().fold(1.0, f64::max));
     let requests = panel.without_ms.len().max(panel.with_ms.len());
@@ -71,8 +105,8 @@ fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, panel: &Panel) -> Drawn<'
         .y_label_formatter(&|ms| format!("{ms}"))
         .y_labels(6)
         .x_labels(requests.min(13))
-        .bold_line_style(INK.mix(0.18))
-        .light_line_style(INK.mix(0.05))
+        .bold_line_style(INK.mix(0.12))
+        .light_line_style(TRANSPARENT)
         .draw()?;
     for (name, times, color) in [("without cache", &panel.without_ms, WITHOUT), ("with kvkeep", &panel.with_ms, WITH)] {
         let points = || (1..).zip(times.iter().copied());
@@ -104,14 +138,10 @@ fn decade_below(ms: f64) -> f64 {
 /// One bar for each figure, in their order from top to bottom, from 1 to the right if better
 /// and to the left if worse.
 pub(crate) fn ratios(path: &Path, bars: &[Bar]) -> Result<()> {
-    let height = 110 + 30 * u32::try_from(bars.len())?;
-    let root = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
-    root.fill(&WHITE).map_err(|error| anyhow!("{error}"))?;
-    draw_ratios(&root, bars).map_err(|error| anyhow!("{error}"))?;
-    root.present().map_err(|error| anyhow!("{error}"))
+    panels(path, 110 + 30 * u32::try_from(bars.len())?, &[bars], |area, bars| draw_ratios(area, bars))
 }
 
-fn draw_ratios<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, bars: &[Bar]) -> Drawn<'a> {
+fn draw_ratios<'a>(area: &Area<'a>, bars: &[Bar]) -> Drawn<'a> {
     let better = || bars.iter().map(|bar| bar.better);
     let (low, high) = (better().fold(0.7, f64::min) * 0.8, better().fold(2.0, f64::max) * 2.5);
     let count = i32::try_from(bars.len()).unwrap_or(i32::MAX);
@@ -130,8 +160,8 @@ fn draw_ratios<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, bars: &[Bar]) -> D
         .x_label_formatter(&|times| format!("{times}"))
         .disable_y_mesh()
         .y_labels(0)
-        .bold_line_style(INK.mix(0.18))
-        .light_line_style(INK.mix(0.05))
+        .bold_line_style(INK.mix(0.12))
+        .light_line_style(TRANSPARENT)
         .draw()?;
     for (bar, (bottom, middle)) in bars.iter().zip(rows) {
         let color = if bar.promised { WITH } else { GREY };

@@ -3,14 +3,12 @@
 
 use std::path::Path;
 
-use anyhow::{Result, anyhow};
-use plotters::coord::Shift;
+use anyhow::Result;
 use plotters::prelude::*;
 
 use super::Row;
-use crate::plot::{Drawn, FONT, INK, legend};
+use crate::plot::{Area, Drawn, FONT, INK, legend, panels};
 
-const WIDTH: u32 = 900;
 const PANEL_HEIGHT: u32 = 460;
 /// Told apart by people who do not tell red from green (Okabe and Ito 2008).
 const COLORS: [(&str, RGBColor); 5] = [
@@ -22,31 +20,23 @@ const COLORS: [(&str, RGBColor); 5] = [
 ];
 
 pub(super) fn hit_rates(path: &Path, rows: &[Row]) -> Result<()> {
-    panels(path, rows, draw)
+    by_trace(path, rows, draw)
 }
 
 pub(super) fn writes(path: &Path, rows: &[Row]) -> Result<()> {
-    panels(path, rows, draw_writes)
+    by_trace(path, rows, draw_writes)
 }
 
-fn panels(
-    path: &Path,
-    rows: &[Row],
-    draw: for<'a> fn(&DrawingArea<SVGBackend<'a>, Shift>, &str, &[&Row]) -> Drawn<'a>,
-) -> Result<()> {
+fn by_trace(path: &Path, rows: &[Row], draw: for<'a> fn(&Area<'a>, &str, &[&Row]) -> Drawn<'a>) -> Result<()> {
     let mut traces: Vec<&str> = rows.iter().map(|row| row.trace.as_str()).collect();
     traces.dedup();
-    let height = PANEL_HEIGHT * u32::try_from(traces.len())?;
-    let root = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
-    root.fill(&WHITE).map_err(|error| anyhow!("{error}"))?;
-    for (area, trace) in root.split_evenly((traces.len(), 1)).iter().zip(&traces) {
+    panels(path, PANEL_HEIGHT, &traces, |area, trace| {
         let of_trace: Vec<&Row> = rows.iter().filter(|row| row.trace == **trace).collect();
-        draw(area, trace, &of_trace).map_err(|error| anyhow!("{error}"))?;
-    }
-    root.present().map_err(|error| anyhow!("{error}"))
+        draw(area, trace, &of_trace)
+    })
 }
 
-fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows: &[&Row]) -> Drawn<'a> {
+fn draw<'a>(area: &Area<'a>, trace: &str, rows: &[&Row]) -> Drawn<'a> {
     let capacities = || rows.iter().map(|row| f64::from(row.capacity_blocks));
     let (low, high) = (capacities().fold(f64::INFINITY, f64::min), capacities().fold(1.0, f64::max));
     let top = rows.iter().map(|row| row.unbounded_block_hit_rate.max(row.block_hit_rate)).fold(0.0, f64::max);
@@ -65,8 +55,8 @@ fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows: &[&Row
         .x_label_formatter(&|blocks| tick(*blocks))
         .y_label_formatter(&|rate| format!("{rate:.0}"))
         .y_labels(8)
-        .bold_line_style(INK.mix(0.18))
-        .light_line_style(INK.mix(0.05))
+        .bold_line_style(INK.mix(0.12))
+        .light_line_style(TRANSPARENT)
         .draw()?;
     let unbounded = rows.first().map_or(0.0, |row| row.unbounded_block_hit_rate * 100.0);
     chart.draw_series(DashedLineSeries::new([(low, unbounded), (high, unbounded)], 6, 5, INK.mix(0.6).into()))?;
@@ -89,7 +79,7 @@ fn draw<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows: &[&Row
     legend(&mut chart)
 }
 
-fn draw_writes<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows: &[&Row]) -> Drawn<'a> {
+fn draw_writes<'a>(area: &Area<'a>, trace: &str, rows: &[&Row]) -> Drawn<'a> {
     let point = |row: &&Row| (thousands(row.disk_written_blocks), row.block_hit_rate * 100.0);
     let right = rows.iter().map(|row| point(row).0).fold(1.0, f64::max);
     let top = rows.iter().map(|row| point(row).1).fold(1.0, f64::max);
@@ -108,8 +98,8 @@ fn draw_writes<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows:
         .label_style((FONT, 13, &INK))
         .x_label_formatter(&|blocks| format!("{blocks:.0}"))
         .y_label_formatter(&|rate| format!("{rate:.0}"))
-        .bold_line_style(INK.mix(0.18))
-        .light_line_style(INK.mix(0.05))
+        .bold_line_style(INK.mix(0.12))
+        .light_line_style(TRANSPARENT)
         .draw()?;
     for (policy, color) in COLORS {
         let mut capacities: Vec<u32> =
@@ -124,11 +114,16 @@ fn draw_writes<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, trace: &str, rows:
                 .draw_series(rules.iter().map(|row| Circle::new(point(row), 4, color.filled())))?
                 .label(format!("{policy}, {capacity} blocks of RAM"))
                 .legend(move |(x, y)| Rectangle::new([(x, y - 2), (x + 14, y + 2)], color.filled()));
-            // Above and below in turn: neighbours are often close.
-            chart.draw_series(rules.iter().enumerate().map(|(n, row)| {
-                let (rule, down) = (row.admission.clone().unwrap_or_default(), if n % 2 == 0 { -20 } else { 8 });
-                EmptyElement::at(point(row)) + Text::new(rule, (4, down), (FONT, 13).into_font().color(&INK))
-            }))?;
+            // The line rises to the right: there is room below it. Neighbours that are close stand below each other.
+            let close = |pair: &[&Row]| matches!(pair, [a, b] if point(b).0 - point(a).0 < right * 0.1);
+            let mut down = 6;
+            for (number, row) in rules.iter().enumerate() {
+                let before = number.checked_sub(1).and_then(|first| rules.get(first..=number));
+                down = if before.is_some_and(close) { down + 18 } else { 6 };
+                let rule =
+                    Text::new(row.admission.clone().unwrap_or_default(), (8, down), (FONT, 13).into_font().color(&INK));
+                chart.draw_series([EmptyElement::at(point(row)) + rule])?;
+            }
         }
     }
     legend(&mut chart)

@@ -166,6 +166,7 @@ impl KvCache {
     /// As [`KvCache::lookup`], of a prompt that is hashed already.
     #[must_use]
     pub fn lookup_chain(&self, chain: &Chain) -> Match {
+        let chain = &self.store.own(chain);
         self.store.record(chain.tokens(), chain.keys());
         self.pinned(chain, request(chain))
     }
@@ -183,6 +184,7 @@ impl KvCache {
     /// As [`KvCache::look`], of a prompt that is hashed already.
     #[must_use]
     pub fn look_chain(&self, chain: &Chain) -> Look {
+        let chain = &self.store.own(chain);
         let found = self.store.look(chain.keys());
         let block_tokens = chain.namespace().layout().block_tokens();
         Look {
@@ -206,6 +208,7 @@ impl KvCache {
     /// As [`KvCache::residency`], of a prompt that is hashed already.
     #[must_use]
     pub fn residency_chain(&self, chain: &Chain) -> Residency {
+        let chain = &self.store.own(chain);
         let block_tokens = chain.namespace().layout().block_tokens();
         Residency { block_tokens, tiers: self.store.residency(chain.keys()) }
     }
@@ -222,6 +225,7 @@ impl KvCache {
 
     /// As [`KvCache::prefetch`], of a prompt that is hashed already.
     pub fn prefetch_chain(&self, chain: &Chain) -> usize {
+        let chain = &self.store.own(chain);
         self.store.prefetch(chain.keys()) * chain.namespace().layout().block_tokens()
     }
 
@@ -252,6 +256,7 @@ impl KvCache {
         layers: Range<usize>,
         into: &mut [LayerViewMut<'_>],
     ) -> Result<usize> {
+        let chain = &self.store.own(chain);
         let layout = chain.namespace().layout();
         let room = check_targets(layout, &layers, into, chain.blocks() * layout.block_tokens())?;
         let first = layout.range(layers.start, Side::K).start;
@@ -299,6 +304,7 @@ impl KvCache {
     /// As [`KvCache::pin`], of a prompt that is hashed already.
     #[must_use]
     pub fn pin_chain(&self, chain: &Chain) -> Match {
+        let chain = &self.store.own(chain);
         self.pinned(chain, Request::Uncounted)
     }
 
@@ -428,6 +434,7 @@ impl KvCache {
         options: &StoreOptions,
         write: impl FnOnce(&mut [(usize, Pending)]) -> Result<(), E>,
     ) -> Result<StoreReport, E> {
+        let chain = &self.store.own(chain);
         let (layout, keys) = (chain.namespace().layout(), chain.keys());
         self.store.describe(chain.namespace());
         if self.store.wants_tokens() {
@@ -495,6 +502,7 @@ impl KvCache {
         tokens: &[TokenId],
         prefill: impl FnOnce(&Missing<'_>) -> Result<(), E>,
     ) -> Result<Match, E> {
+        let chain = &self.store.own(chain);
         self.store.record(chain.tokens(), chain.keys());
         let request = request(chain);
         let mut patience = Patience::default();
@@ -549,6 +557,7 @@ impl KvCache {
 
     /// As [`KvCache::remove_from`], of a prompt that is hashed already.
     pub fn remove_chain(&self, chain: &Chain, first_token: usize) -> Removed {
+        let chain = &self.store.own(chain);
         let first = first_token.div_ceil(chain.namespace().layout().block_tokens());
         self.store.remove(chain.keys().get(first..).unwrap_or_default()).0
     }

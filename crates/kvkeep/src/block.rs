@@ -128,7 +128,9 @@ impl BlockMeta {
         if self.codec == CodecId::RAW {
             return stored.get(range).map(|stored| into.copy_from_slice(stored)).is_some();
         }
-        let (Some(codec), frames) = (codecs.reading(self.namespace, self.codec), self.content.frames()) else { return false };
+        let (Some(codec), frames) = (codecs.reading(self.namespace, self.codec), self.content.frames()) else {
+            return false;
+        };
         let Some(ends) = Ends::read(frames.len(), stored) else { return false };
         codec::decode_range(codec.as_ref(), &frames, &ends, (stored, 0), &range, into)
     }

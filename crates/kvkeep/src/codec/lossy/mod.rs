@@ -141,7 +141,8 @@ impl Kind {
 }
 
 fn stored_bytes<G: Grid>(plan: &Plan) -> usize {
-    plan.sections * (plan.exact_bytes() + G::scale_bytes(plan.groups()) + plan.coded_rows() * G::row_bytes(plan.columns))
+    plan.sections
+        * (plan.exact_bytes() + G::scale_bytes(plan.groups()) + plan.coded_rows() * G::row_bytes(plan.columns))
 }
 
 /// Elements to be coded.

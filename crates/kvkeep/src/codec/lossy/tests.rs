@@ -92,6 +92,10 @@ fn check_frame(codec: Lossy, frame: &Frame, raw: &[u8]) {
         assert!(!spread.is_finite() || spread > 1e37, "{}: {frame:?} is kept as it is", codec.name);
         return;
     };
+    if again == raw {
+        return;
+    }
+    assert!(values.iter().all(|value| value.is_finite()), "{}: {frame:?} is not exact", codec.name);
     // Of the dtype's rounding: relative, and between numbers that are too small for that.
     let (half, tiny) = match frame.dtype {
         DType::BF16 => (1.0 / 256.0, 1e-37),
@@ -104,10 +108,8 @@ fn check_frame(codec: Lossy, frame: &Frame, raw: &[u8]) {
         *range = (range.0.min((*value).into()), range.1.max((*value).into()));
     }
     let largest = |(least, most): &(f64, f64)| least.abs().max(most.abs());
-    let magnitudes = (
-        ranges.values().map(largest).fold(f64::MAX, f64::min),
-        ranges.values().map(largest).fold(0.0, f64::max),
-    );
+    let magnitudes =
+        (ranges.values().map(largest).fold(f64::MAX, f64::min), ranges.values().map(largest).fold(0.0, f64::max));
     for (at, (value, came)) in values.iter().zip(elements::read(frame.dtype, &again)).enumerate() {
         let (value, range) = (f64::from(*value), ranges[&group(frame, at)]);
         let bound = bound(codec.kind(frame).unwrap(), value, range, magnitudes) + largest(&range) * half + tiny;
@@ -253,7 +255,8 @@ proptest! {
                 let _ = codec.decode(&frame, &stored, &mut raw);
                 let mut real = vec![0; raw.len()];
                 let values: Vec<f32> = (0..COUNT).map(|at| (at * 37 % 101) as f32 - 50.0).collect();
-                let length = codec.encode(&frame, &bytes(&values, dtype), &mut real).unwrap();
+                // Where so many are exact that nothing becomes less.
+                let Some(length) = codec.encode(&frame, &bytes(&values, dtype), &mut real) else { continue };
                 real.truncate(length);
                 for (at, byte) in &flips {
                     let at = at.index(length);

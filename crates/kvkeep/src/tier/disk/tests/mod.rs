@@ -110,7 +110,7 @@ impl Thing {
                 PairSpec { k: shape(half), v: shape(self.payload_bytes() - half), prefix_bytes: 5, tag: self.version };
             return Content::Named(spec);
         }
-        let layout = KvLayout::new(1, 1, self.payload_bytes() as u32 / 2, DType::U8).unwrap();
+        let layout = KvLayout::new(1, 1, self.payload_bytes() as u32 / 4, DType::F16).unwrap();
         Content::Block { layout: layout.with_block_tokens(1).unwrap(), model: "model".into() }
     }
 

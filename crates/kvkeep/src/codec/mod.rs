@@ -34,6 +34,7 @@ pub(crate) use framed::{Ends, decode_range, encode};
 #[cfg(feature = "disk")]
 pub(crate) use framed::{decode, frames_in};
 pub use lossless::Lossless;
+pub(crate) use lossy::numbers;
 
 /// The number of a codec in a record's header. Numbers from 128 on are never given to a codec of this library.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -109,10 +110,18 @@ impl Codecs {
     /// # Errors
     /// [`Error::Config`] for any other name.
     pub fn named(name: &str) -> Result<Self> {
+        Self::known_as(name).map(Self::all)
+    }
+
+    /// The codec of this name, one of [`Codecs::names`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] for any other name.
+    pub fn known_as(name: &str) -> Result<Arc<dyn Codec>> {
         let found = built_in().into_iter().find(|codec| codec.name() == name);
         let unknown =
             || Error::Config(format!("no codec is called {name:?}: give one of {}", Self::names().join(", ")));
-        found.map(Self::all).ok_or_else(unknown)
+        found.ok_or_else(unknown)
     }
 
     /// The names of the codecs of this library.

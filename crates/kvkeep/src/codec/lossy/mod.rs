@@ -27,8 +27,14 @@ use super::lossless::Lossless;
 use super::wide::{self, Wide, Work};
 use super::{Codec, CodecId};
 use crate::layout::{Frame, Side};
+use crate::tensor::DType;
 use grid::{F8, Grid, Int4, Int8, Normal4, Row, Scales};
 use plan::Plan;
+
+/// The elements of floats of 16 or 32 bits as numbers; `None` for those of other dtypes.
+pub(crate) fn numbers(dtype: DType, raw: &[u8]) -> Option<Vec<f32>> {
+    matches!(dtype, DType::BF16 | DType::F16 | DType::F32).then(|| elements::read(dtype, raw))
+}
 
 /// What a frame's stored form begins with.
 const EXACT: u8 = 0;

@@ -5,7 +5,6 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::layout::{KvLayout, TokenOrder};
-use crate::tensor::DType;
 
 const TOKENS: u32 = 8;
 const COUNT: usize = 8 * 2 * 16;

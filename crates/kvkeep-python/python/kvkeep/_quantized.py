@@ -172,7 +172,8 @@ class QuantizedKVCache(SimpleKVCache):
         else:
             into = np.empty(shape, numpy_dtype(code))
         self._quantizer.decode(stored, into)
-        return into.to(self.device) if is_torch and self.device != "cpu" else into
+        decoded: Tensor = into.to(self.device) if is_torch and self.device != "cpu" else into
+        return decoded
 
 
 def measure_quantization_error(

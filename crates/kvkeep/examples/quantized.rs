@@ -7,7 +7,7 @@ use kvkeep::{QuantizedKvCache, Quantizer, TensorView};
 
 fn main() -> kvkeep::Result<()> {
     // K of one layer, [batch, heads, tokens, dim]: some channels are larger than others, as in real keys.
-    let k: Vec<f32> = (0..3u16 * 512 * 64).map(|at| f32::from(at % 64) / 8.0 + (f32::from(at) * 0.37).sin()).collect();
+    let k: Vec<f32> = (0..3 * 512 * 64).map(|at| (at % 64) as f32 / 8.0 + (at as f32 * 0.37).sin()).collect();
     let view = TensorView::of(&k, &[1, 3, 512, 64])?;
     println!("{:<10} {:>6} {:>12} {:>12}", "codec", "ratio", "mean error", "max error");
     for codec in Codecs::names() {

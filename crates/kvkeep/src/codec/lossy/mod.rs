@@ -8,8 +8,8 @@
 //! - `plan`: a frame as rows and groups. `grid`: codes and scales. `elements`: dtypes as numbers.
 //!
 //! Stored: 1, and how many tokens at the beginning and at the end are kept as they are (a byte each); then section by
-//! section (a head's rows, or all rows) those of the beginning, the scales of the groups, the codes of the rows between,
-//! and those of the end. Or 0, and the frame as `lossless` stores it.
+//! section (a head's rows, or all rows) those of the beginning, piece by piece the scales of the groups and the codes of
+//! the rows between, and those of the end. Or 0, and the frame as `lossless` stores it.
 //!
 //! Bound: an element differs by what `grid` says of its group, and by the rounding of its dtype.
 //!
@@ -147,8 +147,8 @@ impl Kind {
 }
 
 fn stored_bytes<G: Grid>(plan: &Plan) -> usize {
-    plan.sections
-        * (plan.exact_bytes() + G::scale_bytes(plan.groups()) + plan.coded_rows() * G::row_bytes(plan.columns))
+    let piece = |rows| G::scale_bytes(plan.groups(rows)) + rows * G::row_bytes(plan.columns);
+    plan.sections * (plan.exact_bytes() + plan.pieces().map(piece).sum::<usize>())
 }
 
 /// Elements to be coded.
@@ -180,15 +180,18 @@ fn encode<G: Grid>(plan: Plan, raw: &[u8], values: &[f32], mut into: &mut [u8]) 
     let [first, last] = plan.exact_rows();
     let sections = raw.chunks_exact(plan.section_bytes()).zip(values.chunks_exact(plan.rows * plan.columns));
     for (raw, values) in sections {
-        let values = values.get(first * plan.columns..(plan.rows - last) * plan.columns)?;
+        let mut values = values.get(first * plan.columns..)?;
         into = put(into, raw.get(..first * plan.row_bytes())?)?;
-        let scales;
-        (scales, into) = into.split_at_mut_checked(G::scale_bytes(plan.groups()))?;
-        let scales = G::fit(&plan.ranges(values), scales)?;
-        for (number, row) in values.chunks_exact(plan.columns).enumerate() {
-            let codes;
-            (codes, into) = into.split_at_mut_checked(G::row_bytes(plan.columns))?;
-            quantise::<G>(row, scales.row(plan.by_column, number)?, codes);
+        for rows in plan.pieces() {
+            let (piece, scales);
+            (piece, values) = values.split_at_checked(rows * plan.columns)?;
+            (scales, into) = into.split_at_mut_checked(G::scale_bytes(plan.groups(rows)))?;
+            let scales = G::fit(&plan.ranges(piece), scales)?;
+            for (number, row) in piece.chunks_exact(plan.columns).enumerate() {
+                let codes;
+                (codes, into) = into.split_at_mut_checked(G::row_bytes(plan.columns))?;
+                quantise::<G>(row, scales.row(plan.by_column, number)?, codes);
+            }
         }
         into = put(into, raw.get((plan.rows - last) * plan.row_bytes()..)?)?;
     }
@@ -233,17 +236,19 @@ fn decode<G: Grid>(plan: Plan, mut stored: &[u8], raw: &mut [u8]) -> Option<()> 
     let mut scales = Scales::default();
     for section in raw.chunks_exact_mut(plan.section_bytes()) {
         let (head, rest) = section.split_at_mut_checked(first * plan.row_bytes())?;
-        let (coded, tail) = rest.split_at_mut_checked(plan.coded_rows() * plan.row_bytes())?;
+        let (mut coded, tail) = rest.split_at_mut_checked(plan.coded_rows() * plan.row_bytes())?;
         stored = take(stored, head)?;
-        let kept;
-        (kept, stored) = stored.split_at_checked(G::scale_bytes(plan.groups()))?;
-        G::read(kept, &mut scales)?;
-        let codes;
-        (codes, stored) = stored.split_at_checked(plan.coded_rows() * G::row_bytes(plan.columns))?;
-        let rows = coded.chunks_exact_mut(plan.row_bytes()).zip(codes.chunks_exact(G::row_bytes(plan.columns)));
-        for (number, (row, codes)) in rows.enumerate() {
-            restore::<G>(codes, scales.row(plan.by_column, number)?, &mut values);
-            elements::write(plan.dtype, &values, row);
+        for rows in plan.pieces() {
+            let (kept, codes, piece);
+            (kept, stored) = stored.split_at_checked(G::scale_bytes(plan.groups(rows)))?;
+            G::read(kept, &mut scales)?;
+            (codes, stored) = stored.split_at_checked(rows * G::row_bytes(plan.columns))?;
+            (piece, coded) = coded.split_at_mut_checked(rows * plan.row_bytes())?;
+            let both = piece.chunks_exact_mut(plan.row_bytes()).zip(codes.chunks_exact(G::row_bytes(plan.columns)));
+            for (number, (row, codes)) in both.enumerate() {
+                restore::<G>(codes, scales.row(plan.by_column, number)?, &mut values);
+                elements::write(plan.dtype, &values, row);
+            }
         }
         stored = take(stored, tail)?;
         debug_assert_eq!(tail.len(), last * plan.row_bytes());

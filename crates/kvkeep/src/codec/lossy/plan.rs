@@ -1,11 +1,14 @@
 //! A frame as sections of rows of columns, and where its groups are.
 //!
 //! A row is the elements of a token in one head, or in all heads where they lie together. Of keys a group is a column of
-//! a section, of values a row. Rows of the first and of the last tokens may be exact: they are in no group.
+//! a piece of a section, which has 64 to 127 tokens if there are so many; of values a row. Rows of the first and of the last tokens may be exact: they are in no group.
 
 use super::elements;
 use crate::layout::{Frame, Side, TokenOrder};
 use crate::tensor::DType;
+
+/// Keys of one channel change with their places: scales of more tokens than this are coarser.
+const PIECE_TOKENS: usize = 64;
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Plan {
@@ -14,7 +17,7 @@ pub(super) struct Plan {
     /// Of a section.
     pub(super) rows: usize,
     pub(super) columns: usize,
-    /// A group is a column of a section, else a row.
+    /// A group is a column of a piece, else a row.
     pub(super) by_column: bool,
     /// Of a section.
     rows_a_token: usize,
@@ -64,29 +67,32 @@ impl Plan {
         self.rows - self.exact_rows().iter().sum::<usize>()
     }
 
-    /// Of a section.
-    pub(super) fn groups(&self) -> usize {
-        match self.coded_rows() {
-            0 => 0,
-            _ if self.by_column => self.columns,
-            rows => rows,
-        }
+    /// Rows of each piece of a section.
+    pub(super) fn pieces(&self) -> impl Iterator<Item = usize> + use<> {
+        let (rows, most) = (self.coded_rows(), PIECE_TOKENS * self.rows_a_token.max(1));
+        let pieces = if rows == 0 { 0 } else { (rows / most).max(1) };
+        (1..=pieces).map(move |number| if number < pieces { most } else { rows - (pieces - 1) * most })
+    }
+
+    /// Of a piece of so many rows.
+    pub(super) fn groups(&self, rows: usize) -> usize {
+        if self.by_column { self.columns } else { rows }
     }
 
     pub(super) fn values(&self, raw: &[u8]) -> Vec<f32> {
         elements::read(self.dtype, raw)
     }
 
-    /// The least and the most of each group of a section, of which these are the rows.
+    /// The least and the most of each group of a piece, of which these are the rows.
     #[inline(always)]
-    pub(super) fn ranges(&self, section: &[f32]) -> Vec<(f32, f32)> {
+    pub(super) fn ranges(&self, piece: &[f32]) -> Vec<(f32, f32)> {
         let ends = |(least, most): (f32, f32), value: f32| (least.min(value), most.max(value));
         let none = (f32::INFINITY, f32::NEG_INFINITY);
-        let rows = section.chunks_exact(self.columns);
+        let rows = piece.chunks_exact(self.columns);
         if !self.by_column {
             return rows.map(|row| row.iter().copied().fold(none, ends)).collect();
         }
-        let mut ranges = vec![none; self.groups()];
+        let mut ranges = vec![none; self.columns];
         for row in rows {
             ranges.iter_mut().zip(row).for_each(|(range, value)| *range = ends(*range, *value));
         }

@@ -230,6 +230,24 @@ fn floats_of_eight_bits_are_those_of_e4m3() {
     }
 }
 
+/// Of a long entry all tokens had one scale a channel: the larger the text, the coarser its keys.
+#[test]
+fn keys_of_many_tokens_have_scales_of_their_own_for_every_64() {
+    for order in [TokenOrder::TokenHeadDim, TokenOrder::HeadTokenDim] {
+        let layout = KvLayout::new(1, 2, 16, DType::F32).unwrap().with_block_tokens(300).unwrap().with_order(order);
+        let k = Frame { exact_tokens: [4, 7], ..layout.frames().remove(0) };
+        let large = |at| if token(&k, at) < 68 { 90.0 } else { 0.0 };
+        let values: Vec<f32> = (0..300 * 32).map(|at| (at % 7) as f32 * large(at) + (at % 11) as f32 / 11.0).collect();
+        for codec in Lossy::all() {
+            let again = back(codec, &k, &bytes(&values, DType::F32)).unwrap();
+            for (at, (value, came)) in values.iter().zip(elements::read(DType::F32, &again)).enumerate() {
+                let bound = if token(&k, at) < 68 { 90.0 } else { 0.16 };
+                assert!((value - came).abs() <= bound, "{} {at}: {value} came as {came}", codec.name);
+            }
+        }
+    }
+}
+
 proptest! {
     #[test]
     fn any_elements_stay_within_the_stated_bound(

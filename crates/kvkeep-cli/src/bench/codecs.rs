@@ -14,8 +14,9 @@ use kvkeep::tiers::{Codec, Codecs};
 use kvkeep_engine::Engine;
 use serde::Serialize;
 
+use super::cold::{self, ColdLoad};
 use super::sample::{Measured, Sample, Setting, compare, values};
-use crate::cli::CodecsOptions;
+use crate::cli::CodecsBench;
 use crate::stats::{float, ratio};
 use crate::{model, style, texts};
 
@@ -58,9 +59,12 @@ struct Report {
     block_tokens: u32,
     results: Vec<Row>,
     zstd_level_1: Vec<Zstd>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    cold_loads: Vec<ColdLoad>,
 }
 
-pub(super) fn run(options: &CodecsOptions, quick: bool, json: bool) -> Result<ExitCode> {
+pub(super) fn run(bench: &CodecsBench, quick: bool, json: bool) -> Result<ExitCode> {
+    let CodecsBench { model: options, cold } = bench;
     let engine = model::load(options.model.as_deref(), &model::options(options.threads))?;
     let namespace = engine.namespace(options.block_tokens)?;
     let tokens = text(&engine)?;
@@ -88,9 +92,16 @@ pub(super) fn run(options: &CodecsOptions, quick: bool, json: bool) -> Result<Ex
         }
         zstd.extend(sample.zstd()?);
     }
+    let cold_loads = match cold {
+        Some(dir) => {
+            let sample = Sample::new(&kv, &namespace, DType::BF16, false)?;
+            cold::loads(dir, &sample, namespace.layout(), quick)?
+        }
+        None => Vec::new(),
+    };
     let model = model::name(options.model.as_deref());
     let (context_tokens, block_tokens) = (context.len(), options.block_tokens);
-    let report = Report { model, context_tokens, block_tokens, results, zstd_level_1: zstd };
+    let report = Report { model, context_tokens, block_tokens, results, zstd_level_1: zstd, cold_loads };
     style::say(&if json { serde_json::to_string_pretty(&report)? } else { report.table() })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -185,7 +196,17 @@ impl Report {
             let name = [Cell::new("zstd -1, same planes"), Cell::new(&zstd.kv)];
             table.add_row(name.into_iter().chain(numbers));
         }
-        table.to_string()
+        if self.cold_loads.is_empty() {
+            return table.to_string();
+        }
+        let mut loads = style::table();
+        let head = ["cold load of bf16 from the disk", "GB/s", "against raw"];
+        loads.set_header(head.map(|text| Cell::new(text).add_attribute(Attribute::Bold)));
+        for load in &self.cold_loads {
+            let numbers = [format!("{:.2}", load.load_gb_s), format!("{:.2}x", load.against_raw)].map(right);
+            loads.add_row([Cell::new(&load.codec)].into_iter().chain(numbers));
+        }
+        format!("{table}\n{loads}")
     }
 }
 

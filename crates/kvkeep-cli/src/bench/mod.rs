@@ -6,6 +6,7 @@
 
 mod blocks;
 mod codecs;
+mod cold;
 mod disk;
 mod engine;
 mod fio;

@@ -51,6 +51,19 @@ def through(codec: str, kv: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> tup
     return found, len(ratios) / sum(1 / ratio for ratio in ratios)
 
 
+def averages(sums: dict[str, dict[str, float]], windows: int, predictions: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "codec": codec,
+            "ratio": of["ratio"] / windows,
+            "kl": of["kl"] / predictions,
+            "top1": of["same"] / predictions,
+            "perplexity": math.exp(of["surprise"] / windows),
+        }
+        for codec, of in sums.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     source = parser.add_mutually_exclusive_group(required=True)
@@ -69,7 +82,7 @@ def main() -> None:
     size, stride = options.context + options.next, max(options.context // 2, 1)
     starts = [start for start in range(0, ids.shape[1] - size + 1, stride)][: options.windows]
     sums = {codec: {"kl": 0.0, "same": 0, "surprise": 0.0, "ratio": 0.0} for codec in CODECS}
-    predictions = 0
+    predictions, done, file = 0, 0, Path(str(options.gguf or options.model)).name
     for start in starts:
         window = ids[:, start : start + size]
         context, behind = window[:, : options.context], window[:, options.context :]
@@ -88,20 +101,14 @@ def main() -> None:
                 of["surprise"] -= float(logits[:-1].gather(1, behind[0, 1:, None]).mean())
                 of["ratio"] += ratio
         predictions += behind.shape[1]
-        print(f"{Path(str(options.gguf or options.model)).name}: {predictions} predictions", file=sys.stderr, flush=True)
-    results = [
-        {
-            "codec": codec,
-            "ratio": of["ratio"] / len(starts),
-            "kl": of["kl"] / predictions,
-            "top1": of["same"] / predictions,
-            "perplexity": math.exp(of["surprise"] / len(starts)),
-        }
-        for codec, of in sums.items()
-    ]
+        print(f"{file}: {predictions} predictions", file=sys.stderr, flush=True)
+        done += 1
+        if options.json:
+            # A line a window, each with all that was read so far: the last one counts.
+            print(json.dumps({"model": file, "predictions": predictions, "results": averages(sums, done, predictions)}), flush=True)
     if options.json:
-        print(json.dumps({"model": Path(str(options.gguf or options.model)).name, "predictions": predictions, "results": results}, indent=2))
         return
+    results = averages(sums, done, predictions)
     print(f"{'codec':<10} {'ratio':>6} {'KL':>9} {'top 1':>8} {'perplexity':>11}")
     for row in results:
         print(f"{row['codec']:<10} {row['ratio']:>6.2f} {row['kl']:>9.5f} {row['top1']:>8.2%} {row['perplexity']:>11.3f}")

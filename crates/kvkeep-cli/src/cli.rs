@@ -247,7 +247,30 @@ pub(crate) enum BenchCommand {
     ///
     /// On one core, beside memcpy of the same bytes and, where it is installed, zstd at level 1 on the same byte planes.
     #[command(after_help = EXIT_CODES)]
-    Codecs(CodecsOptions),
+    Codecs(CodecsBench),
+    /// What codecs cost in quality: what a real model predicts and answers behind KV that went through them
+    ///
+    /// Against the same KV as it was: next-token distributions over real text, perplexity, greedy answers, a needle.
+    #[command(after_help = EXIT_CODES)]
+    Quality(QualityOptions),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct CodecsBench {
+    #[command(flatten)]
+    pub(crate) model: CodecsOptions,
+    /// Also load blocks through codecs from a disk, in turns with raw ones; takes up to 1.5 GB in this directory while it runs
+    #[arg(long, value_name = "DIR", value_parser = existing_dir)]
+    pub(crate) cold: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct QualityOptions {
+    #[command(flatten)]
+    pub(crate) model: CodecsOptions,
+    /// Draw quality against ratio
+    #[arg(long, value_name = "FILE.svg", value_parser = svg_file)]
+    pub(crate) plot: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -135,6 +135,52 @@ fn decade_below(ms: f64) -> f64 {
     10f64.powf(ms.max(0.01).log10().floor())
 }
 
+/// A codec: how small it is, and what it costs.
+#[derive(Debug)]
+pub(crate) struct Point {
+    pub(crate) name: String,
+    pub(crate) ratio: f64,
+    /// In nats.
+    pub(crate) kl: f64,
+}
+
+/// Divergence of predictions against ratio: to the right is smaller, downwards is better.
+pub(crate) fn quality(path: &Path, model: &str, points: &[Point]) -> Result<()> {
+    let root = SVGBackend::new(path, (WIDTH, PANEL_HEIGHT)).into_drawing_area();
+    root.fill(&WHITE).map_err(|error| anyhow!("{error}"))?;
+    draw_quality(&root, model, points).map_err(|error| anyhow!("{error}"))?;
+    root.present().map_err(|error| anyhow!("{error}"))
+}
+
+fn draw_quality<'a>(area: &DrawingArea<SVGBackend<'a>, Shift>, model: &str, points: &[Point]) -> Drawn<'a> {
+    let all = || points.iter().map(|point| point.kl);
+    let (low, high) = (all().fold(0.01, f64::min) / 2.0, all().fold(0.02, f64::max) * 3.0);
+    let widest = points.iter().map(|point| point.ratio).fold(4.0, f64::max) + 0.4;
+    let mut chart = ChartBuilder::on(area)
+        .margin(16)
+        .caption(format!("{model}: predictions behind reused KV"), (FONT, 20, &INK))
+        .x_label_area_size(46)
+        .y_label_area_size(78)
+        .build_cartesian_2d(1.0..widest, (low..high).log_scale())?;
+    chart
+        .configure_mesh()
+        .x_desc("times smaller than bfloat16")
+        .y_desc("KL divergence from exact KV (nats, log scale)")
+        .axis_desc_style((FONT, 15, &INK))
+        .label_style((FONT, 13, &INK))
+        .y_label_formatter(&|kl| format!("{kl}"))
+        .bold_line_style(INK.mix(0.18))
+        .light_line_style(INK.mix(0.05))
+        .draw()?;
+    chart.draw_series(points.iter().map(|point| Circle::new((point.ratio, point.kl), 5, WITH.filled())))?;
+    for point in points {
+        let (x, y) = chart.backend_coord(&(point.ratio, point.kl));
+        let name = (FONT, 14, &INK).into_text_style(area).pos(Pos::new(HPos::Left, VPos::Center));
+        area.draw_text(&point.name, &name, (x + 9, y))?;
+    }
+    Ok(())
+}
+
 /// One bar for each figure, in their order from top to bottom, from 1 to the right if better
 /// and to the left if worse.
 pub(crate) fn ratios(path: &Path, bars: &[Bar]) -> Result<()> {

@@ -23,6 +23,7 @@ mod mapped;
 mod memory;
 mod named;
 mod open;
+mod quantized;
 mod ram;
 mod stats;
 mod tokens;
@@ -47,6 +48,8 @@ mod _kvkeep {
     use crate::mapped::files_behind;
     #[pymodule_export]
     use crate::named::NamedCache;
+    #[pymodule_export]
+    use crate::quantized::{Quantizer, prefix_of_text, prefix_of_tokens};
     #[pymodule_export]
     use crate::ram::{Held, Ram};
     #[pymodule_export]

@@ -6,7 +6,8 @@
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use kvkeep::{
-    CachedKv, CachedLayers, HashedPrefix, LayerKv, LayerSpec, PrivateLayers, PrivateTensor, SimpleKvCache, StoreOptions,
+    CachedKv, CachedLayers, HashedPrefix, LayerKv, LayerSpec, PrivateLayers, PrivateTensor, SimpleKvCache, Store,
+    StoreOptions,
 };
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyString, PyTuple};
@@ -45,9 +46,10 @@ pub(crate) struct Hit(Holding<PrivateLayers>);
 #[pymethods]
 impl NamedCache {
     #[new]
-    #[pyo3(signature = (settings))]
-    fn new(py: Python<'_>, settings: Settings) -> PyResult<Self> {
-        let cache = Open::new(py, settings, SimpleKvCache::open)?;
+    #[pyo3(signature = (settings, name="default"))]
+    fn new(py: Python<'_>, settings: Settings, name: &str) -> PyResult<Self> {
+        let name = name.to_owned();
+        let cache = Open::new(py, settings, move |config| Ok(SimpleKvCache::over(Store::new(config)?, &name)))?;
         Ok(Self { cache, last: Mutex::new(None), hand_out: OnceLock::new() })
     }
 

@@ -228,5 +228,5 @@ def test_lossless_gives_back_every_bit_and_says_what_it_saved(tmp_path: Path) ->
 
 
 def test_a_codec_that_there_is_not_is_refused_with_those_that_there_are(tmp_path: Path) -> None:
-    with pytest.raises(kvkeep.ConfigError, match='no codec is called "zip": give one of raw, lossless, int8, int4, k8v4'):
+    with pytest.raises(kvkeep.ConfigError, match='no codec is called "zip": give one of raw, lossless, int8, int4, k8v4, fp8, nf4'):
         SimpleKVCache(0.1, disk_path=tmp_path / "kv", disk_size_gb=0.1, disk_codec="zip")  # type: ignore[arg-type]

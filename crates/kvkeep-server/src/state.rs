@@ -41,7 +41,8 @@ pub(crate) struct Shared {
 
 impl AppState {
     pub(crate) fn new(engine: Engine, cache: KvCache, config: ServerConfig) -> Result<Self, ServerError> {
-        let namespace = engine.namespace(config.block_tokens)?;
+        // By the name that the cache's own statistics have for it.
+        let namespace = cache.store_handle().own_namespace(&engine.namespace(config.block_tokens)?);
         let model = config.model_name.clone().unwrap_or_else(|| engine.model_name().to_owned());
         let mut aliases = config.model_aliases.clone();
         aliases.retain(|alias| *alias != model && !alias.is_empty());

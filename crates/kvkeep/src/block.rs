@@ -15,6 +15,10 @@ use crate::key::{NamespaceId, ObjectKey};
 use crate::layout::{Frame, KvLayout};
 use crate::tensor::PairSpec;
 
+/// The first tokens of a prompt, which all others attend to (Xiao and others, 2023, arXiv 2309.17453): an error there is
+/// one everywhere.
+const SINK_TOKENS: u32 = 4;
+
 /// The key of one block, or of one layer under a prefix text.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct BlockKey(pub(crate) ObjectKey);
@@ -38,6 +42,11 @@ impl Content {
         }
     }
 
+    /// Is it known what is K and V, of floats? Nothing else is for a lossy codec.
+    pub(crate) fn may_be_lossy(&self) -> bool {
+        matches!(self, Self::Block { layout, .. } if layout.may_be_lossy())
+    }
+
     /// The parts that a codec encodes by themselves.
     pub(crate) fn frames(&self) -> Vec<Frame> {
         match self {
@@ -45,6 +54,12 @@ impl Content {
             Self::Named(pair) => Frame::of_pair(pair),
             Self::Nothing => Vec::new(),
         }
+    }
+
+    /// The same, of a block that is the first of its prompt or not.
+    pub(crate) fn frames_to_code(&self, begins: bool) -> Vec<Frame> {
+        let exact_tokens = [if begins { SINK_TOKENS } else { 0 }, 0];
+        self.frames().into_iter().map(|frame| Frame { exact_tokens, ..frame }).collect()
     }
 }
 
@@ -66,6 +81,8 @@ pub struct BlockMeta {
     pub expires_at_ms: u64,
     /// What it took to compute, in microseconds; 0 if nobody said.
     pub compute_us: u32,
+    /// Is it the first of its prompt, as far as whoever offers it knows? Lossy codecs keep its first tokens.
+    pub begins: bool,
     pub(crate) content: Content,
 }
 
@@ -88,16 +105,18 @@ impl BlockMeta {
     /// that encode what is offered.
     #[must_use]
     pub fn encoded(&self, codecs: &Codecs, raw: &[u8]) -> Option<(Self, Vec<u8>)> {
-        let codec = codecs.writing(self.namespace).filter(|_| self.codec == CodecId::RAW)?;
+        let codec = codecs.writing_what(self.namespace, self.content.may_be_lossy());
+        let codec = codec.filter(|_| self.codec == CodecId::RAW)?;
         let raw = raw.get(..usize::try_from(self.raw_bytes).ok()?)?;
-        let frames = self.content.frames();
+        let frames = self.content.frames_to_code(self.begins);
         let (mut stored, bytes) = codec::encode(codec.as_ref(), &frames, raw, |bytes| vec![0; bytes])?;
         stored.truncate(bytes);
         Some((Self { codec: codec.id(), stored_bytes: bytes as u64, ..self.clone() }, stored))
     }
 
     /// Writes the bytes of `range` of the block, all of them if `None`, into the beginning of `into`, and zeros behind
-    /// them. `stored` is what a tier kept of it. `false` if that is not its stored form, or its codec is not known.
+    /// them. `stored` is what a tier kept of it. `false` if that is not its stored form, its codec is not known, or it is
+    /// lossy and its namespace did not ask for it.
     #[must_use]
     pub fn decode(&self, codecs: &Codecs, stored: &[u8], range: Option<Range<usize>>, into: &mut [u8]) -> bool {
         let range = range.unwrap_or(0..usize::try_from(self.raw_bytes).unwrap_or(usize::MAX));
@@ -109,7 +128,9 @@ impl BlockMeta {
         if self.codec == CodecId::RAW {
             return stored.get(range).map(|stored| into.copy_from_slice(stored)).is_some();
         }
-        let (Some(codec), frames) = (codecs.get(self.codec), self.content.frames()) else { return false };
+        let (Some(codec), frames) = (codecs.reading(self.namespace, self.codec), self.content.frames()) else {
+            return false;
+        };
         let Some(ends) = Ends::read(frames.len(), stored) else { return false };
         codec::decode_range(codec.as_ref(), &frames, &ends, (stored, 0), &range, into)
     }

@@ -58,10 +58,11 @@ impl Chain {
         if hashes.is_empty() {
             return Err(Error::EmptyTokens);
         }
-        let begin = Sha256::new_with_prefix(b"kvkeep external block 1").chain_update(namespace.id().as_bytes());
+        let begin = Sha256::new_with_prefix(b"kvkeep external block 1").chain_update(namespace.root().as_bytes());
         let key = |hash: &H| ObjectKey::new(begin.clone().chain_update(hash).finalize().into(), 0);
         let tokens = hashes.len().saturating_mul(namespace.layout().block_tokens());
-        let keys = hashes.iter().map(key).collect();
+        let of_codec = |key: ObjectKey| namespace.codecs().fold(key, ObjectKey::through);
+        let keys = hashes.iter().map(key).map(of_codec).collect();
         Ok(Self { namespace: namespace.clone(), keys, tokens, token_ids: Vec::new() })
     }
 
@@ -79,6 +80,17 @@ impl Chain {
             chain.token_ids = tokens.to_vec();
         }
         chain
+    }
+
+    /// The same blocks behind a lossy codec: as in [`Namespace::with_codec`].
+    #[must_use]
+    pub fn with_codec(mut self, codec: &str) -> Self {
+        let namespace = self.namespace.clone().with_codec(codec);
+        if namespace != self.namespace {
+            self.keys.iter_mut().for_each(|key| *key = key.through(codec));
+            self.namespace = namespace;
+        }
+        self
     }
 
     /// What the blocks belong to.
@@ -170,6 +182,28 @@ mod tests {
             assert_eq!(Chain::of(&namespace(), &tokens[..begin]).unwrap().continued(&tokens), whole);
         }
         assert_eq!(whole.continued(&tokens[..9]), Chain::of(&namespace(), &tokens[..9]).unwrap());
+    }
+
+    /// Whoever asks with the namespace of a codec and whoever has a chain already must find the same blocks.
+    #[test]
+    fn a_chain_behind_a_codec_is_that_of_the_namespace_behind_it() {
+        let tokens: Vec<u32> = (0..23).collect();
+        let lossy = namespace().with_codec("int4").with_codec("fp8");
+        let whole = Chain::of(&namespace(), &tokens).unwrap();
+        let behind = whole.clone().with_codec("int4").with_codec("fp8");
+        assert_eq!(behind, Chain::of(&lossy, &tokens).unwrap());
+        assert_eq!(behind, behind.clone().with_codec("int4"), "once");
+        for begin in [1, 4, 9, 20, 23] {
+            assert_eq!(Chain::of(&lossy, &tokens[..begin]).unwrap().continued(&tokens), behind);
+        }
+        let hashes = [[7; 32], [8; 32]];
+        let external = |namespace: &Namespace| Chain::external(namespace, &hashes).unwrap();
+        assert_eq!(external(&namespace()).with_codec("int4").with_codec("fp8"), external(&lossy));
+        let all = [whole, behind, external(&namespace()), external(&lossy)];
+        let mut names: Vec<_> = all.iter().flat_map(Chain::hashes).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), 5 + 5 + 2 + 2);
     }
 
     /// Two tenants' engines make equal hashes of equal tokens.

@@ -40,6 +40,8 @@ pub(crate) struct Entry {
     pub(crate) queued: bool,
     /// It was chosen to go, and can be found until it does.
     pub(crate) departing: bool,
+    /// It is the first block of a prompt.
+    pub(crate) begins: bool,
     /// It came before anybody asked for it.
     pub(crate) ahead: bool,
     /// Can it be found?
@@ -78,10 +80,16 @@ impl Entry {
             slack_bytes,
             queued: false,
             departing: false,
+            begins: false,
             ahead: false,
             linked: true,
             expiry_at: expiries::NOWHERE,
         }
+    }
+
+    /// The same, the first block of a prompt or not.
+    pub(crate) fn begins(self, begins: bool) -> Self {
+        Self { begins, ..self }
     }
 
     /// Bytes of the payload.

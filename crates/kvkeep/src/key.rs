@@ -26,7 +26,11 @@ pub struct Namespace {
     engine: String,
     lora: String,
     salt: String,
+    /// Names of lossy codecs, joined by `+`.
+    codec: String,
     layout: KvLayout,
+    /// Without the codec.
+    root: NamespaceId,
     id: NamespaceId,
 }
 
@@ -64,7 +68,9 @@ impl Namespace {
             engine: String::new(),
             lora: String::new(),
             salt: String::new(),
+            codec: String::new(),
             layout,
+            root: NamespaceId([0; 32]),
             id: NamespaceId([0; 32]),
         }
         .identified()
@@ -98,6 +104,22 @@ impl Namespace {
     pub fn with_salt(mut self, salt: impl Into<String>) -> Self {
         self.salt = salt.into();
         self.identified()
+    }
+
+    /// Of KV that a lossy codec of this name may have changed, and of KV that was computed behind such: it is not what
+    /// the model computes. [`KvCache`](crate::KvCache) says so by itself where one of its tiers has such a codec.
+    #[must_use]
+    pub fn with_codec(mut self, codec: &str) -> Self {
+        if !codec.is_empty() && self.codecs().all(|other| other != codec) {
+            self.codec = self.codecs().chain([codec]).collect::<Vec<_>>().join("+");
+        }
+        self.identified()
+    }
+
+    /// The lossy codecs that may have changed it, joined by `+`; empty for none.
+    #[must_use]
+    pub fn codec(&self) -> &str {
+        &self.codec
     }
 
     /// The model's name.
@@ -141,13 +163,26 @@ impl Namespace {
         tokens: &[TokenId],
         known: usize,
     ) -> Vec<BlockHash> {
-        let mut parent = parent.unwrap_or(BlockHash(self.id.0));
-        let blocks = tokens.chunks_exact(self.layout.block_tokens()).skip(known);
+        // Behind a codec's hash, which is one of a block's hash, no chain goes on.
+        let parent = parent.filter(|_| self.codec.is_empty());
+        let skipped = if parent.is_some() { known } else { 0 };
+        let mut parent = parent.unwrap_or(BlockHash(self.root.0));
+        let blocks = tokens.chunks_exact(self.layout.block_tokens()).skip(skipped);
         let hashes = blocks.map(|block| {
             parent = parent.child(block);
             parent
         });
-        hashes.collect()
+        let of_codec = |hash: BlockHash| self.codecs().fold(hash, |hash, codec| BlockHash(through(&hash.0, codec)));
+        hashes.skip(known - skipped).map(of_codec).collect()
+    }
+
+    pub(crate) fn codecs(&self) -> impl Iterator<Item = &str> {
+        self.codec.split('+').filter(|codec| !codec.is_empty())
+    }
+
+    /// Its identity without a codec.
+    pub(crate) fn root(&self) -> NamespaceId {
+        self.root
     }
 
     fn identified(mut self) -> Self {
@@ -179,9 +214,21 @@ impl Namespace {
                 }
             }
         }
-        self.id = NamespaceId(hasher.finalize().into());
+        self.root = NamespaceId(hasher.finalize().into());
+        // So without a codec it is as in releases that knew none.
+        self.id = self.codecs().fold(self.root, NamespaceId::through);
         self
     }
+}
+
+/// The identity of what a lossy codec may have changed.
+fn through(hash: &[u8; 32], codec: &str) -> [u8; 32] {
+    let mut hasher = Sha256::new();
+    hasher.update(b"kvkeep lossy codec 1");
+    hasher.update((codec.len() as u64).to_le_bytes());
+    hasher.update(codec);
+    hasher.update(hash);
+    hasher.finalize().into()
 }
 
 impl NamespaceId {
@@ -191,6 +238,11 @@ impl NamespaceId {
         hasher.update(b"kvkeep named cache 1");
         hasher.update(name);
         Self(hasher.finalize().into())
+    }
+
+    /// Of the same KV behind a lossy codec.
+    pub(crate) fn through(self, codec: &str) -> Self {
+        Self(through(&self.0, codec))
     }
 
     #[cfg(any(feature = "disk", feature = "contract", test))]
@@ -262,6 +314,11 @@ impl ObjectKey {
 
     pub(crate) fn layer(&self) -> u32 {
         self.layer
+    }
+
+    /// Of the same block behind a lossy codec.
+    pub(crate) fn through(self, codec: &str) -> Self {
+        Self { hash: through(&self.hash, codec), ..self }
     }
 
     /// 64 bits for hash tables. SHA-256 is uniform already, so its first bytes do.
@@ -360,6 +417,9 @@ mod tests {
             base.clone().with_engine("r"),
             base.clone().with_lora("r"),
             base.clone().with_salt("r"),
+            base.clone().with_codec("r"),
+            base.clone().with_codec("q").with_codec("r"),
+            base.clone().with_codec("r").with_codec("q"),
             Namespace::new("m", layout.with_order(TokenOrder::HeadTokenDim)),
             Namespace::new("m", layout.with_block_tokens(8).unwrap()),
             Namespace::new("m", layout.with_v_head_dim(8).unwrap()),

@@ -185,6 +185,8 @@ pub struct Frame {
     pub shape: Shape,
     /// Which dimension is the token's; `None` where nobody said.
     pub order: Option<TokenOrder>,
+    /// So many tokens at its beginning and at its end are to come back exactly, whatever the codec.
+    pub exact_tokens: [u32; 2],
 }
 
 impl Frame {
@@ -193,7 +195,7 @@ impl Frame {
         let at = [(Side::K, Some(0), pair.k), (Side::V, pair.v_start(), pair.v)];
         let frame = |(side, start, (dtype, shape)): (Side, Option<usize>, (DType, Shape))| {
             let range = start?..start?.checked_add(shape.size_bytes(dtype)?)?;
-            Some(Self { range, layer: 0, side: Some(side), dtype, shape, order: None })
+            Some(Self { range, layer: 0, side: Some(side), dtype, shape, order: None, exact_tokens: [0; 2] })
         };
         at.into_iter().filter_map(frame).filter(|frame| !frame.range.is_empty()).collect()
     }
@@ -409,20 +411,26 @@ impl KvLayout {
     /// opaque block.
     #[must_use]
     pub fn frames(&self) -> Vec<Frame> {
-        let (dtype, all) = (self.dtype, 0..self.block_bytes());
+        let (dtype, all, exact_tokens) = (self.dtype, 0..self.block_bytes(), [0; 2]);
         if self.is_opaque {
             let shape = Shape::new(&[all.end]).into_iter();
-            return shape
-                .map(|shape| Frame { range: all.clone(), layer: 0, side: None, dtype, shape, order: None })
-                .collect();
+            let frame =
+                |shape| Frame { range: all.clone(), layer: 0, side: None, dtype, shape, order: None, exact_tokens };
+            return shape.map(frame).collect();
         }
         let sides = (0..self.layers()).flat_map(|layer| [(layer, Side::K), (layer, Side::V)]);
         let frame = |(layer, side)| {
             let shape = self.shape(layer, side, self.block_tokens()).ok()?;
             let (range, number) = (self.range(layer, side), u32::try_from(layer).ok()?);
-            Some(Frame { range, layer: number, side: Some(side), dtype, shape, order: Some(self.order) })
+            let order = Some(self.order);
+            Some(Frame { range, layer: number, side: Some(side), dtype, shape, order, exact_tokens })
         };
         sides.filter_map(frame).filter(|frame| !frame.range.is_empty()).collect()
+    }
+
+    /// Is it known what is K and V, of floats of 16 or 32 bits? Nothing else is for a lossy codec.
+    pub(crate) fn may_be_lossy(&self) -> bool {
+        !self.is_opaque && matches!(self.dtype, DType::BF16 | DType::F16 | DType::F32)
     }
 
     /// Refuses a layer range that the layout does not have.

@@ -22,35 +22,35 @@ impl KvCache {
         payloads: Vec<Arc<dyn Payload>>,
         options: &StoreOptions,
     ) -> usize {
-        self.store_handle().write_lent(chain, first_block, payloads, options)
+        self.store_handle().write_lent(&self.store_handle().own(chain), first_block, payloads, options)
     }
 
     /// Begins to read blocks from the tiers behind RAM, past RAM, into memory that an engine lends, from block
     /// `first_block` of a chain on. Does not wait: each target is completed exactly once, on any thread. Says how many
     /// blocks in a row a tier has.
     pub fn read_lent(&self, chain: &Chain, first_block: usize, targets: Vec<Box<dyn ReadTarget>>) -> usize {
-        self.store_handle().read_lent(chain, first_block, targets)
+        self.store_handle().read_lent(&self.store_handle().own(chain), first_block, targets)
     }
 
     /// Which of these blocks a tier has and can read now.
     #[must_use]
     pub fn has_lent(&self, chain: &Chain) -> Vec<bool> {
-        self.store_handle().has_lent(chain)
+        self.store_handle().has_lent(&self.store_handle().own(chain))
     }
 
     /// These blocks were used where no tier saw it, in the engine's own memory: they are kept longer.
     pub fn touch_lent(&self, chain: &Chain) {
-        self.store_handle().touch_lent(chain);
+        self.store_handle().touch_lent(&self.store_handle().own(chain));
     }
 
     /// Asks to keep these blocks before all others, for so long or until [`KvCache::release_lent`]. Says how many are
     /// kept; there is a limit to how many. A tier keeps them as what is hot: rather than others, and never over its cap.
     pub fn retain_lent(&self, chain: &Chain, time: Option<Duration>) -> usize {
-        self.store_handle().retain_lent(chain, time)
+        self.store_handle().retain_lent(&self.store_handle().own(chain), time)
     }
 
     /// These blocks are like all others again.
     pub fn release_lent(&self, chain: &Chain) {
-        self.store_handle().release_lent(chain);
+        self.store_handle().release_lent(&self.store_handle().own(chain));
     }
 }

@@ -37,6 +37,7 @@ mod lend;
 mod named;
 mod namespaces;
 mod process;
+mod quantized;
 mod record;
 mod simulation;
 mod stats;
@@ -62,6 +63,10 @@ pub use named::{
 };
 pub use namespaces::NamespaceUsage;
 pub use process::Process;
+pub use quantized::{
+    DEFAULT_EXACT_TOKENS, DEFAULT_QUANTIZER, OwnedTensor, Prefix, QuantizationError, QuantizedKvCache, Quantizer,
+    SideError,
+};
 pub use record::TraceRecorder;
 pub use simulation::{Hits, Simulation};
 pub use stats::{Stats, TierStats};

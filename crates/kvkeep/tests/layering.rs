@@ -20,7 +20,7 @@ const RANKS: &[&[&str]] = &[
     &["config", "index"],
     &["store"],
     &["cache", "named", "simulation"],
-    &["lend"],
+    &["lend", "quantized"],
 ];
 
 /// Pairs that know each other, each for a reason.

@@ -6,18 +6,18 @@
 
 use std::io::Write;
 use std::process::{Command, ExitCode};
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use comfy_table::{Attribute, Cell, CellAlignment};
-use half::{bf16, f16};
-use kvkeep::tiers::{Codec, Codecs, Frame};
-use kvkeep::{CacheConfig, DType, KvCache, KvLayout, LayerView, Namespace, TensorView};
-use kvkeep_engine::{Engine, KvBuffer, Logits};
+use kvkeep::DType;
+use kvkeep::tiers::{Codec, Codecs};
+use kvkeep_engine::Engine;
 use serde::Serialize;
 
-use crate::cli::CodecsOptions;
-use crate::stats::{float, mean, ratio};
+use super::cold::{self, ColdLoad};
+use super::sample::{Measured, Sample, Setting, compare, values};
+use crate::cli::CodecsBench;
+use crate::stats::{float, ratio};
 use crate::{model, style, texts};
 
 /// Tokens that are read, and those behind them whose predictions are compared.
@@ -59,34 +59,12 @@ struct Report {
     block_tokens: u32,
     results: Vec<Row>,
     zstd_level_1: Vec<Zstd>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    cold_loads: Vec<ColdLoad>,
 }
 
-/// A model, and the tokens that it reads: whole blocks, and what comes behind them.
-#[derive(Debug)]
-struct Setting<'a> {
-    engine: &'a Engine,
-    namespace: &'a Namespace,
-    context: &'a [u32],
-    next: &'a [u32],
-}
-
-/// KV of a text in some dtype, as frames; block behind block.
-#[derive(Debug)]
-struct Sample {
-    name: String,
-    dtype: DType,
-    frames: Vec<(Frame, Vec<u8>)>,
-}
-
-/// How long each way took: the least of the rounds, summed over frames.
-#[derive(Debug, Default)]
-struct Times {
-    encode: f64,
-    decode: f64,
-    copy: f64,
-}
-
-pub(super) fn run(options: &CodecsOptions, quick: bool, json: bool) -> Result<ExitCode> {
+pub(super) fn run(bench: &CodecsBench, quick: bool, json: bool) -> Result<ExitCode> {
+    let CodecsBench { model: options, cold } = bench;
     let engine = model::load(options.model.as_deref(), &model::options(options.threads))?;
     let namespace = engine.namespace(options.block_tokens)?;
     let tokens = text(&engine)?;
@@ -103,15 +81,27 @@ pub(super) fn run(options: &CodecsOptions, quick: bool, json: bool) -> Result<Ex
             eprintln!("kvkeep bench: {name}, {}", sample.name);
             let codecs = Codecs::named(name)?;
             let codec = codecs.writing(namespace.id()).context("a codec that writes nothing")?;
-            let (mut row, decoded) = sample.measure(codec.as_ref(), if quick { 3 } else { 15 })?;
-            (row.kl, row.top1) = compare(&exact, &sample.predictions(&setting, &decoded)?);
+            if is_opaque && !codec.is_exact() {
+                // Nobody knows what in them is K: they go through `lossless`.
+                continue;
+            }
+            let measured = sample.measure(codec.as_ref(), if quick { 3 } else { 15 })?;
+            let mut row = sample.row(codec.as_ref(), &measured);
+            (row.kl, row.top1) = compare(&exact, &sample.predictions(&setting, &measured.decoded)?);
             results.push(row);
         }
         zstd.extend(sample.zstd()?);
     }
+    let cold_loads = match cold {
+        Some(dir) => {
+            let sample = Sample::new(&kv, &namespace, DType::BF16, false)?;
+            cold::loads(dir, &sample, namespace.layout(), quick)?
+        }
+        None => Vec::new(),
+    };
     let model = model::name(options.model.as_deref());
     let (context_tokens, block_tokens) = (context.len(), options.block_tokens);
-    let report = Report { model, context_tokens, block_tokens, results, zstd_level_1: zstd };
+    let report = Report { model, context_tokens, block_tokens, results, zstd_level_1: zstd, cold_loads };
     style::say(&if json { serde_json::to_string_pretty(&report)? } else { report.table() })?;
     Ok(ExitCode::SUCCESS)
 }
@@ -126,100 +116,22 @@ fn text(engine: &Engine) -> Result<Vec<u32>> {
 }
 
 impl Sample {
-    /// The whole blocks of what an engine has, in another dtype.
-    fn new(kv: &KvBuffer, namespace: &Namespace, dtype: DType, is_opaque: bool) -> Result<Self> {
-        let own = namespace.layout();
-        let (layers, block_tokens) = (u32::try_from(own.layers())?, own.block_tokens());
-        let layout = KvLayout::new(layers, u32::try_from(own.kv_heads())?, u32::try_from(own.k_head_dim())?, dtype)?;
-        let layout = layout.with_block_tokens(u32::try_from(block_tokens)?)?;
-        let (views, blocks) = (kv.views()?, kv.len() / block_tokens);
-        let mut frames = Vec::new();
-        for block in 0..blocks {
-            let mut bytes = Vec::with_capacity(layout.block_bytes());
-            for side in views.iter().flat_map(|layer| [layer.k, layer.v]) {
-                let row = side.bytes().len() / kv.len();
-                let of_block = side.bytes().get(block * block_tokens * row..(block + 1) * block_tokens * row);
-                bytes.extend(converted(of_block.context("a view is too short")?, dtype)?);
-            }
-            let whole = if is_opaque { opaque(&layout)?.frames() } else { layout.frames() };
-            for frame in whole {
-                let raw = bytes.get(frame.range.clone()).context("a frame is too long")?.to_vec();
-                frames.push((frame, raw));
-            }
-        }
-        let name = if is_opaque { format!("opaque {dtype}") } else { dtype.to_string() };
-        Ok(Self { name, dtype, frames })
-    }
-
-    fn bytes(&self) -> Vec<u8> {
-        self.frames.iter().flat_map(|(_, raw)| raw.iter().copied()).collect()
-    }
-
-    fn measure(&self, codec: &dyn Codec, rounds: usize) -> Result<(Row, Vec<u8>)> {
-        let (mut times, mut stored_bytes, mut decoded) = (Times::default(), 0, Vec::new());
-        for (frame, raw) in &self.frames {
-            let (mut least, mut stored, mut again) = ([f64::MAX; 3], vec![0; raw.len()], vec![0; raw.len()]);
-            let mut length = raw.len();
-            for _ in 0..rounds {
-                let [encode, decode, copy] = &mut least;
-                // A frame that does not become shorter is kept as it is.
-                let room = stored.len() - 1;
-                let room = stored.get_mut(..room).unwrap_or_default();
-                let shorter = least_of(encode, || codec.encode(frame, raw, room));
-                length = shorter.unwrap_or(raw.len());
-                let kept = stored.get(..length).unwrap_or_default();
-                let is_right = least_of(decode, || match shorter {
-                    Some(_) => codec.decode(frame, kept, &mut again),
-                    None => {
-                        again.copy_from_slice(raw);
-                        true
-                    }
-                });
-                ensure!(is_right, "{} cannot read what it wrote", codec.name());
-                least_of(copy, || std::hint::black_box(&mut stored).copy_from_slice(raw));
-            }
-            let [encode, decode, copy] = least;
-            times = Times { encode: times.encode + encode, decode: times.decode + decode, copy: times.copy + copy };
-            stored_bytes += length;
-            decoded.extend(again);
-        }
-        Ok((self.row(codec, &times, stored_bytes, &decoded), decoded))
-    }
-
-    fn row(&self, codec: &dyn Codec, times: &Times, stored_bytes: usize, decoded: &[u8]) -> Row {
-        let raw = self.bytes();
+    fn row(&self, codec: &dyn Codec, measured: &Measured) -> Row {
+        let (raw, Measured { times, stored_bytes, decoded }) = (self.bytes(), measured);
         let rate = |seconds: f64| float(raw.len()) / seconds / 1e9;
         let values = values(&raw, self.dtype).into_iter().zip(values(decoded, self.dtype));
         Row {
             codec: codec.name().to_owned(),
             kv: self.name.clone(),
-            ratio: ratio(float(raw.len()), float(stored_bytes)),
+            ratio: ratio(float(raw.len()), float(*stored_bytes)),
             encode_gb_s: rate(times.encode),
             decode_gb_s: rate(times.decode),
             memcpy_gb_s: rate(times.copy),
             kl: 0.0,
             top1: 0.0,
             max_error: values.map(|(one, other)| f64::from((one - other).abs())).fold(0.0, f64::max),
-            bit_exact: raw == decoded,
+            bit_exact: raw == *decoded,
         }
-    }
-
-    /// What the model predicts behind KV of these bytes, which it has from a cache.
-    fn predictions(&self, setting: &Setting<'_>, bytes: &[u8]) -> Result<Vec<Logits>> {
-        let halves: Vec<f16> = values(bytes, self.dtype).into_iter().map(f16::from_f32).collect();
-        let (layout, layers) = (setting.namespace.layout(), setting.namespace.layout().layers());
-        let dims = [setting.context.len(), layout.kv_heads(), layout.k_head_dim()];
-        let piece = layout.block_tokens() * layout.kv_heads() * layout.k_head_dim();
-        let side = |number| halves.chunks_exact(piece).skip(number).step_by(2 * layers).flatten().copied().collect();
-        let sides: Vec<Vec<f16>> = (0..2 * layers).map(side).collect();
-        let pairs = sides.as_chunks::<2>().0.iter();
-        let views = pairs.map(|[k, v]| Ok(LayerView { k: TensorView::of(k, &dims)?, v: TensorView::of(v, &dims)? }));
-        let cache = KvCache::new(CacheConfig::new(1 << 30))?;
-        cache.store(setting.namespace, setting.context, &views.collect::<Result<Vec<_>>>()?)?;
-        let found = cache.lookup(setting.namespace, setting.context)?;
-        let mut kv = setting.engine.kv(CONTEXT + NEXT)?;
-        found.load(0..layers, &mut kv.import(found.cached_tokens())?)?;
-        Ok(setting.engine.prefill_all_logits(setting.next, &mut kv)?)
     }
 
     /// The same planes through zstd, where it is installed: frame by frame, as codecs must.
@@ -246,38 +158,6 @@ impl Sample {
     }
 }
 
-/// Runs `work`, and keeps the time if it is the least so far.
-fn least_of<R>(least: &mut f64, work: impl FnOnce() -> R) -> R {
-    let began = Instant::now();
-    let result = std::hint::black_box(work());
-    *least = least.min(began.elapsed().as_secs_f64());
-    result
-}
-
-fn opaque(layout: &KvLayout) -> Result<KvLayout> {
-    Ok(KvLayout::opaque(u32::try_from(layout.block_bytes())?, u32::try_from(layout.block_tokens())?)?)
-}
-
-/// Elements of `f16`, as those of another dtype.
-fn converted(halves: &[u8], dtype: DType) -> Result<Vec<u8>> {
-    let values = values(halves, DType::F16).into_iter();
-    Ok(match dtype {
-        DType::F16 => halves.to_vec(),
-        DType::BF16 => values.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
-        DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
-        dtype => anyhow::bail!("KV in {dtype} is not measured"),
-    })
-}
-
-fn values(bytes: &[u8], dtype: DType) -> Vec<f32> {
-    let halves = bytes.as_chunks::<2>().0.iter();
-    match dtype {
-        DType::F32 => bytes.as_chunks::<4>().0.iter().map(|element| f32::from_le_bytes(*element)).collect(),
-        DType::BF16 => halves.map(|element| bf16::from_le_bytes(*element).to_f32()).collect(),
-        _ => halves.map(|element| f16::from_le_bytes(*element).to_f32()).collect(),
-    }
-}
-
 /// Byte planes with exponents in one of them, as `lossless` has them.
 fn split(raw: &[u8], dtype: DType) -> Vec<u8> {
     let size = dtype.size_bytes();
@@ -295,28 +175,6 @@ fn figures(text: &str) -> Option<[f64; 3]> {
     let (ratio, rates) = ratio.split_once(')')?;
     let mut rates = rates.split(',').filter_map(|rate| rate.trim().split_once(' ')?.0.trim().parse().ok());
     Some([ratio.trim_start_matches('x').trim().parse().ok()?, rates.next()?, rates.next()?])
-}
-
-/// Mean divergence of the distributions, and the part of equal likeliest tokens.
-fn compare(exact: &[Logits], others: &[Logits]) -> (f64, f64) {
-    let both = || exact.iter().zip(others);
-    let divergences: Vec<f64> = both().map(|(one, other)| divergence(one.as_slice(), other.as_slice())).collect();
-    let same = both().filter(|(one, other)| one.argmax() == other.argmax()).count();
-    (mean(&divergences), ratio(float(same), float(exact.len())))
-}
-
-/// Kullback and Leibler's, of the distributions of these logits.
-fn divergence(exact: &[f32], other: &[f32]) -> f64 {
-    let log_sum = |logits: &[f32]| {
-        let most = f64::from(logits.iter().copied().fold(f32::MIN, f32::max));
-        most + logits.iter().map(|logit| (f64::from(*logit) - most).exp()).sum::<f64>().ln()
-    };
-    let (exact_sum, other_sum) = (log_sum(exact), log_sum(other));
-    let each = exact.iter().zip(other).map(|(one, other)| {
-        let (p, q) = (f64::from(*one) - exact_sum, f64::from(*other) - other_sum);
-        p.exp() * (p - q)
-    });
-    each.sum::<f64>().max(0.0)
 }
 
 impl Report {
@@ -338,12 +196,24 @@ impl Report {
             let name = [Cell::new("zstd -1, same planes"), Cell::new(&zstd.kv)];
             table.add_row(name.into_iter().chain(numbers));
         }
-        table.to_string()
+        if self.cold_loads.is_empty() {
+            return table.to_string();
+        }
+        let mut loads = style::table();
+        let head = ["cold load of bf16 from the disk", "GB/s", "against raw"];
+        loads.set_header(head.map(|text| Cell::new(text).add_attribute(Attribute::Bold)));
+        for load in &self.cold_loads {
+            let numbers = [format!("{:.2}", load.load_gb_s), format!("{:.2}x", load.against_raw)].map(right);
+            loads.add_row([Cell::new(&load.codec)].into_iter().chain(numbers));
+        }
+        format!("{table}\n{loads}")
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::*;
 
     #[test]
@@ -352,13 +222,6 @@ mod tests {
                     ->  31981568 (x1.475),  405.3 MB/s, 1345.6 MB/s \n";
         assert_eq!(figures(text), Some([1.475, 405.3, 1345.6]));
         assert_eq!(figures("zstd: error"), None);
-    }
-
-    #[test]
-    fn equal_distributions_do_not_diverge_and_others_do() {
-        assert_eq!(divergence(&[1.0, 2.0, 3.0], &[1.0, 2.0, 3.0]), 0.0);
-        let (even, certain) = ([0.0, 0.0], [100.0, 0.0]);
-        assert!((divergence(&certain, &even) - std::f64::consts::LN_2).abs() < 1e-9);
     }
 
     #[test]

@@ -6,12 +6,15 @@
 
 mod blocks;
 mod codecs;
+mod cold;
 mod disk;
 mod engine;
 mod fio;
 mod hits;
 mod named;
+mod quality;
 mod report;
+mod sample;
 mod serve;
 
 use std::process::ExitCode;
@@ -74,8 +77,10 @@ const MEASURES: [(&str, Measure); 7] = [
 
 /// Measures and prints.
 pub(crate) fn run(options: &BenchOptions) -> Result<ExitCode> {
-    if let Some(BenchCommand::Codecs(codecs)) = &options.what {
-        return codecs::run(codecs, options.quick, options.json);
+    match &options.what {
+        Some(BenchCommand::Codecs(codecs)) => return codecs::run(codecs, options.quick, options.json),
+        Some(BenchCommand::Quality(quality)) => return quality::run(quality, options.quick, options.json),
+        None => {}
     }
     let effort = Effort { quick: options.quick };
     let load = || model::load(options.model.as_deref(), &model::options(options.threads));

@@ -1,6 +1,7 @@
 //! `kvkeep replay`: what the cache would do with recorded traffic, without a model and without
 //! payloads: the library's own index and policies on block numbers.
 
+mod codecs;
 mod optimum;
 mod plot;
 mod report;
@@ -19,6 +20,7 @@ use kvkeep::{Admission, PolicyKind};
 use serde::Serialize;
 
 use crate::stats::{float, ratio};
+use codecs::Codec;
 use run::{Outcome, Setup, in_parallel, replay, smallest};
 use trace::Trace;
 
@@ -51,6 +53,10 @@ pub(crate) struct ReplayOptions {
     /// that are read at least R times for each write)
     #[arg(long, value_name = "RULE,...", value_delimiter = ',', default_value = "all")]
     pub(crate) admission: Vec<Admission>,
+    /// Codecs, with commas: the same bytes hold more blocks, of the disk if there is one, else of RAM.
+    /// raw, lossless, int8, fp8, k8v4, int4, nf4 with measured figures, or NAME=RATIO@GB_PER_S (decoding, by one core)
+    #[arg(long, value_name = "CODEC,...", value_delimiter = ',', default_value = "raw")]
+    pub(crate) codec: Vec<Codec>,
     /// Say how much RAM, and how much disk behind each --capacity, reaches this block hit rate
     #[arg(long, value_name = "RATE", value_parser = rate)]
     pub(crate) target_hit_rate: Option<f64>,
@@ -80,6 +86,8 @@ pub(crate) struct Row {
     pub(crate) policy: &'static str,
     pub(crate) capacity_blocks: u32,
     pub(crate) disk_capacity_blocks: u32,
+    /// Of the disk, or of RAM alone: capacities are of raw blocks, and hold more of its blocks.
+    pub(crate) codec: String,
     /// What is written to disk; null without one.
     pub(crate) admission: Option<String>,
     pub(crate) block_hit_rate: f64,
@@ -92,6 +100,8 @@ pub(crate) struct Row {
     pub(crate) disk_written_bytes: Option<u64>,
     /// Null where nobody said how fast prefill is.
     pub(crate) prefill_seconds_saved: Option<f64>,
+    /// Decoding of what was hit, by one core; null where nobody said what a token takes. Not part of what was saved.
+    pub(crate) decode_seconds: Option<f64>,
     pub(crate) policy_bytes_per_block: f64,
     pub(crate) touches_per_s: f64,
 }
@@ -101,6 +111,8 @@ pub(crate) struct Row {
 pub(crate) struct Answer {
     pub(crate) trace: String,
     pub(crate) policy: &'static str,
+    /// Of the disk, or of RAM alone; sizes are of raw blocks.
+    pub(crate) codec: String,
     /// What is written to disk; null without one.
     pub(crate) admission: Option<String>,
     pub(crate) target_block_hit_rate: f64,
@@ -115,6 +127,7 @@ pub(crate) struct Answer {
 /// Everything asked of one trace and policy.
 #[derive(Debug, Clone, Copy)]
 struct Job<'a> {
+    codec: &'a Codec,
     trace: &'a Trace,
     limits: &'a Limits,
     policy: PolicyKind,
@@ -148,15 +161,20 @@ pub(crate) fn run(options: &ReplayOptions) -> Result<ExitCode> {
     let mut jobs = Vec::new();
     for (trace, limits) in traces.iter().zip(&limits) {
         for (policy, admission) in policies.iter().flat_map(|policy| options.rules().map(move |rule| (*policy, rule))) {
-            let job = |(capacity, _): &(u32, usize)| Job { trace, limits, policy, admission, capacity: *capacity };
-            jobs.extend(limits.optimum.iter().map(job));
+            for codec in &options.codec {
+                let job =
+                    |(capacity, _): &(u32, usize)| Job { codec, trace, limits, policy, admission, capacity: *capacity };
+                jobs.extend(limits.optimum.iter().map(job));
+            }
         }
     }
     let bar = progress("replays", jobs.len());
     let rows = in_parallel(&jobs, &bar, |job| row(job, options))?;
     let answers = match options.target_hit_rate {
         Some(target) => {
-            jobs.dedup_by(|a, b| a.trace.name == b.trace.name && a.policy == b.policy && a.admission == b.admission);
+            jobs.dedup_by(|a, b| {
+                a.trace.name == b.trace.name && (a.policy, a.admission) == (b.policy, b.admission) && a.codec == b.codec
+            });
             let bar = progress("searches", jobs.len());
             let answers = in_parallel(&jobs, &bar, |job| answers(job, target, options))?;
             answers.into_iter().flatten().collect()
@@ -194,10 +212,9 @@ fn capacities(options: &ReplayOptions, trace: &Trace) -> Vec<u32> {
 }
 
 fn row(job: &Job<'_>, options: &ReplayOptions) -> Result<Row> {
-    let Job { trace, limits, policy, admission, capacity } = *job;
+    let Job { codec, trace, limits, policy, admission, capacity } = *job;
     let disk_blocks = options.disk_capacity.unwrap_or(0);
-    let setup = Setup { policy, ram_blocks: capacity, unpinned: options.unpinned, disk_blocks, admission };
-    let outcome = replay(trace, setup)?;
+    let outcome = replay(trace, setup(job, capacity, disk_blocks, options))?;
     let best = limits.optimum.iter().find(|(at, _)| *at == capacity).map_or(0, |(_, hits)| *hits);
     let of_blocks = |hits: usize| ratio(float(hits), float(trace.blocks()));
     let Outcome { hit_tokens, written_blocks, .. } = outcome;
@@ -207,6 +224,7 @@ fn row(job: &Job<'_>, options: &ReplayOptions) -> Result<Row> {
         policy: policy.name(),
         capacity_blocks: capacity,
         disk_capacity_blocks: disk_blocks,
+        codec: codec.name.clone(),
         admission: (disk_blocks > 0).then(|| admission.to_string()),
         block_hit_rate: of_blocks(outcome.hit_blocks),
         token_hit_rate: ratio(tokens(hit_tokens), tokens(trace.tokens())),
@@ -214,23 +232,49 @@ fn row(job: &Job<'_>, options: &ReplayOptions) -> Result<Row> {
         optimum_block_hit_rate: of_blocks(best),
         unbounded_block_hit_rate: of_blocks(limits.unbounded_hits),
         disk_written_blocks: written_blocks,
-        disk_written_bytes: bytes(trace, written_blocks, options),
+        disk_written_bytes: bytes(trace, written_blocks, options).map(|bytes| smaller(bytes, codec)),
         prefill_seconds_saved: options.prefill_tokens_per_s.map(|rate| tokens(hit_tokens) / rate),
+        decode_seconds: decode_seconds(trace, &outcome, codec, options),
         policy_bytes_per_block: ratio(float(outcome.policy_bytes), float(outcome.resident_blocks)),
         touches_per_s: outcome.touches_per_s,
     })
 }
 
+/// A cache of these bytes: more blocks where the codec is.
+fn setup(job: &Job<'_>, ram_blocks: u32, disk_blocks: u32, options: &ReplayOptions) -> Setup {
+    let Job { codec, policy, admission, .. } = *job;
+    let (ram_blocks, disk_blocks) = match disk_blocks {
+        0 => (codec.blocks(ram_blocks), 0),
+        disk_blocks => (ram_blocks, codec.blocks(disk_blocks)),
+    };
+    Setup { policy, ram_blocks, unpinned: options.unpinned, disk_blocks, admission }
+}
+
+/// Of hits in the tier that the codec is in.
+fn decode_seconds(trace: &Trace, outcome: &Outcome, codec: &Codec, options: &ReplayOptions) -> Option<f64> {
+    let hits = if options.disk_capacity.is_some() { outcome.disk_hit_blocks } else { outcome.hit_blocks };
+    let bytes = bytes(trace, hits as u64, options)?;
+    Some(float(usize::try_from(bytes).ok()?) / codec.decode_bytes_per_s)
+}
+
+/// So many bytes of blocks, as the codec makes them.
+fn smaller(bytes: u64, codec: &Codec) -> u64 {
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss, reason = "a size")]
+    let bytes = (bytes as f64 / codec.ratio) as u64;
+    bytes
+}
+
 /// RAM alone that reaches the target; with a disk, also what each RAM asked for needs behind it.
 fn answers(job: &Job<'_>, target: f64, options: &ReplayOptions) -> Result<Vec<Answer>> {
-    let Job { trace, limits, policy, admission, .. } = *job;
+    let Job { codec, trace, limits, policy, admission, .. } = *job;
     let enough = |ram_blocks: u32, disk_blocks: u32| -> Result<bool> {
-        let setup = Setup { policy, ram_blocks, unpinned: options.unpinned, disk_blocks, admission };
+        let setup = setup(job, ram_blocks, disk_blocks, options);
         Ok(ratio(float(replay(trace, setup)?.hit_blocks), float(trace.blocks())) >= target)
     };
     let answer = |ram_blocks: Option<u32>, disk_blocks: u32| Answer {
         trace: trace.name.clone(),
         policy: policy.name(),
+        codec: codec.name.clone(),
         admission: (disk_blocks > 0).then(|| admission.to_string()),
         target_block_hit_rate: target,
         unbounded_block_hit_rate: ratio(float(limits.unbounded_hits), float(trace.blocks())),

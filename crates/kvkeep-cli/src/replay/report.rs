@@ -44,12 +44,18 @@ pub(super) fn print(traces: &[Trace], rows: &[Row], answers: &[Answer], options:
 fn table(rows: &[&Row]) -> String {
     let disk = rows.iter().any(|row| row.disk_capacity_blocks > 0);
     let saved = rows.iter().any(|row| row.prefill_seconds_saved.is_some());
-    let mut head = vec!["capacity", "policy", "blocks", "tokens", "optimum", "unbounded"];
+    let coded = rows.iter().any(|row| row.codec != "raw");
+    let mut head = vec!["capacity", "policy"];
+    if coded {
+        head.push("codec");
+    }
+    head.extend(["blocks", "tokens", "optimum", "unbounded"]);
     if disk {
         head.extend(["admission", "from disk", "written"]);
     }
     if saved {
-        head.push("prefill saved");
+        // Decoding is taken off where it is known what a token takes.
+        head.push(if coded { "prefill saved, net" } else { "prefill saved" });
     }
     head.push("policy memory");
     let mut table = style::table();
@@ -69,21 +75,24 @@ fn table(rows: &[&Row]) -> String {
         if row.block_hit_rate >= best(row) {
             rate = rate.add_attribute(Attribute::Bold);
         }
-        let mut cells = vec![
-            right(capacity),
-            Cell::new(row.policy),
+        let mut cells = vec![right(capacity), Cell::new(row.policy)];
+        if coded {
+            cells.push(Cell::new(&row.codec));
+        }
+        cells.extend([
             rate,
             right(percent(row.token_hit_rate)),
             right(if first { percent(row.optimum_block_hit_rate) } else { String::new() }),
             right(if first { percent(row.unbounded_block_hit_rate) } else { String::new() }),
-        ];
+        ]);
         if disk {
             let written = row.disk_written_bytes.map_or(format!("{} blocks", row.disk_written_blocks), size);
             let rule = Cell::new(row.admission.as_deref().unwrap_or_default());
             cells.extend([rule, right(percent(row.disk_block_hit_rate)), right(written)]);
         }
         if let Some(seconds) = row.prefill_seconds_saved {
-            cells.push(right(format!("{seconds:.0} s")));
+            let net = seconds - row.decode_seconds.unwrap_or(0.0);
+            cells.push(right(format!("{net:.0} s")));
         }
         cells.push(right(format!("{:.0} B/block", row.policy_bytes_per_block)));
         table.add_row(cells);
@@ -92,7 +101,11 @@ fn table(rows: &[&Row]) -> String {
 }
 
 fn sentence(answer: &Answer) -> String {
-    let Answer { trace, policy, target_block_hit_rate, unbounded_block_hit_rate, .. } = answer;
+    let Answer { trace, target_block_hit_rate, unbounded_block_hit_rate, .. } = answer;
+    let policy = match answer.codec.as_str() {
+        "raw" => answer.policy.to_owned(),
+        codec => format!("{} and {codec}", answer.policy),
+    };
     let target = percent(*target_block_hit_rate);
     let amount = |blocks: u32, bytes: Option<u64>| match bytes {
         Some(bytes) => format!("{} ({blocks} blocks)", size(bytes)),

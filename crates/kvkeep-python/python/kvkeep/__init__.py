@@ -1,6 +1,6 @@
 """Prefill once: keep the attention keys and values (KV) of prompts and hand them back.
 
-`SimpleKVCache` keeps K and V by prefix text and layer; `KVCache` keeps the blocks of prompts by
+`SimpleKVCache` keeps K and V by prefix text and layer, `QuantizedKVCache` in fewer bytes; `KVCache` keeps the blocks of prompts by
 their tokens; `kvkeep.transformers` lets `generate` reuse what a model has read.
 """
 
@@ -39,6 +39,7 @@ from kvkeep._errors import (
     ZeroLayersError,
 )
 from kvkeep._kvkeep import Outcome, Rejection, StoreReport, __version__
+from kvkeep._quantized import QuantizationError, QuantizedKVCache, SideError, measure_quantization_error
 from kvkeep._settings import DiskConfig
 from kvkeep._simple import SimpleKVCache
 from kvkeep._stats import Stats, TierStats
@@ -78,8 +79,11 @@ __all__ = [
     "Outcome",
     "OverlapError",
     "RankError",
+    "QuantizationError",
+    "QuantizedKVCache",
     "Rejection",
     "ShapeMismatchError",
+    "SideError",
     "SimpleKVCache",
     "SizeOverflowError",
     "Stats",
@@ -90,4 +94,5 @@ __all__ = [
     "UnsupportedTensorError",
     "ZeroLayersError",
     "__version__",
+    "measure_quantization_error",
 ]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from kvkeep._kvkeep import Settings
 
 DiskWrite: TypeAlias = Literal["through", "back"]
-Codec: TypeAlias = Literal["raw", "lossless", "int8", "int4", "k8v4"]
+Codec: TypeAlias = Literal["raw", "lossless", "int8", "int4", "k8v4", "fp8", "nf4"]
 Policy: TypeAlias = Literal["adaptive", "lru", "s3fifo", "arc", "lru2"]
 Priority: TypeAlias = Literal["drop-first", "normal", "keep-longer"]
 
@@ -42,7 +42,8 @@ class DiskConfig:
     that gets on is waited for."""
     codec: Codec = "raw"
     """How blocks are written: `"raw"` as they are; `"lossless"` the same bits in fewer bytes, two thirds of bfloat16.
-    `"int8"`, `"int4"` and `"k8v4"` change blocks of `KVCache` within a stated bound. What another exact codec wrote is read as well."""
+    `"int8"`, `"int4"`, `"k8v4"`, `"fp8"` and `"nf4"` change blocks of `KVCache` within a stated bound, and keep them under names of
+    their own; what they cannot take they write as `"lossless"` does. What another exact codec wrote is read as well."""
 
 
 class DiskOptions(TypedDict, total=False):

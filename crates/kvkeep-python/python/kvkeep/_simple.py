@@ -48,7 +48,7 @@ class SimpleKVCache(NamedCache):
         **disk_options: Unpack[DiskOptions],
     ) -> SimpleKVCache:
         chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, disk_options)
-        _checked_device(device)
+        checked_device(device)
         return super().__new__(cls, chosen)
 
     def __init__(
@@ -63,7 +63,7 @@ class SimpleKVCache(NamedCache):
     ) -> None:
         self.device = str(device)
         self._home = Home(self._ram())
-        target = _checked_device(device)
+        target = checked_device(device)
         if target is not None:
             self._hand_out(functools.partial(self._home.gpu().load_named, target))
 
@@ -141,7 +141,7 @@ class SimpleKVCache(NamedCache):
         return html_of(self)
 
 
-def _checked_device(device: object) -> torch.device | None:
+def checked_device(device: object) -> torch.device | None:
     """Where tensors are handed back; None for the CPU. Raises `DeviceError`."""
     if str(device) == "cpu":
         return None

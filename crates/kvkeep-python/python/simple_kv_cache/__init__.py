@@ -1,5 +1,5 @@
-"""`SimpleKVCache` under the name that code written for the class of this name imports."""
+"""`SimpleKVCache` and `QuantizedKVCache` under the name that code written for classes of these names imports."""
 
-from kvkeep import SimpleKVCache, Stats
+from kvkeep import QuantizedKVCache, SimpleKVCache, Stats
 
-__all__ = ["SimpleKVCache", "Stats"]
+__all__ = ["QuantizedKVCache", "SimpleKVCache", "Stats"]

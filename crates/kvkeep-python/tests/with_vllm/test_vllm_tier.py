@@ -44,6 +44,17 @@ def test_never_wrong__what_comes_back_is_what_was_stored(tmp_path: Path) -> None
         assert lab.tier.counters()["hits"] == 40
 
 
+@pytest.mark.parametrize("codec", ["lossless", "int4", "k8v4", "fp8", "nf4"])
+def test_never_wrong__no_codec_changes_an_engines_bytes_whoever_reads_them(tmp_path: Path, codec: str) -> None:
+    """Nobody knows what in them is K: a lossy codec writes them without loss, and so whoever did not ask for it may read them."""
+    with Lab(tmp_path / "kv", codec=codec) as lab:
+        lab.store(KEYS)
+    for other in (codec, "raw", "int8"):
+        with Lab(tmp_path / "kv", codec=other) as lab:
+            assert lab.load(KEYS, first_row=20).success
+            assert all((lab.rows[20 + number] == content(key)).all() for number, key in enumerate(KEYS))
+
+
 def test_never_wrong__a_flipped_byte_is_a_miss_that_is_counted_and_the_rest_is_kept(tmp_path: Path) -> None:
     with Lab(tmp_path / "kv") as lab:
         lab.store(KEYS)

@@ -160,6 +160,9 @@ impl KvCache {
     /// [`Error::EmptyTokens`].
     pub fn lookup(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Match> {
         self.store.here()?;
+        if !self.store.is_exact(namespace) {
+            return Ok(self.lookup_chain(&Chain::of(namespace, tokens)?));
+        }
         // A hit needs no chain: that would copy the namespace.
         Ok(self.found(namespace.layout(), &namespace.keys(tokens)?, tokens.len()))
     }
@@ -167,6 +170,7 @@ impl KvCache {
     /// As [`KvCache::lookup`], of a prompt that is hashed already.
     #[must_use]
     pub fn lookup_chain(&self, chain: &Chain) -> Match {
+        let chain = &self.store.own(chain);
         self.found(chain.namespace().layout(), chain.keys(), chain.tokens())
     }
 
@@ -183,6 +187,7 @@ impl KvCache {
     /// As [`KvCache::look`], of a prompt that is hashed already.
     #[must_use]
     pub fn look_chain(&self, chain: &Chain) -> Look {
+        let chain = &self.store.own(chain);
         let found = self.store.look(chain.keys());
         let block_tokens = chain.namespace().layout().block_tokens();
         Look {
@@ -206,6 +211,7 @@ impl KvCache {
     /// As [`KvCache::residency`], of a prompt that is hashed already.
     #[must_use]
     pub fn residency_chain(&self, chain: &Chain) -> Residency {
+        let chain = &self.store.own(chain);
         let block_tokens = chain.namespace().layout().block_tokens();
         Residency { block_tokens, tiers: self.store.residency(chain.keys()) }
     }
@@ -222,6 +228,7 @@ impl KvCache {
 
     /// As [`KvCache::prefetch`], of a prompt that is hashed already.
     pub fn prefetch_chain(&self, chain: &Chain) -> usize {
+        let chain = &self.store.own(chain);
         self.store.prefetch(chain.keys()) * chain.namespace().layout().block_tokens()
     }
 
@@ -252,6 +259,7 @@ impl KvCache {
         layers: Range<usize>,
         into: &mut [LayerViewMut<'_>],
     ) -> Result<usize> {
+        let chain = &self.store.own(chain);
         let layout = chain.namespace().layout();
         let room = check_targets(layout, &layers, into, chain.blocks() * layout.block_tokens())?;
         let first = layout.range(layers.start, Side::K).start;
@@ -304,6 +312,7 @@ impl KvCache {
     /// As [`KvCache::pin`], of a prompt that is hashed already.
     #[must_use]
     pub fn pin_chain(&self, chain: &Chain) -> Match {
+        let chain = &self.store.own(chain);
         self.pinned(chain.namespace().layout(), chain.keys(), Request::Uncounted)
     }
 
@@ -433,6 +442,7 @@ impl KvCache {
         options: &StoreOptions,
         write: impl FnOnce(&mut [(usize, Pending)]) -> Result<(), E>,
     ) -> Result<StoreReport, E> {
+        let chain = &self.store.own(chain);
         let (layout, keys) = (chain.namespace().layout(), chain.keys());
         self.store.describe(chain.namespace());
         if self.store.wants_tokens() {
@@ -500,6 +510,7 @@ impl KvCache {
         tokens: &[TokenId],
         prefill: impl FnOnce(&Missing<'_>) -> Result<(), E>,
     ) -> Result<Match, E> {
+        let chain = &self.store.own(chain);
         self.store.record(chain.tokens(), chain.keys());
         let request = request(chain.namespace().layout(), chain.tokens());
         let mut patience = Patience::default();
@@ -554,6 +565,7 @@ impl KvCache {
 
     /// As [`KvCache::remove_from`], of a prompt that is hashed already.
     pub fn remove_chain(&self, chain: &Chain, first_token: usize) -> Removed {
+        let chain = &self.store.own(chain);
         let first = first_token.div_ceil(chain.namespace().layout().block_tokens());
         self.store.remove(chain.keys().get(first..).unwrap_or_default()).0
     }

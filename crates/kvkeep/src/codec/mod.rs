@@ -2,7 +2,8 @@
 //!
 //! - Here: the trait, [`Raw`], and [`Codecs`]: which codec writes what, and which ones can be read.
 //! - `lossless`: byte planes and an entropy coder.
-//! - `quantised`: whole numbers of 8 and 4 bits.
+//! - `lossy`: codes of 8 and 4 bits, on scales.
+//! - `wide`: both compiled once more, for processors with AVX2.
 //! - `framed`: the stored form of a whole block, whose frames (K or V of one layer) are decoded one by one.
 //!
 //! Invariants:
@@ -10,14 +11,17 @@
 //! - Each record carries its codec's number. So a tier holds blocks of several codecs, and a cache that has changed
 //!   its codec reads what it wrote before. A codec for a whole directory was the alternative: changing it would throw
 //!   the directory away.
-//! - What a codec wrote that is not exact is a miss to a namespace that did not ask for it, whoever wrote it.
+//! - What a codec wrote that is not exact is a miss to a namespace that did not ask for it, whoever wrote it. And a
+//!   namespace that asks has a name of its own in that cache, codec included: what has come back from it, and what was
+//!   computed behind that, is never found where every bit is expected, in whatever tier it is.
 //! - Blocks of [`Raw`] pass through untouched: nobody copies or allocates for them.
 
 mod framed;
 mod lossless;
-mod quantised;
+mod lossy;
 #[cfg(test)]
 pub(crate) mod tests;
+mod wide;
 
 use std::fmt;
 use std::sync::Arc;
@@ -30,6 +34,7 @@ pub(crate) use framed::{Ends, decode_range, encode};
 #[cfg(feature = "disk")]
 pub(crate) use framed::{decode, frames_in};
 pub use lossless::Lossless;
+pub(crate) use lossy::numbers;
 
 /// The number of a codec in a record's header. Numbers from 128 on are never given to a codec of this library.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -69,6 +74,8 @@ pub struct Codecs {
 impl CodecId {
     /// Of [`Raw`].
     pub const RAW: Self = Self(0);
+    /// Of [`Lossless`].
+    pub const LOSSLESS: Self = Self(1);
 }
 
 impl fmt::Display for CodecId {
@@ -79,8 +86,9 @@ impl fmt::Display for CodecId {
 
 /// Every codec of this library: what one wrote, any cache can read.
 fn built_in() -> Vec<Arc<dyn Codec>> {
-    use quantised::{INT4, INT8, K8V4};
-    vec![Arc::new(Raw), Arc::new(Lossless::new()), Arc::new(INT8), Arc::new(INT4), Arc::new(K8V4)]
+    let mut all: Vec<Arc<dyn Codec>> = vec![Arc::new(Raw), Arc::new(Lossless::new())];
+    all.extend(lossy::Lossy::all().map(|codec| Arc::new(codec) as Arc<dyn Codec>));
+    all
 }
 
 impl Default for Codecs {
@@ -102,10 +110,18 @@ impl Codecs {
     /// # Errors
     /// [`Error::Config`] for any other name.
     pub fn named(name: &str) -> Result<Self> {
+        Self::known_as(name).map(Self::all)
+    }
+
+    /// The codec of this name, one of [`Codecs::names`].
+    ///
+    /// # Errors
+    /// [`Error::Config`] for any other name.
+    pub fn known_as(name: &str) -> Result<Arc<dyn Codec>> {
         let found = built_in().into_iter().find(|codec| codec.name() == name);
         let unknown =
             || Error::Config(format!("no codec is called {name:?}: give one of {}", Self::names().join(", ")));
-        found.map(Self::all).ok_or_else(unknown)
+        found.ok_or_else(unknown)
     }
 
     /// The names of the codecs of this library.
@@ -117,10 +133,14 @@ impl Codecs {
     /// Blocks of this namespace are written by this codec instead.
     #[must_use]
     pub fn namespace(self, namespace: NamespaceId, codec: Arc<dyn Codec>) -> Self {
+        // A lossy one's blocks are kept under a name of their own.
+        let names = [Some(namespace), (!codec.is_exact()).then(|| namespace.through(codec.name()))];
         let id = codec.id();
         let mut codecs = self.knows(codec);
-        codecs.by_namespace.retain(|(other, _)| *other != namespace);
-        codecs.by_namespace.push((namespace, id));
+        for namespace in names.into_iter().flatten() {
+            codecs.by_namespace.retain(|(other, _)| *other != namespace);
+            codecs.by_namespace.push((namespace, id));
+        }
         codecs
     }
 
@@ -146,11 +166,24 @@ impl Codecs {
         self.get(id).filter(|codec| codec.id() != CodecId::RAW)
     }
 
+    /// As [`Codecs::writing`]; what is not for a lossy codec goes through `lossless` where one is asked for.
+    pub(crate) fn writing_what(&self, namespace: NamespaceId, may_be_lossy: bool) -> Option<&Arc<dyn Codec>> {
+        let codec = self.writing(namespace)?;
+        if codec.is_exact() || may_be_lossy { Some(codec) } else { self.get(CodecId::LOSSLESS) }
+    }
+
     /// The codec of this number, if blocks of this namespace may be read with it: it is exact, or asked for.
     #[must_use]
     pub fn reading(&self, namespace: NamespaceId, id: CodecId) -> Option<&Arc<dyn Codec>> {
         let is_asked_for = || self.writing(namespace).is_some_and(|codec| codec.id() == id);
         self.get(id).filter(|codec| codec.is_exact() || is_asked_for())
+    }
+
+    /// The codec that writes blocks of this namespace, if it changes them. They are then kept under the name of
+    /// [`Namespace::with_codec`](crate::Namespace::with_codec).
+    #[must_use]
+    pub fn lossy(&self, namespace: NamespaceId) -> Option<&'static str> {
+        self.writing(namespace).filter(|codec| !codec.is_exact()).map(|codec| codec.name())
     }
 
     /// The name of the codec that writes what no namespace says otherwise.
@@ -193,20 +226,31 @@ impl Codec for Raw {
     }
 }
 
-/// Feeds bytes from anywhere to every codec: as what is stored, and as a block. What fuzzing calls. The first two say
-/// what elements they are, and how long the block is.
+/// Feeds bytes from anywhere to every codec: as what is stored, and as a block. What fuzzing calls. The first four say
+/// what elements they are, how long the block is, and how it is laid out.
 ///
 /// # Panics
 /// If a block does not come back, or not exactly from a codec that is exact.
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) fn code_anything(bytes: &[u8]) {
+    use crate::layout::{Side, TokenOrder};
     use crate::tensor::{DType, Shape};
-    let Some(([dtype, size], bytes)) = bytes.split_first_chunk() else { return };
+    let Some(([dtype, size, kind, exact], bytes)) = bytes.split_first_chunk() else { return };
     let Some(dtype) = DType::ALL.get(usize::from(*dtype) % DType::ALL.len()).copied() else { return };
-    let Ok(shape) = Shape::new(&[bytes.len() / dtype.size_bytes()]) else { return };
-    let frame = |bytes: usize| Frame { range: 0..bytes, layer: 0, side: None, dtype, shape, order: None };
+    let order = if kind & 1 == 0 { TokenOrder::TokenHeadDim } else { TokenOrder::HeadTokenDim };
+    let side = [None, Some(Side::K), Some(Side::V)].into_iter().cycle().nth(usize::from(kind >> 1 & 3)).flatten();
+    let (inner, dim) = (1 + usize::from(kind >> 3 & 3), 2 + usize::from(kind >> 5) * 2);
+    let exact_tokens = [exact & 3, exact >> 4 & 3].map(u32::from);
+    let Ok(empty) = Shape::new(&[]) else { return };
+    let frame = |bytes: usize| {
+        let row = inner * dim * dtype.size_bytes();
+        // What is no whole row is bytes without a layout.
+        let dims = if bytes.is_multiple_of(row) { vec![bytes / row, inner, dim] } else { vec![bytes] };
+        let shape = Shape::new(&dims).unwrap_or(empty);
+        Frame { range: 0..bytes, layer: 0, side, dtype, shape, order: Some(order), exact_tokens }
+    };
     for codec in built_in() {
-        let mut raw = vec![0; usize::from(*size) * 37];
+        let mut raw = vec![0; usize::from(*size) * 36];
         let _ = codec.decode(&frame(raw.len()), bytes, &mut raw);
         let (mut stored, mut again) = (vec![0; bytes.len() + 64], vec![0; bytes.len()]);
         let stored = codec.encode(&frame(bytes.len()), bytes, &mut stored).and_then(|length| stored.get(..length));

@@ -103,7 +103,7 @@ fn a_block_that_does_not_shrink_is_not_encoded() {
 
 #[test]
 fn codecs_are_found_by_their_names_and_a_wrong_name_says_which_there_are() {
-    assert_eq!(Codecs::names(), ["raw", "lossless", "int8", "int4", "k8v4"]);
+    assert_eq!(Codecs::names(), ["raw", "lossless", "int8", "int4", "k8v4", "fp8", "nf4"]);
     for name in Codecs::names() {
         assert_eq!(Codecs::named(name).unwrap().name(), name);
     }

@@ -496,8 +496,9 @@ impl Promotion {
             Content::Nothing => return None,
         };
         let extent = self.pending.take()?.into_extent()?;
+        let begins = spec.is_none() && parent.is_none();
         let entry = ledger::new_entry(self.key, extent, bytes, meta.expires_at_ms, spec, meta.compute_us);
-        Some((entry, parent, child))
+        Some((entry.begins(begins), parent, child))
     }
 }
 

@@ -106,7 +106,7 @@ impl Store {
     pub fn lease(&self, chain: &Chain, owner: impl Into<String>, ttl: Option<Duration>) -> Result<Lease> {
         self.here()?;
         self.end_expired();
-        let owner = owner.into();
+        let (owner, chain) = (owner.into(), &self.own(chain));
         loop {
             let (lease, entries) = self.lease_once(chain, &owner, ttl)?;
             // What was removed before the lease could be seen has not ended it.

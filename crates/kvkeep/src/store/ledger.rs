@@ -515,6 +515,13 @@ impl Ledger {
         next
     }
 
+    /// A namespace has the share of this one, too.
+    pub(super) fn is_also(&mut self, namespace: NamespaceId, other: NamespaceId) {
+        if let Some(share) = self.quotas.get(&namespace).copied() {
+            self.quotas.insert(other, share);
+        }
+    }
+
     fn share(&self, namespace: NamespaceId) -> ShareId {
         self.quotas.get(&namespace).copied().unwrap_or(0)
     }

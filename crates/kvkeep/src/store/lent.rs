@@ -35,7 +35,7 @@ impl Store {
         let share = u32::try_from(payloads.len()).unwrap_or(u32::MAX).max(1);
         let compute = options.compute_time.map_or(Duration::ZERO, |time| time / share);
         let block_bytes = namespace.layout().block_bytes() as u64;
-        let offers = chain.keys().iter().skip(first_block).zip(payloads).map(|(key, payload)| {
+        let offers = chain.keys().iter().enumerate().skip(first_block).zip(payloads).map(|((block, key), payload)| {
             let meta = BlockMeta {
                 key: BlockKey(*key),
                 namespace: namespace.id(),
@@ -44,6 +44,7 @@ impl Store {
                 codec: CodecId::RAW,
                 expires_at_ms,
                 compute_us: u32::try_from(compute.as_micros()).unwrap_or(u32::MAX),
+                begins: block == 0,
                 content: Content::Block { layout: *namespace.layout(), model: namespace.model().to_owned() },
             };
             Offer { meta, epoch, mark: 0, payload }

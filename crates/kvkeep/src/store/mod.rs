@@ -31,6 +31,7 @@ mod retained;
 mod tests;
 mod tiers;
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -253,11 +254,46 @@ impl Store {
         let announcer = config.sink.clone().map(Announcer::new);
         let shared = Arc::new(Shared::new(ledger, arena, clock, config.ttl, config.recorder.clone(), announcer));
         let leases = Arc::new(Leases::new(lease_epoch(&*config.clock), config.capacity_bytes));
+        let quotas: Vec<NamespaceId> = config.quotas.iter().map(|(namespace, _)| *namespace).collect();
         let tiers = Tiers::open(config, &shared)?.map(Arc::new);
+        if let Some(tiers) = &tiers {
+            // What a lossy codec keeps has a name of its own, and the share of the namespace it is of.
+            let own = |id: NamespaceId| tiers.each().filter_map(|tier| tier.lossy(id)).fold(id, NamespaceId::through);
+            shared.with(|ledger| quotas.iter().for_each(|id| ledger.is_also(*id, own(*id))));
+        }
         if let Some(announcer) = shared.announcer() {
             announcer.start();
         }
         Ok(Self { tiers, shared, leases })
+    }
+
+    /// A prompt's blocks, by the names under which they are kept here: those of [`Chain::with_codec`], where a tier has a
+    /// lossy codec. What has been through one, and what was computed behind that, is not what other caches mean by the
+    /// name of the prompt.
+    #[must_use]
+    pub fn own<'a>(&self, chain: &'a Chain) -> Cow<'a, Chain> {
+        let codecs = self.lossy(chain.namespace());
+        let own = |chain: Chain, codec: &&'static str| chain.with_codec(codec);
+        if codecs.is_empty() { Cow::Borrowed(chain) } else { Cow::Owned(codecs.iter().fold(chain.clone(), own)) }
+    }
+
+    /// A namespace by the name under which it is kept here: as [`Store::own`].
+    #[must_use]
+    pub fn own_namespace(&self, namespace: &Namespace) -> Namespace {
+        self.lossy(namespace).iter().fold(namespace.clone(), |namespace, codec| namespace.with_codec(codec))
+    }
+
+    /// Does no tier change the bits of this namespace's blocks?
+    pub(crate) fn is_exact(&self, namespace: &Namespace) -> bool {
+        self.lossy(namespace).is_empty()
+    }
+
+    /// The lossy codecs of the tiers, for blocks of this namespace.
+    fn lossy(&self, namespace: &Namespace) -> Vec<&'static str> {
+        if !namespace.layout().may_be_lossy() {
+            return Vec::new();
+        }
+        self.each_tier().filter_map(|tier| tier.lossy(namespace.root())).collect()
     }
 
     /// This store, in the process that made it.
@@ -473,8 +509,9 @@ impl Store {
         let keys: Vec<ObjectKey> = objects.iter().map(|object| object.key).collect();
         let seal = |ledger: &mut Ledger| {
             let written = objects.into_iter().filter_map(|Sealing { key, pending, bytes, spec, parent, place }| {
+                let begins = parent.is_none() && spec.is_none();
                 let entry = ledger::new_entry(key, pending.into_extent()?, bytes, expires_at_ms, spec, compute_us);
-                Some(Written { entry, parent, place })
+                Some(Written { entry: entry.begins(begins), parent, place })
             });
             ledger.seal_all(namespace, written, on_present, options.priority)
         };

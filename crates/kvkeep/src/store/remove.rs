@@ -16,9 +16,15 @@ impl Store {
         self.clear_where(None)
     }
 
-    /// Removes all entries of one namespace.
+    /// Removes all entries of one namespace, by its own name and by that under which a lossy codec keeps them.
     pub(crate) fn clear_namespace(&self, id: NamespaceId) -> Removed {
-        self.clear_where(Some(id))
+        let mut removed = self.clear_where(Some(id));
+        let own = self.each_tier().filter_map(|tier| tier.lossy(id)).fold(id, NamespaceId::through);
+        if own != id {
+            let Removed { entries, bytes } = self.clear_where(Some(own));
+            removed = Removed { entries: removed.entries + entries, bytes: removed.bytes + bytes };
+        }
+        removed
     }
 
     fn clear_where(&self, namespace: Option<NamespaceId>) -> Removed {

@@ -57,6 +57,9 @@ macro_rules! pass_on {
         fn usage(&self) -> Vec<NamespaceUsage> {
             self.inner.usage()
         }
+        fn lossy(&self, namespace: NamespaceId) -> Option<&'static str> {
+            self.inner.lossy(namespace)
+        }
         fn prefix_lengths(&self, namespace: NamespaceId, max_bytes: usize) -> Vec<usize> {
             self.inner.prefix_lengths(namespace, max_bytes)
         }

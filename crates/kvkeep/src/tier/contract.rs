@@ -109,6 +109,7 @@ fn block(number: u64) -> BlockMeta {
         codec: CodecId::RAW,
         expires_at_ms: u64::MAX,
         compute_us: 7,
+        begins: false,
         content: Content::Block { layout, model: "contract".to_owned() },
     }
 }

@@ -217,6 +217,10 @@ impl Tier for MemoryTier {
         }
     }
 
+    fn lossy(&self, namespace: NamespaceId) -> Option<&'static str> {
+        self.codecs.lossy(namespace)
+    }
+
     fn sweep(&self) {
         let now_ms = self.clock.now_ms();
         self.blocks.lock().remove_where(|meta| meta.expires_at_ms <= now_ms);

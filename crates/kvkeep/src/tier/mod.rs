@@ -101,6 +101,12 @@ pub trait Tier: Send + Sync + fmt::Debug {
         Vec::new()
     }
 
+    /// The codec by which it writes blocks of this namespace, if that changes them. The store then keeps them under a name
+    /// of their own, in every tier.
+    fn lossy(&self, _namespace: NamespaceId) -> Option<&'static str> {
+        None
+    }
+
     /// Lengths of the prefix texts of a namespace up to `max_bytes`, shortest first.
     fn prefix_lengths(&self, _namespace: NamespaceId, _max_bytes: usize) -> Vec<usize> {
         Vec::new()

@@ -7,7 +7,6 @@
 //! - Here: the codec, and a frame's stored form: its form (1 byte, see `planes`), then each 64 KiB of it by themselves,
 //!   then bytes that are no whole element. Of each piece, planes from the lowest byte's on; of each plane its kind
 //!   (1 byte) and what the kind says.
-//! - `wide`: the same code, compiled for processors with AVX2.
 //!
 //! Invariant: any bytes come back exactly, NaN and its payload too; no element is ever a number here. Exponents relative to
 //! those of their channel were the alternative: real K takes 3% less, V nothing, and what is known of the channels has
@@ -17,14 +16,13 @@ mod huffman;
 mod planes;
 #[cfg(test)]
 mod tests;
-mod wide;
 
+use super::wide::{self, Wide, Work};
 use super::{Codec, CodecId};
 use crate::layout::Frame;
 use crate::tensor::DType;
 use huffman::Lengths;
 use planes::Form;
-use wide::Wide;
 
 /// What has tables of its own: so many bytes, or what is left of the frame. Opaque blocks have many layers in a frame.
 const PIECE_BYTES: usize = 64 << 10;
@@ -36,7 +34,7 @@ const CODED: u8 = 2;
 /// Bit-exact for every dtype; what does not shrink stays as it is.
 #[derive(Debug, Clone, Copy)]
 pub struct Lossless {
-    wide: Option<Wide>,
+    pub(super) wide: Option<Wide>,
 }
 
 impl Lossless {
@@ -55,7 +53,7 @@ impl Default for Lossless {
 
 impl Codec for Lossless {
     fn id(&self) -> CodecId {
-        CodecId(1)
+        CodecId::LOSSLESS
     }
 
     fn name(&self) -> &'static str {
@@ -68,18 +66,42 @@ impl Codec for Lossless {
 
     fn encode(&self, frame: &Frame, raw: &[u8], into: &mut [u8]) -> Option<usize> {
         let form = form(frame.dtype, raw);
-        match self.wide {
-            Some(wide) => wide.encode(form, raw, into),
-            None => encode(form, raw, into),
-        }
+        wide::run(self.wide, Encoding { form, raw, into })
     }
 
     fn decode(&self, _frame: &Frame, stored: &[u8], raw: &mut [u8]) -> bool {
-        let done = match self.wide {
-            Some(wide) => wide.decode(stored, raw),
-            None => decode(stored, raw),
-        };
-        done.is_some()
+        wide::run(self.wide, Decoding { stored, raw }).is_some()
+    }
+}
+
+/// A frame to be written.
+struct Encoding<'a> {
+    form: Form,
+    raw: &'a [u8],
+    into: &'a mut [u8],
+}
+
+impl Work for Encoding<'_> {
+    type Out = Option<usize>;
+
+    #[inline(always)]
+    fn run(self) -> Option<usize> {
+        encode(self.form, self.raw, self.into)
+    }
+}
+
+/// A frame to be read.
+struct Decoding<'a> {
+    stored: &'a [u8],
+    raw: &'a mut [u8],
+}
+
+impl Work for Decoding<'_> {
+    type Out = Option<()>;
+
+    #[inline(always)]
+    fn run(self) -> Option<()> {
+        decode(self.stored, self.raw)
     }
 }
 

@@ -14,7 +14,7 @@ const DTYPES: [DType; 11] = DType::ALL;
 
 fn frame(dtype: DType, bytes: usize) -> Frame {
     let shape = Shape::new(&[bytes]).unwrap();
-    Frame { range: 0..bytes, layer: 0, side: Some(Side::K), dtype, shape, order: None }
+    Frame { range: 0..bytes, layer: 0, side: Some(Side::K), dtype, shape, order: None, exact_tokens: [0; 2] }
 }
 
 fn stored(codec: &Lossless, dtype: DType, raw: &[u8]) -> Option<Vec<u8>> {

@@ -66,6 +66,7 @@ impl Ledger {
             codec: CodecId::RAW,
             expires_at_ms: entry.expires_at_ms,
             compute_us: entry.compute_us,
+            begins: entry.begins,
             content: entry.spec.as_ref().map_or(Content::Nothing, |spec| Content::Named(**spec)),
         };
         let mark = match self.gate.as_mut().map(|gate| gate.admits(id)) {

@@ -22,6 +22,8 @@ pub(crate) struct Draft {
     pub(crate) meta: RecordMeta,
     pub(crate) content: Content,
     codec: Option<Arc<dyn Codec>>,
+    /// Is it the first of a prompt?
+    begins: bool,
     /// Does a record of it have checksums? One that is encrypted has tags.
     has_sums: bool,
     form: OnceLock<Form>,
@@ -41,7 +43,12 @@ impl Draft {
     pub(crate) fn new(meta: RecordMeta, content: Content, codec: Option<Arc<dyn Codec>>, has_sums: bool) -> Self {
         // What comes encoded stays so.
         let codec = codec.filter(|_| meta.codec == CodecId::RAW);
-        Self { meta, content, codec, has_sums, form: OnceLock::new() }
+        Self { meta, content, codec, begins: false, has_sums, form: OnceLock::new() }
+    }
+
+    /// The same, the first of a prompt or not.
+    pub(crate) fn begins(self, begins: bool) -> Self {
+        Self { begins, ..self }
     }
 
     /// What is written of a block with these bytes, in whole pages.
@@ -74,7 +81,7 @@ impl Draft {
         let codec = self.codec.as_ref()?;
         let raw = payload.get(..usize::try_from(self.meta.raw_bytes).ok()?)?;
         let room = |bytes: usize| Pages::new(bytes.div_ceil(PAGE_BYTES));
-        let (pages, bytes) = codec::encode(codec.as_ref(), &self.content.frames(), raw, room)?;
+        let (pages, bytes) = codec::encode(codec.as_ref(), &self.content.frames_to_code(self.begins), raw, room)?;
         let meta = RecordMeta { codec: codec.id(), stored_bytes: bytes as u64, ..self.meta };
         (meta.payload_pages() < self.meta.payload_pages()).then_some((meta, pages))
     }

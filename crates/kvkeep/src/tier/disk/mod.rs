@@ -102,6 +102,13 @@ pub(crate) struct Options<'a> {
     pub(crate) reports: Option<Reports>,
 }
 
+/// What an offer says besides its record: a mark that is kept with it, and whether it is the first of a prompt.
+#[derive(Debug, Clone, Copy, Default)]
+struct Said {
+    mark: u8,
+    begins: bool,
+}
+
 /// What became of a write that was offered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Taken {
@@ -179,12 +186,12 @@ impl Disk {
 
     /// Queues a record to be written, unless it is a block that is there already. `payload` is
     /// asked for only if the record is taken. With `wait` it is taken anyway: then what waits is limited by RAM
-    /// alone. `mark` is kept with it.
+    /// alone.
     fn try_write(
         &self,
         meta: RecordMeta,
         content: Content,
-        mark: u8,
+        said: Said,
         wait: bool,
         payload: impl FnOnce() -> Arc<dyn Payload>,
     ) -> Taken {
@@ -203,9 +210,9 @@ impl Disk {
         if state.queue.bytes == 0 {
             state.moved(now_ms);
         }
-        let codec = self.shared.codecs.writing(meta.namespace).cloned();
-        let draft = Draft::new(meta, content, codec, self.cipher.is_none());
-        state.queue.push(draft, mark, self.shared.counted(payload()));
+        let codec = self.shared.codecs.writing_what(meta.namespace, content.may_be_lossy()).cloned();
+        let draft = Draft::new(meta, content, codec, self.cipher.is_none()).begins(said.begins);
+        state.queue.push(draft, said.mark, self.shared.counted(payload()));
         drop(state);
         self.shared.work.notify_all();
         Taken::Queued

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::format::{CipherKind, Content, Kind, PAGE_BYTES, Place, RecordHeader, RecordMeta};
 use super::io::Pages;
 use super::readers::Readers;
-use super::{Disk, Options, Resident, Taken};
+use super::{Disk, Options, Resident, Said, Taken};
 use crate::block::{BlockKey, BlockMeta};
 use crate::clock::{Clock, Deadline, Moment};
 use crate::config::DiskConfig;
@@ -128,6 +128,7 @@ impl DiskTier {
         let meta = &offer.meta;
         let record = record_meta(meta, self.disk.shared.now_ms());
         let payload = || aligned(&offer.payload);
+        let said = Said { mark: offer.mark, begins: meta.begins };
         let mut forgets = self.forgets.lock();
         if !forgets.allow(&meta.key, meta.namespace, offer.epoch) {
             return Taken::Outdated;
@@ -136,7 +137,7 @@ impl DiskTier {
         if meta.is_replaceable() && self.disk.holds(&meta.key.0) {
             return Taken::There;
         }
-        let taken = self.disk.try_write(record, meta.content.clone(), offer.mark, false, payload);
+        let taken = self.disk.try_write(record, meta.content.clone(), said, false, payload);
         if meta.is_replaceable() && taken == Taken::Queued {
             // An older value may still be on its way here.
             forgets.record(&Forget::Replaced(&[meta.key]), offer.epoch);
@@ -234,6 +235,7 @@ fn block_meta(header: RecordHeader) -> BlockMeta {
         codec: meta.codec,
         expires_at_ms: meta.expires_at_ms,
         compute_us: meta.compute_us,
+        begins: false,
         content: header.content,
     }
 }
@@ -382,6 +384,10 @@ impl Tier for DiskTier {
         self.disk.usage().into_iter().map(of).collect()
     }
 
+    fn lossy(&self, namespace: NamespaceId) -> Option<&'static str> {
+        self.disk.shared.codecs.lossy(namespace)
+    }
+
     fn prefix_lengths(&self, namespace: NamespaceId, max_bytes: usize) -> Vec<usize> {
         self.disk.prefix_lengths(namespace, max_bytes)
     }
@@ -419,6 +425,7 @@ mod tests {
             codec: CodecId::RAW,
             expires_at_ms: 5,
             compute_us: 9,
+            begins: false,
             content: Content::Block { layout, model: "m".into() },
         };
         let header = encode_header(&meta, &payload).unwrap();

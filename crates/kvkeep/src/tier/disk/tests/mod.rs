@@ -24,7 +24,7 @@ use super::crypt::Cipher;
 use super::format::{Content, Kind, RecordMeta};
 use super::io::Pages;
 use super::sim::Sim;
-use super::{Disk, Options, Taken};
+use super::{Disk, Options, Said, Taken};
 use crate::clock::{Clock, ManualClock};
 use crate::codec::{CodecId, Codecs};
 use crate::error::Result;
@@ -110,7 +110,7 @@ impl Thing {
                 PairSpec { k: shape(half), v: shape(self.payload_bytes() - half), prefix_bytes: 5, tag: self.version };
             return Content::Named(spec);
         }
-        let layout = KvLayout::new(1, 1, self.payload_bytes() as u32 / 2, DType::U8).unwrap();
+        let layout = KvLayout::new(1, 1, self.payload_bytes() as u32 / 4, DType::F16).unwrap();
         Content::Block { layout: layout.with_block_tokens(1).unwrap(), model: "model".into() }
     }
 
@@ -136,7 +136,7 @@ impl Thing {
 
     /// As a store does it: not taken if the queue is full.
     fn offer(&self, disk: &Disk, wait: bool) -> bool {
-        let taken = disk.try_write(self.meta(), self.content(), 0, wait, || {
+        let taken = disk.try_write(self.meta(), self.content(), Said::default(), wait, || {
             let mut pages = Pages::new(self.pages as usize);
             pages.bytes_mut().copy_from_slice(&self.bytes());
             Arc::new(Bytes(pages))

@@ -205,6 +205,12 @@ impl EngineRam {
         Ok(ended.into_iter().map(|(id, found, time)| (id, time.as_secs_f64(), engine.held(found))).collect())
     }
 
+    /// Evicts everything from RAM that is not held, and waits for its writes for so long at most; says how many blocks are left.
+    fn evict_all(&self, py: Python<'_>, time: f64) -> PyResult<usize> {
+        let (engine, time) = (self.engine()?, some_seconds(time, "flush_timeout_s")?);
+        waiting(py, move || engine.cache.evict_all(time))
+    }
+
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
         let engine = self.engine()?;
         waiting(py, move || engine.cache.flush())?.map_err(|error| to_python(&error))

@@ -1,12 +1,15 @@
 //! For an engine whose device copies from and to the cache's own RAM: stores that begin now and end when the device has
 //! written them, and what is in RAM, held without a look at any tier.
 //!
-//! Invariant: nothing here waits, for a tier or for room. What is begun and not ended is found by nobody, and its pages are
+//! Invariant: nothing here waits, for a tier or for room, unless it says so. What is begun and not ended is found by nobody, and its pages are
 //! given back when it is dropped. [`KvCache::store_written`] was the alternative: it waits in a callback until all is
 //! written, and a scheduler has other requests meanwhile.
 
+use std::time::Duration;
+
 use super::{KvCache, Match, StoreReport, request};
 use crate::chain::Chain;
+use crate::clock::Deadline;
 use crate::config::StoreOptions;
 use crate::store::{Pending, Terms};
 
@@ -44,6 +47,12 @@ impl KvCache {
     /// nothing: for an engine that found some of its blocks in memory of its own, or holds them already.
     pub fn note_request(&self, chain: &Chain) {
         self.store.note(chain.keys(), request(chain));
+    }
+
+    /// Evicts everything from RAM that is not held; what may go to a tier goes there, and its writes are waited for, so long at
+    /// most. Says how many blocks are left in RAM.
+    pub fn evict_all(&self, at_most: Duration) -> usize {
+        self.store.evict_all(Deadline::after(at_most))
     }
 }
 

@@ -73,9 +73,10 @@ class KvkeepManager(OffloadingManager):
         row_bytes: int,
         chunk_tokens: list[int],
         file: RatesFile,
+        identity: str,
         closed: Callable[[], None] = lambda: None,
     ) -> None:
-        self._engine, self.settings = engine, settings
+        self._engine, self.settings, self.identity = engine, settings, identity
         self._row_bytes, self._chunk_tokens, self._closed = row_bytes, chunk_tokens, closed
         self.rates = file.read(settings.guess)
         self._prefills = Prefills(config, self.rates, file, self._tokens_of)
@@ -291,7 +292,7 @@ class KvkeepManager(OffloadingManager):
     def reset_cache(self) -> None:
         """vLLM forgets every block, and the copies that are under way, but not the workers: their rows are kept until those steps have ended.
 
-        What is in RAM and on the disk stays true, unless the engine's weights may have changed.
+        What is on the disk stays true, unless the engine's weights may have changed.
         """
         handles = [held for loads in self._loads.values() for _, held in loads]
         handles += [one for store in {id(store): store for store in self._stores.values()}.values() for one in store.begun]
@@ -299,6 +300,7 @@ class KvkeepManager(OffloadingManager):
         self._loads, self._stores, self._fetches, self._asked = {}, {}, {}, {}
         for request in self._requests.values():
             request.hits, request.wanted, request.coming, request.came = [], {}, None, None
+        self._engine.evict_all(self.settings.flush_timeout_s)
         if self._may_change:
             self._generation = secrets.token_bytes(16)
 

@@ -56,7 +56,7 @@ class KvkeepOffloadingSpec(TieringOffloadingSpec):
         place = publish(settings.root, self.config.engine_id, descriptor, rows)
         tokens = [tokens * self.blocks_per_chunk for tokens in self.tokens_per_block]
         file = RatesFile(settings.root / "rates.json", identity)
-        return KvkeepManager(engine, settings, config, row_bytes, tokens, file, closed=lambda: place.unlink(missing_ok=True))
+        return KvkeepManager(engine, settings, config, row_bytes, tokens, file, identity, closed=lambda: place.unlink(missing_ok=True))
 
     def get_worker(self, kv_caches: CanonicalKVCaches) -> OffloadingWorker:
         if self._rows_worker is None:

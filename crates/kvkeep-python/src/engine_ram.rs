@@ -352,6 +352,9 @@ impl Engine {
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         // Each waits for the disk for as long as a load may take, and no longer.
         threads.into_iter().for_each(|thread| drop(thread.join()));
-        self.cache.flush()
+        match self.cache.flush() {
+            Err(kvkeep::Error::NoDisk) => Ok(()),
+            flushed => flushed,
+        }
     }
 }

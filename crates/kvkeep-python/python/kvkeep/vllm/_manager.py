@@ -308,7 +308,7 @@ class KvkeepManager(OffloadingManager):
         return ()
 
     def get_stats(self) -> Any:
-        return self._figures.tell(self._stats(), self._own, self.rates.disk_bytes_per_s)
+        return self._figures.tell(self._stats(), self._own, self.rates.disk_bytes_per_s, ram=True)
 
     def counters(self) -> dict[str, int]:
         """All counters as of now, for tests and logs."""

@@ -79,14 +79,10 @@ class Rows:
         finally:
             os.close(descriptor)
         self._base: torch.Tensor | None = torch.frombuffer(memoryview(self._memory), dtype=torch.int8)
+        self.address = self._base.data_ptr()
         self._next, self._end = rank * worker_bytes, (rank + 1) * worker_bytes
         self._is_canonical = False
         self.total_size_bytes, self.is_pinned, self.pinned_addresses = rows * row_bytes, False, list[int]()
-
-    @property
-    def address(self) -> int:
-        assert self._base is not None
-        return self._base.data_ptr()
 
     @property
     def row_bytes(self) -> int:
@@ -111,7 +107,7 @@ class Rows:
         return self.create_next_worker_view(tensor_page_size)
 
     def cleanup(self) -> None:
-        # The mapping goes when the last view of it does: closing it under one would end the process at the next look.
+        # The mapping goes with this, and with the last view of it: closing it under one would end the process at the next look.
         self._base = None
 
 

@@ -37,7 +37,7 @@ class KvkeepOffloadingSpec(TieringOffloadingSpec):
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
-        return _metrics.definitions()
+        return _metrics.definitions(ram=True)
 
     def get_manager(self) -> OffloadingManager:
         if self._rows_manager is None:

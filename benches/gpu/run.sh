@@ -10,7 +10,7 @@ unset PYTHONHASHSEED
 mkdir -p "$out" "$dir"
 # For the keys of vLLM's tier of files in older releases; kvkeep needs no such thing, and is measured without.
 with_seed() { if [ "$1" = fs ]; then PYTHONHASHSEED=0 measure "$@"; else measure "$@"; fi; }
-measure() { echo "== $*" >&2; timeout "${LIMIT:-280}" "$python" "$here/ttft.py" "$@" --worth "${WORTH:-measured}" --lens "${LENS:-2048,8192,32768}" --rounds "${ROUNDS:-4}" 2>>"$out/errors.txt"; }
+measure() { echo "== $*" >&2; timeout "${LIMIT:-280}" "$python" "$here/ttft.py" "$@" --worth "${WORTH:-measured}" --lens "${LENS:-2048,8192,32768}" --rounds "${ROUNDS:-4}" --first-pause "$([ "$1" = ram ] && echo 15 || echo 0)" 2>>"$out/errors.txt"; }
 for run in $(seq "${FIRST:-1}" $((${FIRST:-1} + ${RUNS:-1} - 1))); do
   for mode in ${MODES:-none native kvkeep ram fs}; do
     rm -rf "${dir:?}/$mode"

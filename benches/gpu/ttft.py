@@ -50,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--cpu-gib", type=int, default=24)
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--first-pause", type=float, default=15.0, help="seconds between the start and the first request: kvkeep's RAM is registered meanwhile")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds for stores to end")
     return parser.parse_args()
 
@@ -99,6 +100,7 @@ class Bench:
         )  # fmt: skip
         self.params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, ignore_eos=True)
         self.say({"start_s": round(time.time() - began, 1)})
+        time.sleep(given.first_pause)
 
     def say(self, what: dict[str, Any]) -> None:
         name = self.given.mode if self.given.worth == "measured" else f"{self.given.mode}-{self.given.worth}"

@@ -9,6 +9,7 @@ is whole rows, so no copy crosses from one into the next. To register everything
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import mmap
 import os
@@ -23,8 +24,11 @@ from vllm.v1.kv_offload.base import OffloadingWorker
 
 _log = logging.getLogger(__name__)
 
-PIECE_BYTES = 64 << 20
-"""Registered at once: some 6 ms."""
+PIECE_BYTES = 16 << 20
+"""Registered at once: some 1.3 ms, in which the driver begins nothing else. A row may be longer."""
+
+_POPULATE_WRITE = 23
+"""Brings memory behind pages as if they were written, and changes no byte. Without it the driver does that while it registers, ten times as long."""
 
 _WAIT_SECONDS = 60.0
 
@@ -128,6 +132,7 @@ class Registered:
     def need(self, rows: Iterable[int]) -> None:
         """These rows are about to be copied."""
         for piece in sorted({int(row) // self._per_piece for row in rows} - self._done):
+            _populate(*self._at(piece))
             self._piece(piece)
 
     def release(self) -> None:
@@ -143,6 +148,7 @@ class Registered:
         for piece in range(self._pieces):
             if self._ended or self._refused:
                 return
+            _populate(*self._at(piece))
             began = time.monotonic()
             self._piece(piece)
             # As long again for whoever else wants something of the driver.
@@ -165,6 +171,11 @@ class Registered:
         first = piece * self._per_piece
         rows = min(self._per_piece, self._rows.num_chunks - first)
         return self._rows.address + first * self._rows.row_bytes, rows * self._rows.row_bytes
+
+
+def _populate(address: int, size: int) -> None:
+    """Where it is not possible, whoever touches a page first brings it. By `ctypes`, which lets other threads run meanwhile."""
+    ctypes.CDLL(None).madvise(ctypes.c_void_p(address), ctypes.c_size_t(size), _POPULATE_WRITE)
 
 
 class RowsWorker(OffloadingWorker):

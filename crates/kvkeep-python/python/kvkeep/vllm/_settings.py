@@ -28,8 +28,8 @@ class Settings(settings.Settings):
     def disk(self, config: Any, ram_bytes: int | None = None) -> tuple[str, int, int, str | None, str]:
         """The folder of this replica of an engine, and what else a disk is opened with."""
         replica = int(getattr(config.parallel_config, "data_parallel_index", 0) or 0)
-        # What waits to be written is a copy of the engine's RAM, or a part of ours.
-        queue = self.queue_bytes if ram_bytes is None else min(self.queue_bytes, ram_bytes // 4)
+        # What waits to be written is a copy beside the engine's RAM, or stays where it is in ours.
+        queue = self.queue_bytes if ram_bytes is None else ram_bytes // 2
         return str(self.root / f"kv-{replica}"), self.capacity_bytes, queue, self.key_file, self.codec
 
 

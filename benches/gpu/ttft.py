@@ -7,6 +7,8 @@
     ttft.py fs --dir /data/fs                    # vLLM's tier of files
     ttft.py kvkeep --dir /data/kvkeep            # kvkeep's tier, as docs/vllm.md says
     ttft.py kvkeep --dir /data/kvkeep --phase restart
+    ttft.py lossless --dir /data/kvkeep          # the same, with that codec
+    ttft.py ram --dir /data/kvkeep               # kvkeep's RAM as well: KvkeepOffloadingSpec
 
 For each prompt length: `cold` (nobody knows the prefix), `gpu` (it is still in the GPU) and `below` (the GPU's own cache was emptied: RAM, or
 a tier). With `--phase restart`, in a process after the first one with the same seed: `restart` (the first process stored it; RAM is empty),
@@ -36,7 +38,7 @@ QUESTION_TOKENS = 32
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=["none", "native", "tiering", "fs", "kvkeep"])
+    parser.add_argument("mode", choices=["none", "native", "tiering", "fs", "kvkeep", "lossless", "ram"])
     parser.add_argument("--phase", choices=["first", "restart"], default="first")
     parser.add_argument("--dir", help="where a tier keeps its files")
     parser.add_argument("--worth", choices=["measured", "always"], default="measured", help="kvkeep: also load what is slower than computing?")
@@ -48,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--cpu-gib", type=int, default=24)
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--first-pause", type=float, default=15.0, help="seconds between the start and the first request: kvkeep's RAM is registered meanwhile")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds for stores to end")
     return parser.parse_args()
 
@@ -74,8 +77,12 @@ def transfer_config(given: argparse.Namespace) -> dict[str, Any] | None:
         extra |= {"spec_name": "TieringOffloadingSpec", "block_size": given.chunk}
     if given.mode == "fs":
         extra["secondary_tiers"] = [{"type": "fs", "root_dir": given.dir}]
-    if given.mode == "kvkeep":
-        extra["secondary_tiers"] = [{"type": "kvkeep", "root_dir": given.dir, "capacity_gb": given.capacity_gb, "worth": given.worth}]
+    ours = {"root_dir": given.dir, "capacity_gb": given.capacity_gb, "worth": given.worth}
+    if given.mode in ("kvkeep", "lossless"):
+        codec = {"codec": "lossless"} if given.mode == "lossless" else {}
+        extra["secondary_tiers"] = [{"type": "kvkeep", **ours, **codec}]
+    if given.mode == "ram":
+        extra |= {"spec_name": "KvkeepOffloadingSpec", "spec_module_path": "kvkeep.vllm", "kvkeep": ours}
     return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute", "kv_connector_extra_config": extra}
 
 
@@ -93,6 +100,7 @@ class Bench:
         )  # fmt: skip
         self.params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, ignore_eos=True)
         self.say({"start_s": round(time.time() - began, 1)})
+        time.sleep(given.first_pause)
 
     def say(self, what: dict[str, Any]) -> None:
         name = self.given.mode if self.given.worth == "measured" else f"{self.given.mode}-{self.given.worth}"
@@ -160,7 +168,8 @@ def figures(llm: Any) -> Any:
     """What kvkeep's tier counted and measured."""
     try:
         core = llm.llm_engine.engine_core.engine_core
-        (tier,) = core.scheduler.connector.connector_scheduler.manager.secondary_tiers
+        manager = core.scheduler.connector.connector_scheduler.manager
+        (tier,) = getattr(manager, "secondary_tiers", (manager,))
         return {**tier.counters(), "rates": vars(tier.rates)}
     except (AttributeError, ValueError):
         return None

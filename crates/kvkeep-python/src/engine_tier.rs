@@ -86,8 +86,8 @@ struct Events {
     seen: Mutex<([u64; 4], u32)>,
 }
 
-/// What a tier is opened with: directory, bytes, bytes of the queue, key file.
-type RawDir = (std::path::PathBuf, u64, u64, Option<std::path::PathBuf>, String);
+/// What a tier is opened with: directory, bytes, bytes of the queue, key file, codec.
+pub(crate) type RawDir = (std::path::PathBuf, u64, u64, Option<std::path::PathBuf>, String);
 
 #[pymethods]
 impl EngineTier {
@@ -107,15 +107,8 @@ impl EngineTier {
         }
         let [load, store, flush] = times;
         let (load, store) = (some_seconds(load, "load_timeout_s")?, some_seconds(store, "store_timeout_s")?);
-        let (dir, capacity_bytes, queue_bytes, key_file, codec) = disk;
-        let mut config = DiskConfig::new(dir, capacity_bytes)
-            .queue_bytes(queue_bytes)
-            .codecs(Codecs::named(&codec).map_err(|error| to_python(&error))?)
-            .read_timeout(load)
-            .flush_timeout(some_seconds(flush, "flush_timeout_s")?);
-        if let Some(key_file) = key_file {
-            config = config.key_file(key_file);
-        }
+        let queue_bytes = disk.2;
+        let config = disk_config(disk, load, some_seconds(flush, "flush_timeout_s")?)?;
         let opened = waiting(py, || KvCache::new(CacheConfig::without_ram().disk(config)))?;
         let cache = opened.map_err(|error| to_python(&error))?;
         let row_bytes = rows.row_bytes();
@@ -391,6 +384,21 @@ impl Engine {
         drop(thread.map(thread::JoinHandle::join));
         self.cache.flush()
     }
+}
+
+/// # Errors
+/// `ConfigError` for a codec that there is not.
+pub(crate) fn disk_config(disk: RawDir, read_timeout: Duration, flush_timeout: Duration) -> PyResult<DiskConfig> {
+    let (dir, capacity_bytes, queue_bytes, key_file, codec) = disk;
+    let config = DiskConfig::new(dir, capacity_bytes)
+        .queue_bytes(queue_bytes)
+        .codecs(Codecs::named(&codec).map_err(|error| to_python(&error))?)
+        .read_timeout(read_timeout)
+        .flush_timeout(flush_timeout);
+    Ok(match key_file {
+        Some(key_file) => config.key_file(key_file),
+        None => config,
+    })
 }
 
 /// # Errors

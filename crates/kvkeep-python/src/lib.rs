@@ -13,6 +13,7 @@
 mod array;
 mod convert;
 mod engine_jobs;
+mod engine_ram;
 mod engine_rows;
 mod engine_tier;
 mod error;
@@ -36,6 +37,8 @@ use pyo3::prelude::*;
 mod _kvkeep {
     #[pymodule_export]
     use crate::array::Memory;
+    #[pymodule_export]
+    use crate::engine_ram::{EngineBegun, EngineHeld, EngineRam};
     #[pymodule_export]
     use crate::engine_tier::EngineTier;
     #[pymodule_export]

@@ -46,7 +46,7 @@ mod sync;
 mod tensor;
 mod tier;
 
-pub use cache::{KvCache, Look, Match, Missing, Residency, StoreReport};
+pub use cache::{Begun, KvCache, Look, Match, Missing, Residency, StoreReport};
 pub use chain::Chain;
 pub use clock::{Clock, ManualClock, SystemClock};
 #[cfg(feature = "disk")]

@@ -13,8 +13,8 @@ use crate::eviction::{Admission, Admitter, Place, PolicyKind, Priority};
 use crate::index::NEVER;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::store::OnPresent;
-use crate::store::Wanted;
 use crate::store::ledger::{Ledger, Request, Reservation, Written, new_entry};
+use crate::store::{Terms, Wanted};
 use crate::tier::ram::{PAGE_BYTES, pages_without_arena};
 use segments::Segments;
 
@@ -209,7 +209,7 @@ fn store_missing(
     tenant: NamespaceId,
     priority: Priority,
 ) {
-    let wanted = Wanted { bytes_each: PAGE_BYTES, first_given: 0, priority };
+    let wanted = Wanted { bytes_each: PAGE_BYTES, first_given: 0, priority, terms: Terms::Patient };
     let first = part.start;
     let Reservation { present, missing, .. } =
         state.reserve(tenant, keys.get(part).unwrap_or_default(), wanted, &[], 0);

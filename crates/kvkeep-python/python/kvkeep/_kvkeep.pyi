@@ -215,6 +215,54 @@ class TokenCache:
     def stats(self) -> Stats: ...
     def stats_text(self) -> str: ...
 
+class EngineHeld:
+    """Blocks in RAM that stay there while this lives."""
+    @property
+    def rows(self) -> list[int]: ...
+
+class EngineBegun:
+    """Rows that are to be written. Dropped without `end`, nothing was stored."""
+    @property
+    def positions(self) -> list[int]:
+        """Which of the keys."""
+    @property
+    def rows(self) -> list[int]: ...
+    @property
+    def refused(self) -> int:
+        """So many had no room."""
+    def end(self) -> None:
+        """All of them are written."""
+    def abandon(self) -> None:
+        """They will not be written, and nothing writes them any more."""
+
+class EngineRam:
+    """RAM and a disk behind it, for an engine whose workers copy between a device and this memory. `ram`: bytes and the policy's name;
+    `disk`: as for `EngineTier`, or none; `times`: seconds of a load and a flush. Keys are the engine's."""
+    def __new__(
+        cls, namespace: Namespace, ram: tuple[int, str], disk: tuple[str, int, int, str | None, str] | None, times: tuple[float, float]
+    ) -> Self: ...
+    def memory(self) -> tuple[int, int]:
+        """The descriptor of the memory, for `/proc/<pid>/fd`, and how many rows it has."""
+    def hold(self, keys: Sequence[bytes]) -> EngineHeld | None:
+        """All of these, if they are all in RAM."""
+    def has(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which of these the disk has."""
+    def begin(self, keys: Sequence[bytes], first: int, ttl: float | None, is_kept: bool) -> EngineBegun:
+        """Begins to store what is not in RAM of these, from `first` on. What comes before them is only known."""
+    def note(self, keys: Sequence[bytes]) -> None:
+        """A request for these, as far as they are in RAM."""
+    def retain(self, keys: Sequence[bytes], time: float | None) -> int: ...
+    def release(self, keys: Sequence[bytes]) -> None: ...
+    def fetch(self, id: int, keys: Sequence[bytes]) -> None:
+        """Begins to bring these up from the disk."""
+    def fetched(self) -> list[tuple[int, float, EngineHeld]]:
+        """What has come up since: number, seconds, and the blocks, held: the first ones of those that were wanted."""
+    def evict_all(self, time: float) -> int:
+        """Empties RAM of what is not held, and waits for its writes so long at most."""
+    def flush(self) -> None: ...
+    def stats(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
 class EngineTier:
     """A disk behind an engine that keeps KV in RAM of its own. `rows`: a writeable array of bytes, [rows, bytes]; `disk`: folder, bytes,
     bytes that may wait, key file, codec; `times`: seconds of a load, a store, a flush. Jobs are begun and later asked for; keys are the engine's."""

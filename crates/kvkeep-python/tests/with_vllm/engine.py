@@ -1,6 +1,7 @@
 """A vLLM engine in a process of its own, asked in lines of JSON: so it can be killed, and its disk held.
 
     python engine.py '{"model": ..., "tier": {...} or null, "prefix_caching": true}'
+    python engine.py '{"model": ..., "tier": {...}, "whole": true}'    kvkeep's RAM as well, with these settings
 
 Requests: {"do": "generate", "prompts": [[ids], ...], "tokens": 8, "params": {...}, "lora": [name, path]} → {"tokens": [[ids], ...], "cached": [...]};
 {"do": "abort", "prompts": ...}: begins them and aborts each after a few steps; {"do": "drop_gpu"}: the engine's own prefix cache is emptied;
@@ -19,7 +20,7 @@ ANSWERS = os.dup(1)
 """vLLM writes to standard output, too."""
 
 
-def make(model: str, tier: dict[str, Any] | None, prefix_caching: bool = True, ram_mib: int = 256, **more: Any) -> Any:
+def make(model: str, tier: dict[str, Any] | None, prefix_caching: bool = True, ram_mib: int = 256, whole: bool = False, **more: Any) -> Any:
     os.dup2(2, 1)
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -30,11 +31,11 @@ def make(model: str, tier: dict[str, Any] | None, prefix_caching: bool = True, r
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {
-            "spec_name": "CpuTieringOffloadingSpec",
+            "spec_name": "CpuKvkeepOffloadingSpec" if whole else "CpuTieringOffloadingSpec",
             "spec_module_path": "kvkeep.vllm.cpu",
             "cpu_bytes_to_use": ram_mib << 20,
             "block_size": 64,
-            "secondary_tiers": [tier],
+            **({"kvkeep": {name: value for name, value in tier.items() if name != "type"}} if whole else {"secondary_tiers": [tier]}),
         },
     }
     extra = {"kv_transfer_config": transfer} if tier else {}
@@ -48,7 +49,7 @@ class Engine:
         self.core = self.llm.llm_engine.engine_core.engine_core
         connector = self.core.scheduler.connector
         self.manager = connector.connector_scheduler.manager if connector else None
-        self.tier = self.manager.secondary_tiers[0] if self.manager else None
+        self.tier = self.manager.secondary_tiers[0] if hasattr(self.manager, "secondary_tiers") else self.manager
 
     def _params(self, tokens: int, more: dict[str, Any] | None) -> Any:
         from vllm import SamplingParams

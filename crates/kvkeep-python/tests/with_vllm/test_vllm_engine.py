@@ -27,6 +27,8 @@ SHORT = os.environ.get("KVKEEP_VLLM_SHORT") == "1"
 """A part of it, for where time is short."""
 
 long_run = pytest.mark.skipif(SHORT, reason="not in the short form")
+both_ways = pytest.mark.parametrize("whole", [False, True], ids=["tier", "ram"])
+"""As a tier below vLLM's RAM, and with kvkeep's own."""
 
 
 class Engine:
@@ -95,11 +97,12 @@ def alone(model: str) -> Iterator[Engine]:
         yield engine
 
 
+@both_ways
 @pytest.mark.parametrize("prefix_caching", [True, pytest.param(False, marks=long_run)])
-def test_answers_are_the_same_cold_warm_and_in_a_new_process_from_disk(model: str, alone: Engine, tmp_path: Path, prefix_caching: bool) -> None:
+def test_answers_are_the_same_cold_warm_and_in_a_new_process_from_disk(model: str, alone: Engine, tmp_path: Path, whole: bool, prefix_caching: bool) -> None:
     asked = prompts(3, 700)
     expected = alone.generate(asked)["tokens"]
-    with Engine(model, tier_at(tmp_path / "kv"), prefix_caching=prefix_caching) as engine:
+    with Engine(model, tier_at(tmp_path / "kv"), prefix_caching=prefix_caching, whole=whole) as engine:
         assert engine.generate(asked)["tokens"] == expected, "cold"
         engine.ask("flush")
         assert engine.generate(asked)["tokens"] == expected, "warm"
@@ -108,7 +111,7 @@ def test_answers_are_the_same_cold_warm_and_in_a_new_process_from_disk(model: st
         assert warm["tokens"] == expected, "from disk"
         assert min(warm["cached"]) >= 640, warm["cached"]
         assert engine.ask("counters")["hits"] >= 30
-    with Engine(model, tier_at(tmp_path / "kv"), prefix_caching=prefix_caching) as engine:
+    with Engine(model, tier_at(tmp_path / "kv"), prefix_caching=prefix_caching, whole=whole) as engine:
         warm = engine.generate(asked)
         assert warm["tokens"] == expected, "in a new process"
         assert min(warm["cached"]) >= 640, warm["cached"]
@@ -116,23 +119,25 @@ def test_answers_are_the_same_cold_warm_and_in_a_new_process_from_disk(model: st
         assert counters["hits"] == 30 and counters["damaged"] == 0
 
 
+@both_ways
 @long_run
-def test_eight_requests_at_once_that_share_prefixes(model: str, alone: Engine, tmp_path: Path) -> None:
+def test_eight_requests_at_once_that_share_prefixes(model: str, alone: Engine, tmp_path: Path, whole: bool) -> None:
     (shared,) = prompts(1, 512)
     asked = [shared + tail for tail in prompts(8, 200, seed=8)]
     expected = alone.generate(asked)["tokens"]
-    with Engine(model, tier_at(tmp_path / "kv")) as engine:
+    with Engine(model, tier_at(tmp_path / "kv"), whole=whole) as engine:
         assert engine.generate(asked)["tokens"] == expected
         engine.ask("drop_ram")
         assert engine.generate(asked)["tokens"] == expected
         assert engine.ask("counters")["hits"] > 0
 
 
+@both_ways
 @long_run
-def test_requests_that_are_aborted_while_their_kv_is_on_its_way_harm_nobody(model: str, alone: Engine, tmp_path: Path) -> None:
+def test_requests_that_are_aborted_while_their_kv_is_on_its_way_harm_nobody(model: str, alone: Engine, tmp_path: Path, whole: bool) -> None:
     asked = prompts(6, 700)
     expected = alone.generate(asked)["tokens"]
-    with Engine(model, tier_at(tmp_path / "kv")) as engine:
+    with Engine(model, tier_at(tmp_path / "kv"), whole=whole) as engine:
         engine.ask("abort", prompts=asked)
         assert engine.generate(asked)["tokens"] == expected
         for _ in range(3):
@@ -143,10 +148,11 @@ def test_requests_that_are_aborted_while_their_kv_is_on_its_way_harm_nobody(mode
         assert engine.ask("settle") == {"pending": False}
 
 
-def test_a_byte_that_flips_under_a_running_engine_is_computed_again_and_counted(model: str, alone: Engine, tmp_path: Path) -> None:
+@both_ways
+def test_a_byte_that_flips_under_a_running_engine_is_computed_again_and_counted(model: str, alone: Engine, tmp_path: Path, whole: bool) -> None:
     asked = prompts(2, 700)
     expected = alone.generate(asked)["tokens"]
-    with Engine(model, tier_at(tmp_path / "kv")) as engine:
+    with Engine(model, tier_at(tmp_path / "kv"), whole=whole) as engine:
         engine.generate(asked)
         engine.ask("flush")
         for path in (tmp_path / "kv").glob("kv-0/segment-*"):
@@ -164,23 +170,25 @@ def test_a_byte_that_flips_under_a_running_engine_is_computed_again_and_counted(
         assert engine.generate(asked)["tokens"] == expected
 
 
-def test_after_kill_9_a_new_engine_is_warm(model: str, alone: Engine, tmp_path: Path) -> None:
+@both_ways
+def test_after_kill_9_a_new_engine_is_warm(model: str, alone: Engine, tmp_path: Path, whole: bool) -> None:
     asked = prompts(3, 700)
     expected = alone.generate(asked)["tokens"]
-    engine = Engine(model, tier_at(tmp_path / "kv"))
+    engine = Engine(model, tier_at(tmp_path / "kv"), whole=whole)
     engine.generate(asked)
     engine.ask("flush")
     engine.kill()
-    with Engine(model, tier_at(tmp_path / "kv")) as engine:
+    with Engine(model, tier_at(tmp_path / "kv"), whole=whole) as engine:
         warm = engine.generate(asked)
         assert warm["tokens"] == expected
         assert min(warm["cached"]) >= 640, warm["cached"]
 
 
+@both_ways
 @long_run
-def test_the_cap_holds_as_du_sees_it(model: str, tmp_path: Path) -> None:
+def test_the_cap_holds_as_du_sees_it(model: str, tmp_path: Path, whole: bool) -> None:
     cap = 24 << 20
-    with Engine(model, tier_at(tmp_path / "kv", capacity_gb=cap / (1 << 30)), ram_mib=64) as engine:
+    with Engine(model, tier_at(tmp_path / "kv", capacity_gb=cap / (1 << 30)), ram_mib=64, whole=whole) as engine:
         for seed in range(6):
             engine.generate(prompts(8, 700, seed), tokens=1)
             engine.ask("settle")
@@ -190,12 +198,13 @@ def test_the_cap_holds_as_du_sees_it(model: str, tmp_path: Path) -> None:
     assert disk_use(tmp_path / "kv") <= cap
 
 
+@both_ways
 @pytest.mark.skipif(not is_possible(), reason="needs root on x86-64 Linux")
-def test_a_disk_that_hangs_holds_no_request_longer_than_its_deadline(model: str, alone: Engine, tmp_path: Path) -> None:
+def test_a_disk_that_hangs_holds_no_request_longer_than_its_deadline(model: str, alone: Engine, tmp_path: Path, whole: bool) -> None:
     asked = prompts(3, 700)
     expected = alone.generate(asked)["tokens"]
     settings = {"load_timeout_s": 2, "store_timeout_s": 2, "flush_timeout_s": 2}
-    with Engine(model, tier_at(tmp_path / "kv", **settings), hold=True) as engine:
+    with Engine(model, tier_at(tmp_path / "kv", **settings), hold=True, whole=whole) as engine:
         cold = engine.generate(asked)
         assert cold["tokens"] == expected
         engine.ask("flush")
@@ -214,9 +223,10 @@ def test_a_disk_that_hangs_holds_no_request_longer_than_its_deadline(model: str,
         assert back["tokens"] == expected and min(back["cached"]) >= 640, back["cached"]
 
 
+@both_ways
 @long_run
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a tmpfs")
-def test_a_disk_that_is_full_fails_no_request(model: str, alone: Engine, tmp_path: Path) -> None:
+def test_a_disk_that_is_full_fails_no_request(model: str, alone: Engine, tmp_path: Path, whole: bool) -> None:
     mount = tmp_path / "small"
     mount.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(mount)], check=False).returncode:
@@ -224,7 +234,7 @@ def test_a_disk_that_is_full_fails_no_request(model: str, alone: Engine, tmp_pat
     try:
         asked = prompts(4, 700)
         expected = alone.generate(asked)["tokens"]
-        with Engine(model, tier_at(mount / "kv", capacity_gb=1)) as engine:
+        with Engine(model, tier_at(mount / "kv", capacity_gb=1), whole=whole) as engine:
             for _ in range(2):
                 assert engine.generate(asked)["tokens"] == expected
                 engine.ask("drop_ram")
@@ -241,12 +251,13 @@ def _free(mount: Path) -> int:
     return free.f_bavail * free.f_bsize
 
 
+@both_ways
 @long_run
-def test_what_is_computed_faster_is_not_loaded_and_the_answer_is_the_same(model: str, alone: Engine, tmp_path: Path) -> None:
+def test_what_is_computed_faster_is_not_loaded_and_the_answer_is_the_same(model: str, alone: Engine, tmp_path: Path, whole: bool) -> None:
     """The next engine knows what the last one measured: it does not have to load once to find out that loading is slow."""
     asked = prompts(3, 700)
     expected = alone.generate(asked)["tokens"]
-    with Engine(model, tier_at(tmp_path / "kv", worth="measured")) as engine:
+    with Engine(model, tier_at(tmp_path / "kv", worth="measured"), whole=whole) as engine:
         assert engine.generate(asked)["tokens"] == expected
         engine.ask("flush")
         engine.generate(prompts(1, 100))
@@ -255,7 +266,7 @@ def test_what_is_computed_faster_is_not_loaded_and_the_answer_is_the_same(model:
         (measured,) = json.loads(rates.read_text()).items()
         assert measured[1]["seconds_by_length"] and measured[1]["disk_is_measured"], measured
         rates.write_text(json.dumps({measured[0]: measured[1] | {"disk_bytes_per_s": disk, "step_seconds": 0.001}}))
-        with Engine(model, tier_at(tmp_path / "kv", worth="measured")) as engine:
+        with Engine(model, tier_at(tmp_path / "kv", worth="measured"), whole=whole) as engine:
             found = engine.generate(asked)
             assert found["tokens"] == expected
             assert (min(found["cached"]) >= 640) if known else (found["cached"] == [0, 0, 0]), found["cached"]
@@ -332,49 +343,51 @@ def test_vllms_server_is_warm_after_kill_9_and_publishes_the_figures(model: str,
         server.kill()
 
 
+@both_ways
 @long_run
-def test_another_dtype_and_other_weights_under_the_same_name_find_nothing(model: str, tmp_path: Path) -> None:
+def test_another_dtype_and_other_weights_under_the_same_name_find_nothing(model: str, tmp_path: Path, whole: bool) -> None:
     asked = prompts(2, 700)
     place = tmp_path / "model"
     place.symlink_to(model)
-    with Engine(str(place), tier_at(tmp_path / "kv")) as engine:
+    with Engine(str(place), tier_at(tmp_path / "kv"), whole=whole) as engine:
         engine.generate(asked)
         engine.ask("flush")
-    with Engine(str(place), tier_at(tmp_path / "kv"), dtype="bfloat16") as engine:
+    with Engine(str(place), tier_at(tmp_path / "kv"), dtype="bfloat16", whole=whole) as engine:
         assert engine.generate(asked, tokens=1)["cached"] == [0, 0]
     other = models.llama(tmp_path / "other", seed=2)
     place.unlink()
     place.symlink_to(other)
     with Engine(other, None, prefix_caching=False) as engine:
         expected = engine.generate(asked)["tokens"]
-    with Engine(str(place), tier_at(tmp_path / "kv")) as engine:
+    with Engine(str(place), tier_at(tmp_path / "kv"), whole=whole) as engine:
         found = engine.generate(asked)
         assert found["cached"] == [0, 0] and found["tokens"] == expected
     place.unlink()
     place.symlink_to(model)
-    with Engine(str(place), tier_at(tmp_path / "kv")) as engine:
+    with Engine(str(place), tier_at(tmp_path / "kv"), whole=whole) as engine:
         assert min(engine.generate(asked)["cached"]) >= 640
 
 
+@both_ways
 @long_run
-def test_an_adapter_that_was_trained_on_finds_nothing_of_what_it_was(model: str, tmp_path: Path) -> None:
+def test_an_adapter_that_was_trained_on_finds_nothing_of_what_it_was(model: str, tmp_path: Path, whole: bool) -> None:
     """vLLM knows an adapter by its name and path. One that was trained further has both from before, and other KV."""
     asked = prompts(2, 700)
     adapter = tmp_path / "adapter"
     with_lora = {"enable_lora": True, "max_lora_rank": 8, "max_loras": 1}
     models.lora(adapter, seed=1)
-    with Engine(model, tier_at(tmp_path / "kv"), **with_lora) as engine:
+    with Engine(model, tier_at(tmp_path / "kv"), **with_lora, whole=whole) as engine:
         base = engine.generate(asked)["tokens"]
         first = engine.generate(asked, lora=["a", str(adapter)])
         assert first["cached"] == [0, 0], "the base model's KV is not the adapter's"
         assert first["tokens"] != base
         engine.ask("flush")
-    with Engine(model, tier_at(tmp_path / "kv"), **with_lora) as engine:
+    with Engine(model, tier_at(tmp_path / "kv"), **with_lora, whole=whole) as engine:
         again = engine.generate(asked, lora=["a", str(adapter)])
         assert min(again["cached"]) >= 640 and again["tokens"] == first["tokens"]
     models.lora(adapter, seed=2)
     with Engine(model, None, prefix_caching=False, **with_lora) as engine:
         expected = engine.generate(asked, lora=["a", str(adapter)])["tokens"]
-    with Engine(model, tier_at(tmp_path / "kv"), **with_lora) as engine:
+    with Engine(model, tier_at(tmp_path / "kv"), **with_lora, whole=whole) as engine:
         trained = engine.generate(asked, lora=["a", str(adapter)])
         assert trained["cached"] == [0, 0] and trained["tokens"] == expected

@@ -357,11 +357,11 @@ def test_worth_it__a_pause_behind_a_prefill_is_no_part_of_it(
     four times as long as computing."""
     from vllm.v1.kv_offload.base import ScheduleEndContext
 
-    from kvkeep.vllm import _tier
+    from kvkeep.vllm import _prefill
 
     now = [100.0]
     with Lab(tmp_path / "kv", worth="measured", config={"ahead": ahead}) as lab:
-        monkeypatch.setattr(_tier, "time", SimpleNamespace(monotonic=lambda: now[0]))
+        monkeypatch.setattr(_prefill, "time", SimpleNamespace(monotonic=lambda: now[0]))
         context = request("first", KEYS)
         lab.tier.on_new_request(context)
         lab.tier.on_schedule_end(ScheduleEndContext(new_req_ids=["first"], preempted_req_ids=[]))

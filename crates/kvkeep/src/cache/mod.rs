@@ -5,7 +5,9 @@
 //!
 //! - `found` is what a lookup hands out: pinned blocks, to be borrowed or copied.
 //! - `tensors` copies between blocks and an engine's tensors.
+//! - `begun` has stores that a device writes, and what else an engine needs that waits for nothing.
 
+mod begun;
 mod found;
 mod tensors;
 
@@ -22,8 +24,9 @@ use crate::flight::{Flights, Patience};
 use crate::key::{Namespace, NamespaceId, ObjectKey, TokenId};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
 use crate::stats::Stats;
-use crate::store::{OnPresent, Pending, Removed, Request, Reserved, Sealing, Store, Wanted};
+use crate::store::{OnPresent, Pending, Removed, Request, Reserved, Sealing, Store, Terms, Wanted};
 
+pub use begun::Begun;
 pub use found::Match;
 use tensors::{Source, check_targets, copy_block};
 
@@ -443,21 +446,45 @@ impl KvCache {
         write: impl FnOnce(&mut [(usize, Pending)]) -> Result<(), E>,
     ) -> Result<StoreReport, E> {
         let chain = &self.store.own(chain);
+        let (mut missing, report) = self.reserve_missing(chain, first_block, options, Terms::Patient);
+        write(&mut missing)?;
+        Ok(self.seal_missing(chain, missing, options, report))
+    }
+
+    /// Room for what is not there of a chain, and what can be said of it so far.
+    fn reserve_missing(
+        &self,
+        chain: &Chain,
+        first_block: usize,
+        options: &StoreOptions,
+        terms: Terms,
+    ) -> (Vec<(usize, Pending)>, StoreReport) {
         let (layout, keys) = (chain.namespace().layout(), chain.keys());
         self.store.describe(chain.namespace());
         if self.store.wants_tokens() {
             self.store.expect(chain, first_block);
         }
-        let wanted = Wanted { bytes_each: layout.block_bytes(), first_given: first_block, priority: options.priority };
-        let namespace = chain.namespace().id();
-        let Reserved { present, mut missing, below, rejection } = self.store.reserve(namespace, keys, wanted);
-        let mut report = StoreReport {
+        let (bytes_each, priority) = (layout.block_bytes(), options.priority);
+        let wanted = Wanted { bytes_each, first_given: first_block, priority, terms };
+        let Reserved { present, missing, below, rejection } = self.store.reserve(chain.namespace().id(), keys, wanted);
+        let report = StoreReport {
             present_blocks: present.len() + below,
             rejected_blocks: keys.len() - present.len() - below - missing.len(),
             rejection: rejection.map(|rejection| in_tokens(rejection, layout)),
             ..StoreReport::default()
         };
-        write(&mut missing)?;
+        (missing, report)
+    }
+
+    /// Makes what was written findable.
+    fn seal_missing(
+        &self,
+        chain: &Chain,
+        missing: Vec<(usize, Pending)>,
+        options: &StoreOptions,
+        mut report: StoreReport,
+    ) -> StoreReport {
+        let (layout, keys) = (chain.namespace().layout(), chain.keys());
         let found = missing.first().map_or(keys.len(), |(position, _)| *position);
         let sealing = |(position, pending): (usize, Pending)| {
             let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
@@ -466,9 +493,9 @@ impl KvCache {
         };
         let objects: Vec<Sealing> = missing.into_iter().filter_map(sealing).collect();
         let reserved = objects.len();
-        report.stored_blocks = self.store.seal(namespace, objects, options, OnPresent::Keep);
+        report.stored_blocks = self.store.seal(chain.namespace().id(), objects, options, OnPresent::Keep);
         report.present_blocks += reserved - report.stored_blocks;
-        Ok(report)
+        report
     }
 
     /// The whole prompt's blocks: those in the cache as they are, the rest computed by

@@ -8,9 +8,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
-use super::Shared;
 use super::ledger::{Held, Leaving, Ledger, SLICE, Shortage};
 use super::tiers::Tiers;
+use super::{Shared, Store};
 use crate::block::Content;
 use crate::clock::Deadline;
 use crate::error::{Error, OneLine, Result};
@@ -149,6 +149,28 @@ impl Tiers {
             if blocks > 0 { Err(Error::NotTaken { tier: tier.name().to_owned(), blocks }) } else { Ok(()) }
         };
         self.each().zip(not_taken).map(flush).fold(Ok(()), Result::and)
+    }
+}
+
+impl Store {
+    /// Evicts everything from RAM that is not held, as if room were needed for all of it, and waits for the writes of what goes
+    /// down, until the deadline at most. Says how many entries are left.
+    pub(crate) fn evict_all(&self, deadline: Deadline) -> usize {
+        if self.here().is_err() {
+            return 0;
+        }
+        loop {
+            let (left, is_coming) = self.shared.with(|ledger| {
+                ledger.shrink_to(0);
+                (ledger.index().len(), ledger.is_room_coming())
+            });
+            if let Some(tiers) = &self.tiers {
+                tiers.offer(deadline);
+            }
+            if !is_coming || self.shared.wait_for_room(deadline) {
+                return left;
+            }
+        }
     }
 }
 

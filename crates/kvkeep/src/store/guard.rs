@@ -14,7 +14,7 @@ use super::Shared;
 use super::ledger::Held;
 use crate::error::{Error, Result};
 use crate::tensor::PairSpec;
-use crate::tier::ram::{Extent, View, page_bytes};
+use crate::tier::ram::{Extent, PAGE_BYTES, View, page_bytes};
 
 /// Pages that are being written; invisible until sealed, freed if dropped.
 pub(crate) struct Pending {
@@ -48,6 +48,11 @@ impl Pending {
         }
     }
 
+    /// Where they begin in the store's memory, in bytes: for a device that writes them. Asks for no huge pages.
+    pub(crate) fn offset(&self) -> usize {
+        self.extent.as_ref().map_or(0, Extent::offset)
+    }
+
     /// A part of them. Huge pages are asked for only where it lies.
     ///
     /// # Panics
@@ -61,8 +66,9 @@ impl Pending {
 
     /// Clears what lies behind the payload: it was somebody else's, and goes to the disk with it.
     pub(super) fn clear_from(&mut self, bytes: usize) {
-        if let Some(rest) = self.bytes_mut().get_mut(bytes..) {
-            rest.fill(0);
+        let end = self.extent.as_ref().map_or(0, |extent| extent.pages() as usize * PAGE_BYTES);
+        if bytes < end {
+            self.part_mut(bytes..end).fill(0);
         }
     }
 

@@ -71,6 +71,16 @@ pub(crate) struct Wanted {
     /// The first position that can be written.
     pub(crate) first_given: usize,
     pub(crate) priority: Priority,
+    pub(crate) terms: Terms,
+}
+
+/// How a store deals with what it does not get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Terms {
+    /// It waits for writes under way that have its pages, and wants nothing without what comes before it.
+    Patient,
+    /// It waits for nothing, gives up writes that have not begun instead, and what comes before it is somebody else's business.
+    AtOnce,
 }
 
 /// What [`Ledger::reserve`] found and made of a run of keys.

@@ -37,6 +37,13 @@ impl Ram {
         self.shared.arena.span().1
     }
 
+    /// The file that it is, from its beginning on: for another process to map. None where the system has no such files.
+    #[cfg(unix)]
+    #[must_use]
+    pub fn file(&self) -> Option<std::os::fd::BorrowedFd<'_>> {
+        self.shared.arena.file()
+    }
+
     /// Brings memory behind its first `bytes` bytes, and keeps it there until another call says fewer: before a device is
     /// told of them. Takes as long as the system needs to clear so much. Does nothing in a child of the process that made it.
     pub fn keep_until(&self, bytes: usize) {

@@ -61,7 +61,7 @@ use lease::Leases;
 pub use lease::{Lease, LeaseId, Leased};
 use ledger::Written;
 use ledger::{Gone, Ledger, News, Reservation, Shortage};
-pub(crate) use ledger::{Request, Wanted};
+pub(crate) use ledger::{Request, Terms, Wanted};
 pub use memory::Ram;
 use retained::Retained;
 use tiers::Tiers;
@@ -435,6 +435,7 @@ impl Store {
         let now_ms = self.shared.now_ms();
         let pages = sizes_bytes.iter().filter_map(|bytes| pages_for(*bytes)).fold(0, u32::saturating_add);
         let reserved = self.with_room(
+            Terms::Patient,
             |ledger| ledger.reserve_all(namespace, sizes_bytes, now_ms),
             |made| made.as_ref().err().copied(),
         );
@@ -458,12 +459,13 @@ impl Store {
         let below = self
             .tiers
             .as_ref()
+            .filter(|_| wanted.terms == Terms::Patient)
             .map_or_else(Vec::new, |tiers| tiers.has_each(keys.get(..wanted.first_given).unwrap_or(keys)));
         let attempt = |ledger: &mut Ledger| {
             let made = ledger.reserve(namespace, keys, wanted, &below, now_ms);
             Unclaimed { shared: Arc::clone(&self.shared), made: Some(made) }
         };
-        let mut taken = self.with_room(attempt, |taken| taken.made.as_ref()?.shortage);
+        let mut taken = self.with_room(wanted.terms, attempt, |taken| taken.made.as_ref()?.shortage);
         let Reservation { present, missing, below, refused_from, shortage } = taken.made.take().unwrap_or_default();
         let refused_from = refused_from.unwrap_or(keys.len());
         let pages = pages_for(wanted.bytes_each).unwrap_or(u32::MAX);
@@ -568,7 +570,12 @@ impl Store {
 
     /// Tries until there is room, or none to come. Between two tries what departs is offered to the tiers, and their
     /// writes are waited for: as long as one request waits at most in all, or less (see `patience`).
-    fn with_room<T>(&self, attempt: impl Fn(&mut Ledger) -> T, shortage: impl Fn(&T) -> Option<Shortage>) -> T {
+    fn with_room<T>(
+        &self,
+        terms: Terms,
+        attempt: impl Fn(&mut Ledger) -> T,
+        shortage: impl Fn(&T) -> Option<Shortage>,
+    ) -> T {
         self.end_expired();
         let mut gave_back = self.shared.given_back.times();
         let mut made = self.shared.with(&attempt);
@@ -582,7 +589,8 @@ impl Store {
         }
         match &self.tiers {
             Some(tiers) if shortage(&made) == Some(Shortage::Coming) => {
-                tiers.patience().wait(|deadline| tiers.wait_for_room(made, deadline, attempt, shortage))
+                let wait = |deadline| tiers.wait_for_room(made, deadline, attempt, shortage);
+                if terms == Terms::AtOnce { wait(Deadline::over()) } else { tiers.patience().wait(wait) }
             }
             Some(tiers) => {
                 tiers.offer(Deadline::over());

@@ -98,6 +98,23 @@ impl Store {
         (run, loaded)
     }
 
+    /// Pins all of these objects that are in RAM, or none if one is not. Asks no tier and counts nothing.
+    pub(crate) fn pin_in_ram(&self, keys: &[ObjectKey]) -> Option<Pin> {
+        self.here().ok()?;
+        let now_ms = self.shared.now_ms();
+        let held = self.shared.with(|ledger| ledger.hold_all(keys, now_ms, Request::Uncounted))?;
+        Some(Pin::new(Arc::clone(&self.shared), held))
+    }
+
+    /// Counts a request for these objects, of which some may be in RAM: as a lookup does that asks no tier.
+    pub(crate) fn note(&self, keys: &[ObjectKey], request: Request) {
+        if self.here().is_ok() {
+            let now_ms = self.shared.now_ms();
+            let held = self.shared.with(|ledger| ledger.hold_run(keys, now_ms, request));
+            drop(Pin::new(Arc::clone(&self.shared), held));
+        }
+    }
+
     /// Pins all of these objects or none; loads what is in a tier, if that is worth it.
     pub(crate) fn pin_all(&self, keys: &[ObjectKey], request: Request) -> Option<Pin> {
         self.here().ok()?;

@@ -14,9 +14,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvkeep.vllm._spec import KvkeepOffloadingSpec
     from kvkeep.vllm._tier import KvkeepTier
 
-__all__ = ["TIER_TYPE", "KvkeepTier", "register"]
+__all__ = ["TIER_TYPE", "KvkeepOffloadingSpec", "KvkeepTier", "register"]
 
 TIER_TYPE = "kvkeep"
 """What `secondary_tiers` calls it."""
@@ -37,4 +38,8 @@ def __getattr__(name: str) -> Any:
         from kvkeep.vllm._tier import KvkeepTier
 
         return KvkeepTier
+    if name == "KvkeepOffloadingSpec":
+        from kvkeep.vllm._spec import KvkeepOffloadingSpec
+
+        return KvkeepOffloadingSpec
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

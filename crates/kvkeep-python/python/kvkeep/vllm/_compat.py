@@ -14,6 +14,7 @@ from functools import cache
 from typing import Any
 
 from vllm.v1.kv_offload import base
+from vllm.v1.kv_offload.cpu.common import CPULoadStoreSpec
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 MEDIUM: Any = getattr(getattr(base, "Medium", None), "STORAGE", "FS")
@@ -68,6 +69,57 @@ def steps_of(config: Any) -> tuple[int, int]:
     """How many tokens one step computes at most, and how many steps are scheduled before one has ended."""
     scheduler = config.scheduler_config
     return max(1, int(scheduler.max_num_batched_tokens)), int(bool(getattr(scheduler, "async_scheduling", False)))
+
+
+def rows_spec(rows: Sequence[int]) -> Any:
+    """Rows as vLLM's workers are told of them."""
+    return CPULoadStoreSpec(list(rows))
+
+
+def rows_of_spec(spec: Any) -> tuple[int, int]:
+    """How many rows vLLM's RAM has, and the bytes of one: blocks at first, then chunks."""
+    return int(spec.num_chunks if hasattr(spec, "num_chunks") else spec.num_blocks), int(spec.kv_bytes_per_chunk)
+
+
+def gpu_worker(spec: Any, kv_caches: Any, rows: Any) -> Any:
+    """vLLM's worker over our rows. It would register all of them at once; that is ours to do.
+
+    Copies are made by the driver in both directions, which takes memory that is not registered, too. vLLM's kernel for small pages does not.
+    """
+    from vllm import _custom_ops
+    from vllm.v1.kv_offload.cpu import gpu_worker as theirs
+
+    known = inspect.signature(theirs.CPUOffloadingWorker.__init__).parameters
+    count = rows.num_chunks
+    given = {
+        "kv_caches": kv_caches, "mmap_region": rows, "blocks_per_chunk": spec.blocks_per_chunk, "num_cpu_chunks": count, "num_cpu_blocks": count,
+        "canonical_layout": bool(getattr(spec.config, "canonical_layout", False)),
+    }  # fmt: skip
+    pin, theirs.pin_mmap_region = theirs.pin_mmap_region, lambda region: None
+    try:
+        worker = theirs.CPUOffloadingWorker(**{name: value for name, value in given.items() if name in known})
+    finally:
+        theirs.pin_mmap_region = pin
+    worker._store_handler._swap_blocks_batch = worker._load_handler._swap_blocks_batch = _custom_ops.swap_blocks_batch
+    return worker
+
+
+def source(from_disk: bool) -> Any:
+    """Where a hit came from; asked by releases that have a name for it."""
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource
+
+    return CacheHitSource.DISK if from_disk else CacheHitSource.HOST
+
+
+def steps_in_flight(config: Any) -> int:
+    """After so many more steps were scheduled, those of now have ended, whatever order stages and workers take them in."""
+    stages = int(getattr(config.parallel_config, "pipeline_parallel_size", 1) or 1)
+    return 2 * (stages + steps_of(config)[1]) + 2
+
+
+def may_change(config: Any) -> bool:
+    """May the weights of this engine become others while it lives?"""
+    return bool(getattr(config.model_config, "enable_sleep_mode", False) or getattr(config, "weight_transfer_config", None))
 
 
 def actions_of(context: Any) -> Iterable[tuple[str, Mapping[str, Any]]]:

@@ -9,13 +9,19 @@ An adapter's name says nothing of its weights. So the adapters' files enter vLLM
 from __future__ import annotations
 
 import json
+import logging
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kvkeep._engines.identity import adapter, machine
+from kvkeep import _kvkeep
+from kvkeep._engines.identity import adapter, digest, machine
 from kvkeep._engines.weights import fingerprint
+from kvkeep.vllm._settings import Settings
+
+_log = logging.getLogger(__name__)
 
 _PLAIN_ROPE = {"default", "linear", "llama3", "yarn", "mrope", "proportional"}
 """Kinds of rotary embedding that do not ask how long a context may be."""
@@ -47,6 +53,24 @@ def describe(config: Any, spec: Any, row_bytes: int, weights: str | None, known:
         "attention": _attention(config),
         "engine": _engine(),
     }
+
+
+def namespace(settings: Settings, config: Any, spec: Any, row_bytes: int) -> tuple[_kvkeep.Namespace, str]:
+    """The namespace of an engine's rows, and its name. Makes the folder, since hashes of weights are kept there."""
+    root = settings.root
+    root.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if "xxhash" in str(config.cache_config.prefix_caching_hash_algo):
+        raise ValueError("kvkeep: xxhash has collisions, and one would be another prompt's KV: set --prefix-caching-hash-algo sha256")
+    fix_seed()
+    known = root / "weights.json"
+    if config.lora_config is not None and not cover_adapters(known):
+        raise ValueError("kvkeep: this vLLM does not say which adapter a request uses: serve it without --enable-lora, or without kvkeep")
+    began = time.monotonic()
+    identity = digest(describe(config, spec, row_bytes, settings.weights, known))
+    _log.info("kvkeep: identity %s in %.1f s", identity[:16], time.monotonic() - began)
+    dims = (1, 1, row_bytes // 2, row_bytes // 2, 1)
+    code = _kvkeep.DTYPES.index("u8")
+    return _kvkeep.Namespace(config.model_config.model, dims, code, False, (identity, "vllm", "", settings.salt)), identity
 
 
 def weights_of(config: Any, vouched: str | None, known: Path) -> str:

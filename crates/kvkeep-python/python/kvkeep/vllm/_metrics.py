@@ -15,11 +15,19 @@ def name_of(figure: str) -> str:
     return f"vllm:kvkeep_{figure}"
 
 
-def definitions() -> dict[str, Any]:
-    """What vLLM needs to know to publish them."""
+OF_RAM = {
+    "ram_used_bytes": "Bytes of RAM that blocks take now.",
+    "ram_held_bytes": "Of these, what is being copied or promised: it cannot be evicted now.",
+    "ram_capacity_bytes": "The cap of RAM.",
+}
+
+
+def definitions(ram: bool = False) -> dict[str, Any]:
+    """What vLLM needs to know to publish them; those of RAM where that is kvkeep's too."""
     from vllm.v1.kv_offload.base import OffloadingCounterMetadata, OffloadingGaugeMetadata
 
-    gauges = {name_of(name): OffloadingGaugeMetadata(documentation=text) for name, text in figures.GAUGES.items()}
+    texts = figures.GAUGES | (OF_RAM if ram else {})
+    gauges = {name_of(name): OffloadingGaugeMetadata(documentation=text) for name, text in texts.items()}
     return gauges | {name_of(name): OffloadingCounterMetadata(documentation=text) for name, text in figures.COUNTERS.items()}
 
 
@@ -29,13 +37,15 @@ class Figures:
     def __init__(self) -> None:
         self._told: dict[str, int] = {}
 
-    def tell(self, engine: Mapping[str, Any], own: Mapping[str, int], disk_bytes_per_s: float) -> Any:
+    def tell(self, engine: Mapping[str, Any], own: Mapping[str, int], disk_bytes_per_s: float, ram: bool = False) -> Any:
         """vLLM's form of them."""
         from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 
         told = OffloadingConnectorStats()
         for name, value in figures.gauges(engine, disk_bytes_per_s).items():
             told.set_gauge(name_of(name), value)
+        for name in OF_RAM if ram else ():
+            told.set_gauge(name_of(name), float(engine[name.removeprefix("ram_")]))
         now = figures.counters(engine, own)
         for name, count in now.items():
             if count > self._told.get(name, 0):

@@ -1,10 +1,12 @@
-"""What a tier's entry in `secondary_tiers` may say."""
+"""What a tier's entry in `secondary_tiers` may say, and `kvkeep` beside `cpu_bytes_to_use`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from kvkeep._engines import settings
+from kvkeep._engines.worth import Rates
 
 
 @dataclass(frozen=True)
@@ -17,3 +19,23 @@ class Settings(settings.Settings):
     """Tells vLLM's event publisher what comes to the disk and goes from it."""
     locality: str | None = None
     """`LOCAL` or `REMOTE`, for those events."""
+
+    @property
+    def guess(self) -> Rates:
+        """What is taken for true until it is measured."""
+        return Rates(self.prefill_tokens_per_s, disk_bytes_per_s=self.disk_gb_per_s * (1 << 30))
+
+    def disk(self, config: Any, ram_bytes: int | None = None) -> tuple[str, int, int, str | None, str]:
+        """The folder of this replica of an engine, and what else a disk is opened with."""
+        replica = int(getattr(config.parallel_config, "data_parallel_index", 0) or 0)
+        # What waits to be written is a copy beside the engine's RAM, or stays where it is in ours.
+        queue = self.queue_bytes if ram_bytes is None else ram_bytes // 2
+        return str(self.root / f"kv-{replica}"), self.capacity_bytes, queue, self.key_file, self.codec
+
+
+@dataclass(frozen=True)
+class RamSettings(Settings):
+    """What `kvkeep` may say in the configuration of `KvkeepOffloadingSpec`: those of the tier, and these."""
+
+    eviction_policy: str = "adaptive"
+    """What goes from RAM first: `adaptive`, `lru`, `s3fifo`, `arc` or `lru2`."""

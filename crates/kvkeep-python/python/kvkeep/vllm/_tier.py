@@ -10,11 +10,9 @@ looked up, and judged: see `kvkeep._engines.worth`. Where vLLM does not say whic
 from __future__ import annotations
 
 import logging
-import math
-import threading
 import time
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -23,9 +21,9 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 from kvkeep import KvkeepError, _kvkeep
 from kvkeep._engines import figures
-from kvkeep._engines.identity import digest
-from kvkeep._engines.worth import Rates, RatesFile
+from kvkeep._engines.worth import RatesFile
 from kvkeep.vllm import _compat, _hints, _identity, _metrics
+from kvkeep.vllm._prefill import Prefills
 from kvkeep.vllm._settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -39,12 +37,6 @@ _PROBE_EVERY = 16
 
 _PLAN_SECONDS = 1.0
 """For so long a request that waits is not looked up again."""
-
-_SAVE_SECONDS = 30.0
-_STEPS_KEPT = 64
-"""Steps of a request whose ends are known: more than a prompt is cut into."""
-_ENDED_KEPT = 64
-"""Requests that have ended, and whose blocks may still come to be stored."""
 
 
 @dataclass
@@ -63,12 +55,6 @@ class _Request:
     """Its load was judged, and is not worth it."""
     counted: bool = False
     touched: int = 0
-    scheduled_at: float | None = None
-    """When its first step began; None again once it is no longer a measure."""
-    step_ends: list[float] = field(default_factory=list)
-    """When that step and those after it had ended. Blocks come to be stored later: behind a copy to RAM, or when the
-    next request comes."""
-    computed_tokens: int = 0
 
 
 @dataclass
@@ -100,49 +86,26 @@ class KvkeepTier(SecondaryTierManager):
         self._chunk_tokens = [tokens * offloading_spec.blocks_per_chunk for tokens in offloading_spec.tokens_per_block]
         config = _compat.vllm_config()
         self._longest = int(config.model_config.max_model_len)
-        namespace = self._namespace(config, offloading_spec)
+        namespace, self.identity = _identity.namespace(self.settings, config, offloading_spec, self._row_bytes)
         self._open(rows, namespace, config, offloading_spec)
+        file = RatesFile(self.settings.root / "rates.json", self.identity)
+        self.rates = file.read(self.settings.guess)
+        self._prefills = Prefills(config, self.rates, file, self._tokens_of)
         self._requests: dict[str, _Request] = {}
-        self._ended_requests: dict[str, _Request] = {}
-        self._step_tokens, self._steps_ahead = _compat.steps_of(config)
         self._jobs: dict[int, _Job] = {}
         self._refused: list[JobResult] = []
         self._own = {"hits": 0, "not_worth": 0}
         self._figures = _metrics.Figures()
         self._probes, self._skipped = _PROBE_FIRST, 0
         self._generation = b""
-        self._may_change = bool(getattr(config.model_config, "enable_sleep_mode", False) or getattr(config, "weight_transfer_config", None))
-
-    def _namespace(self, config: Any, spec: Any) -> _kvkeep.Namespace:
-        root = self.settings.root
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if "xxhash" in str(config.cache_config.prefix_caching_hash_algo):
-            raise ValueError("kvkeep: xxhash has collisions, and one would be another prompt's KV: set --prefix-caching-hash-algo sha256")
-        _identity.fix_seed()
-        known = root / "weights.json"
-        if config.lora_config is not None and not _identity.cover_adapters(known):
-            raise ValueError("kvkeep: this vLLM does not say which adapter a request uses: serve it without --enable-lora, or without kvkeep")
-        began = time.monotonic()
-        parts = _identity.describe(config, spec, self._row_bytes, self.settings.weights, known)
-        self.identity = digest(parts)
-        _log.info("kvkeep: identity %s in %.1f s", self.identity[:16], time.monotonic() - began)
-        dims = (1, 1, self._row_bytes // 2, self._row_bytes // 2, 1)
-        salt = self.settings.salt
-        code = _kvkeep.DTYPES.index("u8")
-        return _kvkeep.Namespace(config.model_config.model, dims, code, False, (self.identity, "vllm", "", salt))
+        self._may_change = _compat.may_change(config)
 
     def _open(self, rows: Any, namespace: _kvkeep.Namespace, config: Any, spec: Any) -> None:
         settings = self.settings
-        replica = int(getattr(config.parallel_config, "data_parallel_index", 0) or 0)
-        root = str(settings.root / f"kv-{replica}")
-        disk = (root, settings.capacity_bytes, settings.queue_bytes, settings.key_file, settings.codec)
+        disk = settings.disk(config)
         times = (settings.load_timeout_s, settings.store_timeout_s, settings.flush_timeout_s)
         self._events = settings.enable_kv_events and spec.kv_events_config.enable_kv_cache_events
         self._engine = _kvkeep.EngineTier(rows, namespace, disk, times, self._events)
-        guess = Rates(settings.prefill_tokens_per_s, disk_bytes_per_s=settings.disk_gb_per_s * (1 << 30))
-        self._file = RatesFile(settings.root / "rates.json", self.identity)
-        self.rates = self._file.read(guess)
-        self._saved, self._saved_at = replace(self.rates), time.monotonic()
         _log.info(
             "kvkeep: %s, %d blocks on the disk, %d rows of %d bytes in RAM",
             disk[0],
@@ -161,7 +124,13 @@ class KvkeepTier(SecondaryTierManager):
             self._plan(request, key, req_context)
         if request.run is not None:
             return LookupResult.HIT if key in request.run else LookupResult.MISS
-        return LookupResult.HIT if self._could_pay(request) and self._engine.has([self._name(key)])[0] else LookupResult.MISS
+        name = self._name(key)
+        if not self._engine.has([name])[0]:
+            return LookupResult.MISS
+        if not self._could_pay(request):
+            self._decline(request, [name])
+            return LookupResult.MISS
+        return LookupResult.HIT
 
     def _plan(self, request: _Request, key: bytes, context: Any) -> None:
         """Looks up all that this request may ask for from this block on, and judges it."""
@@ -216,7 +185,7 @@ class KvkeepTier(SecondaryTierManager):
     def submit_store(self, job_metadata: Any) -> None:
         keys, rows = list(job_metadata.keys), _compat.rows_of(job_metadata)
         request = self._request(job_metadata.req_context)
-        self._measure(request, keys, job_metadata.req_context)
+        self._prefills.stored(job_metadata.req_context, keys)
         if not request.hints.store:
             self._refused.append(_compat.result(job_metadata.job_id, keys, keys, False, 0.0, self._row_bytes))
             return
@@ -281,31 +250,15 @@ class KvkeepTier(SecondaryTierManager):
 
     def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
         self._requests[req_context.req_id] = self._new_request(req_context)
+        self._prefills.begin(req_context.req_id)
         return RequestOffloadingContext()
 
     def on_request_finished(self, req_context: Any) -> None:
-        request = self._requests.pop(req_context.req_id, None)
-        if request is None or request.scheduled_at is None:
-            return
-        # It ended with a step, and no other one was scheduled ahead of that end.
-        request.step_ends += [time.monotonic()] * (1 + self._steps_ahead)
-        self._ended_requests[req_context.req_id] = request
-        if len(self._ended_requests) > _ENDED_KEPT:
-            del self._ended_requests[next(iter(self._ended_requests))]
+        self._requests.pop(req_context.req_id, None)
+        self._prefills.finish(req_context.req_id)
 
     def on_schedule_end(self, context: Any) -> None:
-        now = time.monotonic()
-        for request in self._requests.values():
-            if request.scheduled_at is not None and len(request.step_ends) < _STEPS_KEPT:
-                request.step_ends.append(now)
-        for req_id in context.new_req_ids:
-            if (request := self._requests.get(req_id)) is not None:
-                request.scheduled_at, request.step_ends = now, []
-        for req_id in context.preempted_req_ids or ():
-            if (request := self._requests.get(req_id)) is not None:
-                request.scheduled_at = None
-        if now - self._saved_at > _SAVE_SECONDS:
-            self._save()
+        self._prefills.step(context)
 
     def has_pending_work(self) -> bool:
         return bool(self._jobs or self._refused)
@@ -337,43 +290,11 @@ class KvkeepTier(SecondaryTierManager):
 
     def shutdown(self) -> None:
         """Gives vLLM its memory back, and writes what was taken."""
-        self._save(wait=True)
+        self._prefills.save(wait=True)
         try:
             self._engine.close()
         except KvkeepError as error:
             _log.warning("kvkeep: the disk was not closed cleanly: %s", error)
-
-    # What is measured.
-
-    def _measure(self, request: _Request, keys: list[bytes], context: Any) -> None:
-        """Blocks come to be stored some time after the step that computed them: vLLM's own timing of a prefill."""
-        request = self._ended_requests.get(context.req_id, request)
-        if request.scheduled_at is None:
-            return
-        group = keys[0][-4:] if keys else b""
-        tokens = sum(self._tokens_of(key) for key in keys if key[-4:] == group)
-        positions = _compat.positions_of(context)
-        if positions is not None and request.computed_tokens == 0:
-            ends = [positions[key] for key in keys if key in positions and key[-4:] == group]
-            if not ends or min(ends) > self._tokens_of(keys[0]):
-                # It began behind what was there already.
-                request.scheduled_at = None
-                return
-        request.computed_tokens += tokens
-        steps = math.ceil(request.computed_tokens / self._step_tokens) + self._steps_ahead
-        if steps <= len(request.step_ends):
-            self.rates.computed(request.computed_tokens, request.step_ends[steps - 1] - request.scheduled_at)
-
-    def _save(self, wait: bool = False) -> None:
-        """Writes the rates, in a thread: the disk may not answer."""
-        self._saved_at = time.monotonic()
-        if self.rates == self._saved:
-            return
-        self._saved = replace(self.rates, seconds_by_length=dict(self.rates.seconds_by_length))
-        thread = threading.Thread(target=_write, args=(self._file, self._saved), name="kvkeep-rates", daemon=True)
-        thread.start()
-        if wait:
-            thread.join(1.0)
 
     # Small things.
 
@@ -391,11 +312,3 @@ class KvkeepTier(SecondaryTierManager):
     def _tokens_of(self, key: bytes) -> int:
         group = int.from_bytes(key[-4:], "big")
         return self._chunk_tokens[group if group < len(self._chunk_tokens) else 0]
-
-
-def _write(file: RatesFile, rates: Rates) -> None:
-    try:
-        file.write(rates)
-    except OSError as error:
-        _log.info("kvkeep: the measured rates were not saved: %s", error)
-

@@ -1,6 +1,7 @@
-"""vLLM's tiers where vLLM itself runs on the CPU: its offloading knows GPUs alone.
+"""vLLM's tiers, and kvkeep's RAM, where vLLM itself runs on the CPU: its offloading knows GPUs alone.
 
     {"spec_name": "CpuTieringOffloadingSpec", "spec_module_path": "kvkeep.vllm.cpu", "cpu_bytes_to_use": ..., "secondary_tiers": [...]}
+    {"spec_name": "CpuKvkeepOffloadingSpec", "spec_module_path": "kvkeep.vllm.cpu", "cpu_bytes_to_use": ..., "kvkeep": {...}}
 
 The model's KV and the first tier are then both in RAM, and one is copied into the other at once, by memcpy. Invariant: a transfer is done
 when it is submitted. Everything else is vLLM's own: its manager, its tiers, its recovery.
@@ -9,6 +10,7 @@ when it is submitted. Everything else is vLLM's own: its manager, its tiers, its
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +19,10 @@ from vllm.v1.kv_offload.base import CanonicalKVCaches, GPULoadStoreSpec, Offload
 from vllm.v1.kv_offload.cpu.shared_offload_region import SharedOffloadRegion
 from vllm.v1.kv_offload.tiering.spec import TieringOffloadingSpec
 
-__all__ = ["CpuTieringOffloadingSpec"]
+from kvkeep.vllm._rows import Registered, Rows
+from kvkeep.vllm._spec import KvkeepOffloadingSpec
+
+__all__ = ["CpuKvkeepOffloadingSpec", "CpuTieringOffloadingSpec"]
 
 
 class CpuTieringOffloadingSpec(TieringOffloadingSpec):
@@ -36,8 +41,15 @@ class CpuTieringOffloadingSpec(TieringOffloadingSpec):
         return self._worker
 
 
+class CpuKvkeepOffloadingSpec(KvkeepOffloadingSpec):
+    """`KvkeepOffloadingSpec` with a worker that copies between two places in RAM."""
+
+    def _maker(self, kv_caches: CanonicalKVCaches) -> Callable[[Callable[[], bool]], tuple[OffloadingWorker, Registered | None]]:
+        return lambda is_over: (_MemcpyWorker(kv_caches, self.blocks_per_chunk, self._map(is_over)), None)
+
+
 class _MemcpyWorker(OffloadingWorker):
-    def __init__(self, kv_caches: CanonicalKVCaches, blocks_per_chunk: int, region: SharedOffloadRegion) -> None:
+    def __init__(self, kv_caches: CanonicalKVCaches, blocks_per_chunk: int, region: SharedOffloadRegion | Rows) -> None:
         self._per_chunk, self._region = blocks_per_chunk, region
         self._engine = [cache.tensor.view(torch.int8).view(-1, cache.page_size_bytes) for cache in kv_caches.tensors]
         self._chunks = [region.create_next_worker_view(cache.page_size_bytes * blocks_per_chunk) for cache in kv_caches.tensors]

@@ -3,7 +3,7 @@
 //! Invariant: a request that cannot fit is refused before anything is evicted for it. Only what a quota refuses may
 //! have cost entries before: its own share's, and what others had beyond theirs.
 
-use super::{Ledger, Reservation, Wanted};
+use super::{Ledger, Reservation, Terms, Wanted};
 use crate::error::Rejection;
 use crate::eviction::{Departure, EntryId, ShareId};
 use crate::key::{NamespaceId, ObjectKey};
@@ -127,7 +127,7 @@ impl Ledger {
         below: &[bool],
         now_ms: u64,
     ) -> Reservation {
-        let Wanted { bytes_each, first_given, priority } = wanted;
+        let Wanted { bytes_each, first_given, priority, terms } = wanted;
         let share = self.share(namespace);
         let (mut made, mut pending) = (Reservation::default(), 0);
         for (position, key) in keys.iter().enumerate() {
@@ -137,7 +137,7 @@ impl Ledger {
                 continue;
             }
             let is_below = below.get(position) == Some(&true);
-            if position < first_given && is_below {
+            if position < first_given && (is_below || terms == Terms::AtOnce) {
                 made.below += 1;
                 continue;
             }

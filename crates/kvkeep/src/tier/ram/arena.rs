@@ -148,6 +148,14 @@ impl Arena {
         (self.base, self.bytes)
     }
 
+    /// The file behind it, if it is one.
+    #[cfg(unix)]
+    pub(crate) fn file(&self) -> Option<rustix::fd::BorrowedFd<'_>> {
+        use rustix::fd::AsFd;
+
+        self.lanes.memfd().map(AsFd::as_fd)
+    }
+
     /// Brings memory behind the first `bytes` bytes, and keeps it there: from now on a device may go to it past the
     /// page tables. Without this a piece that was given back would be new memory for the processor and the old one for
     /// the device.
@@ -255,6 +263,11 @@ impl Extent {
 
     pub(crate) fn pages(&self) -> u32 {
         self.pages
+    }
+
+    /// Where it begins in the arena, in bytes.
+    pub(crate) fn offset(&self) -> usize {
+        self.first_page as usize * PAGE_BYTES
     }
 
     pub(super) fn first_page(&self) -> u32 {

@@ -1,0 +1,360 @@
+//! RAM, and a disk behind it, for an engine whose workers copy between a device and the cache's own memory: what
+//! `kvkeep.vllm`'s `KvkeepOffloadingSpec` is over.
+//!
+//! Invariant: a row that is being written is found by nobody, and one that is held is neither evicted nor written. Nothing
+//! here waits but [`EngineRam::close`]: blocks come up from the disk in threads of this module. All rows have one size and
+//! nothing else lies in the memory, so a row is its number times that size; where that ever failed, it is refused.
+
+#![expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use kvkeep::{Begun, CacheConfig, Chain, KvCache, Match, Priority, StoreOptions};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::convert::{policy, seconds, some_seconds};
+use crate::engine_jobs::Key;
+use crate::engine_tier::{RawDir, disk_config};
+use crate::error::{raise, to_python};
+use crate::fork::{Here, Holding};
+use crate::open::waiting;
+use crate::stats;
+use crate::tokens::Namespace;
+
+/// Requests whose blocks come up at a time: one keeps a disk busy, and others wait behind one that hangs.
+const THREADS: usize = 4;
+/// How often a thread that waits for work looks whether the cache is still there.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
+/// The memory and what is behind it.
+#[pyclass(frozen, module = "kvkeep._kvkeep")]
+#[derive(Debug)]
+pub(crate) struct EngineRam {
+    here: Here<Mutex<Option<Arc<Engine>>>>,
+}
+
+/// Blocks in RAM that stay there, and as they are, while this lives.
+#[pyclass(frozen, module = "kvkeep._kvkeep")]
+#[derive(Debug)]
+pub(crate) struct EngineHeld {
+    _found: Holding<Match>,
+    rows: Vec<usize>,
+}
+
+/// Rows that are to be written. Dropped without `end`, nothing was stored.
+#[pyclass(frozen, module = "kvkeep._kvkeep")]
+#[derive(Debug)]
+pub(crate) struct EngineBegun {
+    begun: Here<Mutex<Option<Begun>>>,
+    positions: Vec<usize>,
+    rows: Vec<usize>,
+    refused: usize,
+}
+
+#[derive(Debug)]
+struct Engine {
+    cache: KvCache,
+    namespace: kvkeep::Namespace,
+    row_bytes: usize,
+    load_time: Duration,
+    work: Mutex<Work>,
+    more: Condvar,
+    threads: Mutex<Vec<thread::JoinHandle<()>>>,
+}
+
+#[derive(Debug, Default)]
+struct Work {
+    wanted: VecDeque<Fetch>,
+    ended: Vec<(u64, Match, Duration)>,
+    late: u64,
+    closed: bool,
+}
+
+/// Blocks that are to come up.
+#[derive(Debug)]
+struct Fetch {
+    id: u64,
+    chain: Chain,
+    begun: Instant,
+}
+
+#[pymethods]
+impl EngineRam {
+    /// `ram` is bytes and the policy's name; `times` are seconds: of a load, of a flush.
+    #[new]
+    fn new(
+        py: Python<'_>,
+        namespace: &Namespace,
+        ram: (u64, String),
+        disk: Option<RawDir>,
+        times: [f64; 2],
+    ) -> PyResult<Self> {
+        let row_bytes = namespace.0.layout().block_bytes();
+        let (ram_bytes, name) = ram;
+        let rows = ram_bytes / row_bytes as u64;
+        if rows == 0 || !row_bytes.is_multiple_of(4096) {
+            return Err(raise("ConfigError", "a row is whole pages of 4 KiB, and RAM has room for one at least"));
+        }
+        let [load, flush] = times;
+        let load_time = some_seconds(load, "load_timeout_s")?;
+        let mut config = CacheConfig::new(rows * row_bytes as u64).policy(policy(&name)?);
+        if let Some(disk) = disk {
+            config = config.disk(disk_config(disk, load_time, some_seconds(flush, "flush_timeout_s")?)?);
+        }
+        let cache = waiting(py, || KvCache::new(config))?.map_err(|error| to_python(&error))?;
+        let engine = Arc::new(Engine {
+            cache,
+            namespace: namespace.0.clone(),
+            row_bytes,
+            load_time,
+            work: Mutex::default(),
+            more: Condvar::new(),
+            threads: Mutex::default(),
+        });
+        engine.start()?;
+        Ok(Self { here: Here::new(Mutex::new(Some(engine))) })
+    }
+
+    /// The descriptor of the memory, for `/proc/<pid>/fd`, and how many rows it has.
+    fn memory(&self) -> PyResult<(i32, usize)> {
+        use std::os::fd::AsRawFd;
+
+        let engine = self.engine()?;
+        let ram = engine.cache.store_handle().ram();
+        let Some(file) = ram.file() else { return Err(raise("ConfigError", "this system has no memory to share")) };
+        Ok((file.as_raw_fd(), ram.capacity_bytes() / engine.row_bytes))
+    }
+
+    /// Holds all of these if they are all in RAM.
+    fn hold(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<Option<EngineHeld>> {
+        let engine = self.engine()?;
+        Ok(py.detach(|| engine.cache.hold_chain(&engine.chain(&keys)?)).map(|found| engine.held(found)))
+    }
+
+    /// Which of these the disk has.
+    fn has(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<Vec<bool>> {
+        let engine = self.engine()?;
+        Ok(py.detach(|| engine.chain(&keys).map_or_else(Vec::new, |chain| engine.cache.has_lent(&chain))))
+    }
+
+    /// Begins to store those of these from `first` on that are not in RAM. What comes before them is only known.
+    fn begin(
+        &self,
+        py: Python<'_>,
+        keys: Vec<Key>,
+        first: usize,
+        ttl: Option<f64>,
+        is_kept: bool,
+    ) -> PyResult<EngineBegun> {
+        let engine = self.engine()?;
+        let mut options = StoreOptions::default();
+        options.ttl = seconds(ttl, "ttl_s")?;
+        options.priority = if is_kept { Priority::KeepLonger } else { Priority::default() };
+        let begun = py.detach(|| Some(engine.cache.begin_store(&engine.chain(&keys)?, first, &options)));
+        let places: Vec<(usize, usize)> = begun.iter().flat_map(Begun::places).collect();
+        if !places.iter().all(|(_, offset)| offset.is_multiple_of(engine.row_bytes)) {
+            return Err(raise("ConfigError", "this memory is not the engine's alone"));
+        }
+        let (positions, rows) = places.iter().map(|(block, offset)| (*block, offset / engine.row_bytes)).unzip();
+        let refused = begun.as_ref().map_or(0, |begun| begun.report().rejected_blocks);
+        Ok(EngineBegun { begun: Here::new(Mutex::new(begun)), positions, rows, refused })
+    }
+
+    /// A request for these, as far as they are in RAM; the disk hears of it too.
+    fn note(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<()> {
+        let engine = self.engine()?;
+        py.detach(|| {
+            if let Some(chain) = engine.chain(&keys) {
+                engine.cache.note_request(&chain);
+                engine.cache.touch_lent(&chain);
+            }
+        });
+        Ok(())
+    }
+
+    /// Keeps these on the disk before others, for so long; says how many.
+    fn retain(&self, py: Python<'_>, keys: Vec<Key>, time: Option<f64>) -> PyResult<usize> {
+        let (engine, time) = (self.engine()?, seconds(time, "ttl_s")?);
+        Ok(py.detach(|| engine.chain(&keys).map_or(0, |chain| engine.cache.retain_lent(&chain, time))))
+    }
+
+    /// These are like others again.
+    fn release(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<()> {
+        let engine = self.engine()?;
+        py.detach(|| engine.chain(&keys).iter().for_each(|chain| engine.cache.release_lent(chain)));
+        Ok(())
+    }
+
+    /// Begins to bring these up from the disk.
+    fn fetch(&self, id: u64, keys: Vec<Key>) -> PyResult<()> {
+        let engine = self.engine()?;
+        let Some(chain) = engine.chain(&keys) else { return Err(raise("ConfigError", "give keys to fetch")) };
+        engine.work().wanted.push_back(Fetch { id, chain, begun: Instant::now() });
+        engine.more.notify_one();
+        Ok(())
+    }
+
+    /// What has come up since this was last asked: number, seconds, and the blocks, held.
+    fn fetched(&self) -> PyResult<Vec<(u64, f64, EngineHeld)>> {
+        let engine = self.engine()?;
+        let ended = std::mem::take(&mut engine.work().ended);
+        Ok(ended.into_iter().map(|(id, found, time)| (id, time.as_secs_f64(), engine.held(found))).collect())
+    }
+
+    /// Evicts everything from RAM that is not held, and waits for its writes for so long at most; says how many blocks are left.
+    fn evict_all(&self, py: Python<'_>, time: f64) -> PyResult<usize> {
+        let (engine, time) = (self.engine()?, some_seconds(time, "flush_timeout_s")?);
+        waiting(py, move || engine.cache.evict_all(time))
+    }
+
+    fn flush(&self, py: Python<'_>) -> PyResult<()> {
+        let engine = self.engine()?;
+        waiting(py, move || engine.cache.flush())?.map_err(|error| to_python(&error))
+    }
+
+    /// Of RAM, of the disk, and of what came up.
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let engine = self.engine()?;
+        let dict = stats::to_dict(py, &py.detach(|| engine.cache.stats()))?;
+        dict.set_item("jobs_late_total", engine.work().late)?;
+        dict.set_item("jobs_refused_total", 0)?;
+        Ok(dict)
+    }
+
+    /// Writes what is in RAM and not on the disk, and lets go of the directory. A second time does nothing.
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        let engine = self.here.get()?.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let Some(engine) = engine else { return Ok(()) };
+        waiting(py, move || engine.close())?.map_err(|error| to_python(&error))
+    }
+}
+
+#[pymethods]
+impl EngineHeld {
+    #[getter]
+    fn rows(&self) -> Vec<usize> {
+        self.rows.clone()
+    }
+}
+
+#[pymethods]
+impl EngineBegun {
+    /// Which of the keys are to be written.
+    #[getter]
+    fn positions(&self) -> Vec<usize> {
+        self.positions.clone()
+    }
+
+    /// And where.
+    #[getter]
+    fn rows(&self) -> Vec<usize> {
+        self.rows.clone()
+    }
+
+    /// So many had no room.
+    #[getter]
+    fn refused(&self) -> usize {
+        self.refused
+    }
+
+    /// All of them are written: from now on they are found.
+    fn end(&self, py: Python<'_>) -> PyResult<()> {
+        let begun = self.begun.get()?.lock().unwrap_or_else(PoisonError::into_inner).take();
+        py.detach(|| begun.map(Begun::end));
+        Ok(())
+    }
+
+    /// They will not be written, and nothing writes them any more.
+    fn abandon(&self) -> PyResult<()> {
+        let begun = self.begun.get()?.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(begun);
+        Ok(())
+    }
+}
+
+impl EngineRam {
+    fn engine(&self) -> PyResult<Arc<Engine>> {
+        let engine = self.here.get()?.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        engine.ok_or_else(|| raise("ClosedError", "this cache is closed: make a new one"))
+    }
+}
+
+impl Engine {
+    fn start(self: &Arc<Self>) -> PyResult<()> {
+        for _ in 0..THREADS {
+            let weak = Arc::downgrade(self);
+            let thread = thread::Builder::new().name("kvkeep-fetch".to_owned()).spawn(move || {
+                while let Some(engine) = weak.upgrade() {
+                    match engine.next() {
+                        Some(Some(fetch)) => engine.bring(&fetch),
+                        Some(None) => {}
+                        None => return,
+                    }
+                }
+            })?;
+            self.threads.lock().unwrap_or_else(PoisonError::into_inner).push(thread);
+        }
+        Ok(())
+    }
+
+    fn work(&self) -> std::sync::MutexGuard<'_, Work> {
+        self.work.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn chain(&self, keys: &[Key]) -> Option<Chain> {
+        Chain::external(&self.namespace, keys).ok()
+    }
+
+    fn held(&self, found: Match) -> EngineHeld {
+        let begin = self.cache.store_handle().ram().address().as_ptr() as usize;
+        let row = |block| {
+            let bytes = found.block(block).ok()?;
+            Some((bytes.as_ptr() as usize).saturating_sub(begin) / self.row_bytes)
+        };
+        let rows = (0..found.blocks()).filter_map(row).collect();
+        EngineHeld { _found: Holding::new(found), rows }
+    }
+
+    /// What is wanted next; `Some(None)` if nothing is; `None` at the end.
+    fn next(&self) -> Option<Option<Fetch>> {
+        let waits = |work: &mut Work| work.wanted.is_empty() && !work.closed;
+        let waited = self.more.wait_timeout_while(self.work(), LOOK_EVERY, waits);
+        let (mut work, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        if work.closed { None } else { Some(work.wanted.pop_front()) }
+    }
+
+    /// Brings these blocks up, as many as come in time. What waited for its turn too long gets what is in RAM.
+    fn bring(&self, fetch: &Fetch) {
+        let is_late = fetch.begun.elapsed() >= self.load_time;
+        let found = if is_late { None } else { Some(self.cache.pin_chain(&fetch.chain)) };
+        let time = fetch.begun.elapsed();
+        let mut work = self.work();
+        work.late += u64::from(is_late || time >= self.load_time);
+        match found {
+            Some(found) if !work.closed => work.ended.push((fetch.id, found, time)),
+            _ => {}
+        }
+    }
+
+    fn close(self: Arc<Self>) -> kvkeep::Result<()> {
+        let ended = {
+            let mut work = self.work();
+            work.closed = true;
+            work.wanted.clear();
+            std::mem::take(&mut work.ended)
+        };
+        drop(ended);
+        self.more.notify_all();
+        let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        // Each waits for the disk for as long as a load may take, and no longer.
+        threads.into_iter().for_each(|thread| drop(thread.join()));
+        match self.cache.flush() {
+            Err(kvkeep::Error::NoDisk) => Ok(()),
+            flushed => flushed,
+        }
+    }
+}

@@ -11,13 +11,16 @@ use super::{KvCache, Match, StoreReport, request};
 use crate::chain::Chain;
 use crate::clock::Deadline;
 use crate::config::StoreOptions;
-use crate::store::{Pending, Terms};
+use crate::store::{Pending, Pin, Terms};
 
 /// Blocks that a device is writing. Dropped without [`Begun::end`], they were never there.
 #[derive(Debug)]
 pub struct Begun {
     cache: KvCache,
     chain: Chain,
+    /// What was there of the chain: held until the rest is sealed.
+    #[expect(dead_code, reason = "held, not read")]
+    present: Option<Pin>,
     missing: Vec<(usize, Pending)>,
     options: StoreOptions,
     report: StoreReport,
@@ -29,12 +32,13 @@ impl KvCache {
     #[must_use]
     pub fn begin_store(&self, chain: &Chain, first_block: usize, options: &StoreOptions) -> Begun {
         let chain = self.store.own(chain).into_owned();
-        let (missing, report) = if self.store.here().is_ok() {
-            self.reserve_missing(&chain, first_block, options, Terms::AtOnce)
+        let (present, missing, report) = if self.store.here().is_ok() {
+            let (present, missing, report) = self.reserve_missing(&chain, first_block, options, Terms::AtOnce);
+            (Some(present), missing, report)
         } else {
-            (Vec::new(), StoreReport::default())
+            (None, Vec::new(), StoreReport::default())
         };
-        Begun { cache: self.clone(), chain, missing, options: *options, report }
+        Begun { cache: self.clone(), chain, present, missing, options: *options, report }
     }
 
     /// Holds all blocks of a chain if they are all in RAM. Asks no tier; not a request.

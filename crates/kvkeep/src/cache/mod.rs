@@ -24,7 +24,7 @@ use crate::flight::{Flights, Patience};
 use crate::key::{Namespace, NamespaceId, ObjectKey, TokenId};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
 use crate::stats::Stats;
-use crate::store::{OnPresent, Pending, Removed, Request, Reserved, Sealing, Store, Terms, Wanted};
+use crate::store::{OnPresent, Pending, Pin, Removed, Request, Reserved, Sealing, Store, Terms, Wanted};
 
 pub use begun::Begun;
 pub use found::Match;
@@ -446,19 +446,20 @@ impl KvCache {
         write: impl FnOnce(&mut [(usize, Pending)]) -> Result<(), E>,
     ) -> Result<StoreReport, E> {
         let chain = &self.store.own(chain);
-        let (mut missing, report) = self.reserve_missing(chain, first_block, options, Terms::Patient);
+        let (_present, mut missing, report) = self.reserve_missing(chain, first_block, options, Terms::Patient);
         write(&mut missing)?;
         Ok(self.seal_missing(chain, missing, options, report))
     }
 
-    /// Room for what is not there of a chain, and what can be said of it so far.
+    /// What is there of a chain, room for what is not, and what can be said of it so far. What is there has to be held until
+    /// the rest is sealed: else it may go meanwhile, and is used before its tail.
     fn reserve_missing(
         &self,
         chain: &Chain,
         first_block: usize,
         options: &StoreOptions,
         terms: Terms,
-    ) -> (Vec<(usize, Pending)>, StoreReport) {
+    ) -> (Pin, Vec<(usize, Pending)>, StoreReport) {
         let (layout, keys) = (chain.namespace().layout(), chain.keys());
         self.store.describe(chain.namespace());
         if self.store.wants_tokens() {
@@ -473,7 +474,7 @@ impl KvCache {
             rejection: rejection.map(|rejection| in_tokens(rejection, layout)),
             ..StoreReport::default()
         };
-        (missing, report)
+        (present, missing, report)
     }
 
     /// Makes what was written findable.

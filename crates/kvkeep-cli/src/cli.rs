@@ -301,6 +301,48 @@ pub(crate) fn gib(text: &str) -> Result<f64, String> {
     }
 }
 
+/// A number, perhaps in thousands or millions: 5000, 5k, 2m.
+pub(crate) fn counted(text: &str) -> Option<u64> {
+    let (digits, unit) = match text.char_indices().next_back()? {
+        (end, 'k' | 'K') => (text.get(..end)?, 1_000),
+        (end, 'm' | 'M') => (text.get(..end)?, 1_000_000),
+        _ => (text, 1),
+    };
+    let is_number = digits.bytes().all(|digit| digit.is_ascii_digit());
+    digits.parse::<u64>().ok().filter(|_| is_number)?.checked_mul(unit)
+}
+
+/// What to say of a name that there is not: what there is, and which of it was meant, if one is near.
+pub(crate) fn no_such(what: &str, name: &str, names: &[&str]) -> String {
+    let near = names.iter().map(|other| (slips(name, other), other)).min().filter(|(slips, _)| *slips <= 2);
+    let meant = near.map_or_else(String::new, |(_, other)| format!(", perhaps {other}"));
+    format!("there is no {what} {name}: choose from {}{meant}", names.join(", "))
+}
+
+/// Letters left out, added, mistaken or swapped between two words (optimal string alignment).
+fn slips(one: &str, other: &str) -> usize {
+    let (one, other): (Vec<char>, Vec<char>) = (one.chars().collect(), other.chars().collect());
+    let mut rows: [Vec<usize>; 3] = [Vec::new(), Vec::new(), (0..=other.len()).collect()];
+    for (row, letter) in one.iter().enumerate() {
+        rows.rotate_left(1);
+        let [before_last, last, this] = &mut rows;
+        this.clear();
+        this.push(row + 1);
+        for (column, against) in other.iter().enumerate() {
+            let at = |row: &[usize], column: usize| row.get(column).copied().unwrap_or(usize::MAX - 1);
+            let mistaken = at(last, column) + usize::from(letter != against);
+            let mut least = mistaken.min(at(last, column + 1) + 1).min(at(this, column) + 1);
+            let swapped =
+                row > 0 && column > 0 && one.get(row - 1) == Some(against) && Some(letter) == other.get(column - 1);
+            if swapped {
+                least = least.min(at(before_last, column - 1) + 1);
+            }
+            this.push(least);
+        }
+    }
+    rows.last().and_then(|row| row.last()).copied().unwrap_or(usize::MAX)
+}
+
 pub(crate) fn hex_digits(text: &str) -> Result<String, String> {
     let right = !text.is_empty() && text.len() <= 64 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
     if right { Ok(text.to_ascii_lowercase()) } else { Err("give 1 to 64 hexadecimal digits".to_owned()) }
@@ -343,6 +385,29 @@ mod tests {
             let wide = |line: &&str| line.chars().count() > 60 && line.split_whitespace().all(|word| word.len() < 40);
             assert_eq!(help.lines().find(wide), None, "{}", sub.get_name());
         }
+    }
+
+    #[test]
+    fn a_number_may_be_in_thousands_or_millions() {
+        let read = ["5000", "5k", "2M", "0", "k", "", "1.5k", "-1", "+1", "5kk", "5 k", "99999999999999999999"];
+        let number = [Some(5_000), Some(5_000), Some(2_000_000), Some(0)];
+        assert_eq!(read.map(counted)[..4], number);
+        assert!(read.iter().skip(4).all(|text| counted(text).is_none()));
+    }
+
+    #[test]
+    fn a_name_that_there_is_not_is_answered_with_the_nearest() {
+        for (name, says) in [
+            ("chta", "perhaps chat"),
+            ("lrru", "perhaps lru"),
+            ("adaptve", "perhaps adaptive"),
+            ("adpative", "perhaps adaptive"),
+            ("flod", "perhaps flood"),
+        ] {
+            let said = no_such("name", name, &["chat", "lru", "lru2", "adaptive", "flood"]);
+            assert!(said.ends_with(says), "{said}");
+        }
+        assert!(!no_such("name", "nothing", &["chat", "lru"]).contains("perhaps"));
     }
 
     #[test]

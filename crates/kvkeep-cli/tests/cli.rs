@@ -167,16 +167,69 @@ fn a_replay_that_cannot_be_is_refused_with_what_to_do() {
         (&["replay", "synthetic:loop", "--capacity", "0"], "1.."),
         (&["replay", "synthetic:loop", "--target-hit-rate", "80"], "0.8"),
         (&["replay", "synthetic:loop", "--admission", "some"], "second-use"),
+        (&["replay", "synthetic:nothing"], "chat, agents"),
     ] {
         let output = kvkeep(args);
         assert_eq!(output.status.code(), Some(2), "{args:?}");
         assert!(stderr(&output).contains(says), "{args:?}: {}", stderr(&output));
     }
-    for (trace, says) in [("synthetic:nothing", "chat, agents"), ("/no/such/trace", "cannot open")] {
-        let output = kvkeep(&["replay", trace]);
-        assert_eq!(output.status.code(), Some(1), "{trace}");
-        assert!(stderr(&output).contains(says), "{}", stderr(&output));
+    let output = kvkeep(&["replay", "/no/such/trace"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(stderr(&output).contains("cannot open"), "{}", stderr(&output));
+}
+
+/// A misspelt trace ended with 1 and a misspelt policy with 2, and neither said what had been meant.
+#[test]
+fn a_misspelt_name_exits_with_2_and_the_nearest_one() {
+    for (args, says) in [
+        (["synthetic:chta", "--policy=lru"], "perhaps chat"),
+        (["synthetic:documnets", "--policy=lru"], "perhaps documents"),
+        (["synthetic:loop", "--policy=lrru"], "perhaps lru"),
+        (["synthetic:loop", "--policy=lru,adaptiv"], "perhaps adaptive"),
+    ] {
+        let output = kvkeep(&["replay", args[0], args[1]]);
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(says), "{args:?}: {}", stderr(&output));
     }
+}
+
+/// `--capacity 1k` said "invalid digit found in string", and not what could be given.
+#[test]
+fn capacities_may_be_in_thousands_and_what_cannot_be_read_says_what_can() {
+    let trace = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(trace.path(), r#"{"input_length": 32, "hash_ids": [1, 2]}"#).unwrap();
+    let path = trace.path().to_str().unwrap();
+    let output = kvkeep(&["replay", path, "--capacity=1k,3000,1m", "--disk-capacity=2K", "--policy=lru", "--json"]);
+    assert!(output.status.success(), "{}", stderr(&output));
+    let json: Value = serde_json::from_str(stdout(&output)).unwrap();
+    let capacities: Vec<_> =
+        json["results"].as_array().unwrap().iter().map(|row| row["capacity_blocks"].as_u64().unwrap()).collect();
+    assert_eq!(capacities, [1_000, 3_000, 1_000_000]);
+    assert_eq!(json["results"][0]["disk_capacity_blocks"], 2_000);
+    for option in ["--capacity=1g", "--capacity=k", "--capacity=5m000", "--disk-capacity=0k", "--disk-capacity=9999m"] {
+        let output = kvkeep(&["replay", "synthetic:loop", option]);
+        assert_eq!(output.status.code(), Some(2), "{option}");
+        assert!(stderr(&output).contains("such as 5000, 5k"), "{option}: {}", stderr(&output));
+    }
+}
+
+/// The bar of what was done went on ticking beside the next one, and the two wrote over each other's line.
+#[test]
+fn on_a_terminal_each_bar_is_gone_before_the_next_begins() {
+    // Long enough for a bar that is left behind to be drawn again.
+    let line = |request: u64| {
+        let blocks: Vec<u64> = (0..20).map(|block| request % 37 * 100 + request / 37 % 5 + block).collect();
+        format!("{{\"input_length\": 320, \"hash_ids\": {blocks:?}}}\n")
+    };
+    let trace = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(trace.path(), (0..1_000).map(line).collect::<String>()).unwrap();
+    let replay = format!("{} replay {} --capacity=100,200", env!("CARGO_BIN_EXE_kvkeep"), trace.path().display());
+    let run = std::process::Command::new("script").args(["-qec", &replay, "/dev/null"]).output();
+    let Ok(output) = run else { return println!("skipped: script is not installed") };
+    assert!(output.status.success());
+    let screen = String::from_utf8_lossy(&output.stdout).into_owned();
+    let (begins, ends) = (screen.find("replays"), screen.rfind("the optimum"));
+    assert!(ends.is_some() && begins > ends, "the first bar came back: {screen}");
 }
 
 /// The traces with published figures, where they are at hand.

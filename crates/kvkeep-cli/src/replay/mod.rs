@@ -11,14 +11,13 @@ mod trace;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use clap::Args;
-use indicatif::{ProgressBar, ProgressStyle};
 use kvkeep::{Admission, PolicyKind};
 use serde::Serialize;
 
+use crate::cli;
 use crate::stats::{float, ratio};
 use codecs::Codec;
 use run::{Outcome, Setup, in_parallel, replay, smallest};
@@ -29,15 +28,16 @@ use trace::Trace;
 ///
 /// A trace is JSON lines with `input_length` (tokens) and `hash_ids` (one number for each block,
 /// equal where the block and everything before it are equal); plain, gzip or zstd.
-/// `synthetic:NAME` makes one: chat, agents, documents, flood, loop or shift.
+/// `synthetic:NAME` makes one: chat, agents, documents, flood, loop, shift, retrieval, branches,
+/// batches or tenants.
 #[derive(Debug, Args)]
 #[command(after_help = crate::cli::EXIT_CODES)]
 pub(crate) struct ReplayOptions {
     /// Traces: files, or synthetic:NAME
-    #[arg(required = true, value_name = "TRACE")]
+    #[arg(required = true, value_name = "TRACE", value_parser = trace::source)]
     pub(crate) traces: Vec<String>,
-    /// RAM, in blocks; several with commas [default: six shares of the trace's different blocks]
-    #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = clap::value_parser!(u32).range(1..))]
+    /// RAM, in blocks, such as 5000, 5k or 2m; several with commas [default: six shares of the trace's different blocks]
+    #[arg(long, value_name = "N,...", value_delimiter = ',', value_parser = blocks)]
     pub(crate) capacity: Vec<u32>,
     /// Policies, with commas: lru, s3fifo, arc, lru2, adaptive [default: all]
     #[arg(long, value_name = "NAME,...", value_delimiter = ',', value_parser = policy)]
@@ -46,8 +46,8 @@ pub(crate) struct ReplayOptions {
     /// what is too much, the request's own as well. No live cache works so; published figures do
     #[arg(long, conflicts_with = "disk_capacity")]
     pub(crate) unpinned: bool,
-    /// A disk tier behind the RAM, in blocks
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    /// A disk tier behind the RAM, in blocks, such as 20000 or 20k
+    #[arg(long, value_name = "N", value_parser = blocks)]
     pub(crate) disk_capacity: Option<u32>,
     /// What is written to disk, several with commas: all, second-use, or worth:R (kinds of blocks
     /// that are read at least R times for each write)
@@ -156,8 +156,7 @@ pub(crate) fn run(options: &ReplayOptions) -> Result<ExitCode> {
     let traces: Vec<Trace> =
         options.traces.iter().map(|source| Trace::open(source, options.block_tokens)).collect::<Result<_>>()?;
     let policies = if options.policy.is_empty() { PolicyKind::ALL.to_vec() } else { options.policy.clone() };
-    let bar = progress("the optimum", traces.len());
-    let limits = in_parallel(&traces, &bar, |trace| Ok(limits(trace, &capacities(options, trace))))?;
+    let limits = in_parallel("the optimum", &traces, |trace| Ok(limits(trace, &capacities(options, trace))))?;
     let mut jobs = Vec::new();
     for (trace, limits) in traces.iter().zip(&limits) {
         for (policy, admission) in policies.iter().flat_map(|policy| options.rules().map(move |rule| (*policy, rule))) {
@@ -168,15 +167,13 @@ pub(crate) fn run(options: &ReplayOptions) -> Result<ExitCode> {
             }
         }
     }
-    let bar = progress("replays", jobs.len());
-    let rows = in_parallel(&jobs, &bar, |job| row(job, options))?;
+    let rows = in_parallel("replays", &jobs, |job| row(job, options))?;
     let answers = match options.target_hit_rate {
         Some(target) => {
             jobs.dedup_by(|a, b| {
                 a.trace.name == b.trace.name && (a.policy, a.admission) == (b.policy, b.admission) && a.codec == b.codec
             });
-            let bar = progress("searches", jobs.len());
-            let answers = in_parallel(&jobs, &bar, |job| answers(job, target, options))?;
+            let answers = in_parallel("searches", &jobs, |job| answers(job, target, options))?;
             answers.into_iter().flatten().collect()
         }
         None => Vec::new(),
@@ -300,19 +297,14 @@ fn bytes(trace: &Trace, blocks: u64, options: &ReplayOptions) -> Option<u64> {
     options.bytes_per_token.map(|bytes| bytes.saturating_mul(trace.block_tokens).saturating_mul(blocks))
 }
 
-fn progress(what: &'static str, steps: usize) -> ProgressBar {
-    let bar = ProgressBar::new(steps as u64);
-    if let Ok(style) = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} {elapsed}") {
-        bar.set_style(style);
-    }
-    bar.set_message(what);
-    bar.enable_steady_tick(Duration::from_millis(250));
-    bar
+fn policy(name: &str) -> Result<PolicyKind, String> {
+    let names = PolicyKind::ALL.map(PolicyKind::name);
+    PolicyKind::from_name(name).ok_or_else(|| cli::no_such("policy", name, &names))
 }
 
-fn policy(name: &str) -> Result<PolicyKind, String> {
-    let names = PolicyKind::ALL.map(PolicyKind::name).join(", ");
-    PolicyKind::from_name(name).ok_or_else(|| format!("there is no policy {name}: choose from {names}"))
+fn blocks(text: &str) -> Result<u32, String> {
+    let blocks = cli::counted(text).and_then(|blocks| u32::try_from(blocks).ok()).filter(|blocks| *blocks > 0);
+    blocks.ok_or_else(|| format!("give blocks in 1..={}, such as 5000, 5k (5,000) or 2m (2,000,000)", u32::MAX))
 }
 
 fn rate(text: &str) -> Result<f64, String> {

@@ -2,10 +2,10 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use anyhow::{Result, anyhow};
-use indicatif::ProgressBar;
+use indicatif::{ProgressBar, ProgressStyle};
 use kvkeep::{Admission, PolicyKind, Simulation};
 use serde::Serialize;
 
@@ -58,12 +58,30 @@ pub(crate) fn replay(trace: &Trace, setup: Setup) -> Result<Outcome> {
     Ok(outcome)
 }
 
-/// Runs `work` on each item, on as many threads as there are cores; answers in their order.
+/// Runs `work` on each item, on as many threads as there are cores; answers in their order. On a terminal a bar says
+/// how far `what` is, and is gone when this returns: the next one has the line.
 pub(crate) fn in_parallel<T: Sync, R: Send>(
+    what: &'static str,
     items: &[T],
-    bar: &ProgressBar,
     work: impl Fn(&T) -> Result<R> + Sync,
 ) -> Result<Vec<R>> {
+    let bar = progress(what, items.len());
+    let done = spread(items, &bar, work);
+    bar.finish_and_clear();
+    done
+}
+
+fn progress(what: &'static str, steps: usize) -> ProgressBar {
+    let bar = ProgressBar::new(steps as u64);
+    if let Ok(style) = ProgressStyle::with_template("{msg} {bar:30} {pos}/{len} {elapsed}") {
+        bar.set_style(style);
+    }
+    bar.set_message(what);
+    bar.enable_steady_tick(Duration::from_millis(250));
+    bar
+}
+
+fn spread<T: Sync, R: Send>(items: &[T], bar: &ProgressBar, work: impl Fn(&T) -> Result<R> + Sync) -> Result<Vec<R>> {
     let next = AtomicUsize::new(0);
     let done: Mutex<Vec<(usize, Result<R>)>> = Mutex::new(Vec::new());
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(items.len());
@@ -107,10 +125,9 @@ mod tests {
     #[test]
     fn answers_come_in_the_order_of_the_questions() {
         let items: Vec<usize> = (0..100).collect();
-        let squares = in_parallel(&items, &ProgressBar::hidden(), |n| Ok(n * n)).unwrap();
+        let squares = in_parallel("squares", &items, |n| Ok(n * n)).unwrap();
         assert_eq!(squares, items.iter().map(|n| n * n).collect::<Vec<_>>());
-        let failed =
-            in_parallel(&items, &ProgressBar::hidden(), |n| if *n == 50 { Err(anyhow!("50")) } else { Ok(()) });
+        let failed = in_parallel("failures", &items, |n| if *n == 50 { Err(anyhow!("50")) } else { Ok(()) });
         assert_eq!(failed.unwrap_err().to_string(), "50");
     }
 

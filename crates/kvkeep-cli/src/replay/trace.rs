@@ -77,6 +77,16 @@ impl Trace {
     }
 }
 
+/// A trace as it may be asked for: a synthetic one that there is, or a file, which is opened later.
+pub(super) fn source(text: &str) -> Result<String, String> {
+    match text.strip_prefix("synthetic:") {
+        Some(name) if !synthetic::NAMES.contains(&name) => {
+            Err(crate::cli::no_such("synthetic trace", name, &synthetic::NAMES))
+        }
+        _ => Ok(text.to_owned()),
+    }
+}
+
 fn read(path: &Path) -> Result<Vec<Request>> {
     let shown = path.display();
     let file = File::open(path).with_context(|| format!("cannot open the trace {shown}"))?;

@@ -12,11 +12,11 @@ mod expiries;
 use std::sync::Arc;
 
 use expiries::Expiries;
-use hashbrown::HashTable;
 
 use crate::eviction::EntryId;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::namespaces::Namespaces;
+use crate::table::Table;
 use crate::tensor::PairSpec;
 use crate::tier::ram::{Extent, page_bytes};
 
@@ -53,7 +53,7 @@ pub(crate) struct Entry {
 /// All entries.
 #[derive(Debug, Default)]
 pub(crate) struct Index {
-    table: HashTable<EntryId>,
+    table: Table<EntryId>,
     slots: Vec<Option<Entry>>,
     free_slots: Vec<EntryId>,
     namespaces: Namespaces,
@@ -152,9 +152,7 @@ impl Index {
             let (bytes, prefix_bytes) = (entry.page_bytes(), entry.prefix_bytes());
             expiries.remove(slots, id);
             namespaces.remove(namespace, bytes, prefix_bytes);
-            if let Ok(found) = table.find_entry(key.table_hash(), |other| *other == id) {
-                found.remove();
-            }
+            table.remove(key.table_hash(), |other| *other == id);
         }
     }
 

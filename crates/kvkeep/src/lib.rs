@@ -43,6 +43,7 @@ mod simulation;
 mod stats;
 mod store;
 mod sync;
+mod table;
 mod tensor;
 mod tier;
 

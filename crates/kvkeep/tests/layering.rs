@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// Lower ranks first; modules of one rank do not use each other.
 const RANKS: &[&[&str]] = &[
-    &["sync", "clock", "tensor", "process"],
+    &["sync", "clock", "tensor", "process", "table"],
     &["error", "record"],
     &["stats", "layout", "eviction"],
     &["key"],

@@ -161,12 +161,15 @@ impl Tiers {
         };
         let shortage = |room: &Room| if let Room::None(shortage) = room { Some(*shortage) } else { None };
         let mut room = shared.with(attempt);
+        // What goes is mostly in a tier already, which lets go of its pages at once.
+        self.offer(Deadline::over());
+        if shortage(&room) == Some(Shortage::Coming) {
+            room = shared.with(attempt);
+        }
         if shortage(&room) == Some(Shortage::Coming) {
             // What waits to be written needs no reads; but others may wait for what is in the batch.
             batch.send();
             room = self.wait_for_room(room, deadline, attempt, shortage);
-        } else {
-            self.offer(Deadline::over());
         }
         match room {
             Room::Pages(pending) => {

@@ -6,14 +6,13 @@
 
 use std::sync::Arc;
 
-use hashbrown::HashTable;
-
 use super::format::{Kind, PAGE_BYTES, RecordMeta};
 use super::segment::Segment;
 use crate::codec::CodecId;
 use crate::event::{Reports, Short};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::namespaces::{Closed, Namespaces};
+use crate::table::Table;
 
 /// 12 bytes of a key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -50,7 +49,7 @@ const READ: u8 = 2;
 
 /// Records that were taken out of the index.
 #[derive(Debug)]
-pub(crate) struct Records(HashTable<Slot>);
+pub(crate) struct Records(Table<Slot>);
 
 impl Records {
     pub(crate) fn len(&self) -> usize {
@@ -69,7 +68,7 @@ pub(crate) struct Found {
 /// All records that can be found, and the segments they lie in.
 #[derive(Debug, Default)]
 pub(crate) struct DiskIndex {
-    table: HashTable<Slot>,
+    table: Table<Slot>,
     segments: Vec<SegmentSlot>,
     namespaces: Namespaces,
     /// Records written and reads: the unit of age.
@@ -92,7 +91,7 @@ enum SegmentSlot {
 }
 
 /// Places of the table that are looked at while the lock is held.
-const SLICE: usize = 1 << 14;
+const SLICE: usize = 1 << 12;
 
 impl Fingerprint {
     pub(crate) fn of(key: &ObjectKey) -> Self {
@@ -187,24 +186,24 @@ impl DiskIndex {
 
     /// Removes what goes of the next places of the table; says how many, and where to go on, if there is more. Sums up
     /// the ages of what stays.
-    pub(crate) fn remove_some(&mut self, from: usize, goes: impl Fn(&Slot) -> bool) -> (usize, Option<usize>) {
+    pub(crate) fn remove_some(&mut self, from: u64, goes: impl Fn(&Slot) -> bool) -> (usize, Option<u64>) {
         let Self { table, namespaces, clock, ages, reports, .. } = self;
-        let (end, all) = (from.saturating_add(SLICE), table.num_buckets());
-        let mut removed = 0;
-        for place in from..end.min(all) {
-            let Some(slot) = table.get_bucket(place) else { continue };
+        let (mut removed, mut next) = (0, Some(from));
+        for _ in 0..SLICE {
+            let Some(place) = next else { break };
+            next = table.after(place);
+            let Some(slot) = table.at(place) else { continue };
             if !goes(slot) {
                 if !slot.is_named() {
                     *ages = (ages.0 + u64::from(clock.wrapping_sub(slot.extra)), ages.1 + 1);
                 }
-            } else if let Ok(entry) = table.get_bucket_entry(place) {
-                let (slot, _) = entry.remove();
+            } else if let Some(slot) = table.remove_at(place) {
                 slot_went(&slot, namespaces, reports.as_ref());
                 removed += 1;
             }
         }
-        if end < all {
-            return (removed, Some(end));
+        if next.is_some() {
+            return (removed, next);
         }
         let (sum, blocks) = std::mem::take(&mut self.ages);
         self.mean_age = sum.checked_div(blocks).and_then(|mean| u32::try_from(mean).ok());
@@ -267,10 +266,9 @@ impl DiskIndex {
     /// Says whether the key was there.
     pub(crate) fn remove(&mut self, key: &ObjectKey) -> bool {
         let fingerprint = Fingerprint::of(key);
-        let Ok(found) = self.table.find_entry(fingerprint.table_hash(), |slot| slot.fingerprint == fingerprint) else {
+        let Some(slot) = self.table.remove(fingerprint.table_hash(), |slot| slot.fingerprint == fingerprint) else {
             return false;
         };
-        let (slot, _) = found.remove();
         slot_went(&slot, &mut self.namespaces, self.reports.as_ref());
         true
     }

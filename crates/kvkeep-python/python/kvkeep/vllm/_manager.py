@@ -28,6 +28,10 @@ from kvkeep.vllm._settings import Settings
 
 _log = logging.getLogger(__name__)
 
+_PROBE_BLOCKS = 16
+_PROBE_EVERY = 16
+"""Of the loads that are not worth it, the first and each so many-th has a few blocks read into nowhere."""
+
 _KEPT_SECONDS = 1.0
 """For so long what came up for a request stays in RAM whatever happens. Then it is like everything else there."""
 
@@ -90,7 +94,8 @@ class KvkeepManager(OffloadingManager):
         self._forgotten: list[tuple[int, list[Any]]] = []
         self._steps, self._steps_in_flight = 0, _compat.steps_in_flight(config)
         self._own = {"hits": 0, "not_worth": 0}
-        self._late = 0
+        self._late = self._declined = 0
+        self._is_probed = False
         self._figures = _metrics.Figures()
         self._generation = b""
         self._may_change = _compat.may_change(config)
@@ -130,11 +135,18 @@ class KvkeepManager(OffloadingManager):
         if not always and not self.rates.pays(first, end, len(keys) * self._row_bytes):
             request.declined = True
             self._own["not_worth"] += len(keys)
+            if self._declined % _PROBE_EVERY == 0:
+                self._probe(keys)
+            self._declined += 1
             return
         self._fetch += 1
         self._engine.fetch(self._fetch, [self._name(key) for key in keys])
         self._fetches[self._fetch] = context_id
         request.coming, request.fetched = (self._fetch, keys, time.monotonic()), request.fetched | set(keys)
+
+    def _probe(self, keys: list[bytes]) -> None:
+        """How fast is the disk? It may be faster by now, or nobody has measured it yet."""
+        self._engine.probe([self._name(key) for key in keys[:_PROBE_BLOCKS]])
 
     def _span(self, request: _Request, keys: list[bytes]) -> tuple[int, int]:
         """The tokens that are computed if these are not loaded."""
@@ -252,6 +264,9 @@ class KvkeepManager(OffloadingManager):
             if request is not None and request.hints.is_retained:
                 self._engine.retain([self._name(key) for key in stored], request.hints.retain_s)
             self._prefills.stored(req_context, stored)
+            if stored and not self.rates.disk_is_measured and not self._is_probed:
+                self._is_probed = True
+                self._probe(stored)
 
     # Requests and steps.
 
@@ -269,6 +284,11 @@ class KvkeepManager(OffloadingManager):
 
     def on_schedule_end(self, context: Any) -> None:
         self._steps += 1
+        for came, wanted, seconds in self._engine.probed():
+            if came == wanted:
+                self.rates.loaded(came * self._row_bytes, seconds)
+            else:
+                self._is_probed = False
         self._prefills.step(context)
         self._collect()
         asked, self._asked = self._asked, {}

@@ -119,6 +119,20 @@ def test_answers_are_the_same_cold_warm_and_in_a_new_process_from_disk(model: st
         assert counters["hits"] == 30 and counters["damaged"] == 0
 
 
+@long_run
+def test_the_tier_is_found_by_its_class_where_its_plugin_is_not_loaded(model: str, tmp_path: Path) -> None:
+    asked = prompts(1, 700)
+    by_class = tier_at(tmp_path / "kv") | {"type": "KvkeepTier", "module_path": "kvkeep.vllm"}
+    os.environ["VLLM_PLUGINS"] = "none-of-ours"
+    try:
+        for cached in (0, 640):
+            with Engine(model, by_class) as engine:
+                assert engine.generate(asked)["cached"] == [cached]
+                engine.ask("flush")
+    finally:
+        del os.environ["VLLM_PLUGINS"]
+
+
 @both_ways
 @long_run
 def test_eight_requests_at_once_that_share_prefixes(model: str, alone: Engine, tmp_path: Path, whole: bool) -> None:

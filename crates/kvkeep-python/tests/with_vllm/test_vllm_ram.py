@@ -211,6 +211,21 @@ def test_worth_it__what_is_computed_faster_is_a_miss_as_a_whole_and_counted(tmp_
         assert ram.manager.counters()["not_worth"] == 6
 
 
+def test_worth_it__the_disk_is_measured_before_anything_was_loaded(tmp_path: Path) -> None:
+    with Ram(tmp_path / "kv", worth="measured") as ram:
+        ram.store(KEYS)
+        ram.engine.flush()
+        end = time.monotonic() + 20
+        while not ram.manager.rates.disk_is_measured:
+            assert time.monotonic() < end
+            ram.step()
+            time.sleep(0.01)
+        assert ram.manager.counters()["hits"] == 0
+        measured = ram.manager.rates.disk_bytes_per_s
+    with Ram(tmp_path / "kv", worth="measured") as ram:
+        assert ram.manager.rates.disk_bytes_per_s == measured
+
+
 def test_hints__what_is_not_to_be_stored_is_not_and_a_prefetch_loads_anyway(tmp_path: Path) -> None:
     with Ram(tmp_path / "kv", worth="measured", prefill_tokens_per_s=1e9, disk_gb_per_s=1e-6) as ram:
         assert ram.store(KEYS, kv_transfer_params={"kvkeep": {"store": False}}) == []

@@ -32,6 +32,9 @@ _PROBE_BLOCKS = 16
 _PROBE_EVERY = 16
 """Of the loads that are not worth it, the first and each so many-th has a few blocks read into nowhere."""
 
+_PROBE_SECONDS = 0.5
+"""As long as the disk is not measured, it is tried so often."""
+
 _KEPT_SECONDS = 1.0
 """For so long what came up for a request stays in RAM whatever happens. Then it is like everything else there."""
 
@@ -95,7 +98,9 @@ class KvkeepManager(OffloadingManager):
         self._steps, self._steps_in_flight = 0, _compat.steps_in_flight(config)
         self._own = {"hits": 0, "not_worth": 0}
         self._late = self._declined = 0
-        self._is_probed = False
+        self._probed_at = 0.0
+        self._written: list[bytes] = []
+        """Some of what was stored last."""
         self._figures = _metrics.Figures()
         self._generation = b""
         self._may_change = _compat.may_change(config)
@@ -265,9 +270,7 @@ class KvkeepManager(OffloadingManager):
             if request is not None and request.hints.is_retained:
                 self._engine.retain([self._name(key) for key in stored], request.hints.retain_s)
             self._prefills.stored(req_context, stored)
-            if stored and not self.rates.disk_is_measured and not self._is_probed:
-                self._is_probed = True
-                self._probe(stored)
+            self._written = [self._name(key) for key in stored[:_PROBE_BLOCKS]] or self._written
 
     # Requests and steps.
 
@@ -288,8 +291,11 @@ class KvkeepManager(OffloadingManager):
         for came, wanted, seconds in self._engine.probed():
             if came == wanted:
                 self.rates.loaded(came * self._row_bytes, seconds)
-            else:
-                self._is_probed = False
+        now = time.monotonic()
+        if self._written and not self.rates.disk_is_measured and now - self._probed_at > _PROBE_SECONDS:
+            # It is on its way to the disk, or there.
+            self._engine.probe(self._written)
+            self._probed_at = now
         self._prefills.step(context)
         self._collect()
         asked, self._asked = self._asked, {}
@@ -297,7 +303,6 @@ class KvkeepManager(OffloadingManager):
             request.hits = {}
             if request.wanted and req_id in self._requests:
                 self._decide(request, req_id)
-        now = time.monotonic()
         for request in self._requests.values():
             if request.came is not None and now - request.came[1] > _KEPT_SECONDS:
                 request.came = None

@@ -42,7 +42,7 @@ def main() -> None:
     print("| mode | prefix | cold | GPU | below | new process | restart / cold | same |\n|---|---|---|---|---|---|---|---|")
     for mode, by_length in runs.items():
         for prefix, columns in sorted(by_length.items()):
-            ratio = f"{statistics.median(columns['restart']) / statistics.median(columns['cold']):.2f}" if columns["restart"] else ""
+            ratio = f"{statistics.median(columns['restart']) / statistics.median(columns['cold']):.2f}" if columns["restart"] and columns["cold"] else ""
             cells = [cell(columns[column]) for column in COLUMNS]
             print(f"| {mode} | {prefix:,} | {' | '.join(cells)} | {ratio} | {'yes' if all(columns['same']) else 'NO'} |")
     if "--plot" in sys.argv:

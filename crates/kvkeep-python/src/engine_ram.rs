@@ -8,16 +8,18 @@
 #![expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use kvkeep::tiers::{BlockMeta, ReadTarget};
 use kvkeep::{Begun, CacheConfig, Chain, KvCache, Match, Priority, StoreOptions};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::convert::{policy, seconds, some_seconds};
 use crate::engine_jobs::Key;
+use crate::engine_rows::{Page, Pool};
 use crate::engine_tier::{RawDir, disk_config};
 use crate::error::{raise, to_python};
 use crate::fork::{Here, Holding};
@@ -60,6 +62,7 @@ struct Engine {
     cache: KvCache,
     namespace: kvkeep::Namespace,
     row_bytes: usize,
+    bounce: Arc<Pool>,
     load_time: Duration,
     work: Mutex<Work>,
     more: Condvar,
@@ -70,6 +73,7 @@ struct Engine {
 struct Work {
     wanted: VecDeque<Fetch>,
     ended: Vec<(u64, Match, Duration)>,
+    probed: Vec<(usize, usize, Duration)>,
     late: u64,
     closed: bool,
 }
@@ -77,9 +81,29 @@ struct Work {
 /// Blocks that are to come up.
 #[derive(Debug)]
 struct Fetch {
-    id: u64,
+    /// None if they are read into nowhere, to see how fast the disk is.
+    id: Option<u64>,
     chain: Chain,
     begun: Instant,
+}
+
+/// Where a block is read to that nobody wants.
+struct Nowhere {
+    page: Page,
+    came: mpsc::Sender<()>,
+}
+
+impl ReadTarget for Nowhere {
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        self.page.bytes_mut()
+    }
+
+    fn complete(self: Box<Self>, read: Option<BlockMeta>) {
+        if read.is_some() {
+            // Whoever asked may have gone.
+            let _ = self.came.send(());
+        }
+    }
 }
 
 #[pymethods]
@@ -110,6 +134,7 @@ impl EngineRam {
             cache,
             namespace: namespace.0.clone(),
             row_bytes,
+            bounce: Pool::new(row_bytes, THREADS),
             load_time,
             work: Mutex::default(),
             more: Condvar::new(),
@@ -191,11 +216,18 @@ impl EngineRam {
 
     /// Begins to bring these up from the disk.
     fn fetch(&self, id: u64, keys: Vec<Key>) -> PyResult<()> {
-        let engine = self.engine()?;
-        let Some(chain) = engine.chain(&keys) else { return Err(raise("ConfigError", "give keys to fetch")) };
-        engine.work().wanted.push_back(Fetch { id, chain, begun: Instant::now() });
-        engine.more.notify_one();
-        Ok(())
+        self.engine()?.want(Some(id), &keys)
+    }
+
+    /// Begins to read these from the disk into nowhere, to see how fast it is.
+    fn probe(&self, keys: Vec<Key>) -> PyResult<()> {
+        self.engine()?.want(None, &keys)
+    }
+
+    /// What was read into nowhere since this was last asked: blocks that came, blocks that were wanted, seconds.
+    fn probed(&self) -> PyResult<Vec<(usize, usize, f64)>> {
+        let probed = std::mem::take(&mut self.engine()?.work().probed);
+        Ok(probed.into_iter().map(|(came, wanted, time)| (came, wanted, time.as_secs_f64())).collect())
     }
 
     /// What has come up since this was last asked: number, seconds, and the blocks, held.
@@ -309,6 +341,13 @@ impl Engine {
         Chain::external(&self.namespace, keys).ok()
     }
 
+    fn want(&self, id: Option<u64>, keys: &[Key]) -> PyResult<()> {
+        let Some(chain) = self.chain(keys) else { return Err(raise("ConfigError", "give keys to read")) };
+        self.work().wanted.push_back(Fetch { id, chain, begun: Instant::now() });
+        self.more.notify_one();
+        Ok(())
+    }
+
     fn held(&self, found: Match) -> EngineHeld {
         let begin = self.cache.store_handle().ram().address().as_ptr() as usize;
         let row = |block| {
@@ -329,15 +368,28 @@ impl Engine {
 
     /// Brings these blocks up, as many as come in time. What waited for its turn too long gets what is in RAM.
     fn bring(&self, fetch: &Fetch) {
+        let Some(id) = fetch.id else { return self.probe(&fetch.chain) };
         let is_late = fetch.begun.elapsed() >= self.load_time;
         let found = if is_late { None } else { Some(self.cache.pin_chain(&fetch.chain)) };
         let time = fetch.begun.elapsed();
         let mut work = self.work();
         work.late += u64::from(is_late || time >= self.load_time);
         match found {
-            Some(found) if !work.closed => work.ended.push((fetch.id, found, time)),
+            Some(found) if !work.closed => work.ended.push((id, found, time)),
             _ => {}
         }
+    }
+
+    fn probe(&self, chain: &Chain) {
+        let (begun, (came, coming)) = (Instant::now(), mpsc::channel());
+        let target = |_| Box::new(Nowhere { page: self.bounce.take(), came: came.clone() }) as Box<dyn ReadTarget>;
+        self.cache.read_lent(chain, 0, (0..chain.blocks()).map(target).collect());
+        drop(came);
+        let mut blocks = 0;
+        while coming.recv_timeout(self.load_time.saturating_sub(begun.elapsed())).is_ok() {
+            blocks += 1;
+        }
+        self.work().probed.push((blocks, chain.blocks(), begun.elapsed()));
     }
 
     fn close(self: Arc<Self>) -> kvkeep::Result<()> {

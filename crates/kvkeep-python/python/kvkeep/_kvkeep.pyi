@@ -257,6 +257,10 @@ class EngineRam:
         """Begins to bring these up from the disk."""
     def fetched(self) -> list[tuple[int, float, EngineHeld]]:
         """What has come up since: number, seconds, and the blocks, held: the first ones of those that were wanted."""
+    def probe(self, keys: Sequence[bytes]) -> None:
+        """Begins to read these from the disk into nowhere, to see how fast it is."""
+    def probed(self) -> list[tuple[int, int, float]]:
+        """What was read so since: blocks that came, blocks that were wanted, seconds."""
     def evict_all(self, time: float) -> int:
         """Empties RAM of what is not held, and waits for its writes so long at most."""
     def flush(self) -> None: ...

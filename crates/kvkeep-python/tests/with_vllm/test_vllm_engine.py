@@ -27,7 +27,7 @@ SHORT = os.environ.get("KVKEEP_VLLM_SHORT") == "1"
 """A part of it, for where time is short."""
 
 long_run = pytest.mark.skipif(SHORT, reason="not in the short form")
-both_ways = pytest.mark.parametrize("whole", [False, True], ids=["tier", "ram"])
+both_ways = pytest.mark.parametrize("whole", [pytest.param(False, id="tier"), pytest.param(True, id="ram", marks=long_run)])
 """As a tier below vLLM's RAM, and with kvkeep's own."""
 
 
@@ -97,7 +97,7 @@ def alone(model: str) -> Iterator[Engine]:
         yield engine
 
 
-@both_ways
+@pytest.mark.parametrize("whole", [False, True], ids=["tier", "ram"])
 @pytest.mark.parametrize("prefix_caching", [True, pytest.param(False, marks=long_run)])
 def test_answers_are_the_same_cold_warm_and_in_a_new_process_from_disk(model: str, alone: Engine, tmp_path: Path, whole: bool, prefix_caching: bool) -> None:
     asked = prompts(3, 700)
@@ -117,6 +117,20 @@ def test_answers_are_the_same_cold_warm_and_in_a_new_process_from_disk(model: st
         assert min(warm["cached"]) >= 640, warm["cached"]
         counters = engine.ask("counters")
         assert counters["hits"] == 30 and counters["damaged"] == 0
+
+
+@long_run
+def test_the_tier_is_found_by_its_class_where_its_plugin_is_not_loaded(model: str, tmp_path: Path) -> None:
+    asked = prompts(1, 700)
+    by_class = tier_at(tmp_path / "kv") | {"type": "KvkeepTier", "module_path": "kvkeep.vllm"}
+    os.environ["VLLM_PLUGINS"] = "none-of-ours"
+    try:
+        for cached in (0, 640):
+            with Engine(model, by_class) as engine:
+                assert engine.generate(asked)["cached"] == [cached]
+                engine.ask("flush")
+    finally:
+        del os.environ["VLLM_PLUGINS"]
 
 
 @both_ways

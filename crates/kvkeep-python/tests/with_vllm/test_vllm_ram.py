@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from ram import Ram
-from tier import ROW_BYTES, Lab, names
+from tier import ROW_BYTES, Lab, content, names
 from vllm.v1.kv_offload.base import LookupResult
 
 from kvkeep.vllm import _rows
@@ -64,14 +66,25 @@ def test_never_wrong__a_hit_stays_true_until_vllm_has_taken_it(tmp_path: Path) -
         assert len(ram.store(names(8, salt=3), "floods at last")) == 8
 
 
+def test_never_wrong__what_expires_after_it_was_a_hit_is_still_loaded(tmp_path: Path) -> None:
+    """The load asked the index once more. A block whose time ended in between was gone, and the engine with it."""
+    with Ram(tmp_path / "kv") as ram:
+        ram.store(KEYS, kv_transfer_params={"kvkeep": {"ttl": {"ttl_s": 0.2}}})
+        context = ram.begin("asks", KEYS)
+        assert ram.look(KEYS, context) == [HIT] * 6
+        time.sleep(0.3)
+        assert ram.look(KEYS[:1], ram.begin("later", KEYS)) == [MISS]
+        spec = ram.manager.prepare_load(KEYS, context)
+        assert all(np.array_equal(ram.rows[row], content(key)) for key, row in zip(KEYS, spec.block_ids))
+        ram.manager.complete_load(set(KEYS), context)
+
+
 def test_never_wrong__a_flipped_byte_is_a_miss_that_is_counted_and_the_rest_is_kept(tmp_path: Path) -> None:
     with Ram(tmp_path / "kv") as ram:
         ram.store(KEYS)
         ram.on_disk()
         (segment,) = (tmp_path / "kv" / "kv-0").glob("segment-*")
         with segment.open("r+b") as file:
-            from tier import content
-
             at = segment.read_bytes().index(content(KEYS[3]).tobytes())
             file.seek(at + 77)
             byte = segment.read_bytes()[at + 77]
@@ -123,6 +136,35 @@ def test_never_stuck__a_request_that_ends_while_its_blocks_come_up_leaves_nothin
         assert len(ram.store(names(8, salt=1), "floods")) == 8
 
 
+def test_never_stuck__blocks_that_do_not_come_up_in_time_are_computed_and_nobody_waits_for_them_for_ever(tmp_path: Path) -> None:
+    """A fetch whose request had ended was waited for as long as the engine lived, which then never rested."""
+    with Ram(tmp_path / "kv", load_timeout_s=0.2) as ram:
+        ram.store(KEYS)
+        ram.on_disk()
+        ram.manager._engine = Held(ram.engine)
+        context, ended = ram.begin("asks", KEYS), ram.begin("ends", KEYS)
+        assert ram.look(KEYS, context) == ram.look(KEYS, ended) == [RETRY] * 6
+        ram.step()
+        ram.manager.on_request_finished(ended)
+        assert ram.manager.has_pending_work() and ram.look(KEYS, context) == [RETRY] * 6
+        time.sleep(0.3)
+        assert not ram.manager.has_pending_work()
+        assert ram.look(KEYS, context) == [MISS] * 6
+        assert ram.manager.counters()["late_jobs"] == 2
+
+
+class Held:
+    """Memory whose disk says nothing."""
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def fetch(self, number: int, keys: list[bytes]) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+
 def test_never_stuck__a_request_that_vllm_did_not_announce_gets_a_miss(tmp_path: Path) -> None:
     with Ram(tmp_path / "kv") as ram:
         from tier import request
@@ -167,6 +209,21 @@ def test_worth_it__what_is_computed_faster_is_a_miss_as_a_whole_and_counted(tmp_
         ram.on_disk()
         assert ram.found(KEYS, "again") == 0
         assert ram.manager.counters()["not_worth"] == 6
+
+
+def test_worth_it__the_disk_is_measured_before_anything_was_loaded(tmp_path: Path) -> None:
+    with Ram(tmp_path / "kv", worth="measured") as ram:
+        ram.store(KEYS)
+        ram.engine.flush()
+        end = time.monotonic() + 20
+        while not ram.manager.rates.disk_is_measured:
+            assert time.monotonic() < end
+            ram.step()
+            time.sleep(0.01)
+        assert ram.manager.counters()["hits"] == 0
+        measured = ram.manager.rates.disk_bytes_per_s
+    with Ram(tmp_path / "kv", worth="measured") as ram:
+        assert ram.manager.rates.disk_bytes_per_s == measured
 
 
 def test_hints__what_is_not_to_be_stored_is_not_and_a_prefetch_loads_anyway(tmp_path: Path) -> None:

@@ -132,6 +132,29 @@ for what, worth, expected in (("comes", "always", {{6}}), ("slow", "measured", {
             manager.reset_cache()
             manager.get_stats()
 print("manager done")
+
+# The other way: kvkeep's RAM, whose manager and worker are built on this release's classes.
+import ram
+from vllm.v1.kv_offload.base import OffloadingManager, OffloadingWorker
+from kvkeep.vllm._manager import KvkeepManager
+from kvkeep.vllm._rows import RowsWorker
+
+for ours, theirs in ((KvkeepManager, OffloadingManager), (RowsWorker, OffloadingWorker)):
+    assert not ours.__abstractmethods__, ours.__abstractmethods__
+    for name, function in inspect.getmembers(theirs, inspect.isfunction):
+        if name.startswith("_") or getattr(ours, name) is function:
+            continue
+        expected, found = (inspect.signature(function).parameters for function in (function, getattr(ours, name)))
+        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in found.values())
+        assert all(parameter in found or takes_more for parameter in expected), (ours, name)
+with ram.Ram(Path({work!r}).parent / "ram") as lab:
+    assert lab.store(keys) == keys and lab.found(keys) == 6
+    lab.on_disk()
+    assert lab.found(keys, "again") == 6
+    lab.manager.touch(keys, tier.request("touches", keys))
+    lab.manager.reset_cache()
+    lab.manager.get_stats()
+print("ram done")
 """
 
 
@@ -143,4 +166,4 @@ def test_the_tier_fits_this_releases_abstract_classes(version: str, tmp_path: Pa
     program = PROGRAM.format(root=str(root), version=version, here=str(Path(__file__).parent), work=str(tmp_path / "kv"))
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {"same lookup", "same submit_store", "same submit_load", "same get_finished_jobs", "round done", "manager done"} <= set(done.stdout.splitlines())
+    assert {"same lookup", "same submit_store", "same submit_load", "same get_finished_jobs", "round done", "manager done", "ram done"} <= set(done.stdout.splitlines())

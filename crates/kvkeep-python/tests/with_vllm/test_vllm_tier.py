@@ -397,6 +397,22 @@ def test_worth_it__both_rates_are_measured_and_known_after_a_restart(tmp_path: P
         assert lab.tier.rates.seconds_by_length == rates.seconds_by_length
 
 
+def test_worth_it__a_prefill_alone_is_kept_for_the_next_engine(tmp_path: Path) -> None:
+    """What was saved and what was measured shared their table, so they never differed: without a measure of the disk nothing was saved."""
+    from vllm.v1.kv_offload.base import ScheduleEndContext
+
+    with Lab(tmp_path / "kv", worth="measured") as lab:
+        context = request("first", KEYS)
+        lab.tier.on_new_request(context)
+        lab.tier.on_schedule_end(ScheduleEndContext(new_req_ids=["first"], preempted_req_ids=[]))
+        lab.tier.on_schedule_end(ScheduleEndContext(new_req_ids=[], preempted_req_ids=[]))
+        lab.tier._prefills.stored(context, KEYS)
+        measured = dict(lab.tier.rates.seconds_by_length)
+        assert measured and not lab.tier.rates.disk_is_measured and lab.tier.rates.step_seconds is None
+    with Lab(tmp_path / "kv", worth="measured") as lab:
+        assert lab.tier.rates.seconds_by_length == measured
+
+
 def test_hints__what_is_pinned_outlives_what_is_not(tmp_path: Path) -> None:
     root, cap = tmp_path / "kv", 6 << 20
     with Lab(root, rows=40, capacity_gb=cap / (1 << 30)) as lab:

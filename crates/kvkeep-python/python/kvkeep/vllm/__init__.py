@@ -4,7 +4,7 @@
       {"spec_name": "TieringOffloadingSpec", "cpu_bytes_to_use": 34359738368, "block_size": 256,
        "secondary_tiers": [{"type": "kvkeep", "root_dir": "/var/lib/kvkeep", "capacity_gb": 500}]}}'
 
-vLLM moves KV between the GPU and RAM; kvkeep moves it between RAM and the disk. See `docs/vllm.md`.
+vLLM moves KV between the GPU and RAM; kvkeep moves it between RAM and the disk. `KvkeepOffloadingSpec` is the other way: RAM is kvkeep's too. See `docs/vllm.md`.
 
 Invariant: importing this imports nothing of vLLM's. vLLM imports it in every process, as a plugin, also where nobody uses it.
 """

@@ -28,6 +28,13 @@ from kvkeep.vllm._settings import Settings
 
 _log = logging.getLogger(__name__)
 
+_PROBE_BLOCKS = 16
+_PROBE_EVERY = 16
+"""Of the loads that are not worth it, the first and each so many-th has a few blocks read into nowhere."""
+
+_PROBE_SECONDS = 0.5
+"""As long as the disk is not measured, it is tried so often."""
+
 _KEPT_SECONDS = 1.0
 """For so long what came up for a request stays in RAM whatever happens. Then it is like everything else there."""
 
@@ -41,12 +48,12 @@ class _Request:
     """Its blocks as far as vLLM has named them, in order."""
     is_noted: bool = False
     """Has the policy heard of it?"""
-    hits: list[_kvkeep.EngineHeld] = field(default_factory=list)
+    hits: dict[bytes, _kvkeep.EngineHeld] = field(default_factory=dict)
     """What was said to be there in this step."""
     wanted: dict[bytes, None] = field(default_factory=dict)
     """What is on the disk, in order, and was asked for in this step."""
-    coming: tuple[int, list[bytes], float] | None = None
-    """What is on its way up: number, blocks, since when."""
+    coming: tuple[int, list[bytes]] | None = None
+    """What is on its way up: number and blocks."""
     came: tuple[_kvkeep.EngineHeld, float] | None = None
     fetched: set[bytes] = field(default_factory=set)
     """What was on its way once: a second time it is computed."""
@@ -83,14 +90,17 @@ class KvkeepManager(OffloadingManager):
         self._requests: dict[str, _Request] = {}
         self._asked: dict[str, _Request] = {}
         """Those that were asked for in this step."""
-        self._fetches: dict[int, str] = {}
+        self._fetches: dict[int, tuple[str, float]] = {}
         self._fetch = 0
-        self._loads: dict[str, list[tuple[frozenset[bytes], _kvkeep.EngineHeld]]] = {}
+        self._loads: dict[str, list[tuple[frozenset[bytes], list[Any]]]] = {}
         self._stores: dict[bytes, _Store] = {}
         self._forgotten: list[tuple[int, list[Any]]] = []
         self._steps, self._steps_in_flight = 0, _compat.steps_in_flight(config)
         self._own = {"hits": 0, "not_worth": 0}
-        self._late = 0
+        self._late = self._declined = 0
+        self._probed_at = 0.0
+        self._written: list[bytes] = []
+        """Some of what was stored last."""
         self._figures = _metrics.Figures()
         self._generation = b""
         self._may_change = _compat.may_change(config)
@@ -111,7 +121,7 @@ class KvkeepManager(OffloadingManager):
             return LookupResult.HIT_PENDING
         held = self._engine.hold([name])
         if held is not None:
-            request.hits.append(held)
+            request.hits[key] = held
             return LookupResult.HIT
         is_known = req_context.req_id in self._requests
         if not is_known or request.declined or key in request.fetched or not self._engine.has([name])[0]:
@@ -130,11 +140,18 @@ class KvkeepManager(OffloadingManager):
         if not always and not self.rates.pays(first, end, len(keys) * self._row_bytes):
             request.declined = True
             self._own["not_worth"] += len(keys)
+            if self._declined % _PROBE_EVERY == 0:
+                self._probe(keys)
+            self._declined += 1
             return
         self._fetch += 1
         self._engine.fetch(self._fetch, [self._name(key) for key in keys])
-        self._fetches[self._fetch] = context_id
-        request.coming, request.fetched = (self._fetch, keys, time.monotonic()), request.fetched | set(keys)
+        self._fetches[self._fetch] = context_id, time.monotonic()
+        request.coming, request.fetched = (self._fetch, keys), request.fetched | set(keys)
+
+    def _probe(self, keys: list[bytes]) -> None:
+        """How fast is the disk? It may be faster by now, or nobody has measured it yet."""
+        self._engine.probe([self._name(key) for key in keys[:_PROBE_BLOCKS]])
 
     def _span(self, request: _Request, keys: list[bytes]) -> tuple[int, int]:
         """The tokens that are computed if these are not loaded."""
@@ -150,7 +167,7 @@ class KvkeepManager(OffloadingManager):
             return
         now = time.monotonic()
         for number, seconds, held in self._engine.fetched():
-            request = self._requests.get(self._fetches.pop(number, ""))
+            request = self._requests.get(self._fetches.pop(number, ("", 0.0))[0])
             blocks = len(held.rows)
             if request is None or request.coming is None or request.coming[0] != number:
                 continue
@@ -158,27 +175,28 @@ class KvkeepManager(OffloadingManager):
             if blocks == len(request.coming[1]):
                 self.rates.loaded(blocks * self._row_bytes, seconds)
             request.coming, request.came = None, (held, now)
-        for number, req_id in list(self._fetches.items()):
-            request = self._requests.get(req_id)
-            if request is None or request.coming is None:
-                continue
-            if now - request.coming[2] > self.settings.load_timeout_s:
+        for number, (req_id, since) in list(self._fetches.items()):
+            if now - since > self.settings.load_timeout_s:
                 self._late += 1
-                request.coming = None
                 del self._fetches[number]
+                request = self._requests.get(req_id)
+                if request is not None and request.coming is not None and request.coming[0] == number:
+                    request.coming = None
 
     # From RAM to the device.
 
     def prepare_load(self, keys: Collection[Any], req_context: Any) -> Any:
         request = self._request(req_context)
-        held = self._engine.hold([self._name(key) for key in keys])
-        if held is None:
+        # What is held already: it may have expired since.
+        held = [request.hits.get(key) or self._engine.hold([self._name(key)]) for key in keys]
+        rows = [one.rows[0] for one in held if one is not None]
+        if len(rows) < len(held):
             raise RuntimeError("kvkeep: vLLM loads blocks that it was not told to be there in this step")
         if not request.is_noted:
             self._note(request, list(request.known))
         self._loads.setdefault(req_context.req_id, []).append((frozenset(keys), held))
-        request.hits, request.came = [], None
-        return _compat.rows_spec(held.rows)
+        request.hits, request.came = {}, None
+        return _compat.rows_spec(rows)
 
     def complete_load(self, keys: Collection[Any], req_context: Any) -> None:
         loads = self._loads.get(req_context.req_id, [])
@@ -252,6 +270,7 @@ class KvkeepManager(OffloadingManager):
             if request is not None and request.hints.is_retained:
                 self._engine.retain([self._name(key) for key in stored], request.hints.retain_s)
             self._prefills.stored(req_context, stored)
+            self._written = [self._name(key) for key in stored[:_PROBE_BLOCKS]] or self._written
 
     # Requests and steps.
 
@@ -269,14 +288,21 @@ class KvkeepManager(OffloadingManager):
 
     def on_schedule_end(self, context: Any) -> None:
         self._steps += 1
+        for came, wanted, seconds in self._engine.probed():
+            if came == wanted:
+                self.rates.loaded(came * self._row_bytes, seconds)
+        now = time.monotonic()
+        if self._written and not self.rates.disk_is_measured and now - self._probed_at > _PROBE_SECONDS:
+            # It is on its way to the disk, or there.
+            self._engine.probe(self._written)
+            self._probed_at = now
         self._prefills.step(context)
         self._collect()
         asked, self._asked = self._asked, {}
         for req_id, request in asked.items():
-            request.hits = []
+            request.hits = {}
             if request.wanted and req_id in self._requests:
                 self._decide(request, req_id)
-        now = time.monotonic()
         for request in self._requests.values():
             if request.came is not None and now - request.came[1] > _KEPT_SECONDS:
                 request.came = None
@@ -294,12 +320,12 @@ class KvkeepManager(OffloadingManager):
 
         What is on the disk stays true, unless the engine's weights may have changed.
         """
-        handles = [held for loads in self._loads.values() for _, held in loads]
+        handles: list[Any] = [held for loads in self._loads.values() for _, held in loads]
         handles += [one for store in {id(store): store for store in self._stores.values()}.values() for one in store.begun]
         self._forgotten.append((self._steps + self._steps_in_flight, handles))
         self._loads, self._stores, self._fetches, self._asked = {}, {}, {}, {}
         for request in self._requests.values():
-            request.hits, request.wanted, request.coming, request.came = [], {}, None, None
+            request.hits, request.wanted, request.coming, request.came = {}, {}, None, None
         self._engine.evict_all(self.settings.flush_timeout_s)
         if self._may_change:
             self._generation = secrets.token_bytes(16)

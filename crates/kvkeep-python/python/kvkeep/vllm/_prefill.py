@@ -44,7 +44,7 @@ class Prefills:
         self._step_tokens, self._steps_ahead = _compat.steps_of(config)
         self._live: dict[str, _Prefill] = {}
         self._ended: dict[str, _Prefill] = {}
-        self._saved, self._saved_at = replace(rates), time.monotonic()
+        self._saved, self._saved_at = _copy(rates), time.monotonic()
 
     def begin(self, req_id: str) -> None:
         self._live[req_id] = _Prefill()
@@ -98,11 +98,15 @@ class Prefills:
         self._saved_at = time.monotonic()
         if self.rates == self._saved:
             return
-        self._saved = replace(self.rates, seconds_by_length=dict(self.rates.seconds_by_length))
+        self._saved = _copy(self.rates)
         thread = threading.Thread(target=_write, args=(self._file, self._saved), name="kvkeep-rates", daemon=True)
         thread.start()
         if wait:
             thread.join(1.0)
+
+
+def _copy(rates: Rates) -> Rates:
+    return replace(rates, seconds_by_length=dict(rates.seconds_by_length))
 
 
 def _write(file: RatesFile, rates: Rates) -> None:

@@ -54,7 +54,7 @@ pub(crate) struct ReplayOptions {
     #[arg(long, value_name = "RULE,...", value_delimiter = ',', default_value = "all")]
     pub(crate) admission: Vec<Admission>,
     /// Codecs, with commas: the same bytes hold more blocks, of the disk if there is one, else of RAM.
-    /// raw, lossless, int8, fp8, k8v4, int4, nf4 with measured figures, or NAME=RATIO@GB_PER_S (decoding, by one core)
+    /// raw, lossless, int8, fp8, k8v4, int4, nf4 with measured figures, or `NAME=RATIO@GB_PER_S` (decoding, by one core)
     #[arg(long, value_name = "CODEC,...", value_delimiter = ',', default_value = "raw")]
     pub(crate) codec: Vec<Codec>,
     /// Say how much RAM, and how much disk behind each --capacity, reaches this block hit rate

@@ -297,9 +297,9 @@ impl Ledger {
     /// Holds the live entry under a key, which stands behind `run` in its chain.
     pub(super) fn hold_key(&mut self, key: &ObjectKey, now_ms: u64, run: &[Held]) -> Option<Held> {
         let id = self.find_live(key, now_ms)?;
-        let held = self.hold(id)?;
+        let (held, departing) = self.hold(id)?;
         // It was chosen to go: the policy has to be told of it anew.
-        if self.index.get(id).is_some_and(|entry| entry.departing) {
+        if departing {
             self.stay(id, run.last().map(|before| before.id));
         }
         Some(held)
@@ -322,17 +322,23 @@ impl Ledger {
         for Held { id, grant, queued, .. } in run.into_iter().rev() {
             let Some(entry) = self.index.get_mut(id) else { continue };
             entry.extent.revoke(grant);
-            if queued {
+            let is_over = |entry: &Entry| !entry.linked && !entry.extent.is_read();
+            let goes = if queued {
                 entry.queued = false;
                 self.is_written(id);
-            } else if !entry.is_pinned() {
-                self.held_pages -= entry.extent.pages();
-                self.freed = true;
-                if entry.linked {
-                    self.policy.release(id);
+                self.index.get(id).is_some_and(is_over)
+            } else {
+                let goes = is_over(entry);
+                if !entry.is_pinned() {
+                    self.held_pages -= entry.extent.pages();
+                    self.freed = true;
+                    if entry.linked {
+                        self.policy.release(id);
+                    }
                 }
-            }
-            if self.index.get(id).is_some_and(|entry| !entry.linked && !entry.extent.is_read()) {
+                goes
+            };
+            if goes {
                 self.free(id);
             }
         }
@@ -550,7 +556,8 @@ impl Ledger {
         self.policy.raise(id, &arrival, pages, priority);
     }
 
-    fn hold(&mut self, id: EntryId) -> Option<Held> {
+    /// Says too whether it was chosen to go.
+    fn hold(&mut self, id: EntryId) -> Option<(Held, bool)> {
         let entry = self.index.get_mut(id)?;
         if std::mem::take(&mut entry.ahead) {
             self.ahead_pages -= entry.extent.pages();
@@ -561,7 +568,8 @@ impl Ledger {
                 self.policy.hold(id);
             }
         }
-        Some(Held { id, queued: false, grant: entry.extent.grant(), spec: entry.spec.clone() })
+        let held = Held { id, queued: false, grant: entry.extent.grant(), spec: entry.spec.clone() };
+        Some((held, entry.departing))
     }
 
     /// A request begins that holds none of its blocks while it is served: [`Ledger::touch`],
@@ -572,7 +580,7 @@ impl Ledger {
 
     /// Uses one entry of such a request, if it is there.
     pub(crate) fn touch(&mut self, key: &ObjectKey, place: Place) -> bool {
-        let Some(held) = self.index.find(key).and_then(|id| self.hold(id)) else { return false };
+        let Some((held, _)) = self.index.find(key).and_then(|id| self.hold(id)) else { return false };
         self.policy.touch(held.id, place);
         self.release(vec![held]);
         true

@@ -53,7 +53,7 @@ text { font-family: system-ui, sans-serif; paint-order: stroke; stroke: #FFFFFF;
   rect[fill="#FFFFFF"] { fill: #15191E }
   text { fill: #DDE3EA; stroke: #15191E }
   [fill="#282828"]:not(text) { fill: #DDE3EA }
-  [stroke="#282828"] { stroke: #DDE3EA }
+  [stroke="#282828"], [stroke="#000000"] { stroke: #DDE3EA }
 }
 </style>
 "##;

@@ -74,7 +74,7 @@ impl Quantizer {
         let (k, v) = (Lent::new(k, Access::Read)?, Lent::new(v, Access::Read)?);
         let measured = py.detach(|| Ok(self.0.measure_quantization_error(k.view()?, v.view()?)));
         let measured = measured.map_err(|error: kvkeep::Error| to_python(&error))?;
-        let of = |side: kvkeep::SideError| (side.mean, side.max, side.relative);
+        let of = |side: kvkeep::SideLoss| (side.mean, side.max, side.relative);
         Ok((measured.ratio, of(measured.k), of(measured.v)))
     }
 }

@@ -65,8 +65,8 @@ pub use named::{
 pub use namespaces::NamespaceUsage;
 pub use process::Process;
 pub use quantized::{
-    DEFAULT_EXACT_TOKENS, DEFAULT_QUANTIZER, OwnedTensor, Prefix, QuantizationError, QuantizedKvCache, Quantizer,
-    SideError,
+    DEFAULT_EXACT_TOKENS, DEFAULT_QUANTIZER, OwnedTensor, Prefix, QuantizationLoss, QuantizedKvCache, Quantizer,
+    SideLoss,
 };
 pub use record::TraceRecorder;
 pub use simulation::{Hits, Simulation};

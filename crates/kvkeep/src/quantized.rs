@@ -79,19 +79,19 @@ pub struct OwnedTensor {
 /// How far K and V are from what a codec makes of them.
 #[derive(Debug, Clone, Copy, PartialEq)]
 #[non_exhaustive]
-pub struct QuantizationError {
+pub struct QuantizationLoss {
     /// Bytes as they were over bytes that are kept.
     pub ratio: f64,
     /// Of the keys.
-    pub k: SideError,
+    pub k: SideLoss,
     /// Of the values.
-    pub v: SideError,
+    pub v: SideLoss,
 }
 
 /// Of one tensor.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 #[non_exhaustive]
-pub struct SideError {
+pub struct SideLoss {
     /// Mean of the elements' absolute differences.
     pub mean: f64,
     /// The largest of them.
@@ -316,14 +316,14 @@ impl Quantizer {
 
     /// How far K and V of one layer are from what the codec makes of them.
     #[must_use]
-    pub fn measure_quantization_error(&self, k: TensorView<'_>, v: TensorView<'_>) -> QuantizationError {
+    pub fn measure_quantization_error(&self, k: TensorView<'_>, v: TensorView<'_>) -> QuantizationLoss {
         let (kept_k, kept_v) = (self.encode(Side::K, k, 0), self.encode(Side::V, v, 0));
         let error = |was: TensorView<'_>, kept: &[u8]| {
             let came = self.decode(kept);
-            came.map_or_else(SideError::default, |came| SideError::of(was, came.view()))
+            came.map_or_else(SideLoss::default, |came| SideLoss::of(was, came.view()))
         };
         let raw = k.bytes().len() + v.bytes().len();
-        QuantizationError {
+        QuantizationLoss {
             ratio: raw as f64 / (kept_k.len() + kept_v.len()).max(1) as f64,
             k: error(k, &kept_k),
             v: error(v, &kept_v),
@@ -334,7 +334,7 @@ impl Quantizer {
 /// One byte of `lossless` can stand for a piece of 64 KiB at most.
 const MOST_RATIO: usize = 64 << 10;
 
-impl SideError {
+impl SideLoss {
     /// Of tensors of one dtype and shape; none of what is no float of 16 or 32 bits, which comes back exactly.
     fn of(was: TensorView<'_>, came: TensorView<'_>) -> Self {
         let [Some(was), Some(came)] = [was, came].map(|tensor| numbers(tensor.dtype(), tensor.bytes())) else {
@@ -526,7 +526,7 @@ impl QuantizedKvCache {
 
     /// How far K and V of one layer are from what a hit would give.
     #[must_use]
-    pub fn measure_quantization_error(&self, k: TensorView<'_>, v: TensorView<'_>) -> QuantizationError {
+    pub fn measure_quantization_error(&self, k: TensorView<'_>, v: TensorView<'_>) -> QuantizationLoss {
         self.quantizer.measure_quantization_error(k, v)
     }
 }

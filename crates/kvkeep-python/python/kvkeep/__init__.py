@@ -39,7 +39,7 @@ from kvkeep._errors import (
     ZeroLayersError,
 )
 from kvkeep._kvkeep import Outcome, Rejection, StoreReport, __version__
-from kvkeep._quantized import QuantizationError, QuantizedKVCache, SideError, measure_quantization_error
+from kvkeep._quantized import QuantizationLoss, QuantizedKVCache, SideLoss, measure_quantization_error
 from kvkeep._settings import DiskConfig
 from kvkeep._simple import SimpleKVCache
 from kvkeep._stats import Stats, TierStats
@@ -79,11 +79,11 @@ __all__ = [
     "Outcome",
     "OverlapError",
     "RankError",
-    "QuantizationError",
+    "QuantizationLoss",
     "QuantizedKVCache",
     "Rejection",
     "ShapeMismatchError",
-    "SideError",
+    "SideLoss",
     "SimpleKVCache",
     "SizeOverflowError",
     "Stats",

@@ -29,7 +29,7 @@ EXACT_TOKENS = (4, 32)
 
 
 @dataclass(frozen=True)
-class SideError:
+class SideLoss:
     """How far the elements of K, or of V, are from what they were."""
 
     mean: float
@@ -41,13 +41,13 @@ class SideError:
 
 
 @dataclass(frozen=True)
-class QuantizationError:
+class QuantizationLoss:
     """What a codec makes of K and V of one layer."""
 
     ratio: float
     """Bytes as they were over bytes that are kept."""
-    k: SideError
-    v: SideError
+    k: SideLoss
+    v: SideLoss
 
 
 class QuantizedKVCache(SimpleKVCache):
@@ -158,7 +158,7 @@ class QuantizedKVCache(SimpleKVCache):
         """Removes one layer of a prefix, or all of them; returns the layers that were there."""
         return super().evict(_text(prefix), layer)
 
-    def measure_quantization_error(self, k_tensor: Tensor, v_tensor: Tensor) -> QuantizationError:
+    def measure_quantization_error(self, k_tensor: Tensor, v_tensor: Tensor) -> QuantizationLoss:
         """How far K and V of one layer are from what a hit would give, and how much smaller they are kept."""
         return _measured(self._quantizer, k_tensor, v_tensor)
 
@@ -183,7 +183,7 @@ def measure_quantization_error(
     *,
     token_axis: int = -2,
     exact_tokens: tuple[int, int] = EXACT_TOKENS,
-) -> QuantizationError:
+) -> QuantizationLoss:
     """How far K and V of one layer are from what a codec makes of them, and how much smaller it makes them.
 
     Arguments as of `QuantizedKVCache`.
@@ -191,9 +191,9 @@ def measure_quantization_error(
     return _measured(_quantizer(codec, token_axis, exact_tokens), k_tensor, v_tensor)
 
 
-def _measured(quantizer: _kvkeep.Quantizer, k: Tensor, v: Tensor) -> QuantizationError:
+def _measured(quantizer: _kvkeep.Quantizer, k: Tensor, v: Tensor) -> QuantizationLoss:
     ratio, of_k, of_v = quantizer.measure(k, v)
-    return QuantizationError(ratio, SideError(*of_k), SideError(*of_v))
+    return QuantizationLoss(ratio, SideLoss(*of_k), SideLoss(*of_v))
 
 
 def _quantizer(codec: str, token_axis: int, exact_tokens: tuple[int, int]) -> _kvkeep.Quantizer:

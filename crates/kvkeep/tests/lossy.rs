@@ -47,7 +47,7 @@ fn found(cache: &KvCache, namespace: &Namespace, tokens: &[u32]) -> (usize, bool
     let is_exact = (0..found.blocks()).all(|block| {
         (0..2).all(|layer| {
             let view = found.layer(block, layer).unwrap();
-            let expected = &all[block * piece..(block + 1) * piece];
+            let expected = all.get(block * piece..(block + 1) * piece).unwrap();
             [view.k, view.v].iter().all(|side| side.elements::<f32>().unwrap() == expected)
         })
     });

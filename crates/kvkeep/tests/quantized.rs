@@ -61,7 +61,7 @@ fn the_first_and_the_most_recent_tokens_come_back_exactly() {
     let came = found.elements::<f32>().unwrap();
     for (at, (one, other)) in came.iter().zip(&k).enumerate() {
         let token = at / 32 % 128;
-        let most = if token < 4 || token >= 96 { 0.0 } else { 0.5 };
+        let most = if (4..96).contains(&token) { 0.5 } else { 0.0 };
         assert!((one - other).abs() <= most, "token {token}: {other} came as {one}");
     }
     let all = Quantizer::named("int4").unwrap().exact_tokens(0, 0).measure_quantization_error(view(&k), view(&k));

@@ -9,6 +9,7 @@ const PARTS: usize = 256;
 /// The part is named by these bits of the hash: within a part the table goes by the lowest and the highest.
 const PART_SHIFT: u32 = 40;
 /// A place is the number of a part, and behind it that of a bucket.
+#[cfg(feature = "disk")]
 const BUCKET_BITS: u32 = 40;
 
 /// Values that know their own hash.
@@ -33,10 +34,6 @@ impl<T> Table<T> {
         self.parts.get(part_of(hash))?.find(hash, is_it)
     }
 
-    pub(crate) fn find_mut(&mut self, hash: u64, is_it: impl FnMut(&T) -> bool) -> Option<&mut T> {
-        self.parts.get_mut(part_of(hash))?.find_mut(hash, is_it)
-    }
-
     /// Adds a value that is not there. `rehash` gives the hash of any value.
     pub(crate) fn insert_unique(&mut self, hash: u64, value: T, rehash: impl Fn(&T) -> u64) {
         let Some(part) = self.parts.get_mut(part_of(hash)) else { return };
@@ -59,6 +56,10 @@ impl<T> Table<T> {
 /// To look at all values in slices.
 #[cfg(feature = "disk")]
 impl<T> Table<T> {
+    pub(crate) fn find_mut(&mut self, hash: u64, is_it: impl FnMut(&T) -> bool) -> Option<&mut T> {
+        self.parts.get_mut(part_of(hash))?.find_mut(hash, is_it)
+    }
+
     /// Makes room for so many more at once, with a little to spare: no part has exactly its share.
     pub(crate) fn reserve(&mut self, values: usize, rehash: impl Fn(&T) -> u64) {
         let each = values / PARTS + values / PARTS / 8;

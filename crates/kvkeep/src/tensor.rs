@@ -101,7 +101,6 @@ impl DType {
     ];
 
     /// Its number on disk: the position in [`DType::ALL`].
-    #[cfg(feature = "disk")]
     pub(crate) fn code(self) -> u8 {
         match self {
             Self::F32 => 0,
@@ -118,7 +117,6 @@ impl DType {
         }
     }
 
-    #[cfg(feature = "disk")]
     pub(crate) fn from_code(code: u8) -> Option<Self> {
         Self::ALL.get(usize::from(code)).copied()
     }

@@ -134,7 +134,7 @@ fn levels(ranges: &[(f32, f32)], most_code: f32, into: &mut [u8]) -> Option<Scal
     for ((least, most), to) in ranges.iter().zip(into.as_chunks_mut().0) {
         let zero = if cut(*least) > *least { away(*least) } else { cut(*least) };
         let step = away((most - zero) / most_code);
-        if !zero.is_finite() || !step.is_finite() {
+        if !zero.is_finite() || !(most_code * step).is_finite() {
             return None;
         }
         let ([a, b], [c, d]) = (to_bytes(zero), to_bytes(step));

@@ -127,6 +127,11 @@ fn elements_stay_within_the_stated_bound_whatever_they_are() {
     check(&vec![-0.0; count]);
     check(&vec![-3.3; count]);
     check(&vec![f32::MIN_POSITIVE / 4.0; count]);
+    // A range that a float just has: rounded up, so many steps were an infinity.
+    for most in [1.4e38, 1.702e38, 3.4e38] {
+        check(&(0..count).map(|at| if at % 3 == 0 { most } else { most - f32::MAX }).collect::<Vec<_>>());
+        check(&(0..count).map(|at| f32::MAX * (at as f32 / 600.0).sin() / 2.0).collect::<Vec<_>>());
+    }
     check(&(0..count).map(|at| at as f32 * f32::MIN_POSITIVE / 512.0).collect::<Vec<_>>());
     check(&(0..count).map(|at| 1000.0 + (at * 37 % 11) as f32).collect::<Vec<_>>());
     check(&(0..count).map(|at| if at % 2 == 0 { 65_504.0 } else { -65_504.0 }).collect::<Vec<_>>());

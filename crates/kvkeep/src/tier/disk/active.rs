@@ -10,7 +10,8 @@ use super::format::{
     CipherKind, Content, Identity, Kind, PAGE_BYTES, Place, RecordHeader, RecordMeta, SegmentHeader, Trailer,
     encode_index,
 };
-use super::io::{Backend, FileSize, Pages};
+use super::io::{Backend, FileSize};
+use super::pages::Pages;
 use super::segment::{Segment, offset, segment_name};
 use crate::codec::CodecId;
 use crate::key::{NamespaceId, ObjectKey};

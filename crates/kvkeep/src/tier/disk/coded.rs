@@ -11,7 +11,7 @@ use std::sync::{Arc, OnceLock};
 
 use super::crypt::Cipher;
 use super::format::{Content, PAGE_BYTES, RecordHeader, RecordMeta};
-use super::io::Pages;
+use super::pages::{Lent, Pages};
 use super::segment::{Expected, ReadError, Segment};
 use crate::codec::{self, Codec, CodecId, Codecs, Ends};
 
@@ -122,7 +122,7 @@ impl Decoder<'_> {
             return segment.read(page, &expected, self.cipher, into);
         }
         let codec = self.codec(expected.codec)?;
-        let mut pages = Pages::new(payload_pages as usize);
+        let mut pages = Lent::new(payload_pages as usize);
         let header = segment.read(page, &expected, self.cipher, pages.bytes_mut())?;
         if into.len() < to_usize(header.meta.raw_bytes) {
             return Err(ReadError::NoRoom);

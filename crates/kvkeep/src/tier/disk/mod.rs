@@ -21,6 +21,7 @@ mod index;
 mod io;
 mod log;
 mod manifest;
+mod pages;
 mod queue;
 mod readers;
 mod records;

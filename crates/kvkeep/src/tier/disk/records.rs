@@ -7,7 +7,7 @@ use std::io;
 
 use super::crypt::Cipher;
 use super::format::{PAGE_BYTES, RecordHeader, RecordMeta, Trailer, decode_index};
-use super::io::Pages;
+use super::pages::Pages;
 use super::segment::{Expected, ReadError, Segment, offset, read_if_there};
 use super::survey::Surveyed;
 

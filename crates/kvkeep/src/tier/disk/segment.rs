@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use super::crypt::Cipher;
 use super::format::{CipherKind, PAGE_BYTES, Place, RecordHeader, RecordMeta, StoreId, checksum};
-use super::io::{DiskFile, Pages};
+use super::io::DiskFile;
+use super::pages::Pages;
 use crate::codec::CodecId;
 use crate::key::{NamespaceId, ObjectKey};
 

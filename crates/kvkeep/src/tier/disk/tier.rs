@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::format::{CipherKind, Content, Kind, PAGE_BYTES, Place, RecordHeader, RecordMeta};
-use super::io::Pages;
+use super::pages::Pages;
 use super::readers::Readers;
 use super::{Disk, Options, Resident, Said, Taken};
 use crate::block::{BlockKey, BlockMeta};

@@ -22,7 +22,7 @@ use std::time::Duration;
 
 use super::crypt::Cipher;
 use super::format::{Content, Kind, RecordMeta};
-use super::io::Pages;
+use super::pages::Pages;
 use super::sim::Sim;
 use super::{Disk, Options, Said, Taken};
 use crate::clock::{Clock, ManualClock};

@@ -21,6 +21,7 @@ mod index;
 mod io;
 mod log;
 mod manifest;
+mod pace;
 mod pages;
 mod queue;
 mod readers;
@@ -211,7 +212,9 @@ impl Disk {
         if state.queue.bytes == 0 {
             state.moved(now_ms);
         }
-        let codec = self.shared.codecs.writing_what(meta.namespace, content.may_be_lossy()).cloned();
+        let codec = self.shared.codecs.writing_what(meta.namespace, content.may_be_lossy());
+        let pays = || !self.shared.codecs.depends(meta.namespace) || self.shared.pace.pays();
+        let codec = codec.filter(|_| pays()).cloned();
         let draft = Draft::new(meta, content, codec, self.cipher.is_none()).begins(said.begins);
         state.queue.push(draft, said.mark, self.shared.counted(payload()));
         drop(state);
@@ -504,6 +507,12 @@ impl Disk {
         self.shared.state.lock().index.namespaces().usage().collect()
     }
 
+    /// Of what is written now, where no namespace says otherwise.
+    fn codec_name(&self) -> &'static str {
+        let codecs = &self.shared.codecs;
+        if codecs.mostly_depend() && !self.shared.pace.pays() { "raw" } else { codecs.name() }
+    }
+
     pub(crate) fn stats(&self) -> TierStats {
         let state = self.shared.state.lock();
         TierStats {
@@ -511,7 +520,7 @@ impl Disk {
             index_bytes: state.index.memory_bytes() as u64,
             queued_bytes: state.queue.bytes,
             encrypted: self.cipher.is_some(),
-            codec: self.shared.codecs.name(),
+            codec: self.codec_name(),
             failing: state.writes.is_failing() || state.reads.is_failing() || state.hangs(),
             ..state.counters.clone()
         }

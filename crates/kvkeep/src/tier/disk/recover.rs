@@ -140,6 +140,7 @@ impl<'a> Opening<'a> {
             match meta.kind {
                 Kind::Block | Kind::Named if meta.expires_at_ms > now_ms && self.knows(&meta) => {
                     state.index.insert(&meta, number, *page, 0);
+                    self.shared.pace.finds(meta.codec);
                 }
                 // One that has expired or cannot be decoded still replaces what was before it.
                 Kind::Block | Kind::Named | Kind::Removal => drop(state.index.remove(&meta.key)),

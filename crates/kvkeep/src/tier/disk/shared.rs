@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use super::format::{Kind, RecordMeta};
 use super::index::{DiskIndex, SegmentNumber, Slot};
+use super::pace::Pace;
 use super::queue::{Op, Queue, Reply};
 use crate::clock::{Clock, Deadline, Moment};
 use crate::codec::Codecs;
@@ -68,6 +69,7 @@ pub(crate) struct Shared {
     pub(crate) room: Condvar,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) codecs: Codecs,
+    pub(crate) pace: Pace,
     resident: OnceLock<Resident>,
 }
 
@@ -95,6 +97,7 @@ impl Shared {
             room: Condvar::default(),
             clock,
             codecs,
+            pace: Pace::default(),
             resident: OnceLock::new(),
         }
     }

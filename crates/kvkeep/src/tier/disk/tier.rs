@@ -7,11 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::format::{CipherKind, Content, Kind, PAGE_BYTES, Place, RecordHeader, RecordMeta};
+use super::pace::Burst;
 use super::pages::Pages;
 use super::readers::Readers;
 use super::{Disk, Options, Resident, Said, Taken};
 use crate::block::{BlockKey, BlockMeta};
 use crate::clock::{Clock, Deadline, Moment};
+use crate::codec::CodecId;
 use crate::config::DiskConfig;
 use crate::error::{OneLine, Result};
 use crate::event::Reports;
@@ -48,6 +50,7 @@ struct Reading {
     /// When one returned last, or the first of them began.
     moved: Option<Moment>,
     is_silent: bool,
+    burst: Burst,
 }
 
 /// A payload in pages of its own: what was lent does not lie as the disk wants it.
@@ -169,16 +172,22 @@ fn keys_of(keys: &[BlockKey]) -> Vec<ObjectKey> {
     keys.iter().map(|key| key.0).collect()
 }
 
-/// Reads one block; what was read is right, or it is a miss.
-fn read(disk: &Disk, read: &mut Read) -> Option<BlockMeta> {
-    let found = disk.find(&read.key.0).filter(|found| found.namespace == read.namespace)?;
-    let mut header = match &read.range {
-        None => disk.read(&read.key.0, &found, read.target.bytes_mut())?,
-        Some(range) => disk.read_part(&read.key.0, &found, range, read.target.bytes_mut())?,
+/// Reads one block; what was read is right, or it is a miss. And how many bytes came as they are; `None` if they were decoded.
+fn read(disk: &Disk, read: &mut Read) -> (Option<BlockMeta>, Option<u64>) {
+    let found = disk.find(&read.key.0).filter(|found| found.namespace == read.namespace);
+    let Some(found) = found else { return (None, Some(0)) };
+    let header = match &read.range {
+        None => disk.read(&read.key.0, &found, read.target.bytes_mut()),
+        Some(range) => disk.read_part(&read.key.0, &found, range, read.target.bytes_mut()),
     };
-    // The index knows better than the record, which may be from under a wrong clock.
-    header.meta.expires_at_ms = found.slot.expires_at_ms;
-    Some(block_meta(header).decoded())
+    let is_raw = found.slot.codec() == CodecId::RAW;
+    let bytes = is_raw.then(|| header.as_ref().map_or(0, |header| header.meta.stored_bytes));
+    let meta = header.map(|mut header| {
+        // The index knows better than the record, which may be from under a wrong clock.
+        header.meta.expires_at_ms = found.slot.expires_at_ms;
+        block_meta(header).decoded()
+    });
+    (meta, bytes)
 }
 
 /// One page that says what a block is and what its bytes must be: for tiers that keep a block as one message. It is a
@@ -275,12 +284,15 @@ impl Tier for DiskTier {
                         reading.moved = Some(Moment::now());
                     }
                     reading.active += 1;
+                    reading.burst.begin();
                 }
-                let meta = read(&disk, &mut wanted);
+                let (meta, bytes) = read(&disk, &mut wanted);
                 let is_back = {
                     let mut reading = reading.lock();
                     reading.active -= 1;
                     reading.moved = Some(Moment::now());
+                    let is_last = reading.active == 0;
+                    reading.burst.end(bytes, is_last, &disk.shared.pace);
                     std::mem::take(&mut reading.is_silent)
                 };
                 if is_back {

@@ -55,6 +55,11 @@ impl Lab {
         self
     }
 
+    /// What a process finds that comes after this one was killed.
+    fn after_a_crash(&self) -> Self {
+        Self { sim: self.sim.copy(), clock: self.clock.clone(), config: self.config.clone(), policy: self.policy }
+    }
+
     fn open(&self, ram_pages: u64) -> KvCache {
         self.open_with(ram_pages, None)
     }

@@ -149,7 +149,11 @@ impl<'a> Opening<'a> {
                     closed.iter().for_each(|closed| self.shared.remove_namespace(closed));
                     state = self.shared.state.lock();
                 }
-                Kind::Cleared => drop(state.index.clear()),
+                Kind::Cleared => {
+                    drop(state);
+                    self.shared.remove_everything();
+                    state = self.shared.state.lock();
+                }
             }
         }
     }

@@ -284,7 +284,9 @@ impl Writer {
             return;
         }
         let Ok(backend) = (self.opener)() else { return };
-        self.shared.state.lock().index.forget_everything();
+        let forgotten = self.shared.state.lock().index.forget_everything();
+        self.shared.report_gone(&forgotten);
+        drop(forgotten);
         let (cipher, capacity_bytes) = (self.log.cipher.clone(), self.log.room.capacity_bytes());
         if let Ok(log) = recover::open(backend, cipher, capacity_bytes, &self.shared) {
             self.log = log;
@@ -353,8 +355,7 @@ impl Owed {
             }
             _ => {
                 *self = Self { all: true, ..Self::default() };
-                let cleared = shared.state.lock().index.clear();
-                drop(cleared);
+                shared.remove_everything();
             }
         }
     }

@@ -13,7 +13,7 @@
 
 mod demote;
 mod fetch;
-mod gate;
+pub(crate) mod gate;
 mod give_back;
 mod guard;
 mod lease;

@@ -13,22 +13,22 @@ use crate::tier::Epoch;
 
 /// An entry to be offered to the tiers. Its content is not filled in: the ledger does not know models.
 #[derive(Debug)]
-pub(in crate::store) struct Leaving {
-    pub(in crate::store) meta: BlockMeta,
-    pub(in crate::store) held: Held,
-    pub(in crate::store) epoch: Epoch,
+pub(crate) struct Leaving {
+    pub(crate) meta: BlockMeta,
+    pub(crate) held: Held,
+    pub(crate) epoch: Epoch,
     /// The kind it was admitted as.
-    pub(in crate::store) mark: u8,
+    pub(crate) mark: u8,
 }
 
 impl Ledger {
     /// What is to be offered now.
-    pub(in crate::store) fn take_offers(&mut self) -> Vec<Leaving> {
+    pub(crate) fn take_offers(&mut self) -> Vec<Leaving> {
         std::mem::take(&mut self.offers)
     }
 
     /// Offers the entries of a chain: behind one that is kept off nothing could be found.
-    pub(in crate::store) fn offer_run(&mut self, keys: &[ObjectKey]) {
+    pub(crate) fn offer_run(&mut self, keys: &[ObjectKey]) {
         for key in keys {
             if let Some(id) = self.index.find(key)
                 && !self.offer_entry(id)
@@ -81,7 +81,7 @@ impl Ledger {
     }
 
     /// A tier has an entry; since now, if it was offered as a kind.
-    pub(in crate::store) fn is_below(&mut self, held: &Held, kind: Option<u8>) {
+    pub(crate) fn is_below(&mut self, held: &Held, kind: Option<u8>) {
         match (&mut self.gate, kind) {
             (Some(gate), Some(kind)) => gate.wrote(held.id, kind),
             (Some(gate), None) => gate.is_below(held.id),

@@ -19,15 +19,15 @@ const DISK_BLOCK_BYTES: u64 = 2 * PAGE_BYTES + 128;
 const DISK_BYTES: u64 = 128 << 10;
 
 /// What came of it, in blocks.
-pub struct Hits {
-    pub blocks: usize,
-    pub from_disk: u64,
-    pub written: u64,
-    pub again: u64,
+pub(crate) struct Hits {
+    pub(crate) blocks: usize,
+    pub(crate) from_disk: u64,
+    pub(crate) written: u64,
+    pub(crate) again: u64,
 }
 
 /// Runs the requests against a cache of so many blocks of RAM and of disk, in a directory of its own.
-pub fn live(requests: &[Vec<u64>], ram: u32, disk: u32, rule: Admission) -> Result<Hits, Box<dyn Error>> {
+pub(crate) fn live(requests: &[Vec<u64>], ram: u32, disk: u32, rule: Admission) -> Result<Hits, Box<dyn Error>> {
     let home = tempfile::tempdir()?;
     let disk_bytes = DISK_BYTES + u64::from(disk) * DISK_BLOCK_BYTES;
     let ram_bytes = u64::from(ram) * PAGE_BYTES;

@@ -236,7 +236,7 @@ fn sessions(requests: u64) -> Vec<Vec<u64>> {
 /// and where a request is nearly as large as RAM 89.1 where a cache hit 79.6.
 #[test]
 fn a_replay_with_a_disk_hits_what_a_cache_hits() {
-    let requests = sessions(1_200);
+    let requests = sessions(700);
     let all: usize = requests.iter().map(Vec::len).sum();
     for rule in [Admission::All, Admission::SecondUse, Admission::Worth(0.1)] {
         let mut replay = Simulation::new(64, PolicyKind::Adaptive).unwrap().with_disk(600, rule).unwrap();

@@ -18,8 +18,8 @@ mod room;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
+use super::Removed;
 use super::gate::Gate;
-use super::{OnPresent, Removed};
 use crate::block::BlockKey;
 use crate::event::{Change, Journal};
 use crate::eviction::{Arrival, Departure, EntryId, Place, PolicyKind, Priority, ShareId, Shares};
@@ -81,6 +81,15 @@ pub(crate) enum Terms {
     Patient,
     /// It waits for nothing, gives up writes that have not begun instead, and what comes before it is somebody else's business.
     AtOnce,
+}
+
+/// What happens to an object that is already there under the same key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OnPresent {
+    /// The new one takes its place.
+    Replace,
+    /// It stays; equal keys mean equal bytes.
+    Keep,
 }
 
 /// What [`Ledger::reserve`] found and made of a run of keys.

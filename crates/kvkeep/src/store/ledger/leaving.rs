@@ -5,8 +5,7 @@
 //! queued was the alternative: their pages were not free, so one store evicted as many as the queue took.
 
 use super::{Held, Ledger};
-use crate::block::{BlockKey, BlockMeta, Content};
-use crate::codec::CodecId;
+use crate::block::{BlockMeta, Content, Facts};
 use crate::eviction::{Arrival, Departure, EntryId, Place};
 use crate::key::ObjectKey;
 use crate::tier::Epoch;
@@ -57,15 +56,12 @@ impl Ledger {
             return true;
         }
         let Some(namespace) = self.index.namespaces().id(entry.namespace) else { return false };
-        let bytes = entry.payload_bytes();
         let meta = BlockMeta {
-            key: BlockKey(entry.key),
-            namespace,
-            raw_bytes: bytes,
-            stored_bytes: bytes,
-            codec: CodecId::RAW,
-            expires_at_ms: entry.expires_at_ms,
-            compute_us: entry.compute_us,
+            facts: Facts {
+                expires_at_ms: entry.expires_at_ms,
+                compute_us: entry.compute_us,
+                ..Facts::raw(entry.key, namespace, entry.payload_bytes())
+            },
             begins: entry.begins,
             content: entry.spec.as_ref().map_or(Content::Nothing, |spec| Content::Named(**spec)),
         };

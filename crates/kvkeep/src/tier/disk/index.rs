@@ -241,13 +241,13 @@ impl DiskIndex {
 
     /// Puts a record in place of what was there under its key.
     pub(crate) fn insert(&mut self, meta: &RecordMeta, segment: SegmentNumber, page: u32, mark: u8) {
-        self.remove(&meta.key);
+        self.remove(&meta.key.0);
         let (Some(payload_pages), Some(coded)) = (meta.payload_pages(), coded(meta)) else { return };
         let namespace = self.namespaces.number(meta.namespace);
         self.clock = self.clock.wrapping_add(1);
         let named = meta.kind == Kind::Named;
         let slot = Slot {
-            fingerprint: Fingerprint::of(&meta.key),
+            fingerprint: Fingerprint::of(&meta.key.0),
             expires_at_ms: meta.expires_at_ms,
             page,
             payload_pages,
@@ -261,7 +261,7 @@ impl DiskIndex {
         };
         self.namespaces.add(namespace, slot.record_bytes(), meta.key.layer(), slot.prefix_bytes());
         if let (Some(reports), false) = (&self.reports, named) {
-            reports.block_came(meta.key.block_hash(), meta.namespace);
+            reports.block_came(meta.key.0.block_hash(), meta.namespace);
         }
         self.table.insert_unique(slot.fingerprint.table_hash(), slot, |slot| slot.fingerprint.table_hash());
     }

@@ -325,9 +325,9 @@ impl DiskState {
     /// longer be found.
     pub(crate) fn needs(&mut self, meta: &RecordMeta, now_ms: u64) -> bool {
         if meta.kind == Kind::Block {
-            return !self.index.contains(&meta.key, now_ms) && !self.queue.wants(&meta.key, now_ms);
+            return !self.index.contains(&meta.key.0, now_ms) && !self.queue.wants(&meta.key.0, now_ms);
         }
-        self.hide(&meta.key);
+        self.hide(&meta.key.0);
         true
     }
 

@@ -356,7 +356,7 @@ fn a_listener_hears_in_slices_what_a_clearing_took_out_and_nothing_of_what_came_
     let mut index = DiskIndex::default();
     index.report_to(announcer.reports("disk"));
     announcer.start();
-    let meta = |number| RecordMeta { key: ObjectKey::numbered(number), ..block(1, 1).meta() };
+    let meta = |number| block(1, 1).meta().of_key(ObjectKey::numbered(number));
     (0..3_000).for_each(|number| index.insert(&meta(number), 0, 1, 0));
     announcer.settle();
     let gone = index.clear();
@@ -387,8 +387,8 @@ fn clearing_two_million_records_holds_the_lock_for_less_than_a_millisecond() {
             announcer.start();
         }
         for number in 0..2_000_000 {
-            let namespace = namespace(1 + (number % 2) as u32);
-            let meta = RecordMeta { key: ObjectKey::numbered(number), namespace, ..block(1, 1).meta() };
+            let mut meta = block(1, 1).meta().of_key(ObjectKey::numbered(number));
+            meta.facts.namespace = namespace(1 + (number % 2) as u32);
             shared.state.lock().index.insert(&meta, 0, 1, 0);
         }
         if listens {

@@ -275,7 +275,7 @@ fn a_flush_waits_for_a_disk_that_is_slower_than_a_store_waits() {
     let prompts: Vec<_> = (0..4).map(|number| prompt(1000 * number, 4)).collect();
     store(&cache, &prompts[0], &plain());
     lab.sim.hang(true);
-    prompts[1..].iter().for_each(|tokens| drop(store(&cache, tokens, &plain())));
+    prompts[1..].iter().for_each(|tokens| _ = store(&cache, tokens, &plain()));
     assert!(disk(&cache).failing && disk(&cache).dropped_total > 0, "{:?}", disk(&cache));
     std::thread::scope(|scope| {
         let flush = scope.spawn(|| cache.flush());

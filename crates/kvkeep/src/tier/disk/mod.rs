@@ -443,6 +443,9 @@ impl Disk {
         if let Some(closed) = &closed {
             self.shared.remove_namespace(closed);
         }
+        if let Some(records) = &cleared {
+            self.shared.report_gone(records);
+        }
         let removed = closed.map_or(0, |closed| closed.entries);
         removed + cleared.map_or(0, |records| records.len() as u64)
     }

@@ -49,7 +49,7 @@ pub(crate) struct Expected {
 
 impl From<&RecordMeta> for Expected {
     fn from(meta: &RecordMeta) -> Self {
-        Self { key: meta.key, namespace: meta.namespace, codec: meta.codec }
+        Self { key: meta.key.0, namespace: meta.namespace, codec: meta.codec }
     }
 }
 

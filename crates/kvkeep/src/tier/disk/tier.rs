@@ -184,7 +184,7 @@ fn read(disk: &Disk, read: &mut Read) -> (Option<BlockMeta>, Option<u64>) {
     let bytes = is_raw.then(|| header.as_ref().map_or(0, |header| header.meta.stored_bytes));
     let meta = header.map(|mut header| {
         // The index knows better than the record, which may be from under a wrong clock.
-        header.meta.expires_at_ms = found.slot.expires_at_ms;
+        header.meta = header.meta.expiring(found.slot.expires_at_ms);
         block_meta(header).decoded()
     });
     (meta, bytes)
@@ -211,42 +211,22 @@ pub fn encode_header(meta: &BlockMeta, payload: &[u8]) -> Option<Vec<u8>> {
 #[must_use]
 pub fn decode_header(header: &[u8], key: &BlockKey, namespace: NamespaceId, payload: &[u8]) -> Option<BlockMeta> {
     let header = RecordHeader::decode(header)?;
-    let is_wanted = header.meta.key == key.0 && header.meta.namespace == namespace;
+    let is_wanted = header.meta.key == *key && header.meta.namespace == namespace;
     let is_whole = header.meta.stored_bytes == payload.len() as u64 && header.meta.sums(payload) == header.list;
     (is_wanted && is_whole && header.cipher == CipherKind::None).then(|| block_meta(header))
 }
 
 fn record_meta(meta: &BlockMeta, stored_at_ms: u64) -> RecordMeta {
-    RecordMeta {
-        kind: if meta.is_replaceable() { Kind::Named } else { Kind::Block },
-        key: meta.key.0,
-        namespace: meta.namespace,
-        raw_bytes: meta.raw_bytes,
-        stored_bytes: meta.stored_bytes,
-        codec: meta.codec,
-        stored_at_ms,
-        expires_at_ms: meta.expires_at_ms,
-        compute_us: meta.compute_us,
-        prefix_bytes: match &meta.content {
-            Content::Named(spec) => u32::try_from(spec.prefix_bytes).unwrap_or(u32::MAX),
-            Content::Block { .. } | Content::Nothing => 0,
-        },
-    }
+    let prefix_bytes = match &meta.content {
+        Content::Named(spec) => u32::try_from(spec.prefix_bytes).unwrap_or(u32::MAX),
+        Content::Block { .. } | Content::Nothing => 0,
+    };
+    let kind = if meta.is_replaceable() { Kind::Named } else { Kind::Block };
+    RecordMeta { kind, facts: meta.facts, stored_at_ms, prefix_bytes }
 }
 
 fn block_meta(header: RecordHeader) -> BlockMeta {
-    let meta = header.meta;
-    BlockMeta {
-        key: BlockKey(meta.key),
-        namespace: meta.namespace,
-        raw_bytes: meta.raw_bytes,
-        stored_bytes: meta.stored_bytes,
-        codec: meta.codec,
-        expires_at_ms: meta.expires_at_ms,
-        compute_us: meta.compute_us,
-        begins: false,
-        content: header.content,
-    }
+    BlockMeta { facts: header.meta.facts, begins: false, content: header.content }
 }
 
 impl Tier for DiskTier {
@@ -420,7 +400,7 @@ impl Drop for DiskTier {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::CodecId;
+    use crate::block::Facts;
     use crate::layout::KvLayout;
     use crate::tensor::DType;
 
@@ -430,13 +410,7 @@ mod tests {
         let payload: Vec<u8> = (0..128).collect();
         let namespace = NamespaceId::named("n");
         let meta = BlockMeta {
-            key: BlockKey(ObjectKey::numbered(7)),
-            namespace,
-            raw_bytes: 128,
-            stored_bytes: 128,
-            codec: CodecId::RAW,
-            expires_at_ms: 5,
-            compute_us: 9,
+            facts: Facts { expires_at_ms: 5, compute_us: 9, ..Facts::raw(ObjectKey::numbered(7), namespace, 128) },
             begins: false,
             content: Content::Block { layout, model: "m".into() },
         };

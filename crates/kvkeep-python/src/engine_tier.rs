@@ -14,11 +14,12 @@ use std::time::Duration;
 
 use kvkeep::tiers::Codecs;
 use kvkeep::tiers::{Payload, ReadTarget};
-use kvkeep::{CacheConfig, Chain, DiskConfig, KvCache, StoreOptions};
+use kvkeep::{CacheConfig, DiskConfig, KvCache, StoreOptions};
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
 use crate::convert::{seconds, some_seconds};
+use crate::engine_blocks::Blocks;
 use crate::engine_jobs::{Job, Jobs, Key, Kind, Staged, Target};
 use crate::engine_rows::{Pool, Rows};
 use crate::error::{raise, to_python};
@@ -53,8 +54,7 @@ pub(crate) struct EngineTier {
 
 #[derive(Debug)]
 struct Engine {
-    cache: KvCache,
-    namespace: kvkeep::Namespace,
+    blocks: Blocks,
     jobs: Arc<Jobs>,
     staging: Arc<Pool>,
     queue: Mutex<Queue>,
@@ -114,8 +114,7 @@ impl EngineTier {
         let row_bytes = rows.row_bytes();
         let staged = usize::try_from(queue_bytes).unwrap_or(usize::MAX) / row_bytes;
         let engine = Arc::new(Engine {
-            cache,
-            namespace: namespace.0.clone(),
+            blocks: Blocks::new(cache, namespace.0.clone()),
             jobs: Arc::new(Jobs::new(rows, Pool::new(row_bytes, BOUNCE))),
             staging: Pool::new(row_bytes, staged.clamp(1, 1 << 16)),
             queue: Mutex::default(),
@@ -133,7 +132,7 @@ impl EngineTier {
     /// Which of these can be loaded now.
     fn has(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<Vec<bool>> {
         let engine = self.engine()?;
-        Ok(py.detach(|| engine.has(&keys)))
+        Ok(py.detach(|| engine.blocks.has(&keys)))
     }
 
     /// Begins to store rows; the job ends by itself.
@@ -183,27 +182,27 @@ impl EngineTier {
     /// These were used in the engine's own memory.
     fn touch(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<()> {
         let engine = self.engine()?;
-        py.detach(|| engine.chain(&keys).iter().for_each(|chain| engine.cache.touch_lent(chain)));
+        py.detach(|| engine.blocks.chain(&keys).iter().for_each(|chain| engine.blocks.cache.touch_lent(chain)));
         Ok(())
     }
 
     /// Keeps these before others, for so long; says how many.
     fn retain(&self, py: Python<'_>, keys: Vec<Key>, time: Option<f64>) -> PyResult<usize> {
-        let (engine, time) = (self.engine()?, seconds(time, "ttl_s")?);
-        Ok(py.detach(|| engine.chain(&keys).map_or(0, |chain| engine.cache.retain_lent(&chain, time))))
+        self.engine()?.blocks.retain(py, &keys, time)
     }
 
     /// These are like others again.
     fn release(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<()> {
-        let engine = self.engine()?;
-        py.detach(|| engine.chain(&keys).iter().for_each(|chain| engine.cache.release_lent(chain)));
+        self.engine()?.blocks.release(py, &keys);
         Ok(())
     }
 
     /// Removes these; says how many there were.
     fn remove(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<u64> {
         let engine = self.engine()?;
-        Ok(py.detach(|| engine.chain(&keys).map_or(0, |chain| engine.cache.remove_chain(&chain, 0).entries)))
+        Ok(py.detach(|| {
+            engine.blocks.chain(&keys).map_or(0, |chain| engine.blocks.cache.remove_chain(&chain, 0).entries)
+        }))
     }
 
     /// What was written and what has gone since this was last asked.
@@ -216,13 +215,13 @@ impl EngineTier {
 
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
         let engine = self.engine()?;
-        waiting(py, move || engine.cache.flush())?.map_err(|error| to_python(&error))
+        waiting(py, move || engine.blocks.cache.flush())?.map_err(|error| to_python(&error))
     }
 
     /// Of the disk, and of the jobs.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let engine = self.engine()?;
-        let dict = stats::to_dict(py, &py.detach(|| engine.cache.stats()))?;
+        let dict = stats::to_dict(py, &py.detach(|| engine.blocks.cache.stats()))?;
         dict.set_item("jobs_under_way", engine.jobs.under_way())?;
         dict.set_item("jobs_late_total", engine.jobs.late.load(Ordering::Relaxed))?;
         dict.set_item("jobs_refused_total", engine.refused.load(Ordering::Relaxed))?;
@@ -263,14 +262,6 @@ impl Engine {
         Ok(())
     }
 
-    fn chain<K: AsRef<[u8]>>(&self, keys: &[K]) -> Option<Chain> {
-        Chain::external(&self.namespace, keys).ok()
-    }
-
-    fn has(&self, keys: &[Key]) -> Vec<bool> {
-        self.chain(keys).map_or_else(Vec::new, |chain| self.cache.has_lent(&chain))
-    }
-
     /// # Errors
     /// `ConfigError` for rows that are not there.
     fn check(&self, keys: &[Key], rows: &[usize]) -> PyResult<()> {
@@ -299,7 +290,7 @@ impl Engine {
     /// Says whether no other job has this number.
     fn load(&self, id: u64, kind: Kind, keys: &[Key], rows: Vec<usize>) -> bool {
         let Some(job) = self.jobs.begin(id, kind, rows, self.load_time) else { return false };
-        let Some(chain) = self.chain(keys) else {
+        let Some(chain) = self.blocks.chain(keys) else {
             self.jobs.end(&job);
             return true;
         };
@@ -307,7 +298,7 @@ impl Engine {
             let (jobs, job) = (Arc::clone(&self.jobs), Arc::clone(&job));
             Box::new(Target { jobs, job, block, page: None }) as Box<dyn ReadTarget>
         };
-        self.cache.read_lent(&chain, 0, (0..keys.len()).map(target).collect());
+        self.blocks.cache.read_lent(&chain, 0, (0..keys.len()).map(target).collect());
         true
     }
 
@@ -325,7 +316,7 @@ impl Engine {
 
     /// Copies what is not there yet out of its rows, and has it written.
     fn write(&self, job: &Job, keys: Vec<Key>, options: &StoreOptions) {
-        let there = self.has(&keys);
+        let there = self.blocks.has(&keys);
         for (block, (key, there)) in keys.into_iter().zip(there).enumerate() {
             if job.is_over() {
                 break;
@@ -342,16 +333,16 @@ impl Engine {
         if !self.jobs.with_row(job, block, |rows, row| rows.copy_out(row, page.bytes_mut())) {
             return false;
         }
-        let Some(chain) = self.chain(std::slice::from_ref(&key)) else { return false };
+        let Some(chain) = self.blocks.chain(std::slice::from_ref(&key)) else { return false };
         let told = self.events.as_ref().map(|events| (key, Arc::clone(&events.stored)));
         let payload: Arc<dyn Payload> = Arc::new(Staged { page, told });
-        self.cache.write_lent(&chain, 0, vec![payload], options) == 1
+        self.blocks.cache.write_lent(&chain, 0, vec![payload], options) == 1
     }
 
     /// Finds out which of the blocks that were announced are gone: evicted, expired, damaged.
     fn look_for_gone(&self) {
         let Some(events) = &self.events else { return };
-        let stats = self.cache.stats();
+        let stats = self.blocks.cache.stats();
         // A disk that fails has nothing now, and all of it when it is back.
         let Some(disk) = stats.tier("disk").filter(|disk| !disk.failing) else { return };
         if !events.is_time([disk.entries, disk.stored_total, disk.evictions, disk.damaged_total]) {
@@ -360,7 +351,7 @@ impl Engine {
         let announced: Vec<Key> =
             events.announced.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect();
         for keys in announced.chunks(AT_ONCE) {
-            let gone = keys.iter().zip(self.has(keys)).filter(|(_, there)| !there).map(|(key, _)| key);
+            let gone = keys.iter().zip(self.blocks.has(keys)).filter(|(_, there)| !there).map(|(key, _)| key);
             events.are_gone(gone.cloned().collect());
         }
     }
@@ -382,7 +373,7 @@ impl Engine {
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         // It waits for room in the queue at most, and that ends.
         drop(thread.map(thread::JoinHandle::join));
-        self.cache.flush()
+        self.blocks.cache.flush()
     }
 }
 

@@ -12,6 +12,7 @@
 
 mod array;
 mod convert;
+mod engine_blocks;
 mod engine_jobs;
 mod engine_ram;
 mod engine_rows;

@@ -227,6 +227,22 @@ def test_worth_it__the_disk_is_measured_before_anything_was_loaded(tmp_path: Pat
         assert ram.manager.rates.disk_bytes_per_s == measured
 
 
+def test_worth_it__what_is_computed_behind_a_load_is_no_measure(tmp_path: Path) -> None:
+    """vLLM 0.26 does not say where blocks lie. The step that loaded a long prefix and computed one block behind it counted as that block's time."""
+    with Ram(tmp_path / "kv") as ram:
+        ram.store(KEYS)
+        context = ram.begin("loads", [])
+        assert ram.look(KEYS, context) == [HIT] * 6
+        ram.manager.prepare_load(KEYS, context)
+        ram.step("loads")
+        ram.manager.complete_load(set(KEYS), context)
+        behind = names(1, salt=1)
+        stored = ram.manager.prepare_store(behind, context)
+        ram.step()
+        ram.manager.complete_store(set(stored.keys_to_store), context)
+        assert not ram.manager.rates.seconds_by_length
+
+
 def test_hints__what_is_not_to_be_stored_is_not_and_a_prefetch_loads_anyway(tmp_path: Path) -> None:
     with Ram(tmp_path / "kv", worth="measured", prefill_tokens_per_s=1e9, disk_gb_per_s=1e-6) as ram:
         assert ram.store(KEYS, kv_transfer_params={"kvkeep": {"store": False}}) == []

@@ -13,12 +13,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kvkeep::tiers::{BlockMeta, ReadTarget};
-use kvkeep::{Begun, CacheConfig, Chain, KvCache, Match, Priority, StoreOptions};
+use kvkeep::{Begun, CacheConfig, Chain, Match, Priority, StoreOptions};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::convert::{policy, seconds, some_seconds};
-use crate::engine_blocks::Blocks;
+use crate::engine_blocks::{Blocks, RawNews};
 use crate::engine_jobs::Key;
 use crate::engine_rows::{Page, Pool};
 use crate::engine_tier::{RawDir, disk_config};
@@ -116,6 +116,7 @@ impl EngineRam {
         ram: (u64, String),
         disk: Option<RawDir>,
         times: [f64; 2],
+        events: bool,
     ) -> PyResult<Self> {
         let row_bytes = namespace.0.layout().block_bytes();
         let (ram_bytes, name) = ram;
@@ -129,9 +130,11 @@ impl EngineRam {
         if let Some(disk) = disk {
             config = config.disk(disk_config(disk, load_time, some_seconds(flush, "flush_timeout_s")?)?);
         }
-        let cache = waiting(py, || KvCache::new(config))?.map_err(|error| to_python(&error))?;
+        let namespace = namespace.0.clone();
+        let opened = waiting(py, move || Blocks::open(config, namespace, events))?;
+        let blocks = opened.map_err(|error| to_python(&error))?;
         let engine = Arc::new(Engine {
-            blocks: Blocks::new(cache, namespace.0.clone()),
+            blocks,
             row_bytes,
             bounce: Pool::new(row_bytes, THREADS),
             load_time,
@@ -178,6 +181,7 @@ impl EngineRam {
         let mut options = StoreOptions::default();
         options.ttl = seconds(ttl, "ttl_s")?;
         options.priority = if is_kept { Priority::KeepLonger } else { Priority::default() };
+        engine.blocks.expect(keys.get(first..).unwrap_or_default());
         let begun = py.detach(|| Some(engine.blocks.cache.begin_store(&engine.blocks.chain(&keys)?, first, &options)));
         let places: Vec<(usize, usize)> = begun.iter().flat_map(Begun::places).collect();
         if !places.iter().all(|(_, offset)| offset.is_multiple_of(engine.row_bytes)) {
@@ -238,6 +242,11 @@ impl EngineRam {
     fn evict_all(&self, py: Python<'_>, time: f64) -> PyResult<usize> {
         let (engine, time) = (self.engine()?, some_seconds(time, "flush_timeout_s")?);
         waiting(py, move || engine.blocks.cache.evict_all(time))
+    }
+
+    /// What came to RAM and to the disk and went from them since this was last asked, in order: tier, is removed, names.
+    fn take_events<'py>(&self, py: Python<'py>) -> PyResult<RawNews<'py>> {
+        Ok(self.engine()?.blocks.take_events(py))
     }
 
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
@@ -336,6 +345,9 @@ impl Engine {
 
     fn want(&self, id: Option<u64>, keys: &[Key]) -> PyResult<()> {
         let Some(chain) = self.blocks.chain(keys) else { return Err(raise("ConfigError", "give keys to read")) };
+        if id.is_some() {
+            self.blocks.expect(keys);
+        }
         self.work().wanted.push_back(Fetch { id, chain, begun: Instant::now() });
         self.more.notify_one();
         Ok(())

@@ -6,7 +6,7 @@
 
 #![expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
@@ -14,12 +14,12 @@ use std::time::Duration;
 
 use kvkeep::tiers::Codecs;
 use kvkeep::tiers::{Payload, ReadTarget};
-use kvkeep::{CacheConfig, DiskConfig, KvCache, StoreOptions};
+use kvkeep::{CacheConfig, DiskConfig, StoreOptions};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict};
+use pyo3::types::PyDict;
 
 use crate::convert::{seconds, some_seconds};
-use crate::engine_blocks::Blocks;
+use crate::engine_blocks::{Blocks, RawNews};
 use crate::engine_jobs::{Job, Jobs, Key, Kind, Staged, Target};
 use crate::engine_rows::{Pool, Rows};
 use crate::error::{raise, to_python};
@@ -32,18 +32,11 @@ use crate::tokens::Namespace;
 const MAX_WAITING: usize = 4096;
 /// Memory to read into that is kept: as much as there are threads that read.
 const BOUNCE: usize = 8;
-/// How often it is looked which of the blocks that were announced are gone.
+/// How often a thread that waits for work looks whether the tier is still there.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// And anyway after so many times: what expires changes no counter.
-const LOOKS_PASSED: u32 = 30;
-/// Keys that are looked up at once.
-const AT_ONCE: usize = 1024;
 
 /// (number, kind, positions that are done, blocks, seconds)
 type RawEnded = (u64, &'static str, Vec<usize>, usize, f64);
-
-/// Names of blocks, as the engine gave them.
-type Names<'py> = Vec<Bound<'py, PyBytes>>;
 
 /// The tier.
 #[pyclass(frozen, module = "kvkeep._kvkeep")]
@@ -60,7 +53,6 @@ struct Engine {
     queue: Mutex<Queue>,
     work: Condvar,
     refused: AtomicU64,
-    events: Option<Events>,
     load_time: Duration,
     store_time: Duration,
     thread: Mutex<Option<thread::JoinHandle<()>>>,
@@ -73,17 +65,6 @@ type Store = (Arc<Job>, Vec<Key>, StoreOptions);
 struct Queue {
     stores: VecDeque<Store>,
     closed: bool,
-}
-
-/// What came to the disk and went from it.
-#[derive(Debug, Default)]
-struct Events {
-    stored: Arc<Mutex<Vec<Key>>>,
-    removed: Mutex<Vec<Key>>,
-    /// What was announced and not yet taken back.
-    announced: Mutex<HashSet<Key>>,
-    /// Counters of the disk when that was last looked at, and how often it was not since.
-    seen: Mutex<([u64; 4], u32)>,
 }
 
 /// What a tier is opened with: directory, bytes, bytes of the queue, key file, codec.
@@ -109,18 +90,18 @@ impl EngineTier {
         let (load, store) = (some_seconds(load, "load_timeout_s")?, some_seconds(store, "store_timeout_s")?);
         let queue_bytes = disk.2;
         let config = disk_config(disk, load, some_seconds(flush, "flush_timeout_s")?)?;
-        let opened = waiting(py, || KvCache::new(CacheConfig::without_ram().disk(config)))?;
-        let cache = opened.map_err(|error| to_python(&error))?;
+        let (config, namespace) = (CacheConfig::without_ram().disk(config), namespace.0.clone());
+        let opened = waiting(py, move || Blocks::open(config, namespace, events))?;
+        let blocks = opened.map_err(|error| to_python(&error))?;
         let row_bytes = rows.row_bytes();
         let staged = usize::try_from(queue_bytes).unwrap_or(usize::MAX) / row_bytes;
         let engine = Arc::new(Engine {
-            blocks: Blocks::new(cache, namespace.0.clone()),
+            blocks,
             jobs: Arc::new(Jobs::new(rows, Pool::new(row_bytes, BOUNCE))),
             staging: Pool::new(row_bytes, staged.clamp(1, 1 << 16)),
             queue: Mutex::default(),
             work: Condvar::new(),
             refused: AtomicU64::new(0),
-            events: events.then(Events::default),
             load_time: load,
             store_time: store,
             thread: Mutex::default(),
@@ -205,12 +186,9 @@ impl EngineTier {
         }))
     }
 
-    /// What was written and what has gone since this was last asked.
-    fn take_events<'py>(&self, py: Python<'py>) -> PyResult<(Names<'py>, Names<'py>)> {
-        let engine = self.engine()?;
-        let (stored, removed) = py.detach(|| engine.events.as_ref().map(Events::take)).unwrap_or_default();
-        let bytes = |keys: Vec<Key>| keys.iter().map(|key| PyBytes::new(py, key)).collect();
-        Ok((bytes(stored), bytes(removed)))
+    /// What came to the disk and went from it since this was last asked, in order: tier, is removed, names.
+    fn take_events<'py>(&self, py: Python<'py>) -> PyResult<RawNews<'py>> {
+        Ok(self.engine()?.blocks.take_events(py))
     }
 
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
@@ -253,7 +231,7 @@ impl Engine {
             while let Some(engine) = weak.upgrade() {
                 match engine.next_store() {
                     Some(Some((job, keys, options))) => engine.write(&job, keys, &options),
-                    Some(None) => engine.look_for_gone(),
+                    Some(None) => {}
                     None => return,
                 }
             }
@@ -334,26 +312,9 @@ impl Engine {
             return false;
         }
         let Some(chain) = self.blocks.chain(std::slice::from_ref(&key)) else { return false };
-        let told = self.events.as_ref().map(|events| (key, Arc::clone(&events.stored)));
-        let payload: Arc<dyn Payload> = Arc::new(Staged { page, told });
+        self.blocks.expect(std::slice::from_ref(&key));
+        let payload: Arc<dyn Payload> = Arc::new(Staged { page });
         self.blocks.cache.write_lent(&chain, 0, vec![payload], options) == 1
-    }
-
-    /// Finds out which of the blocks that were announced are gone: evicted, expired, damaged.
-    fn look_for_gone(&self) {
-        let Some(events) = &self.events else { return };
-        let stats = self.blocks.cache.stats();
-        // A disk that fails has nothing now, and all of it when it is back.
-        let Some(disk) = stats.tier("disk").filter(|disk| !disk.failing) else { return };
-        if !events.is_time([disk.entries, disk.stored_total, disk.evictions, disk.damaged_total]) {
-            return;
-        }
-        let announced: Vec<Key> =
-            events.announced.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect();
-        for keys in announced.chunks(AT_ONCE) {
-            let gone = keys.iter().zip(self.blocks.has(keys)).filter(|(_, there)| !there).map(|(key, _)| key);
-            events.are_gone(gone.cloned().collect());
-        }
     }
 
     /// Ends every job; the engine may have its memory back.
@@ -396,34 +357,4 @@ pub(crate) fn disk_config(disk: RawDir, read_timeout: Duration, flush_timeout: D
 /// `ConfigError` if the number is another job's.
 fn begun(begun: bool) -> PyResult<()> {
     if begun { Ok(()) } else { Err(raise("ConfigError", "a job of this number is under way: give each its own")) }
-}
-
-impl Events {
-    fn take(&self) -> (Vec<Key>, Vec<Key>) {
-        let stored = std::mem::take(&mut *self.stored.lock().unwrap_or_else(PoisonError::into_inner));
-        let removed = std::mem::take(&mut *self.removed.lock().unwrap_or_else(PoisonError::into_inner));
-        self.announced.lock().unwrap_or_else(PoisonError::into_inner).extend(stored.iter().cloned());
-        (stored, removed)
-    }
-
-    /// Has anything come or gone, or is it long since anybody looked?
-    fn is_time(&self, counters: [u64; 4]) -> bool {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.1 += 1;
-        let is_time = seen.0 != counters || seen.1 >= LOOKS_PASSED;
-        if is_time {
-            *seen = (counters, 0);
-        }
-        is_time
-    }
-
-    fn are_gone(&self, keys: Vec<Key>) {
-        {
-            let mut announced = self.announced.lock().unwrap_or_else(PoisonError::into_inner);
-            for key in &keys {
-                announced.remove(key);
-            }
-        }
-        self.removed.lock().unwrap_or_else(PoisonError::into_inner).extend(keys);
-    }
 }

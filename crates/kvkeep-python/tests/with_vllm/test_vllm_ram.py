@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ram import Ram
 from tier import ROW_BYTES, Lab, content, names
 from vllm.v1.kv_offload.base import LookupResult
 
-from kvkeep.vllm import _rows
+from kvkeep.vllm import _compat, _rows
 
 HIT, MISS, PENDING, RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING, LookupResult.RETRY
 KEYS = names(6)
@@ -264,6 +265,60 @@ def test_hints__what_is_pinned_outlives_what_is_not_in_ram(tmp_path: Path) -> No
         hits = ram.manager.counters()["hits"]
         assert ram.found(KEYS) == 6
         assert ram.manager.counters()["hits"] == hits, "none of it from the disk"
+
+
+def told(ram: Ram, there: dict[Any, set[bytes]]) -> dict[Any, set[bytes]]:
+    """Applies what was told to what a listener believes to be there: blocks by medium."""
+    for event in ram.manager.take_events():
+        blocks = there.setdefault(event.medium, set())
+        if event.removed:
+            blocks.difference_update(event.keys)
+        else:
+            blocks.update(event.keys)
+    return there
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_events__whoever_applies_them_knows_what_is_in_ram_and_on_the_disk(tmp_path: Path) -> None:
+    there: dict[Any, set[bytes]] = {}
+    with Ram(tmp_path / "kv", rows=8, events=True) as ram:
+        ram.store(KEYS)
+        ram.engine.flush()
+        eventually(lambda: told(ram, there) == {_compat.MEDIUM_OF_RAM: set(KEYS), _compat.MEDIUM: set(KEYS)})
+        others = names(8, salt=1)
+        ram.store(others, "others")
+        ram.engine.flush()
+        eventually(lambda: told(ram, there) == {_compat.MEDIUM_OF_RAM: set(others), _compat.MEDIUM: {*KEYS, *others}})
+        ram.manager.reset_cache()
+        eventually(lambda: told(ram, there)[_compat.MEDIUM_OF_RAM] == set())
+        assert ram.found(KEYS) == 6
+        eventually(lambda: told(ram, there)[_compat.MEDIUM_OF_RAM] >= set(KEYS))
+
+
+def test_events__what_an_earlier_process_left_is_told_once_it_comes_up_and_goes_untold_from_the_disk(tmp_path: Path) -> None:
+    with Ram(tmp_path / "kv", events=True) as ram:
+        ram.store(KEYS)
+        ram.engine.flush()
+    there: dict[Any, set[bytes]] = {}
+    with Ram(tmp_path / "kv", rows=8, events=True) as ram:
+        assert told(ram, there) == {}
+        assert ram.found(KEYS) == 6
+        eventually(lambda: told(ram, there) == {_compat.MEDIUM_OF_RAM: set(KEYS)})
+        assert ram.engine.evict_all(10) == 0
+        eventually(lambda: told(ram, there) == {_compat.MEDIUM_OF_RAM: set()})
+
+
+def test_events__nobody_is_told_who_did_not_ask(tmp_path: Path) -> None:
+    with Ram(tmp_path / "kv") as ram:
+        ram.store(KEYS)
+        ram.engine.flush()
+        assert not list(ram.manager.take_events())
 
 
 def test_figures__vllm_gets_each_that_is_declared(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 MEDIUM: Any = getattr(getattr(base, "Medium", None), "STORAGE", "FS")
 """What events call a disk: a string at first, then a member of an enum."""
+MEDIUM_OF_RAM: Any = getattr(getattr(base, "Medium", None), "CPU", "CPU")
 
 
 @cache
@@ -51,13 +52,13 @@ def result(job_id: int, done: Collection[bytes], keys: Sequence[bytes], is_load:
     return JobResult(job_id=job_id, success=success, **{name: value for name, value in more.items() if name in _names(JobResult)})
 
 
-def event(keys: list[Any], removed: bool, tier: SecondaryTierManager) -> Any:
-    """Blocks that came to the disk or went from it."""
-    more = {"locality": getattr(tier, "locality", None), "ownership": tier.tier_type}
+def event(keys: list[Any], medium: Any, removed: bool, locality: str | None, ownership: str | None) -> Any:
+    """Blocks that came to RAM or the disk, or went from there."""
     known = _names(base.OffloadingEvent)
-    return base.OffloadingEvent(
-        keys=keys, medium=MEDIUM, removed=removed, **{name: value for name, value in more.items() if name in known}
-    )
+    more: dict[str, Any] = {"ownership": ownership}
+    if locality is not None and hasattr(base, "Locality"):
+        more["locality"] = base.Locality(locality)
+    return base.OffloadingEvent(keys=keys, medium=medium, removed=removed, **{name: value for name, value in more.items() if name in known})
 
 
 def positions_of(context: Any) -> Mapping[bytes, int] | None:

@@ -6,6 +6,7 @@ Invariant: a request that vLLM has not announced is known only while it is asked
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from typing import Any, ClassVar, Generic, TypeVar
 
 from vllm.v1.kv_offload.base import RequestOffloadingContext
@@ -44,6 +45,15 @@ class SchedulerHalf(Generic[Request]):
         self._requests[req_context.req_id] = self._new_request(req_context)
         self._prefills.begin(req_context.req_id)
         return RequestOffloadingContext()
+
+    def take_events(self) -> Iterable[Any]:
+        """What came and went. Of blocks of weights that are no longer these, nothing is said."""
+        for tier, is_removed, names in self._engine.take_events():
+            keys = [name[len(self._generation) :] for name in names if name.startswith(self._generation)]
+            if keys and tier == "ram":
+                yield _compat.event(keys, _compat.MEDIUM_OF_RAM, is_removed, None, None)
+            elif keys:
+                yield _compat.event(keys, _compat.MEDIUM, is_removed, self.settings.locality, "kvkeep")
 
     def counters(self) -> dict[str, int]:
         """All counters as of now, for tests and logs."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -317,9 +317,6 @@ class KvkeepManager(SchedulerHalf[_Request], OffloadingManager):
         self._engine.evict_all(self.settings.flush_timeout_s)
         if self._may_change:
             self._generation = secrets.token_bytes(16)
-
-    def take_events(self) -> Iterable[Any]:
-        return ()
 
     def get_stats(self) -> Any:
         return self._figures.tell(self._stats(), self._own, self.rates.disk_bytes_per_s, ram=True)

@@ -54,7 +54,8 @@ class KvkeepOffloadingSpec(TieringOffloadingSpec):
             raise ValueError("kvkeep: RAM has no room for a single block: raise cpu_bytes_to_use")
         namespace, identity = _identity.namespace(settings, config, self, row_bytes)
         times = (settings.load_timeout_s, settings.flush_timeout_s)
-        engine = _kvkeep.EngineRam(namespace, (rows * row_bytes, settings.eviction_policy), settings.disk(config, rows * row_bytes), times)
+        ram, disk = (rows * row_bytes, settings.eviction_policy), settings.disk(config, rows * row_bytes)
+        engine = _kvkeep.EngineRam(namespace, ram, disk, times, settings.tells(self))
         descriptor, _ = engine.memory()
         place = publish(settings.root, self.config.engine_id, descriptor, rows)
         tokens = [tokens * self.blocks_per_chunk for tokens in self.tokens_per_block]

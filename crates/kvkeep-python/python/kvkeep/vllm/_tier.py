@@ -98,8 +98,7 @@ class KvkeepTier(SchedulerHalf[_Request], SecondaryTierManager):
         settings = self.settings
         disk = settings.disk(config)
         times = (settings.load_timeout_s, settings.store_timeout_s, settings.flush_timeout_s)
-        self._events = settings.enable_kv_events and spec.kv_events_config.enable_kv_cache_events
-        self._engine = _kvkeep.EngineTier(rows, namespace, disk, times, self._events)
+        self._engine = _kvkeep.EngineTier(rows, namespace, disk, times, settings.tells(spec))
         _log.info(
             "kvkeep: %s, %d blocks on the disk, %d rows of %d bytes in RAM",
             disk[0],
@@ -252,14 +251,6 @@ class KvkeepTier(SchedulerHalf[_Request], SecondaryTierManager):
 
     def has_pending_work(self) -> bool:
         return bool(self._jobs or self._refused)
-
-    def take_events(self) -> Iterable[Any]:
-        if not self._events:
-            return
-        for keys, removed in zip(self._engine.take_events(), (False, True)):
-            own = [key[len(self._generation) :] for key in keys if key.startswith(self._generation)]
-            if own:
-                yield _compat.event(own, removed, self)
 
     def drain_jobs(self) -> None:
         """vLLM drops what it has in RAM: it sleeps, or has other weights. Then what is on the disk may be of the old ones."""

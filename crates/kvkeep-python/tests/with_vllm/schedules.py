@@ -1,9 +1,9 @@
 """vLLM's own scheduler over kvkeep's connector, without a model: KV is a number for each token and layer, and what each layer reads is checked before it writes.
 
-    PYTHONPATH=<a release's files> python schedules.py '{"root": ..., "connector": "KvkeepConnector", "seed": 1, "blocks": 64, "prefix_caching": true}'
+    PYTHONPATH=<a release's files> python schedules.py '{"root": ..., "early_aborts": true, "runs": [{"connector": "KvkeepConnector", "seed": 1, "blocks": 64, "prefix_caching": true}]}'
 
 Any release whose files are there runs, without its compiled parts. Both halves of the connector run, with a worker that copies in RAM; between them, what the scheduler
-says is pickled, as between processes. Prints what was seen: answers, loads, steps.
+says is pickled, as between processes. Prints what was seen of each run: steps, preemptions, loads.
 """
 
 from __future__ import annotations
@@ -55,7 +55,11 @@ def configured(given: dict[str, Any]) -> tuple[Any, Any]:
         model_config=model, cache_config=cache, scheduler_config=SchedulerConfig(**scheduler), kv_transfer_config=KVTransferConfig(**transfer), device_config=DeviceConfig("cpu")
     )
     spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=HEAD, dtype=torch.bfloat16)
-    tensors = [KVCacheTensor(size=spec.page_size_bytes * given["blocks"], shared_by=[name]) for name in LAYERS]
+    size = spec.page_size_bytes * given["blocks"]
+    if "shared_by" in {field.name for field in fields(KVCacheTensor)}:
+        tensors = [KVCacheTensor(size=size, shared_by=[name]) for name in LAYERS]
+    else:
+        tensors = [KVCacheTensor(size=size * len(LAYERS), layers=LAYERS, layer_stride=size, block_stride=spec.page_size_bytes)]
     return config, KVCacheConfig(num_blocks=given["blocks"], kv_cache_tensors=tensors, kv_cache_groups=[KVCacheGroupSpec(LAYERS, spec)])
 
 
@@ -143,16 +147,26 @@ class Lab:
                 at = torch.arange(len(tokens))
                 read = self.kv[layer][blocks[at // BLOCK], :, at % BLOCK]
                 wrong = (read != self.values(tokens, number).view(-1, 1, 1, 1)).any(-1).any(-1).any(-1).nonzero()
-                assert not len(wrong), f"step {self.steps}, {name}, {layer}: other KV than was computed, first at token {int(wrong[0])} of {len(tokens)}"
+                assert not len(wrong), f"step {self.steps}, {name}, {layer}: other KV than was computed, first at token {int(wrong[0])} of {len(tokens)}: {read[int(wrong[0]), 0, 0, 0]}"
         return {name: [(sum(tokens) * 7) % 997] if len(tokens) == total else [] for name, tokens, _, _, total in asked}
 
     def run(self, at_most: int = 4000) -> None:
-        connector = self.scheduler.connector
+        idle = 0
         for _ in range(at_most):
-            if not self.scheduler.has_unfinished_requests() and not connector.has_pending_push_work():
+            is_idle = not self.scheduler.has_unfinished_requests() and not self.scheduler.connector.has_pending_push_work()
+            idle = idle + 1 if is_idle else 0
+            if idle > 3:  # what ended with the last step is stored with the next
                 return
             self.step()
         raise AssertionError("it does not come to an end")
+
+    def abort(self, name: str, early: bool) -> None:
+        """`early`: also before it answers, which ends vLLM 0.26 with its own connector, too."""
+        from vllm.v1.request import RequestStatus
+
+        request = self.scheduler.requests.get(name)
+        if request is not None and (early or request.num_output_tokens):
+            self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
 
     def drop_gpu(self) -> None:
         assert self.scheduler.reset_prefix_cache()
@@ -171,9 +185,7 @@ def main(given: dict[str, Any]) -> None:
             for _ in range(draw.randrange(3)):
                 lab.step()
             if draw.random() < 0.2:
-                from vllm.v1.request import RequestStatus
-
-                lab.scheduler.finish_requests(f"{round_number}-{draw.randrange(number + 1)}", RequestStatus.FINISHED_ABORTED)
+                lab.abort(f"{round_number}-{draw.randrange(number + 1)}", given["early_aborts"])
         lab.run()
         if given["prefix_caching"]:
             lab.drop_gpu()
@@ -186,4 +198,6 @@ def main(given: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(json.loads(sys.argv[1]))
+    asked = json.loads(sys.argv[1])
+    for at, each in enumerate(asked.pop("runs")):
+        main({**asked, **each, "root": f"{asked['root']}/{at}"})

@@ -11,7 +11,6 @@ use std::time::Duration;
 use super::{Epoch, Forget, Offer, Payload, Read, ReadTarget, Tier};
 use crate::block::{BlockKey, BlockMeta, Content, Facts};
 use crate::clock::Deadline;
-use crate::codec::CodecId;
 use crate::event::{Announcer, Event, EventSink};
 use crate::key::{BlockHash, NamespaceId, ObjectKey};
 use crate::layout::KvLayout;

@@ -344,8 +344,8 @@ mod tests {
     #[cfg(feature = "disk")]
     use crate::config::DiskConfig;
 
-    use crate::codec::Codecs;
     use crate::codec::tests::planes::planes;
+    use crate::codec::{CodecId, Codecs};
 
     fn coded_memory() -> Arc<dyn Tier> {
         let clock = Arc::new(ManualClock::at(1000));

@@ -182,7 +182,7 @@ impl Reports {
 
     /// As [`Reports::went_short`], of many with the lock taken once.
     #[cfg(feature = "disk")]
-    pub(crate) fn went_each(&self, shorts: Vec<Short>) {
+    pub(crate) fn went_each(&self, shorts: &[Short]) {
         self.announcer.report(|beliefs| shorts.iter().for_each(|short| beliefs.went(self.tier, short)));
     }
 

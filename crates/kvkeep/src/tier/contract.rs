@@ -11,7 +11,6 @@ use std::time::Duration;
 use super::{Epoch, Forget, Offer, Payload, Read, ReadTarget, Tier};
 use crate::block::{BlockKey, BlockMeta, Content, Facts};
 use crate::clock::Deadline;
-use crate::codec::CodecId;
 use crate::event::{Announcer, Event, EventSink};
 use crate::key::{BlockHash, NamespaceId, ObjectKey};
 use crate::layout::KvLayout;
@@ -345,8 +344,8 @@ mod tests {
     #[cfg(feature = "disk")]
     use crate::config::DiskConfig;
 
-    use crate::codec::Codecs;
     use crate::codec::tests::planes::planes;
+    use crate::codec::{CodecId, Codecs};
 
     fn coded_memory() -> Arc<dyn Tier> {
         let clock = Arc::new(ManualClock::at(1000));

@@ -323,7 +323,7 @@ impl DiskIndex {
             let slot = gone.at(place).filter(|slot| !slot.is_named() && self.get(slot.fingerprint).is_none());
             shorts.extend(slot.map(|slot| slot.fingerprint.short()));
         }
-        reports.went_each(shorts);
+        reports.went_each(&shorts);
         next
     }
 

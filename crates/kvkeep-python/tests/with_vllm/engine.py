@@ -52,7 +52,6 @@ class Engine:
         self.llm = make(**arguments)
         self.core = self.llm.llm_engine.engine_core.engine_core
         connector = self.core.scheduler.connector
-        self._preemptions = _count(self.core.scheduler, "_preempt_request")
         self.manager = connector.connector_scheduler.manager if connector else None
         self.tier = self.manager.secondary_tiers[0] if hasattr(self.manager, "secondary_tiers") else self.manager
 
@@ -114,28 +113,12 @@ class Engine:
         worker = get_kv_transfer_group().connector_worker.worker
         return {"modes": sorted(get_kv_transfer_group()._waits.trusted), **worker._made[0].by_layer}
 
-    def preempted(self) -> dict[str, Any]:
-        """How often a request was; counted from the start of this engine."""
-        return {"times": self._preemptions[0]}
-
     def counters(self) -> dict[str, Any]:
         return self.tier.counters() | {"identity": self.tier.identity, "rates": vars(self.tier.rates)}
 
     def close(self) -> dict[str, Any]:
         self.core.shutdown()
         return {}
-
-
-def _count(owner: Any, name: str) -> list[int]:
-    """How often that is called."""
-    before, times = getattr(owner, name), [0]
-
-    def counted(*arguments: Any, **more: Any) -> Any:
-        times[0] += 1
-        return before(*arguments, **more)
-
-    setattr(owner, name, counted)
-    return times
 
 
 def main() -> None:

@@ -218,20 +218,6 @@ def test_requests_that_are_aborted_while_they_load_by_layer_harm_nobody(model: s
 
 
 @long_run
-def test_requests_that_are_preempted_behind_a_load_by_layer_answer_the_same(model: str, alone: Engine, tmp_path: Path) -> None:
-    """A store of a request, or its preemption, while its load was still counted as under way ended vLLM's scheduler."""
-    asked = prompts(8, 700)
-    expected = [alone.generate([one], tokens=200)["tokens"][0] for one in asked]
-    few = {"num_gpu_blocks_override": 40}  # not enough for four of them
-    with Engine(model, tier_at(tmp_path / "kv"), whole=True, layers=True, **few) as engine:
-        for _ in range(3):
-            assert engine.generate(asked, tokens=200)["tokens"] == expected
-            engine.ask("drop_gpu")
-        assert engine.ask("by_layer")["all_by_layer"] > 0
-        assert engine.ask("preempted")["times"] > 0
-
-
-@long_run
 def test_the_connector_says_what_it_needs(model: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="the engine has ended"):
         Engine(model, tier_at(tmp_path / "kv"), layers=True)

@@ -198,9 +198,9 @@ fn to_e4m3(value: f32) -> u8 {
     while low < high {
         let middle = low + (high - low) / 2;
         if (from_e4m3(middle) + from_e4m3(middle + 1)) / 2.0 < size && middle < MOST {
-            low = middle + 1
+            low = middle + 1;
         } else {
-            high = middle
+            high = middle;
         }
     }
     low | sign

@@ -204,13 +204,13 @@ impl Codecs {
         self.get(self.written).map_or("raw", |codec| codec.name())
     }
 
-    /// Does it depend on measured rates whether blocks of this namespace go through a codec?
-    #[cfg(feature = "disk")]
-    pub(crate) fn depends(&self, namespace: NamespaceId) -> bool {
+    /// Is it for the tier's measured rates to say whether blocks of this namespace go through the codec of [`Codecs::writing`]?
+    #[must_use]
+    pub fn depends(&self, namespace: NamespaceId) -> bool {
         self.if_it_pays && self.by_namespace.iter().all(|(other, _)| *other != namespace)
     }
 
-    /// Does it for all that no namespace says otherwise?
+    /// Is it so for all that no namespace says otherwise?
     #[cfg(feature = "disk")]
     pub(crate) fn mostly_depend(&self) -> bool {
         self.if_it_pays

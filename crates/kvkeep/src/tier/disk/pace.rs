@@ -115,10 +115,11 @@ fn one_core_bytes_per_s() -> Option<f64> {
     };
     // Each half as likely as the one before it: so exponents are about as probable as in a normal distribution.
     let element = |random: u64| {
-        let exponent = 127 - (random.leading_zeros() as u16).min(20);
-        exponent << 7 | (random & 0x807f) as u16
+        let exponent = 127 - u64::from(random.leading_zeros().min(20));
+        let [low, high, ..] = (exponent << 7 | random & 0x807f).to_le_bytes();
+        [low, high]
     };
-    let raw: Vec<u8> = (0..ELEMENTS).flat_map(|_| element(next()).to_le_bytes()).collect();
+    let raw: Vec<u8> = (0..ELEMENTS).flat_map(|_| element(next())).collect();
     let shape = Shape::new(&[ELEMENTS]).ok()?;
     let frame = Frame {
         range: 0..raw.len(),

@@ -1,5 +1,6 @@
 // The pictures in docs/: a real server under a load like that of a working day: two tenants, each with
-// its system prompt and documents, questions about them, a restart, and more questions.
+// its system prompt and documents, questions about them, a restart, and more questions. And how it looks at first, right after a
+// restart, and while eight requests are under way.
 //
 //   tests/dashboard/run.sh pictures
 
@@ -38,14 +39,48 @@ async function ask(server, from, to) {
   }
 }
 
+const LIGHT = { viewport: { width: 1360, height: 900 }, colorScheme: "light" };
+const LOOKS = {
+  light: LIGHT,
+  dark: { viewport: { width: 1360, height: 900 }, colorScheme: "dark" },
+  phone: { viewport: { width: 390, height: 844 }, colorScheme: "light", deviceScaleFactor: 2, hasTouch: true, isMobile: true },
+};
 const browser = await launch();
 const server = await Server.inNewFolder(process.env.KVKEEP);
+
+/** The page as the operator has it, after `steps`. */
+async function picture(name, options, steps = async () => {}) {
+  const { page, close } = await open(browser, server.url, options);
+  await page.fill("#key", KEYS.operator);
+  await page.locator('#key-form button[type="submit"]').click();
+  await live(page);
+  await steps(page);
+  await page.waitForTimeout(1500);
+  await page.evaluate(() => window.scrollTo(0, 0));
+  await page.screenshot({ path: new URL(`dashboard-${name}.png`, DOCS).pathname, fullPage: name !== "phone" });
+  await close();
+}
+
+/** Two questions in the chat, and a look at a prefix. */
+async function use(page) {
+  for (const [turn, question] of ["What is gravity?", "Why is the sky blue?"].entries()) {
+    await page.fill("#message", question);
+    await page.keyboard.press("Enter");
+    await page.waitForFunction((n) => /cached/.test(document.querySelectorAll(".turn.model .facts")[n]?.textContent ?? ""), turn, { timeout: 120_000 });
+  }
+  await page.locator('[role="treeitem"]').nth(1).click();
+  await page.keyboard.press("ArrowRight");
+}
+
 try {
   const file = await server.file("keys", `${KEYS.operator}\n${KEYS.northwind} northwind\n${KEYS.lumen} lumen\n`);
   await server.start(["--ram-gib", "0.5", "--api-key-file", file]);
+  await picture("first", LIGHT);
   await ask(server, 0, 2);
   await server.stop();
   await server.start();
+  await ask(server, 0, 1);
+  await picture("restart", LIGHT);
   const drafts = [["agent.txt", 0], ["constitution.txt", 900], ["declaration.txt", 1500], ["ownership.txt", 700], ["tools.jsonl", 0]];
   for (const [part, [name, from]] of drafts.entries()) {
     await ask(server, part, part + 1);
@@ -56,28 +91,16 @@ try {
   }
   await ask(server, 0, 5);
 
-  const looks = {
-    light: { viewport: { width: 1360, height: 900 }, colorScheme: "light" },
-    dark: { viewport: { width: 1360, height: 900 }, colorScheme: "dark" },
-    phone: { viewport: { width: 390, height: 844 }, colorScheme: "light", deviceScaleFactor: 2, hasTouch: true, isMobile: true },
-  };
-  for (const [name, options] of Object.entries(looks)) {
-    const { page, close } = await open(browser, server.url, options);
-    await page.fill("#key", KEYS.operator);
-    await page.locator('#key-form button[type="submit"]').click();
-    await live(page);
-    for (const [turn, question] of ["What is gravity?", "Why is the sky blue?"].entries()) {
-      await page.fill("#message", question);
-      await page.keyboard.press("Enter");
-      await page.waitForFunction((n) => /cached/.test(document.querySelectorAll(".turn.model .facts")[n]?.textContent ?? ""), turn, { timeout: 120_000 });
-    }
-    await page.locator('[role="treeitem"]').nth(1).click();
-    await page.keyboard.press("ArrowRight");
-    await page.waitForTimeout(1500);
-    await page.evaluate(() => window.scrollTo(0, 0));
-    await page.screenshot({ path: new URL(`dashboard-${name}.png`, DOCS).pathname, fullPage: name !== "phone" });
-    await close();
+  for (const [name, options] of Object.entries(LOOKS)) {
+    await picture(name, options, use);
   }
+  const { system, documents: [[document, questions]] } = TENANTS.northwind;
+  const many = (key) => Array.from({ length: 8 }, (_, at) => server.chat(messages(system, document, `${questions[at % questions.length]} (${at})`), { key, max_tokens: 200 }));
+  let under = [];
+  await picture("load", LIGHT, async () => {
+    under = many(KEYS.northwind);
+  });
+  await Promise.all(under);
 } finally {
   await browser.close();
   await server.end();

@@ -25,6 +25,8 @@ pub(crate) struct Draft {
     codec: Option<Arc<dyn Codec>>,
     /// Is it the first of a prompt?
     begins: bool,
+    /// Must a codec save enough to be worth its time, or is a page enough?
+    must_pay: bool,
     /// Does a record of it have checksums? One that is encrypted has tags.
     has_sums: bool,
     form: OnceLock<Form>,
@@ -44,12 +46,17 @@ impl Draft {
     pub(crate) fn new(meta: RecordMeta, content: Content, codec: Option<Arc<dyn Codec>>, has_sums: bool) -> Self {
         // What comes encoded stays so.
         let codec = codec.filter(|_| meta.codec == CodecId::RAW);
-        Self { meta, content, codec, begins: false, has_sums, form: OnceLock::new() }
+        Self { meta, content, codec, begins: false, must_pay: false, has_sums, form: OnceLock::new() }
     }
 
     /// The same, the first of a prompt or not.
     pub(crate) fn begins(self, begins: bool) -> Self {
         Self { begins, ..self }
+    }
+
+    /// The same, encoded only if that makes it a fifth shorter: half precision is as noisy as that, and decoding takes its time.
+    pub(crate) fn must_pay(self, must_pay: bool) -> Self {
+        Self { must_pay, ..self }
     }
 
     /// What is written of a block with these bytes, in whole pages.
@@ -87,7 +94,9 @@ impl Draft {
             facts: Facts { codec: codec.id(), stored_bytes: bytes as u64, ..self.meta.facts },
             ..self.meta
         };
-        (meta.payload_pages() < self.meta.payload_pages()).then_some((meta, pages))
+        let (stored, raw) = (meta.payload_pages()?, self.meta.payload_pages()?);
+        let saves = if self.must_pay { u64::from(stored) * 5 <= u64::from(raw) * 4 } else { stored < raw };
+        saves.then_some((meta, pages))
     }
 }
 

@@ -93,6 +93,8 @@ enum SegmentSlot {
 /// Work that is done while the lock is held: places of the table that are looked at, and a removal as so many of them.
 const SLICE: usize = 1 << 12;
 const REMOVAL: usize = 8;
+/// And so many if a listener is told of it.
+const TOLD: usize = 64;
 
 impl Fingerprint {
     pub(crate) fn of(key: &ObjectKey) -> Self {
@@ -190,7 +192,8 @@ impl DiskIndex {
     pub(crate) fn remove_some(&mut self, from: u64, goes: impl Fn(&Slot) -> bool) -> (usize, Option<u64>) {
         let Self { table, namespaces, clock, ages, reports, .. } = self;
         let (mut removed, mut next, mut looked) = (0, Some(from), 0);
-        while looked + removed * REMOVAL < SLICE
+        let removal = if reports.is_some() { TOLD } else { REMOVAL };
+        while looked + removed * removal < SLICE
             && let Some(place) = next
         {
             looked += 1;
@@ -315,7 +318,7 @@ impl DiskIndex {
         let reports = self.reports.as_ref()?;
         let Records(gone) = records;
         let (mut shorts, mut next, mut looked) = (Vec::new(), Some(from), 0);
-        while looked + shorts.len() * REMOVAL < SLICE
+        while looked + shorts.len() * TOLD < SLICE
             && let Some(place) = next
         {
             looked += 1;

@@ -213,9 +213,9 @@ impl Disk {
             state.moved(now_ms);
         }
         let codec = self.shared.codecs.writing_what(meta.namespace, content.may_be_lossy());
-        let pays = || !self.shared.codecs.depends(meta.namespace) || self.shared.pace.pays();
-        let codec = codec.filter(|_| pays()).cloned();
-        let draft = Draft::new(meta, content, codec, self.cipher.is_none()).begins(said.begins);
+        let depends = self.shared.codecs.depends(meta.namespace);
+        let codec = codec.filter(|_| !depends || self.shared.pace.pays()).cloned();
+        let draft = Draft::new(meta, content, codec, self.cipher.is_none()).begins(said.begins).must_pay(depends);
         state.queue.push(draft, said.mark, self.shared.counted(payload()));
         drop(state);
         self.shared.work.notify_all();

@@ -262,3 +262,43 @@ fn a_record_whose_codec_is_another_than_its_index_says_is_a_miss() {
     }
     assert_eq!(disk.stats().damaged_total, 9);
 }
+
+/// `lossless` as it is on KV: the things here are no floats.
+#[derive(Debug)]
+struct Short;
+
+impl crate::codec::Codec for Short {
+    fn id(&self) -> CodecId {
+        CodecId::LOSSLESS
+    }
+
+    fn name(&self) -> &'static str {
+        "lossless"
+    }
+
+    fn is_exact(&self) -> bool {
+        true
+    }
+
+    fn encode(&self, frame: &crate::layout::Frame, raw: &[u8], into: &mut [u8]) -> Option<usize> {
+        Planes.encode(frame, raw, into)
+    }
+
+    fn decode(&self, frame: &crate::layout::Frame, stored: &[u8], raw: &mut [u8]) -> bool {
+        Planes.decode(frame, stored, raw)
+    }
+}
+
+#[test]
+fn where_it_has_to_pay_a_codec_waits_until_it_does_and_must_save_much() {
+    let disk = open_coded(&Sim::default(), Codecs::if_it_pays().knows(Arc::new(Short)), None);
+    let codec_of = |thing: Thing| {
+        store_all(&disk, &[thing]);
+        assert!(thing.is_there(&disk));
+        disk.find(&thing.key()).unwrap().slot.codec()
+    };
+    assert_eq!((codec_of(smooth(block(1, 9))), disk.stats().codec), (CodecId::RAW, "raw"));
+    disk.shared.pace.finds(CodecId::LOSSLESS);
+    assert_eq!((codec_of(smooth(block(2, 9))), disk.stats().codec), (CodecId::LOSSLESS, "lossless"));
+    assert_eq!(codec_of(block(3, 9)), CodecId::RAW, "noise saves nothing");
+}

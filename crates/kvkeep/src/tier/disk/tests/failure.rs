@@ -298,7 +298,7 @@ fn assert_timed_out(result: Result<()>, doing: &str) {
 fn flushing_and_closing_end_with_a_clear_error_on_a_disk_that_hangs() {
     for stored in 1..=3 {
         let sim = Sim::default();
-        let disk = open_impatient(&sim, Duration::from_millis(40));
+        let disk = open_impatient(&sim, Duration::from_millis(250));
         let kept = block(0, 4);
         kept.store(&disk);
         disk.flush().unwrap();

@@ -1,12 +1,13 @@
 //! Settings of a remote tier: explicit, checked when it opens.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use kvkeep::tiers::Codecs;
 
 /// Settings of a [`RemoteTier`](crate::RemoteTier).
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct RemoteConfig {
     pub(crate) url: String,
     pub(crate) prefix: String,
@@ -17,13 +18,17 @@ pub struct RemoteConfig {
     pub(crate) ttl: Option<Duration>,
     pub(crate) key_file: Option<PathBuf>,
     pub(crate) codecs: Codecs,
+    #[cfg_attr(not(feature = "s3"), expect(dead_code, reason = "only object stores have any"))]
+    pub(crate) options: Vec<(String, String)>,
 }
 
 impl RemoteConfig {
     /// The store at this URL:
     /// - `redis://[user:password@]host[:6379][/database]`, `rediss://` with TLS;
     /// - `redis-cluster://host:port,host:port`, `rediss-cluster://` with TLS;
-    /// - `redis-sentinel://host:26379,host:26379/name-of-the-master[/database]`, `rediss-sentinel://` with TLS.
+    /// - `redis-sentinel://host:26379,host:26379/name-of-the-master[/database]`, `rediss-sentinel://` with TLS;
+    /// - `s3://bucket[/path]`, with what [`RemoteConfig::option`] says;
+    /// - `file:///directory`, on a file system that several machines share.
     ///
     /// What it has is under the prefix `kvkeep`, at most 10 GiB.
     pub fn new(url: impl Into<String>) -> Self {
@@ -37,6 +42,7 @@ impl RemoteConfig {
             ttl: None,
             key_file: None,
             codecs: Codecs::default(),
+            options: Vec::new(),
         }
     }
 
@@ -98,5 +104,27 @@ impl RemoteConfig {
     pub fn codecs(mut self, codecs: Codecs) -> Self {
         self.codecs = codecs;
         self
+    }
+
+    /// A setting of the store, by the name of its variable: of S3 `aws_access_key_id`, `aws_secret_access_key`,
+    /// `aws_region`, `aws_endpoint` and the others that the crate `object_store` knows.
+    #[must_use]
+    pub fn option(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.options.push((name.into(), value.into()));
+        self
+    }
+}
+
+impl fmt::Debug for RemoteConfig {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Neither the URL nor the options: they have passwords.
+        let Self { prefix, capacity_bytes, deadline, ttl, key_file, .. } = self;
+        f.debug_struct("RemoteConfig")
+            .field("prefix", prefix)
+            .field("capacity_bytes", capacity_bytes)
+            .field("deadline", deadline)
+            .field("ttl", ttl)
+            .field("key_file", key_file)
+            .finish_non_exhaustive()
     }
 }

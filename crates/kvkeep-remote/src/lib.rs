@@ -13,7 +13,7 @@
 //! # Ok::<(), kvkeep::Error>(())
 //! ```
 //!
-//! - `store` is what a store does; `redis` does it.
+//! - `store` is what a store does; `redis` and `object` do it.
 //! - `index` knows what is there, and what is not: most misses cost no question. `scout` keeps it up to date.
 //! - `reader` asks, while somebody waits: with a deadline. `writer` writes and removes, while nobody does.
 //! - `health` keeps connections, and says when nobody should ask.
@@ -23,6 +23,8 @@
 mod config;
 mod health;
 mod index;
+#[cfg(any(feature = "s3", feature = "file"))]
+mod object;
 mod reader;
 #[cfg(feature = "redis")]
 mod redis;

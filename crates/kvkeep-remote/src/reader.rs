@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::mpsc::Sender;
 use std::time::Instant;
 
+use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use kvkeep::tiers::{BlockKey, BlockMeta, Located, Read};
 
@@ -51,7 +52,7 @@ pub(crate) async fn ask(shared: Arc<Shared>, keys: Vec<(usize, BlockKey)>, answe
 }
 
 /// Remembers what an object is, or that it is not there.
-fn learn(shared: &Shared, key: BlockKey, head: Option<(Vec<u8>, u64)>) -> Option<Located> {
+fn learn(shared: &Shared, key: BlockKey, head: Option<(Bytes, u64)>) -> Option<Located> {
     let now_ms = shared.clock.now_ms();
     let described = head.and_then(|(header, bytes)| Some((shared.messages.describe(&header, now_ms)?, bytes)));
     let right = described.filter(|(meta, _)| meta.key == key && meta.expires_at_ms > now_ms);

@@ -13,6 +13,7 @@ use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use kvkeep::tiers::{BlockKey, Messages};
 use redis::{Cmd, FromRedisValue, RedisError, RedisResult, RedisWrite, ToRedisArgs, Value};
@@ -226,7 +227,7 @@ impl Store for Redis {
         *self.lane(lane).lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    fn head<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<(Vec<u8>, u64)>> {
+    fn head<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<(Bytes, u64)>> {
         Box::pin(async move {
             let (mut head, mut size) = (redis::cmd("GETRANGE"), redis::cmd("STRLEN"));
             head.arg(self.name(key)).arg(0).arg(Messages::HEADER_BYTES - 1);
@@ -234,16 +235,16 @@ impl Store for Redis {
             let (head, size) = (self.ask(Lane::Ask, &head, PATIENCE), self.ask(Lane::Ask, &size, PATIENCE));
             let (head, size): (Result<Vec<u8>, _>, Result<u64, _>) = futures_util::future::join(head, size).await;
             let (head, size) = (head?, size?);
-            Ok((!head.is_empty()).then_some((head, size)))
+            Ok((!head.is_empty()).then(|| (head.into(), size)))
         })
     }
 
-    fn get<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<Vec<u8>>> {
+    fn get<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<Bytes>> {
         Box::pin(async move {
             let mut command = redis::cmd("GET");
             command.arg(self.name(key));
             match self.ask(Lane::Read, &command, PATIENCE).await? {
-                Value::BulkString(bytes) => Ok(Some(bytes)),
+                Value::BulkString(bytes) => Ok(Some(bytes.into())),
                 _ => Ok(None),
             }
         })

@@ -10,6 +10,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::time::Duration;
 
+use bytes::Bytes;
 use kvkeep::tiers::BlockKey;
 
 /// An answer to come.
@@ -71,10 +72,10 @@ pub(crate) trait Store: Send + Sync + fmt::Debug + 'static {
     fn give_up(&self, lane: Lane);
 
     /// The first bytes of an object, as many as a message's header has, and its whole length.
-    fn head<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<(Vec<u8>, u64)>>;
+    fn head<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<(Bytes, u64)>>;
 
     /// An object.
-    fn get<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<Vec<u8>>>;
+    fn get<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<Bytes>>;
 
     /// Writes an object of these parts, in place of an older one; it is gone after this time, if the store knows time.
     fn put<'a>(&'a self, key: &'a BlockKey, parts: [&'a [u8]; 2], ttl: Option<Duration>) -> Reply<'a, ()>;

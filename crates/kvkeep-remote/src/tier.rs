@@ -139,6 +139,10 @@ impl RemoteTier {
 
 fn open_store(config: &RemoteConfig) -> std::result::Result<Box<dyn Store>, String> {
     let scheme = config.url.split("://").next().unwrap_or_default();
+    #[cfg(any(feature = "s3", feature = "file"))]
+    if let Some(objects) = crate::object::Objects::open(config) {
+        return Ok(Box::new(objects?));
+    }
     #[cfg(feature = "redis")]
     if scheme.starts_with("redis") {
         let node =
@@ -146,7 +150,7 @@ fn open_store(config: &RemoteConfig) -> std::result::Result<Box<dyn Store>, Stri
         let store = crate::redis::Redis::new(&config.url, &config.prefix, config.deadline, node)?;
         return Ok(Box::new(store));
     }
-    Err(format!("this build knows no store {scheme:?}: give redis://, rediss:// or another one of docs/remote.md"))
+    Err(format!("this build knows no store {scheme:?}: give redis://, s3://, file:// or another one of docs/remote.md"))
 }
 
 impl Tier for RemoteTier {

@@ -19,7 +19,7 @@ pub struct RemoteConfig {
     pub(crate) key_file: Option<PathBuf>,
     pub(crate) codecs: Codecs,
     #[cfg_attr(not(feature = "s3"), expect(dead_code, reason = "only object stores have any"))]
-    pub(crate) options: Vec<(String, String)>,
+    pub(crate) variables: Vec<(String, String)>,
 }
 
 impl RemoteConfig {
@@ -27,7 +27,7 @@ impl RemoteConfig {
     /// - `redis://[user:password@]host[:6379][/database]`, `rediss://` with TLS;
     /// - `redis-cluster://host:port,host:port`, `rediss-cluster://` with TLS;
     /// - `redis-sentinel://host:26379,host:26379/name-of-the-master[/database]`, `rediss-sentinel://` with TLS;
-    /// - `s3://bucket[/path]`, with what [`RemoteConfig::option`] says;
+    /// - `s3://bucket[/path]`, with what [`RemoteConfig::variables`] says;
     /// - `file:///directory`, on a file system that several machines share.
     ///
     /// What it has is under the prefix `kvkeep`, at most 10 GiB.
@@ -42,7 +42,7 @@ impl RemoteConfig {
             ttl: None,
             key_file: None,
             codecs: Codecs::default(),
-            options: Vec::new(),
+            variables: Vec::new(),
         }
     }
 
@@ -106,18 +106,19 @@ impl RemoteConfig {
         self
     }
 
-    /// A setting of the store, by the name of its variable: of S3 `aws_access_key_id`, `aws_secret_access_key`,
-    /// `aws_region`, `aws_endpoint` and the others that the crate `object_store` knows.
+    /// What the store itself is told, as variables of the environment are called: of S3 `AWS_ACCESS_KEY_ID`,
+    /// `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT` and what else the crate `object_store` knows. What it does
+    /// not know is passed over, so all variables may be given.
     #[must_use]
-    pub fn option(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
-        self.options.push((name.into(), value.into()));
+    pub fn variables<N: Into<String>, V: Into<String>>(mut self, variables: impl IntoIterator<Item = (N, V)>) -> Self {
+        self.variables.extend(variables.into_iter().map(|(name, value)| (name.into(), value.into())));
         self
     }
 }
 
 impl fmt::Debug for RemoteConfig {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Neither the URL nor the options: they have passwords.
+        // Neither the URL nor the variables: they have passwords.
         let Self { prefix, capacity_bytes, deadline, ttl, key_file, .. } = self;
         f.debug_struct("RemoteConfig")
             .field("prefix", prefix)

@@ -175,7 +175,10 @@ fn remote(settings: &Settings, url: &str) -> Result<RemoteTier> {
         .capacity_bytes(bytes_of(gib))
         .deadline(Duration::from_millis(settings.remote_deadline_ms.unwrap_or(50).into()))
         .ttl(settings.remote_ttl_s.map(|seconds| Duration::from_secs(seconds.into())))
-        .queue_bytes(bytes_of(settings.ram_gib.unwrap_or(1.0)) / REMOTE_QUEUE_DIVISOR);
+        .queue_bytes(bytes_of(settings.ram_gib.unwrap_or(1.0)) / REMOTE_QUEUE_DIVISOR)
+        .variables(
+            std::env::vars_os().filter_map(|(name, value)| name.into_string().ok().zip(value.into_string().ok())),
+        );
     if let Some(key) = &settings.remote_key_file {
         config = config.key_file(key);
     }

@@ -181,8 +181,8 @@ fn s3(config: &RemoteConfig, rest: &str) -> Result<(Box<dyn ObjectStore>, String
     let retry = RetryConfig { max_retries: 0, retry_timeout: PATIENCE, backoff: BackoffConfig::default() };
     let mut builder = AmazonS3Builder::new().with_bucket_name(bucket).with_retry(retry);
     let mut client = ClientOptions::new().with_connect_timeout(CONNECT).with_timeout(PATIENCE);
-    for (name, value) in &config.options {
-        let key: AmazonS3ConfigKey = name.to_lowercase().parse().map_err(|_| format!("S3 has no setting {name:?}"))?;
+    for (name, value) in &config.variables {
+        let Ok(key) = name.to_lowercase().parse::<AmazonS3ConfigKey>() else { continue };
         if key == AmazonS3ConfigKey::Endpoint {
             client = client.with_allow_http(value.starts_with("http://"));
         }

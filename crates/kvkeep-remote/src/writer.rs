@@ -68,8 +68,8 @@ async fn write(shared: &Shared, writes: Vec<Write>) {
     let mut written = Vec::new();
     {
         let now_ms = shared.clock.now_ms();
-        let encode = |write: &Write| shared.messages.encode(&write.meta, write.payload.bytes(), now_ms);
-        let messages: Vec<Option<Message<'_>>> = wanted.iter().map(encode).collect();
+        let mut messages: Vec<Option<Message<'_>>> = Vec::with_capacity(wanted.len());
+        messages.extend(wanted.iter().map(|write| shared.messages.encode(&write.meta, write.payload.bytes(), now_ms)));
         let sizes: Vec<u64> = messages.iter().map(|message| message.as_ref().map_or(0, size)).collect();
         let total = sizes.iter().sum();
         let made = if shared.health.allows() { make_room(shared, total).await } else { Err(StoreError::Away) };
@@ -210,8 +210,10 @@ async fn clear_once(shared: &Shared, namespace: Option<NamespaceId>) -> Result<(
     let mut listed = Vec::new();
     shared.store.list(&mut |part| listed.extend(part)).await?;
     for part in listed.chunks(BATCH_KEYS) {
-        let mut asked: FuturesUnordered<_> =
-            part.iter().map(|listed| async { (listed, belongs_to(shared, &listed.key, namespace).await) }).collect();
+        let mut asked: FuturesUnordered<_> = part
+            .iter()
+            .map(|listed| async move { (listed, belongs_to(shared, &listed.key, namespace).await) })
+            .collect();
         let mut goes = Vec::new();
         while let Some((listed, belongs)) = asked.next().await {
             if belongs? {

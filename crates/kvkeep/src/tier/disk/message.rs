@@ -214,7 +214,7 @@ mod tests {
 
     #[test]
     fn a_block_as_one_message_is_itself_again_whole_and_in_parts() {
-        let payload: Vec<u8> = (0..BYTES).map(|at| (at / 1000) as u8).collect();
+        let payload: Vec<u8> = (0..BYTES).map(|at| (at / 1000).to_le_bytes()[0]).collect();
         for messages in all() {
             let message = messages.encode(&meta(), &payload, 1000).unwrap();
             assert_eq!(messages.describe(&message.header, 1000), Some(message.meta.clone()));
@@ -231,7 +231,7 @@ mod tests {
 
     #[test]
     fn a_message_that_is_damaged_foreign_or_cut_is_no_block() {
-        let payload: Vec<u8> = (0..BYTES).map(|at| (at / 1000) as u8).collect();
+        let payload: Vec<u8> = (0..BYTES).map(|at| (at / 1000).to_le_bytes()[0]).collect();
         let every = all();
         for messages in &every {
             let bytes = whole(&messages.encode(&meta(), &payload, 1000).unwrap());
@@ -258,8 +258,8 @@ mod tests {
     /// Times of day are trusted no further than on the disk.
     #[test]
     fn a_message_from_under_a_clock_that_was_ahead_lives_no_longer_than_it_was_given() {
-        let messages = Messages::default();
-        let message = messages.encode(&BlockMeta { expires_at_ms: 90_000, ..meta() }, &vec![1; BYTES], 80_000).unwrap();
+        let (messages, payload) = (Messages::default(), vec![1; BYTES]);
+        let message = messages.encode(&BlockMeta { expires_at_ms: 90_000, ..meta() }, &payload, 80_000).unwrap();
         assert_eq!(messages.describe(&message.header, 1000).unwrap().expires_at_ms, 11_000);
     }
 }

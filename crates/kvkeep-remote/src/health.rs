@@ -63,6 +63,11 @@ impl Health {
         self.look.notify_one();
     }
 
+    /// A connection was lost that no request waits for.
+    pub(crate) fn look(&self) {
+        self.look.notify_one();
+    }
+
     fn open(&self, error: &StoreError) {
         if !self.is_open.swap(true, Ordering::Relaxed) {
             tracing::warn!(tier = self.name, %error, "the remote tier does not work: going on without");

@@ -20,6 +20,9 @@ const ABSENT_FOR: Duration = Duration::from_secs(1);
 /// Keys more than these are not remembered as absent.
 const MAX_ABSENT: usize = 1 << 16;
 
+/// No object is larger, whatever a store says of one: it would drive out all others.
+const MAX_OBJECT_BYTES: u64 = 1 << 30;
+
 /// Where a block is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Known {
@@ -111,6 +114,7 @@ impl Index {
     /// An object is there, and this is what its header says. What this process has written it knows better.
     pub(crate) fn learned(&mut self, key: BlockKey, bytes: u64, located: Located, expires_at_ms: u64) {
         self.absent.remove(&key);
+        let bytes = bytes.min(MAX_OBJECT_BYTES);
         if self.entries.get(&key).is_none_or(|entry| entry.located.is_none()) {
             self.put(key, Entry { bytes, located: Some(located), expires_at_ms, is_own: false, number: 0 });
         }
@@ -120,7 +124,7 @@ impl Index {
     pub(crate) fn heard(&mut self, listed: Listed) {
         self.absent.remove(&listed.key);
         if !self.entries.contains_key(&listed.key) {
-            let Listed { key, bytes } = listed;
+            let (key, bytes) = (listed.key, listed.bytes.min(MAX_OBJECT_BYTES));
             self.put(key, Entry { bytes, located: None, expires_at_ms: u64::MAX, is_own: false, number: 0 });
         }
     }

@@ -13,10 +13,13 @@ use futures_util::stream::{StreamExt, TryStreamExt};
 use kvkeep::tiers::{BlockKey, Messages};
 use object_store::path::Path;
 use object_store::{Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutPayload};
+use tokio::sync::Semaphore;
 
 use crate::RemoteConfig;
 use crate::store::{Lane, Listed, News, Reply, Store, StoreError, key_of, name_of};
 
+/// Requests at a time: each has a connection.
+const AT_ONCE: usize = 32;
 /// Objects that a part of a list has.
 const LIST_PART: usize = 1000;
 #[cfg(feature = "s3")]
@@ -30,6 +33,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 pub(crate) struct Objects {
     name: &'static str,
     store: Box<dyn ObjectStore>,
+    turns: Semaphore,
     /// Where all of ours are, without a slash at its end.
     prefix: String,
     /// How long the store may take to say that it is there.
@@ -60,7 +64,7 @@ impl Objects {
         };
         Some(opened.map(|(name, store, path)| {
             let prefix = [path.trim_matches('/'), config.prefix.as_str()].join("/").trim_matches('/').to_owned();
-            Self { name, store, prefix, deadline: config.deadline }
+            Self { name, store, turns: Semaphore::new(AT_ONCE), prefix, deadline: config.deadline }
         }))
     }
 
@@ -82,6 +86,7 @@ impl Objects {
     }
 
     async fn get_part(&self, key: &BlockKey, range: Option<GetRange>) -> Result<Option<(Bytes, u64)>, StoreError> {
+        let _turn = self.turns.acquire().await;
         match self.store.get_opts(&self.path(key), GetOptions { range, ..GetOptions::default() }).await {
             Ok(object) => {
                 let size = object.meta.size;
@@ -121,7 +126,10 @@ impl Store for Objects {
 
     fn put<'a>(&'a self, key: &'a BlockKey, parts: [&'a [u8]; 2], _ttl: Option<Duration>) -> Reply<'a, ()> {
         let payload: PutPayload = parts.into_iter().map(Bytes::copy_from_slice).collect();
-        Box::pin(async move { Ok(self.store.put(&self.path(key), payload).await.map(drop)?) })
+        Box::pin(async move {
+            let _turn = self.turns.acquire().await;
+            Ok(self.store.put(&self.path(key), payload).await.map(drop)?)
+        })
     }
 
     fn remove<'a>(&'a self, keys: &'a [BlockKey]) -> Reply<'a, ()> {

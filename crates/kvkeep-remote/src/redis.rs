@@ -106,7 +106,11 @@ impl Redis {
         let asked = tokio::time::timeout(at_most, connection.ask(command)).await;
         let answered =
             asked.unwrap_or_else(|_| Err(RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut))));
-        self.settle(lane, &connection, answered.and_then(|value| Ok(T::from_redis_value(value)?)))
+        let answered = self.settle(lane, &connection, answered.and_then(|value| Ok(T::from_redis_value(value)?)));
+        if at_most == PATIENCE && matches!(answered, Err(StoreError::Late)) {
+            self.give_up(lane);
+        }
+        answered
     }
 
     fn settle<T>(&self, lane: Lane, used: &Connection, answered: RedisResult<T>) -> Result<T, StoreError> {
@@ -126,8 +130,8 @@ impl Redis {
             let connection = self.server.connect().await?;
             *self.lane(lane).lock().unwrap_or_else(PoisonError::into_inner) = Some(connection);
         }
-        if lane == Lane::Follow {
-            // It waits for news.
+        // Over the others, an answer waits for what is being moved.
+        if lane != Lane::Ask {
             return Ok(());
         }
         let answered = self.ask::<Value>(lane, &redis::cmd("PING"), self.deadline).await;
@@ -192,6 +196,10 @@ impl Redis {
             *self.since.lock().unwrap_or_else(PoisonError::into_inner) = id;
             if fields.get("node").is_none_or(|node| *node != self.node.as_bytes()) {
                 let keys = fields.get("keys").map(Vec::as_slice).unwrap_or_default();
+                // What is damaged would be taken for objects that take no one knows how much.
+                if fields.get("sum").is_none_or(|sum| *sum != sum_of(keys)) {
+                    return Err(StoreError::Broken("news were damaged".to_owned()));
+                }
                 written.extend(keys.as_chunks::<NEWS_BYTES>().0.iter().filter_map(from_news));
             }
         }
@@ -290,7 +298,7 @@ impl Store for Redis {
         let keys: Vec<u8> = written.iter().flat_map(to_news).collect();
         let mut command = redis::cmd("XADD");
         command.arg(self.feed()).arg("MAXLEN").arg("~").arg(NEWS_KEPT).arg("*");
-        command.arg("node").arg(&self.node).arg("keys").arg(keys);
+        command.arg("node").arg(&self.node).arg("sum").arg(&sum_of(&keys)).arg("keys").arg(keys);
         Box::pin(async move { self.ask::<Value>(Lane::Write, &command, PATIENCE).await.map(drop) })
     }
 }
@@ -306,6 +314,10 @@ fn escaped(prefix: &str) -> String {
         if matches!(character, '*' | '?' | '[' | ']' | '^' | '\\') { vec!['\\', character] } else { vec![character] }
     };
     prefix.chars().flat_map(one).collect()
+}
+
+fn sum_of(keys: &[u8]) -> Vec<u8> {
+    xxhash_rust::xxh3::xxh3_64(keys).to_le_bytes().to_vec()
 }
 
 fn to_news(listed: &Listed) -> Vec<u8> {

@@ -16,12 +16,13 @@ const FRESH: Duration = Duration::from_secs(3);
 const STALE: Duration = Duration::from_secs(60);
 /// Between two tries.
 const PAUSE: Duration = Duration::from_millis(200);
+const LAST_PAUSE: Duration = Duration::from_secs(5);
 /// A list is not begun again before so many times what the last one took.
 const LIST_SHARE: u32 = 10;
 
 /// Follows the store, for as long as this is awaited.
 pub(crate) async fn run(shared: Arc<Shared>) {
-    let (mut heard, mut list_took) = (None::<Instant>, Duration::ZERO);
+    let (mut heard, mut list_took, mut pause) = (None::<Instant>, Duration::ZERO, PAUSE);
     loop {
         if !shared.health.allows() {
             tokio::time::sleep(PAUSE).await;
@@ -32,9 +33,13 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             Some(_) => follow(&shared, &mut list_took).await,
         };
         match followed {
-            Ok(()) => heard = Some(Instant::now()),
+            Ok(()) => (heard, pause) = (Some(Instant::now()), PAUSE),
             // Until something is heard again, the store is asked.
-            Err(_) => tokio::time::sleep(PAUSE).await,
+            Err(_) => {
+                shared.health.look();
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(LAST_PAUSE);
+            }
         }
     }
 }

@@ -78,6 +78,9 @@ impl RemoteTier {
         while !tier.shared.health.allows() && began.elapsed() < OPEN_PATIENCE {
             std::thread::sleep(Duration::from_millis(1));
         }
+        if !tier.works() {
+            tracing::warn!(tier = tier.name(), "the remote tier is not there: going on without until it is");
+        }
         Ok(tier)
     }
 

@@ -15,7 +15,7 @@ use crate::state::{Op, Write};
 use crate::store::{Listed, StoreError};
 
 /// Written at once, at most; and this part of the cap.
-const BATCH_BYTES: u64 = 32 << 20;
+const BATCH_BYTES: u64 = 16 << 20;
 const CAPACITY_PARTS: u64 = 4;
 const BATCH_WRITES: usize = 256;
 /// Removed at once.

@@ -238,3 +238,64 @@ impl Index {
 
 /// Keys that a list has shown.
 pub(crate) type Shown = ByKey<()>;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(number: u8) -> BlockKey {
+        BlockKey::new([number; 32], 0)
+    }
+
+    fn index(keys: std::ops::Range<u8>) -> Index {
+        let mut index = Index::default();
+        keys.for_each(|number| index.heard(Listed { key: key(number), bytes: 10 }));
+        index
+    }
+
+    #[test]
+    fn what_was_used_least_lately_goes_first_and_no_more_than_must() {
+        let mut index = index(0..5);
+        index.touch(&key(0));
+        let victims: Vec<BlockKey> = index.evict_to(25).into_iter().map(|(key, _)| key).collect();
+        assert_eq!(victims, [key(1), key(2), key(3)]);
+        assert_eq!((index.used_bytes(), index.len()), (20, 2));
+    }
+
+    #[test]
+    fn what_is_not_known_is_absent_only_while_all_is_known_or_it_was_asked_for() {
+        let (mut index, now) = (index(0..1), Instant::now());
+        let later = now + Duration::from_secs(2);
+        assert_eq!(index.look(&key(7), 0, now), Known::Unknown);
+        index.is_absent(key(7), now);
+        assert_eq!((index.look(&key(7), 0, now), index.look(&key(7), 0, later)), (Known::Absent, Known::Unknown));
+        index.is_complete(Some(now + Duration::from_secs(1)));
+        assert_eq!((index.look(&key(8), 0, now), index.look(&key(8), 0, later)), (Known::Absent, Known::Unknown));
+        assert_eq!(index.look(&key(0), 0, now), Known::Unknown, "there, and its header was not read");
+        index.heard(Listed { key: key(7), bytes: 1 });
+        assert_eq!(index.look(&key(7), 0, now), Known::Unknown, "what is heard of later is there");
+    }
+
+    #[test]
+    fn a_list_takes_out_what_it_does_not_show_and_not_what_came_meanwhile() {
+        let mut index = index(0..3);
+        let began = index.begin_list();
+        index.heard(Listed { key: key(9), bytes: 10 });
+        let shown: Shown = [(key(1), ())].into_iter().collect();
+        let mut gone = index.end_list(began, &shown);
+        gone.sort_by_key(|key| *key.hash());
+        assert_eq!(gone, [key(0), key(2)]);
+        assert_eq!(index.used_bytes(), 20);
+    }
+
+    /// A number that a store gets wrong drove out everything else.
+    #[test]
+    fn sizes_that_no_object_has_are_not_believed_and_uses_do_not_pile_up() {
+        let mut index = index(0..3);
+        index.heard(Listed { key: key(9), bytes: u64::MAX });
+        index.heard(Listed { key: key(10), bytes: u64::MAX });
+        assert_eq!(index.used_bytes(), 30 + 2 * MAX_OBJECT_BYTES);
+        (0..10_000).for_each(|_| index.touch(&key(1)));
+        assert!(index.order.len() < 2000, "{}", index.order.len());
+    }
+}

@@ -16,7 +16,7 @@ servers=()
 cleanup() { for pid in "${servers[@]}"; do kill "$pid" 2>/dev/null || true; done; rm -rf "$log" "$scratch"; }
 trap cleanup EXIT
 
-"$CARGO" test --locked --workspace --test remote_redis --test remote_s3 --test remote_file -- \
+"$CARGO" test --locked --workspace --test remote -- \
   --include-ignored --nocapture --test-threads 1 2>&1 | tee "$log"
 "$CARGO" build --locked --workspace --bin kvkeep
 

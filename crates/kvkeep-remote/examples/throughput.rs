@@ -60,7 +60,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         .deadline(Duration::from_secs(2))
         .variables(std::env::vars());
     let cache = KvCache::new(CacheConfig::without_ram().tier(Arc::new(RemoteTier::open(&config)?)))?;
-    let layout = KvLayout::new(1, 1, BLOCK_BYTES / BLOCK_TOKENS / 2, DType::U8)?.with_block_tokens(BLOCK_TOKENS)?;
+    let layout = KvLayout::new(1, 1, u32::try_from(BLOCK_BYTES / BLOCK_TOKENS / 2)?, DType::U8)?
+        .with_block_tokens(u32::try_from(BLOCK_TOKENS)?)?;
     let namespace = Namespace::new("bench", layout);
     let (mut sets, mut gets) = (Vec::new(), Vec::new());
     for round in 0..ROUNDS {

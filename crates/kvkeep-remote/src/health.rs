@@ -6,13 +6,13 @@
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
 use crate::store::{Store, StoreError};
 
-/// Failures in a row after which nobody asks any more.
+/// Failures in a row, for a deadline at least, after which nobody asks any more.
 const MAX_FAILURES: u32 = 3;
 /// Between two tries.
 const FIRST_PAUSE: Duration = Duration::from_millis(20);
@@ -26,7 +26,8 @@ pub(crate) struct Health {
     name: &'static str,
     deadline: Duration,
     is_open: AtomicBool,
-    failures: Mutex<u32>,
+    /// In a row, and when it last did what it was to.
+    failures: Mutex<(u32, Instant)>,
     /// A connection may be missing.
     look: Notify,
 }
@@ -34,7 +35,13 @@ pub(crate) struct Health {
 impl Health {
     /// Nobody asks before the store was there once.
     pub(crate) fn new(name: &'static str, deadline: Duration) -> Self {
-        Self { name, deadline, is_open: AtomicBool::new(true), failures: Mutex::new(0), look: Notify::new() }
+        Self {
+            name,
+            deadline,
+            is_open: AtomicBool::new(true),
+            failures: Mutex::new((0, Instant::now())),
+            look: Notify::new(),
+        }
     }
 
     /// May the store be asked?
@@ -44,7 +51,7 @@ impl Health {
 
     /// It did what it was to.
     pub(crate) fn works(&self) {
-        *self.failures.lock().unwrap_or_else(PoisonError::into_inner) = 0;
+        *self.failures.lock().unwrap_or_else(PoisonError::into_inner) = (0, Instant::now());
     }
 
     /// It did not.
@@ -54,8 +61,9 @@ impl Health {
         }
         let is_bad = {
             let mut failures = self.failures.lock().unwrap_or_else(PoisonError::into_inner);
-            *failures += 1;
-            *failures >= MAX_FAILURES
+            failures.0 += 1;
+            // Of a cluster a part may fail while the others work.
+            failures.0 >= MAX_FAILURES && failures.1.elapsed() > self.deadline
         };
         if is_bad {
             self.open(error);
@@ -77,14 +85,14 @@ impl Health {
     /// It seems to be there. One more failure, and nobody asks again.
     fn close(&self) {
         if self.is_open.load(Ordering::Relaxed) {
-            *self.failures.lock().unwrap_or_else(PoisonError::into_inner) = MAX_FAILURES - 1;
+            self.failures.lock().unwrap_or_else(PoisonError::into_inner).0 = MAX_FAILURES - 1;
             self.is_open.store(false, Ordering::Relaxed);
             tracing::info!(tier = self.name, "the remote tier works");
         }
     }
 
     fn has_worked(&self) -> bool {
-        *self.failures.lock().unwrap_or_else(PoisonError::into_inner) == 0
+        self.failures.lock().unwrap_or_else(PoisonError::into_inner).0 == 0
     }
 
     /// One try.

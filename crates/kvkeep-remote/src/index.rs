@@ -88,10 +88,9 @@ impl Index {
         match self.entries.get(key) {
             Some(entry) if entry.expires_at_ms <= now_ms => Known::Absent,
             Some(Entry { located: Some(located), .. }) => Known::Here(*located),
-            Some(_) => Known::Unknown,
             None if self.knows_all(now) => Known::Absent,
             None if self.absent.get(key).is_some_and(|until| now < *until) => Known::Absent,
-            None => Known::Unknown,
+            Some(_) | None => Known::Unknown,
         }
     }
 

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use kvkeep::tiers::{BlockKey, BlockMeta, Located, Read};
+use kvkeep::tiers::{BlockKey, BlockMeta, Located, Messages, Read};
 
 use crate::shared::Shared;
 use crate::store::{Lane, StoreError};
@@ -70,7 +70,7 @@ fn learn(shared: &Shared, key: BlockKey, head: Option<(Bytes, u64)>) -> Option<L
 pub(crate) async fn read(shared: Arc<Shared>, read: Read) {
     let began = Instant::now();
     let Read { key, namespace, range, mut target, .. } = read;
-    if !shared.health.allows() || shared.lock().is_removed(&key, namespace) {
+    if !shared.health.allows() || !shared.lock().may_read(&key, namespace) {
         return target.complete(None);
     }
     let got = {
@@ -93,7 +93,12 @@ pub(crate) async fn read(shared: Arc<Shared>, read: Read) {
             let now_ms = shared.clock.now_ms();
             let into = target.bytes_mut();
             let meta = shared.messages.decode((&key, namespace), &message, range, into, now_ms);
-            came(&shared, key, message.len() as u64, meta.as_ref());
+            let header = message.get(..Messages::HEADER_BYTES).unwrap_or_default();
+            let says = shared.messages.describe(header, now_ms).filter(|says| says.key == key);
+            // Another namespace's is none of ours, and not damaged.
+            if meta.is_some() || says.is_none_or(|says| says.namespace == namespace) {
+                came(&shared, key, message.len() as u64, meta.as_ref());
+            }
             meta.filter(|meta| meta.expires_at_ms > now_ms)
         }
         Ok(None) => {

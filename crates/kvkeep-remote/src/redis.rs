@@ -117,7 +117,7 @@ impl Redis {
         let answered = answered.map_err(StoreError::from);
         if matches!(answered, Err(StoreError::Broken(_))) {
             let mut connection = self.lane(lane).lock().unwrap_or_else(PoisonError::into_inner);
-            if connection.as_ref().is_some_and(|now| now.number() == used.number()) {
+            if connection.as_ref().is_some_and(|now| now.number() == used.number() && !now.heals()) {
                 *connection = None;
             }
         }
@@ -134,7 +134,9 @@ impl Redis {
         if lane != Lane::Ask {
             return Ok(());
         }
-        let answered = self.ask::<Value>(lane, &redis::cmd("PING"), self.deadline).await;
+        let mut connection = self.connection(lane).ok_or(StoreError::Away)?;
+        let answered = within(self.deadline, connection.ping()).await;
+        let answered = self.settle(lane, &connection, answered);
         if matches!(answered, Err(StoreError::Late)) {
             // What is still to come over it would be in the way.
             self.give_up(lane);
@@ -301,7 +303,7 @@ impl Store for Redis {
         let keys: Vec<u8> = written.iter().flat_map(to_news).collect();
         let mut command = redis::cmd("XADD");
         command.arg(self.feed()).arg("MAXLEN").arg("~").arg(NEWS_KEPT).arg("*");
-        command.arg("node").arg(&self.node).arg("sum").arg(&sum_of(&keys)).arg("keys").arg(keys);
+        command.arg("node").arg(&self.node).arg("sum").arg(sum_of(&keys)).arg("keys").arg(keys);
         Box::pin(async move { self.ask::<Value>(Lane::Write, &command, PATIENCE).await.map(drop) })
     }
 }

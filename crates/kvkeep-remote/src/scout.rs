@@ -47,12 +47,12 @@ pub(crate) async fn run(shared: Arc<Shared>) {
 /// Lists everything; says how long that took.
 async fn list(shared: &Shared) -> Result<Duration, StoreError> {
     shared.store.follow().await?;
-    let (began, number, mut shown) = (Instant::now(), shared.lock().index.begin_list(), Shown::default());
+    let (began, number, mut shown) = (Instant::now(), shared.lock().begin_list(), Shown::default());
     let mut each = |part: Vec<crate::store::Listed>| {
         let mut state = shared.lock();
         for listed in part {
             shown.insert(listed.key, ());
-            state.index.heard(listed);
+            state.shown(listed);
         }
     };
     shared.store.list(&mut each).await?;

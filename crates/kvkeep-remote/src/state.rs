@@ -4,7 +4,7 @@
 //! Invariant: what is to be done is done in the order in which it was asked for. So a removal removes what was written
 //! before it, and not what comes after.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -12,10 +12,14 @@ use kvkeep::tiers::{BlockKey, BlockMeta, Epoch, Forget, Forgets, Forgotten, Loca
 use kvkeep::{NamespaceId, TierStats};
 
 use crate::index::{Index, Known};
+use crate::store::Listed;
+
+/// More keys than these are not remembered as taken out.
+const MAX_TAKEN: usize = 1 << 16;
 
 /// One thing for the writer to do.
 pub(crate) enum Op {
-    Write(Write),
+    Write(Box<Write>),
     /// Objects, and the bytes that they take.
     Remove(Vec<(BlockKey, u64)>),
     /// All of a namespace, or of the prefix; of those that were known, the bytes that they take.
@@ -66,6 +70,8 @@ pub(crate) struct State {
     pub(crate) is_ended: bool,
     pub(crate) counters: TierStats,
     pub(crate) reports: Option<Reports>,
+    /// What was taken out here since the last list began, and since the one before. A list may still show it.
+    taken: [HashSet<BlockKey>; 2],
     /// One more than the highest layer that was written, by namespace.
     layers: HashMap<NamespaceId, u32>,
 }
@@ -87,8 +93,12 @@ impl State {
         self.clearing.iter().any(|what| what.is_none_or(|id| id == namespace))
     }
 
-    /// May this be read, or was it removed?
-    pub(crate) fn is_removed(&self, key: &BlockKey, namespace: NamespaceId) -> bool {
+    /// May this be read, or was it removed, or belongs to others?
+    pub(crate) fn may_read(&self, key: &BlockKey, namespace: NamespaceId) -> bool {
+        !self.is_removed(key, namespace) && self.index.namespace_of(key).is_none_or(|id| id == namespace)
+    }
+
+    fn is_removed(&self, key: &BlockKey, namespace: NamespaceId) -> bool {
         self.removing.contains_key(key) || self.is_cleared(namespace)
     }
 
@@ -123,7 +133,7 @@ impl State {
         self.wanted.insert(meta.key, (self.last_ticket, meta.namespace));
         self.queued_bytes += bytes;
         let (ticket, meta, payload) = (self.last_ticket, meta.clone(), Arc::clone(payload));
-        self.ops.push_back(Op::Write(Write { ticket, meta, mark: *mark, payload }));
+        self.ops.push_back(Op::Write(Box::new(Write { ticket, meta, mark: *mark, payload })));
         Taken::Queued
     }
 
@@ -132,7 +142,7 @@ impl State {
         let (mut writes, mut kept) = (Vec::new(), VecDeque::new());
         for op in self.ops.drain(..) {
             match op {
-                Op::Write(write) => writes.push(write),
+                Op::Write(write) => writes.push(*write),
                 other => kept.push_back(other),
             }
         }
@@ -170,6 +180,7 @@ impl State {
         for key in keys {
             let was_queued = self.wanted.remove(key).is_some();
             let bytes = self.index.take(key);
+            self.is_taken(*key);
             // It may be there all the same, unless all that is there is known.
             if bytes.is_some() || was_queued || !self.index.knows_all(now) {
                 removed.push((*key, bytes.unwrap_or(0)));
@@ -189,6 +200,7 @@ impl State {
         let mut bytes = 0;
         for key in &keys {
             bytes += self.index.take(key).unwrap_or(0);
+            self.is_taken(*key);
             self.reports.iter().for_each(|reports| reports.went(key));
         }
         let queued = self.wanted.len();
@@ -213,7 +225,7 @@ impl State {
     /// The next write, if that is the next thing to do.
     pub(crate) fn next_write(&mut self) -> Option<Write> {
         match self.ops.pop_front()? {
-            Op::Write(write) => Some(write),
+            Op::Write(write) => Some(*write),
             other => {
                 self.ops.push_front(other);
                 None
@@ -263,6 +275,32 @@ impl State {
         self.reports.iter().for_each(|reports| reports.went(&key));
     }
 
+    /// A list begins.
+    pub(crate) fn begin_list(&mut self) -> u64 {
+        self.taken.rotate_right(1);
+        if let Some(now) = self.taken.first_mut() {
+            now.clear();
+        }
+        self.index.begin_list()
+    }
+
+    /// A list shows this. What was taken out here meanwhile it may show still, and what is being written counts already.
+    pub(crate) fn shown(&mut self, listed: Listed) {
+        let is_taken = self.taken.iter().any(|taken| taken.contains(&listed.key));
+        if !is_taken && !self.wanted.contains_key(&listed.key) {
+            self.index.heard(listed);
+        }
+    }
+
+    fn is_taken(&mut self, key: BlockKey) {
+        if let Some(now) = self.taken.first_mut() {
+            if now.len() >= MAX_TAKEN {
+                now.clear();
+            }
+            now.insert(key);
+        }
+    }
+
     /// So many bytes begin to be moved, or have been.
     pub(crate) fn moves(&mut self, bytes: u64) {
         self.moving_bytes += bytes;
@@ -278,6 +316,7 @@ impl State {
         let victims = self.index.evict_to(capacity_bytes.saturating_sub(others));
         for (key, bytes) in &victims {
             self.moving_bytes += bytes;
+            self.is_taken(*key);
             self.counters.evictions += 1;
             self.reports.iter().for_each(|reports| reports.went(key));
         }

@@ -33,7 +33,7 @@ pub(crate) async fn run(shared: Arc<Shared>) {
             continue;
         };
         match op {
-            Op::Write(first) => write(&shared, batch(&shared, first)).await,
+            Op::Write(first) => write(&shared, batch(&shared, *first)).await,
             Op::Remove(keys) => remove(&shared, &keys).await,
             Op::Clear(namespace, bytes) => clear(&shared, namespace, bytes).await,
         }

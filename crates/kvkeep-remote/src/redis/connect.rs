@@ -26,8 +26,7 @@ pub(crate) struct Server {
 }
 
 enum Kind {
-    One(Client),
-    // Boxed: it is large.
+    One(Box<Client>),
     Sentinel(Box<tokio::sync::Mutex<SentinelClient>>),
     Cluster(Box<ClusterClient>),
 }
@@ -60,7 +59,7 @@ impl Server {
     pub(crate) fn parse(url: &str) -> Result<Self, String> {
         let (scheme, rest) = url.split_once("://").ok_or("give a URL such as redis://host:6379")?;
         let kind = match scheme {
-            "redis" | "rediss" => Kind::One(Client::open(url).map_err(|error| error.to_string())?),
+            "redis" | "rediss" => Kind::One(Box::new(Client::open(url).map_err(|error| error.to_string())?)),
             "redis-cluster" | "rediss-cluster" => cluster(&Url::parse(scheme, rest)?)?,
             "redis-sentinel" | "rediss-sentinel" => sentinel(&Url::parse(scheme, rest)?)?,
             _ => return Err(format!("no store is called {scheme}://")),
@@ -147,6 +146,22 @@ impl Connection {
     /// Tells one connection from another.
     pub(crate) fn number(&self) -> u64 {
         self.number
+    }
+
+    /// Does it connect again by itself? Of a cluster, one server may fail and the others not.
+    pub(crate) fn heals(&self) -> bool {
+        matches!(self.to, To::Cluster(_))
+    }
+
+    /// Asks a server whether it is there.
+    pub(crate) async fn ping(&mut self) -> RedisResult<Value> {
+        let ping = redis::cmd("PING");
+        match &mut self.to {
+            To::One(one) => ping.query_async(one).await,
+            To::Cluster(cluster) => {
+                cluster.route_command(ping, RoutingInfo::SingleNode(SingleNodeRoutingInfo::RandomPrimary)).await
+            }
+        }
     }
 
     pub(crate) async fn ask(&mut self, command: &Cmd) -> RedisResult<Value> {

@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::until;
 
 /// Ports below what clients get, and far enough below for a cluster's second port.
-pub fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     use std::sync::atomic::{AtomicU16, Ordering};
     static NEXT: AtomicU16 = AtomicU16::new(0);
     loop {
@@ -20,38 +20,38 @@ pub fn free_port() -> u16 {
 }
 
 /// A redis-server without a disk.
-pub struct RedisServer {
-    pub port: u16,
+pub(crate) struct RedisServer {
+    pub(crate) port: u16,
     child: Child,
     dir: tempfile::TempDir,
     args: Vec<String>,
 }
 
 impl RedisServer {
-    pub fn start(args: &[&str]) -> Self {
+    pub(crate) fn start(args: &[&str]) -> Self {
         let (port, dir) = (free_port(), tempfile::tempdir().unwrap());
         let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
         let child = spawn(port, dir.path(), &args);
         Self { port, child, dir, args }
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
     /// As `kill -9` does.
-    pub fn kill(&mut self) {
+    pub(crate) fn kill(&mut self) {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
     }
 
     /// Again, with nothing in it.
-    pub fn restart(&mut self) {
+    pub(crate) fn restart(&mut self) {
         self.child = spawn(self.port, self.dir.path(), &self.args);
     }
 
     /// What `redis-cli` says.
-    pub fn ask(&self, args: &[&str]) -> String {
+    pub(crate) fn ask(&self, args: &[&str]) -> String {
         let output = Command::new("redis-cli").args(["-p", &self.port.to_string()]).args(args).output().unwrap();
         String::from_utf8_lossy(&output.stdout).trim().to_owned()
     }
@@ -78,12 +78,12 @@ fn spawn(port: u16, dir: &Path, args: &[String]) -> Child {
 }
 
 /// Three masters.
-pub struct Cluster {
-    pub servers: Vec<RedisServer>,
+pub(crate) struct Cluster {
+    pub(crate) servers: Vec<RedisServer>,
 }
 
 impl Cluster {
-    pub fn start() -> Self {
+    pub(crate) fn start() -> Self {
         let args =
             ["--cluster-enabled", "yes", "--cluster-require-full-coverage", "no", "--cluster-node-timeout", "1000"];
         let servers: Vec<RedisServer> = (0..3).map(|_| RedisServer::start(&args)).collect();
@@ -98,7 +98,7 @@ impl Cluster {
         Self { servers }
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         let nodes: Vec<String> = self.servers.iter().map(|server| format!("127.0.0.1:{}", server.port)).collect();
         format!("redis-cluster://{}", nodes.join(","))
     }

@@ -1,14 +1,9 @@
 //! What a remote tier promises, on a directory. It needs no server.
 
-#![expect(clippy::unwrap_used, reason = "a test that panics fails")]
-#![cfg(feature = "file")]
-
-mod common;
-
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::{BLOCK_TOKENS, Node, namespace, prefix, prompt, until};
+use crate::common::{BLOCK_TOKENS, Node, namespace, prefix, prompt, until};
 use kvkeep::tiers::contract;
 use kvkeep::{ManualClock, Tier};
 use kvkeep_remote::{RemoteConfig, RemoteTier};

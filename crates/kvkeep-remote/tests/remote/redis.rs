@@ -1,16 +1,11 @@
 //! What a remote tier promises, on real Redis servers. `make test-remote` runs it.
 
-#![expect(clippy::unwrap_used, reason = "a test that panics fails")]
-#![cfg(feature = "redis")]
-
-mod common;
-
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use common::proxy::{Mode, Proxy};
-use common::server::{Cluster, RedisServer};
-use common::{BLOCK_TOKENS, Node, namespace, prefix, prompt, until};
+use crate::common::proxy::{Mode, Proxy};
+use crate::common::server::{Cluster, RedisServer};
+use crate::common::{BLOCK_TOKENS, Node, namespace, prefix, prompt, until};
 use kvkeep::tiers::{Codecs, contract};
 use kvkeep::{ManualClock, Tier};
 use kvkeep_remote::{RemoteConfig, RemoteTier};
@@ -234,7 +229,7 @@ fn a_master_that_is_killed_under_load_makes_no_request_wrong_or_late() {
 #[test]
 #[ignore = "needs redis-server: make test-remote"]
 fn a_store_that_is_not_there_makes_no_error_and_no_wait() {
-    let port = common::server::free_port();
+    let port = crate::common::server::free_port();
     let node = Node::new(&RemoteConfig::new(format!("redis://127.0.0.1:{port}")).prefix(prefix()), RAM_BYTES);
     node.store(&namespace("m"), &prompt(1, 2));
     assert_eq!(node.lookup(&namespace("m"), &prompt(1, 2)).0, 2 * BLOCK_TOKENS, "from RAM");

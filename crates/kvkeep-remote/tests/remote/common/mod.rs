@@ -1,10 +1,7 @@
 //! Real servers, a proxy that breaks what goes through it, and nodes that share a store.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics fails")]
-#![expect(dead_code, reason = "each test program uses a part of it")]
-
-pub mod proxy;
-pub mod server;
+pub(crate) mod proxy;
+pub(crate) mod server;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -14,42 +11,43 @@ use kvkeep::{CacheConfig, DType, KvCache, KvLayout, LayerView, Namespace, Tensor
 use kvkeep_remote::{RemoteConfig, RemoteTier};
 
 /// Tokens of a block.
-pub const BLOCK_TOKENS: usize = 4;
+pub(crate) const BLOCK_TOKENS: usize = 4;
 /// Elements of one side of a token: a block takes 32 KiB.
 const DIM: usize = 1024;
 
 /// A prefix that no other test has.
-pub fn prefix() -> String {
+pub(crate) fn prefix() -> String {
     static LAST: AtomicU32 = AtomicU32::new(0);
     format!("test-{}-{}", std::process::id(), LAST.fetch_add(1, Ordering::Relaxed))
 }
 
-pub fn namespace(model: &str) -> Namespace {
-    Namespace::new(model, KvLayout::new(1, 1, DIM, DType::F32).unwrap().with_block_tokens(BLOCK_TOKENS).unwrap())
+pub(crate) fn namespace(model: &str) -> Namespace {
+    let layout = KvLayout::new(1, 1, DIM as u32, DType::F32).unwrap().with_block_tokens(BLOCK_TOKENS as u32).unwrap();
+    Namespace::new(model, layout)
 }
 
 /// A cache of so much RAM before a remote tier, and the tier.
-pub struct Node {
-    pub cache: KvCache,
-    pub tier: Arc<RemoteTier>,
+pub(crate) struct Node {
+    pub(crate) cache: KvCache,
+    pub(crate) tier: Arc<RemoteTier>,
 }
 
 impl Node {
-    pub fn new(config: &RemoteConfig, ram_bytes: u64) -> Self {
+    pub(crate) fn new(config: &RemoteConfig, ram_bytes: u64) -> Self {
         let tier = Arc::new(RemoteTier::open(config).unwrap());
         let cache = KvCache::new(CacheConfig::new(ram_bytes).tier(Arc::clone(&tier) as _)).unwrap();
         Self { cache, tier }
     }
 
     /// Stores a prompt; its KV follows from its tokens.
-    pub fn store(&self, namespace: &Namespace, tokens: &[TokenId]) {
+    pub(crate) fn store(&self, namespace: &Namespace, tokens: &[TokenId]) {
         let kv = kv_of(tokens);
         let view = TensorView::of(&kv, &[tokens.len(), 1, DIM]).unwrap();
         let _ = self.cache.store(namespace, tokens, &[LayerView { k: view, v: view }]).unwrap();
     }
 
     /// Looks a prompt up; says how many tokens were found, all of them right, and how long it took.
-    pub fn lookup(&self, namespace: &Namespace, tokens: &[TokenId]) -> (usize, Duration) {
+    pub(crate) fn lookup(&self, namespace: &Namespace, tokens: &[TokenId]) -> (usize, Duration) {
         let began = Instant::now();
         let found = self.cache.lookup(namespace, tokens).unwrap();
         let took = began.elapsed();
@@ -67,13 +65,13 @@ impl Node {
     }
 
     /// Waits until it knows all that lies in the store.
-    pub fn know_all(&self) {
+    pub(crate) fn know_all(&self) {
         until("the node knows the store", || self.tier.knows_all());
     }
 }
 
 /// The prompt of this number.
-pub fn prompt(number: u32, blocks: usize) -> Vec<TokenId> {
+pub(crate) fn prompt(number: u32, blocks: usize) -> Vec<TokenId> {
     (0..blocks * BLOCK_TOKENS + 1).map(|at| number * 1000 + at as u32).collect()
 }
 
@@ -82,7 +80,7 @@ fn kv_of(tokens: &[TokenId]) -> Vec<f32> {
 }
 
 /// Waits for something that has to come.
-pub fn until(what: &str, mut is_so: impl FnMut() -> bool) -> Duration {
+pub(crate) fn until(what: &str, mut is_so: impl FnMut() -> bool) -> Duration {
     let began = Instant::now();
     while !is_so() {
         assert!(began.elapsed() < Duration::from_secs(20), "{what}: not within 20 s");

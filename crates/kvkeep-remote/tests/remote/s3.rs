@@ -1,16 +1,11 @@
 //! What a remote tier promises, on a real server that speaks S3. `make test-remote` runs it.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics fails")]
-#![cfg(feature = "s3")]
-
-mod common;
-
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use common::server::free_port;
-use common::{BLOCK_TOKENS, Node, namespace, prefix, prompt, until};
+use crate::common::server::free_port;
+use crate::common::{BLOCK_TOKENS, Node, namespace, prefix, prompt, until};
 use kvkeep::tiers::contract;
 use kvkeep::{ManualClock, Tier};
 use kvkeep_remote::{RemoteConfig, RemoteTier};

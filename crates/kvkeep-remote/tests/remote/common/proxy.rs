@@ -8,7 +8,7 @@ use std::time::Duration;
 
 /// What it does to what the server says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
+pub(crate) enum Mode {
     Pass,
     /// Each piece comes so much later.
     Delay(Duration),
@@ -16,18 +16,18 @@ pub enum Mode {
     Drop,
     /// Connections end, in the middle of what they carry, and new ones end at once.
     Cut,
-    /// Of every piece one byte is wrong.
+    /// Of every fourth piece one bit is wrong.
     Corrupt,
 }
 
-pub struct Proxy {
-    pub port: u16,
+pub(crate) struct Proxy {
+    pub(crate) port: u16,
     mode: Arc<Mutex<Mode>>,
     open: Arc<Mutex<Vec<TcpStream>>>,
 }
 
 impl Proxy {
-    pub fn to(server_port: u16) -> Self {
+    pub(crate) fn to(server_port: u16) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let port = listener.local_addr().unwrap().port();
         let (mode, open) = (Arc::new(Mutex::new(Mode::Pass)), Arc::<Mutex<Vec<TcpStream>>>::default());
@@ -49,11 +49,11 @@ impl Proxy {
         Self { port, mode, open }
     }
 
-    pub fn url(&self) -> String {
+    pub(crate) fn url(&self) -> String {
         format!("redis://127.0.0.1:{}", self.port)
     }
 
-    pub fn set(&self, mode: Mode) {
+    pub(crate) fn set(&self, mode: Mode) {
         *self.mode.lock().unwrap() = mode;
         if mode == Mode::Cut {
             self.open.lock().unwrap().drain(..).for_each(|stream| _ = stream.shutdown(Shutdown::Both));
@@ -81,7 +81,9 @@ fn pump(mut from: TcpStream, mut to: TcpStream, mode: Option<&Mutex<Mode>>) {
             },
             Mode::Corrupt => {
                 at = at.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                piece[(at >> 33) % read] ^= 1 << (at >> 60 & 7);
+                if at >> 40 & 3 == 0 {
+                    piece[(at >> 33) % read] ^= 1 << (at >> 60 & 7);
+                }
                 if to.write_all(piece).is_err() {
                     break;
                 }

@@ -8,7 +8,7 @@ CARGO=${CARGO:-cargo} PYTHON=${PYTHON:-python3}
 command -v redis-server redis-cli >/dev/null || apt-get install -y -qq redis-server >/dev/null || { echo "redis-server is not installed"; exit 1; }
 # A server that speaks S3 over a directory, from its own package, so that it is no part of this build.
 tools=$PWD/target/tools
-[ -x "$tools/bin/s3s-fs" ] || "$CARGO" install --quiet --locked s3s-fs --version 0.14.1 --features binary --root "$tools"
+[ -x "$tools/bin/s3s-fs" ] || "$CARGO" install --quiet --locked s3s-fs --version 0.14.1 --features binary --debug --root "$tools"
 export KVKEEP_S3_SERVER=$tools/bin/s3s-fs
 
 log=$(mktemp) scratch=$(mktemp -d)

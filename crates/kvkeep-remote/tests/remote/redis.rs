@@ -15,7 +15,7 @@ const DEADLINE: Duration = Duration::from_millis(50);
 const TOLERANCE: Duration = Duration::from_millis(60);
 const RAM_BYTES: u64 = 8 << 20;
 /// RAM in which a prompt of four blocks drives out all others.
-const LITTLE_RAM: u64 = 4 * 32 << 10;
+const LITTLE_RAM: u64 = 4 * (32 << 10);
 
 fn key_file(dir: &tempfile::TempDir) -> std::path::PathBuf {
     use std::os::unix::fs::PermissionsExt;

@@ -11,9 +11,10 @@ use kvkeep::{CacheConfig, DType, KvCache, KvLayout, LayerView, Namespace, Tensor
 use kvkeep_remote::{RemoteConfig, RemoteTier};
 
 /// Tokens of a block.
-pub(crate) const BLOCK_TOKENS: usize = 4;
+pub(crate) const BLOCK_TOKENS: usize = BLOCK as usize;
+const BLOCK: u32 = 4;
 /// Elements of one side of a token: a block takes 32 KiB.
-const DIM: usize = 1024;
+const DIM: u32 = 1024;
 
 /// A prefix that no other test has.
 pub(crate) fn prefix() -> String {
@@ -22,7 +23,7 @@ pub(crate) fn prefix() -> String {
 }
 
 pub(crate) fn namespace(model: &str) -> Namespace {
-    let layout = KvLayout::new(1, 1, DIM as u32, DType::F32).unwrap().with_block_tokens(BLOCK_TOKENS as u32).unwrap();
+    let layout = KvLayout::new(1, 1, DIM, DType::F32).unwrap().with_block_tokens(BLOCK).unwrap();
     Namespace::new(model, layout)
 }
 
@@ -42,7 +43,7 @@ impl Node {
     /// Stores a prompt; its KV follows from its tokens.
     pub(crate) fn store(&self, namespace: &Namespace, tokens: &[TokenId]) {
         let kv = kv_of(tokens);
-        let view = TensorView::of(&kv, &[tokens.len(), 1, DIM]).unwrap();
+        let view = TensorView::of(&kv, &[tokens.len(), 1, DIM as usize]).unwrap();
         let _ = self.cache.store(namespace, tokens, &[LayerView { k: view, v: view }]).unwrap();
     }
 
@@ -72,11 +73,11 @@ impl Node {
 
 /// The prompt of this number.
 pub(crate) fn prompt(number: u32, blocks: usize) -> Vec<TokenId> {
-    (0..blocks * BLOCK_TOKENS + 1).map(|at| number * 1000 + at as u32).collect()
+    (number * 1000..).take(blocks * BLOCK_TOKENS + 1).collect()
 }
 
 fn kv_of(tokens: &[TokenId]) -> Vec<f32> {
-    tokens.iter().flat_map(|token| (0..DIM).map(move |at| (*token as usize * 31 + at) as f32)).collect()
+    tokens.iter().flat_map(|token| (0..DIM).map(move |at| (*token * 31 + at) as f32)).collect()
 }
 
 /// Waits for something that has to come.

@@ -12,7 +12,8 @@ pub(crate) fn free_port() -> u16 {
     use std::sync::atomic::{AtomicU16, Ordering};
     static NEXT: AtomicU16 = AtomicU16::new(0);
     loop {
-        let port = 17_000 + (std::process::id() as u16 % 60) * 100 + NEXT.fetch_add(1, Ordering::Relaxed);
+        let process = u16::try_from(std::process::id() % 60).unwrap();
+        let port = 17_000 + process * 100 + NEXT.fetch_add(1, Ordering::Relaxed);
         if TcpListener::bind(("127.0.0.1", port)).is_ok() && TcpListener::bind(("127.0.0.1", port + 10_000)).is_ok() {
             return port;
         }

@@ -343,6 +343,8 @@ mod tests {
             "--log-format=json",
             "--disk=/x",
             "--disk-codec=lossless",
+            "--remote=redis://host:6379",
+            "--remote-ttl-s=60",
             "--allow-origin=app://a,http://b:1",
             "--model-alias=c",
         ]);

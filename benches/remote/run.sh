@@ -3,7 +3,8 @@
 # their ratio. For a machine that does nothing else.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-cargo build --release --locked -p kvkeep-remote --example throughput
+cargo build --profile "${PROFILE:-release}" --locked --workspace --example throughput
+folder=$([ "${PROFILE:-release}" = dev ] && echo debug || echo "${PROFILE:-release}")
 port=${PORT:-16379} blocks=${BLOCKS:-256} depth=16
 scratch=$(mktemp -d)
 redis-server --port "$port" --bind 127.0.0.1 --save '' --appendonly no --dir "$scratch" >/dev/null &
@@ -18,7 +19,7 @@ theirs() { # MB/s of one command
 for round in 1 2 3; do
   set_theirs=$(theirs set) get_theirs=$(theirs get)
   redis-cli -p "$port" flushall >/dev/null
-  read -r set_ours get_ours < <("${CARGO_TARGET_DIR:-target}"/release/examples/throughput "redis://127.0.0.1:$port" "$blocks" | awk '{ printf "%s ", $2 } END { print "" }')
+  read -r set_ours get_ours < <("${CARGO_TARGET_DIR:-target}/$folder"/examples/throughput "redis://127.0.0.1:$port" "$blocks" | awk '{ printf "%s ", $2 } END { print "" }')
   python3 - "$round" "$set_ours" "$set_theirs" "$get_ours" "$get_theirs" <<'P'
 import sys
 round, so, st, go, gt = sys.argv[1:]

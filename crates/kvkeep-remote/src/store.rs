@@ -131,7 +131,7 @@ mod tests {
     #[test]
     fn a_name_is_that_of_one_key_and_nothing_else_is_a_name() {
         for layer in [0, 1, 31] {
-            let key = BlockKey::new(std::array::from_fn(|at| at as u8 * 7), layer);
+            let key = BlockKey::new([0xa7; 32], layer);
             let name = name_of("a:b", ':', &key);
             assert_eq!(key_of("a:b", ':', &name), Some(key));
             for wrong in [name.to_uppercase(), format!("{name}0"), format!("{name}.0"), name[1..].into(), String::new()]

@@ -123,7 +123,7 @@ command:
 
 release-wheel: ## The wheel for every Linux with glibc 2.28 or later (2018): zig links it, from the package ziglang
 	$(VENV) .venv-release "maturin[zig]>=1.16,<2" "cargo-zigbuild>=0.20"
-	PATH="$$PWD/.venv-release/bin:$$PATH" cargo-zigbuild zigbuild --release --locked -p kvkeep-cli --target $$(uname -m)-unknown-linux-gnu.2.28
+	PATH="$$PWD/.venv-release/bin:$$PATH" cargo-zigbuild zigbuild --release --locked -p kvkeep-cli --features remote --target $$(uname -m)-unknown-linux-gnu.2.28
 	install -D $${CARGO_TARGET_DIR:-target}/$$(uname -m)-unknown-linux-gnu/release/kvkeep crates/kvkeep-python/kvkeep.data/scripts/kvkeep
 	rm -f dist/kvkeep-*.whl
 	.venv-release/bin/maturin build --release --locked --zig --compatibility manylinux_2_28 --target $$(uname -m)-unknown-linux-gnu \

@@ -16,9 +16,9 @@ servers=()
 cleanup() { for pid in "${servers[@]}"; do kill "$pid" 2>/dev/null || true; done; rm -rf "$log" "$scratch"; }
 trap cleanup EXIT
 
-"$CARGO" test --locked --workspace --test remote -- \
+"$CARGO" test --locked --workspace --features kvkeep-cli/remote --test remote -- \
   --include-ignored --nocapture --test-threads 1 2>&1 | tee "$log"
-"$CARGO" build --locked --workspace --bin kvkeep
+"$CARGO" build --locked --workspace --features kvkeep-cli/remote --bin kvkeep
 
 # Two servers that share a store, on ports of this test's own.
 port() { "$PYTHON" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }

@@ -57,12 +57,12 @@ def plot(runs: Any, path: str) -> None:
 
     figure, axes = plt.subplots(figsize=(7, 4.5))
     lines = [("none", "cold", "computed"), ("native", "gpu", "in the GPU"), ("native", "below", "vLLM's RAM"), ("kvkeep", "below", "vLLM's RAM, kvkeep below"),
-             ("ram", "below", "kvkeep's RAM"),
+             ("ram", "below", "kvkeep's RAM"), ("layers", "below", "kvkeep's RAM, layer by layer"),
              ("fs", "restart", "vLLM's files, new process"), ("kvkeep", "restart", "kvkeep's disk, new process")]  # fmt: skip
     for mode, column, label in lines:
         points = [(prefix, statistics.median(columns[column])) for prefix, columns in sorted(runs.get(mode, {}).items()) if columns[column]]
         if points:
-            dashed = "--" if mode in ("kvkeep", "ram") else "-"  # where two lines lie on each other, both are seen
+            dashed = "--" if mode in ("kvkeep", "ram", "layers") else "-"  # where two lines lie on each other, both are seen
             axes.plot(*zip(*points), dashed, marker="o", label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens of the prefix", ylabel="time to first token, ms")
     lengths = sorted({prefix for by_length in runs.values() for prefix in by_length})

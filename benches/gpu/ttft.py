@@ -9,6 +9,7 @@
     ttft.py kvkeep --dir /data/kvkeep --phase restart
     ttft.py lossless --dir /data/kvkeep          # the same, with that codec
     ttft.py ram --dir /data/kvkeep               # kvkeep's RAM as well: KvkeepOffloadingSpec
+    ttft.py layers --dir /data/kvkeep            # and loads layer by layer: KvkeepConnector
 
 For each prompt length: `cold` (nobody knows the prefix), `gpu` (it is still in the GPU) and `below` (the GPU's own cache was emptied: RAM, or
 a tier). With `--phase restart`, in a process after the first one with the same seed: `restart` (the first process stored it; RAM is empty),
@@ -38,7 +39,7 @@ QUESTION_TOKENS = 32
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=["none", "native", "tiering", "fs", "kvkeep", "lossless", "ram"])
+    parser.add_argument("mode", choices=["none", "native", "tiering", "fs", "kvkeep", "lossless", "ram", "layers"])
     parser.add_argument("--phase", choices=["first", "restart"], default="first")
     parser.add_argument("--dir", help="where a tier keeps its files")
     parser.add_argument("--worth", choices=["measured", "always"], default="measured", help="kvkeep: also load what is slower than computing?")
@@ -81,9 +82,10 @@ def transfer_config(given: argparse.Namespace) -> dict[str, Any] | None:
     if given.mode in ("kvkeep", "lossless"):
         codec = {"codec": "lossless"} if given.mode == "lossless" else {}
         extra["secondary_tiers"] = [{"type": "kvkeep", **ours, **codec}]
-    if given.mode == "ram":
+    if given.mode in ("ram", "layers"):
         extra |= {"spec_name": "KvkeepOffloadingSpec", "spec_module_path": "kvkeep.vllm", "kvkeep": ours}
-    return {"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_load_failure_policy": "recompute", "kv_connector_extra_config": extra}
+    connector = {"kv_connector": "KvkeepConnector", "kv_connector_module_path": "kvkeep.vllm"} if given.mode == "layers" else {"kv_connector": "OffloadingConnector"}
+    return {**connector, "kv_role": "kv_both", "kv_load_failure_policy": "recompute", "kv_connector_extra_config": extra}
 
 
 class Bench:
@@ -170,9 +172,17 @@ def figures(llm: Any) -> Any:
         core = llm.llm_engine.engine_core.engine_core
         manager = core.scheduler.connector.connector_scheduler.manager
         (tier,) = getattr(manager, "secondary_tiers", (manager,))
-        return {**tier.counters(), "rates": vars(tier.rates)}
+        return {**tier.counters(), "rates": vars(tier.rates), "by_layer": by_layer()}
     except (AttributeError, ValueError):
         return None
+
+
+def by_layer() -> Any:
+    """The ways to run a step in which layers are waited for one by one."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+
+    waits = getattr(get_kv_transfer_group(), "_waits", None) if has_kv_transfer_group() else None
+    return waits and sorted(waits.trusted)
 
 
 def end(llm: Any) -> None:

@@ -3,7 +3,7 @@
 # their ratio. For a machine that does nothing else.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-cargo build --profile "${PROFILE:-release}" --locked --workspace --example throughput
+cargo build --profile "${PROFILE:-release}" --locked --workspace --features kvkeep-cli/remote --example throughput
 folder=$([ "${PROFILE:-release}" = dev ] && echo debug || echo "${PROFILE:-release}")
 port=${PORT:-16379} blocks=${BLOCKS:-256} depth=16
 scratch=$(mktemp -d)

@@ -243,24 +243,10 @@ impl Drop for Target {
 /// A copy of a row on its way to the disk.
 pub(crate) struct Staged {
     pub(crate) page: Page,
-    /// Its name, if somebody wants to be told when it is written.
-    pub(crate) told: Option<(Key, Arc<Mutex<Vec<Key>>>)>,
 }
-
-/// More news than this is not kept: nobody has asked for it in a long time.
-const MAX_NEWS: usize = 1 << 18;
 
 impl Payload for Staged {
     fn bytes(&self) -> &[u8] {
         self.page.bytes()
-    }
-
-    fn written(&self, is_new: bool) {
-        if let (Some((key, news)), true) = (&self.told, is_new) {
-            let mut news = news.lock().unwrap_or_else(PoisonError::into_inner);
-            if news.len() < MAX_NEWS {
-                news.push(key.clone());
-            }
-        }
     }
 }

@@ -13,11 +13,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use kvkeep::tiers::{BlockMeta, ReadTarget};
-use kvkeep::{Begun, CacheConfig, Chain, KvCache, Match, Priority, StoreOptions};
+use kvkeep::{Begun, CacheConfig, Chain, Match, Priority, StoreOptions};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::convert::{policy, seconds, some_seconds};
+use crate::engine_blocks::{Blocks, RawNews};
 use crate::engine_jobs::Key;
 use crate::engine_rows::{Page, Pool};
 use crate::engine_tier::{RawDir, disk_config};
@@ -59,8 +60,7 @@ pub(crate) struct EngineBegun {
 
 #[derive(Debug)]
 struct Engine {
-    cache: KvCache,
-    namespace: kvkeep::Namespace,
+    blocks: Blocks,
     row_bytes: usize,
     bounce: Arc<Pool>,
     load_time: Duration,
@@ -116,6 +116,7 @@ impl EngineRam {
         ram: (u64, String),
         disk: Option<RawDir>,
         times: [f64; 2],
+        events: bool,
     ) -> PyResult<Self> {
         let row_bytes = namespace.0.layout().block_bytes();
         let (ram_bytes, name) = ram;
@@ -129,10 +130,11 @@ impl EngineRam {
         if let Some(disk) = disk {
             config = config.disk(disk_config(disk, load_time, some_seconds(flush, "flush_timeout_s")?)?);
         }
-        let cache = waiting(py, || KvCache::new(config))?.map_err(|error| to_python(&error))?;
+        let namespace = namespace.0.clone();
+        let opened = waiting(py, move || Blocks::open(config, namespace, events))?;
+        let blocks = opened.map_err(|error| to_python(&error))?;
         let engine = Arc::new(Engine {
-            cache,
-            namespace: namespace.0.clone(),
+            blocks,
             row_bytes,
             bounce: Pool::new(row_bytes, THREADS),
             load_time,
@@ -149,7 +151,7 @@ impl EngineRam {
         use std::os::fd::AsRawFd;
 
         let engine = self.engine()?;
-        let ram = engine.cache.store_handle().ram();
+        let ram = engine.blocks.cache.store_handle().ram();
         let Some(file) = ram.file() else { return Err(raise("ConfigError", "this system has no memory to share")) };
         Ok((file.as_raw_fd(), ram.capacity_bytes() / engine.row_bytes))
     }
@@ -157,13 +159,13 @@ impl EngineRam {
     /// Holds all of these if they are all in RAM.
     fn hold(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<Option<EngineHeld>> {
         let engine = self.engine()?;
-        Ok(py.detach(|| engine.cache.hold_chain(&engine.chain(&keys)?)).map(|found| engine.held(found)))
+        Ok(py.detach(|| engine.blocks.cache.hold_chain(&engine.blocks.chain(&keys)?)).map(|found| engine.held(found)))
     }
 
     /// Which of these the disk has.
     fn has(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<Vec<bool>> {
         let engine = self.engine()?;
-        Ok(py.detach(|| engine.chain(&keys).map_or_else(Vec::new, |chain| engine.cache.has_lent(&chain))))
+        Ok(py.detach(|| engine.blocks.has(&keys)))
     }
 
     /// Begins to store those of these from `first` on that are not in RAM. What comes before them is only known.
@@ -179,7 +181,8 @@ impl EngineRam {
         let mut options = StoreOptions::default();
         options.ttl = seconds(ttl, "ttl_s")?;
         options.priority = if is_kept { Priority::KeepLonger } else { Priority::default() };
-        let begun = py.detach(|| Some(engine.cache.begin_store(&engine.chain(&keys)?, first, &options)));
+        engine.blocks.expect(keys.get(first..).unwrap_or_default());
+        let begun = py.detach(|| Some(engine.blocks.cache.begin_store(&engine.blocks.chain(&keys)?, first, &options)));
         let places: Vec<(usize, usize)> = begun.iter().flat_map(Begun::places).collect();
         if !places.iter().all(|(_, offset)| offset.is_multiple_of(engine.row_bytes)) {
             return Err(raise("ConfigError", "this memory is not the engine's alone"));
@@ -193,9 +196,9 @@ impl EngineRam {
     fn note(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<()> {
         let engine = self.engine()?;
         py.detach(|| {
-            if let Some(chain) = engine.chain(&keys) {
-                engine.cache.note_request(&chain);
-                engine.cache.touch_lent(&chain);
+            if let Some(chain) = engine.blocks.chain(&keys) {
+                engine.blocks.cache.note_request(&chain);
+                engine.blocks.cache.touch_lent(&chain);
             }
         });
         Ok(())
@@ -203,14 +206,12 @@ impl EngineRam {
 
     /// Keeps these on the disk before others, for so long; says how many.
     fn retain(&self, py: Python<'_>, keys: Vec<Key>, time: Option<f64>) -> PyResult<usize> {
-        let (engine, time) = (self.engine()?, seconds(time, "ttl_s")?);
-        Ok(py.detach(|| engine.chain(&keys).map_or(0, |chain| engine.cache.retain_lent(&chain, time))))
+        self.engine()?.blocks.retain(py, &keys, time)
     }
 
     /// These are like others again.
     fn release(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<()> {
-        let engine = self.engine()?;
-        py.detach(|| engine.chain(&keys).iter().for_each(|chain| engine.cache.release_lent(chain)));
+        self.engine()?.blocks.release(py, &keys);
         Ok(())
     }
 
@@ -240,18 +241,23 @@ impl EngineRam {
     /// Evicts everything from RAM that is not held, and waits for its writes for so long at most; says how many blocks are left.
     fn evict_all(&self, py: Python<'_>, time: f64) -> PyResult<usize> {
         let (engine, time) = (self.engine()?, some_seconds(time, "flush_timeout_s")?);
-        waiting(py, move || engine.cache.evict_all(time))
+        waiting(py, move || engine.blocks.cache.evict_all(time))
+    }
+
+    /// What came to RAM and to the disk and went from them since this was last asked, in order: tier, is removed, names.
+    fn take_events<'py>(&self, py: Python<'py>) -> PyResult<RawNews<'py>> {
+        Ok(self.engine()?.blocks.take_events(py))
     }
 
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
         let engine = self.engine()?;
-        waiting(py, move || engine.cache.flush())?.map_err(|error| to_python(&error))
+        waiting(py, move || engine.blocks.cache.flush())?.map_err(|error| to_python(&error))
     }
 
     /// Of RAM, of the disk, and of what came up.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let engine = self.engine()?;
-        let dict = stats::to_dict(py, &py.detach(|| engine.cache.stats()))?;
+        let dict = stats::to_dict(py, &py.detach(|| engine.blocks.cache.stats()))?;
         dict.set_item("jobs_late_total", engine.work().late)?;
         dict.set_item("jobs_refused_total", 0)?;
         Ok(dict)
@@ -337,19 +343,18 @@ impl Engine {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn chain(&self, keys: &[Key]) -> Option<Chain> {
-        Chain::external(&self.namespace, keys).ok()
-    }
-
     fn want(&self, id: Option<u64>, keys: &[Key]) -> PyResult<()> {
-        let Some(chain) = self.chain(keys) else { return Err(raise("ConfigError", "give keys to read")) };
+        let Some(chain) = self.blocks.chain(keys) else { return Err(raise("ConfigError", "give keys to read")) };
+        if id.is_some() {
+            self.blocks.expect(keys);
+        }
         self.work().wanted.push_back(Fetch { id, chain, begun: Instant::now() });
         self.more.notify_one();
         Ok(())
     }
 
     fn held(&self, found: Match) -> EngineHeld {
-        let begin = self.cache.store_handle().ram().address().as_ptr() as usize;
+        let begin = self.blocks.cache.store_handle().ram().address().as_ptr() as usize;
         let row = |block| {
             let bytes = found.block(block).ok()?;
             Some((bytes.as_ptr() as usize).saturating_sub(begin) / self.row_bytes)
@@ -370,7 +375,7 @@ impl Engine {
     fn bring(&self, fetch: &Fetch) {
         let Some(id) = fetch.id else { return self.probe(&fetch.chain) };
         let is_late = fetch.begun.elapsed() >= self.load_time;
-        let found = if is_late { None } else { Some(self.cache.pin_chain(&fetch.chain)) };
+        let found = if is_late { None } else { Some(self.blocks.cache.pin_chain(&fetch.chain)) };
         let time = fetch.begun.elapsed();
         let mut work = self.work();
         work.late += u64::from(is_late || time >= self.load_time);
@@ -383,7 +388,7 @@ impl Engine {
     fn probe(&self, chain: &Chain) {
         let (begun, (came, coming)) = (Instant::now(), mpsc::channel());
         let target = |_| Box::new(Nowhere { page: self.bounce.take(), came: came.clone() }) as Box<dyn ReadTarget>;
-        self.cache.read_lent(chain, 0, (0..chain.blocks()).map(target).collect());
+        self.blocks.cache.read_lent(chain, 0, (0..chain.blocks()).map(target).collect());
         drop(came);
         let mut blocks = 0;
         while coming.recv_timeout(self.load_time.saturating_sub(begun.elapsed())).is_ok() {
@@ -404,7 +409,7 @@ impl Engine {
         let threads = std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
         // Each waits for the disk for as long as a load may take, and no longer.
         threads.into_iter().for_each(|thread| drop(thread.join()));
-        match self.cache.flush() {
+        match self.blocks.cache.flush() {
             Err(kvkeep::Error::NoDisk) => Ok(()),
             flushed => flushed,
         }

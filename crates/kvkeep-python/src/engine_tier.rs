@@ -6,7 +6,7 @@
 
 #![expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
@@ -14,11 +14,12 @@ use std::time::Duration;
 
 use kvkeep::tiers::Codecs;
 use kvkeep::tiers::{Payload, ReadTarget};
-use kvkeep::{CacheConfig, Chain, DiskConfig, KvCache, StoreOptions};
+use kvkeep::{CacheConfig, DiskConfig, StoreOptions};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyDict};
+use pyo3::types::PyDict;
 
 use crate::convert::{seconds, some_seconds};
+use crate::engine_blocks::{Blocks, RawNews};
 use crate::engine_jobs::{Job, Jobs, Key, Kind, Staged, Target};
 use crate::engine_rows::{Pool, Rows};
 use crate::error::{raise, to_python};
@@ -31,18 +32,11 @@ use crate::tokens::Namespace;
 const MAX_WAITING: usize = 4096;
 /// Memory to read into that is kept: as much as there are threads that read.
 const BOUNCE: usize = 8;
-/// How often it is looked which of the blocks that were announced are gone.
+/// How often a thread that waits for work looks whether the tier is still there.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
-/// And anyway after so many times: what expires changes no counter.
-const LOOKS_PASSED: u32 = 30;
-/// Keys that are looked up at once.
-const AT_ONCE: usize = 1024;
 
 /// (number, kind, positions that are done, blocks, seconds)
 type RawEnded = (u64, &'static str, Vec<usize>, usize, f64);
-
-/// Names of blocks, as the engine gave them.
-type Names<'py> = Vec<Bound<'py, PyBytes>>;
 
 /// The tier.
 #[pyclass(frozen, module = "kvkeep._kvkeep")]
@@ -53,14 +47,12 @@ pub(crate) struct EngineTier {
 
 #[derive(Debug)]
 struct Engine {
-    cache: KvCache,
-    namespace: kvkeep::Namespace,
+    blocks: Blocks,
     jobs: Arc<Jobs>,
     staging: Arc<Pool>,
     queue: Mutex<Queue>,
     work: Condvar,
     refused: AtomicU64,
-    events: Option<Events>,
     load_time: Duration,
     store_time: Duration,
     thread: Mutex<Option<thread::JoinHandle<()>>>,
@@ -73,17 +65,6 @@ type Store = (Arc<Job>, Vec<Key>, StoreOptions);
 struct Queue {
     stores: VecDeque<Store>,
     closed: bool,
-}
-
-/// What came to the disk and went from it.
-#[derive(Debug, Default)]
-struct Events {
-    stored: Arc<Mutex<Vec<Key>>>,
-    removed: Mutex<Vec<Key>>,
-    /// What was announced and not yet taken back.
-    announced: Mutex<HashSet<Key>>,
-    /// Counters of the disk when that was last looked at, and how often it was not since.
-    seen: Mutex<([u64; 4], u32)>,
 }
 
 /// What a tier is opened with: directory, bytes, bytes of the queue, key file, codec.
@@ -109,19 +90,18 @@ impl EngineTier {
         let (load, store) = (some_seconds(load, "load_timeout_s")?, some_seconds(store, "store_timeout_s")?);
         let queue_bytes = disk.2;
         let config = disk_config(disk, load, some_seconds(flush, "flush_timeout_s")?)?;
-        let opened = waiting(py, || KvCache::new(CacheConfig::without_ram().disk(config)))?;
-        let cache = opened.map_err(|error| to_python(&error))?;
+        let (config, namespace) = (CacheConfig::without_ram().disk(config), namespace.0.clone());
+        let opened = waiting(py, move || Blocks::open(config, namespace, events))?;
+        let blocks = opened.map_err(|error| to_python(&error))?;
         let row_bytes = rows.row_bytes();
         let staged = usize::try_from(queue_bytes).unwrap_or(usize::MAX) / row_bytes;
         let engine = Arc::new(Engine {
-            cache,
-            namespace: namespace.0.clone(),
+            blocks,
             jobs: Arc::new(Jobs::new(rows, Pool::new(row_bytes, BOUNCE))),
             staging: Pool::new(row_bytes, staged.clamp(1, 1 << 16)),
             queue: Mutex::default(),
             work: Condvar::new(),
             refused: AtomicU64::new(0),
-            events: events.then(Events::default),
             load_time: load,
             store_time: store,
             thread: Mutex::default(),
@@ -133,7 +113,7 @@ impl EngineTier {
     /// Which of these can be loaded now.
     fn has(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<Vec<bool>> {
         let engine = self.engine()?;
-        Ok(py.detach(|| engine.has(&keys)))
+        Ok(py.detach(|| engine.blocks.has(&keys)))
     }
 
     /// Begins to store rows; the job ends by itself.
@@ -183,46 +163,43 @@ impl EngineTier {
     /// These were used in the engine's own memory.
     fn touch(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<()> {
         let engine = self.engine()?;
-        py.detach(|| engine.chain(&keys).iter().for_each(|chain| engine.cache.touch_lent(chain)));
+        py.detach(|| engine.blocks.chain(&keys).iter().for_each(|chain| engine.blocks.cache.touch_lent(chain)));
         Ok(())
     }
 
     /// Keeps these before others, for so long; says how many.
     fn retain(&self, py: Python<'_>, keys: Vec<Key>, time: Option<f64>) -> PyResult<usize> {
-        let (engine, time) = (self.engine()?, seconds(time, "ttl_s")?);
-        Ok(py.detach(|| engine.chain(&keys).map_or(0, |chain| engine.cache.retain_lent(&chain, time))))
+        self.engine()?.blocks.retain(py, &keys, time)
     }
 
     /// These are like others again.
     fn release(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<()> {
-        let engine = self.engine()?;
-        py.detach(|| engine.chain(&keys).iter().for_each(|chain| engine.cache.release_lent(chain)));
+        self.engine()?.blocks.release(py, &keys);
         Ok(())
     }
 
     /// Removes these; says how many there were.
     fn remove(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<u64> {
         let engine = self.engine()?;
-        Ok(py.detach(|| engine.chain(&keys).map_or(0, |chain| engine.cache.remove_chain(&chain, 0).entries)))
+        Ok(py.detach(|| {
+            engine.blocks.chain(&keys).map_or(0, |chain| engine.blocks.cache.remove_chain(&chain, 0).entries)
+        }))
     }
 
-    /// What was written and what has gone since this was last asked.
-    fn take_events<'py>(&self, py: Python<'py>) -> PyResult<(Names<'py>, Names<'py>)> {
-        let engine = self.engine()?;
-        let (stored, removed) = py.detach(|| engine.events.as_ref().map(Events::take)).unwrap_or_default();
-        let bytes = |keys: Vec<Key>| keys.iter().map(|key| PyBytes::new(py, key)).collect();
-        Ok((bytes(stored), bytes(removed)))
+    /// What came to the disk and went from it since this was last asked, in order: tier, is removed, names.
+    fn take_events<'py>(&self, py: Python<'py>) -> PyResult<RawNews<'py>> {
+        Ok(self.engine()?.blocks.take_events(py))
     }
 
     fn flush(&self, py: Python<'_>) -> PyResult<()> {
         let engine = self.engine()?;
-        waiting(py, move || engine.cache.flush())?.map_err(|error| to_python(&error))
+        waiting(py, move || engine.blocks.cache.flush())?.map_err(|error| to_python(&error))
     }
 
     /// Of the disk, and of the jobs.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let engine = self.engine()?;
-        let dict = stats::to_dict(py, &py.detach(|| engine.cache.stats()))?;
+        let dict = stats::to_dict(py, &py.detach(|| engine.blocks.cache.stats()))?;
         dict.set_item("jobs_under_way", engine.jobs.under_way())?;
         dict.set_item("jobs_late_total", engine.jobs.late.load(Ordering::Relaxed))?;
         dict.set_item("jobs_refused_total", engine.refused.load(Ordering::Relaxed))?;
@@ -254,21 +231,13 @@ impl Engine {
             while let Some(engine) = weak.upgrade() {
                 match engine.next_store() {
                     Some(Some((job, keys, options))) => engine.write(&job, keys, &options),
-                    Some(None) => engine.look_for_gone(),
+                    Some(None) => {}
                     None => return,
                 }
             }
         })?;
         *self.thread.lock().unwrap_or_else(PoisonError::into_inner) = Some(thread);
         Ok(())
-    }
-
-    fn chain<K: AsRef<[u8]>>(&self, keys: &[K]) -> Option<Chain> {
-        Chain::external(&self.namespace, keys).ok()
-    }
-
-    fn has(&self, keys: &[Key]) -> Vec<bool> {
-        self.chain(keys).map_or_else(Vec::new, |chain| self.cache.has_lent(&chain))
     }
 
     /// # Errors
@@ -299,7 +268,7 @@ impl Engine {
     /// Says whether no other job has this number.
     fn load(&self, id: u64, kind: Kind, keys: &[Key], rows: Vec<usize>) -> bool {
         let Some(job) = self.jobs.begin(id, kind, rows, self.load_time) else { return false };
-        let Some(chain) = self.chain(keys) else {
+        let Some(chain) = self.blocks.chain(keys) else {
             self.jobs.end(&job);
             return true;
         };
@@ -307,7 +276,7 @@ impl Engine {
             let (jobs, job) = (Arc::clone(&self.jobs), Arc::clone(&job));
             Box::new(Target { jobs, job, block, page: None }) as Box<dyn ReadTarget>
         };
-        self.cache.read_lent(&chain, 0, (0..keys.len()).map(target).collect());
+        self.blocks.cache.read_lent(&chain, 0, (0..keys.len()).map(target).collect());
         true
     }
 
@@ -325,7 +294,7 @@ impl Engine {
 
     /// Copies what is not there yet out of its rows, and has it written.
     fn write(&self, job: &Job, keys: Vec<Key>, options: &StoreOptions) {
-        let there = self.has(&keys);
+        let there = self.blocks.has(&keys);
         for (block, (key, there)) in keys.into_iter().zip(there).enumerate() {
             if job.is_over() {
                 break;
@@ -342,27 +311,10 @@ impl Engine {
         if !self.jobs.with_row(job, block, |rows, row| rows.copy_out(row, page.bytes_mut())) {
             return false;
         }
-        let Some(chain) = self.chain(std::slice::from_ref(&key)) else { return false };
-        let told = self.events.as_ref().map(|events| (key, Arc::clone(&events.stored)));
-        let payload: Arc<dyn Payload> = Arc::new(Staged { page, told });
-        self.cache.write_lent(&chain, 0, vec![payload], options) == 1
-    }
-
-    /// Finds out which of the blocks that were announced are gone: evicted, expired, damaged.
-    fn look_for_gone(&self) {
-        let Some(events) = &self.events else { return };
-        let stats = self.cache.stats();
-        // A disk that fails has nothing now, and all of it when it is back.
-        let Some(disk) = stats.tier("disk").filter(|disk| !disk.failing) else { return };
-        if !events.is_time([disk.entries, disk.stored_total, disk.evictions, disk.damaged_total]) {
-            return;
-        }
-        let announced: Vec<Key> =
-            events.announced.lock().unwrap_or_else(PoisonError::into_inner).iter().cloned().collect();
-        for keys in announced.chunks(AT_ONCE) {
-            let gone = keys.iter().zip(self.has(keys)).filter(|(_, there)| !there).map(|(key, _)| key);
-            events.are_gone(gone.cloned().collect());
-        }
+        let Some(chain) = self.blocks.chain(std::slice::from_ref(&key)) else { return false };
+        self.blocks.expect(std::slice::from_ref(&key));
+        let payload: Arc<dyn Payload> = Arc::new(Staged { page });
+        self.blocks.cache.write_lent(&chain, 0, vec![payload], options) == 1
     }
 
     /// Ends every job; the engine may have its memory back.
@@ -382,7 +334,7 @@ impl Engine {
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
         // It waits for room in the queue at most, and that ends.
         drop(thread.map(thread::JoinHandle::join));
-        self.cache.flush()
+        self.blocks.cache.flush()
     }
 }
 
@@ -405,34 +357,4 @@ pub(crate) fn disk_config(disk: RawDir, read_timeout: Duration, flush_timeout: D
 /// `ConfigError` if the number is another job's.
 fn begun(begun: bool) -> PyResult<()> {
     if begun { Ok(()) } else { Err(raise("ConfigError", "a job of this number is under way: give each its own")) }
-}
-
-impl Events {
-    fn take(&self) -> (Vec<Key>, Vec<Key>) {
-        let stored = std::mem::take(&mut *self.stored.lock().unwrap_or_else(PoisonError::into_inner));
-        let removed = std::mem::take(&mut *self.removed.lock().unwrap_or_else(PoisonError::into_inner));
-        self.announced.lock().unwrap_or_else(PoisonError::into_inner).extend(stored.iter().cloned());
-        (stored, removed)
-    }
-
-    /// Has anything come or gone, or is it long since anybody looked?
-    fn is_time(&self, counters: [u64; 4]) -> bool {
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        seen.1 += 1;
-        let is_time = seen.0 != counters || seen.1 >= LOOKS_PASSED;
-        if is_time {
-            *seen = (counters, 0);
-        }
-        is_time
-    }
-
-    fn are_gone(&self, keys: Vec<Key>) {
-        {
-            let mut announced = self.announced.lock().unwrap_or_else(PoisonError::into_inner);
-            for key in &keys {
-                announced.remove(key);
-            }
-        }
-        self.removed.lock().unwrap_or_else(PoisonError::into_inner).extend(keys);
-    }
 }

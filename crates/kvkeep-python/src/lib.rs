@@ -12,7 +12,9 @@
 
 mod array;
 mod convert;
+mod engine_blocks;
 mod engine_jobs;
+mod engine_news;
 mod engine_ram;
 mod engine_rows;
 mod engine_tier;

@@ -153,7 +153,9 @@ fn open_store(config: &RemoteConfig) -> std::result::Result<Box<dyn Store>, Stri
         let store = crate::redis::Redis::new(&config.url, &config.prefix, config.deadline, node)?;
         return Ok(Box::new(store));
     }
-    Err(format!("this build knows no store {scheme:?}: give redis://, s3://, file:// or another one of docs/remote.md"))
+    Err(format!(
+        "this build knows no store {scheme:?}: file:// is always there, redis:// and s3:// with the feature `remote` (cargo install --features remote)"
+    ))
 }
 
 impl Tier for RemoteTier {

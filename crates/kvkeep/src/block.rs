@@ -5,10 +5,11 @@
 //! nobody takes bytes on a disk for bytes of RAM. Sizes in pages were the alternative: then each reader has to guess
 //! which of the two is meant.
 //!
-//! The indexes keep their own, smaller form of it (a number for the namespace, no layout): 128 bytes a block is all
-//! that they may take.
+//! Its facts stand alone where what the payload is does not matter: in the disk's queue, records and lines of an index.
+//! The two tables of what can be found keep a smaller form of them (a number for the namespace, pages for bytes): 128 bytes
+//! a block is all that they may take.
 
-use std::ops::Range;
+use std::ops::{Deref, Range};
 
 use crate::codec::{self, CodecId, Codecs, Ends};
 use crate::key::{NamespaceId, ObjectKey};
@@ -63,10 +64,21 @@ impl Content {
     }
 }
 
-/// What is known of a block besides its bytes.
+/// What is known of a block besides its bytes: its facts, which read as its own fields, and what the payload is.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct BlockMeta {
+    /// What does not depend on what the payload is.
+    pub facts: Facts,
+    /// Is it the first of its prompt, as far as whoever offers it knows? Lossy codecs keep its first tokens.
+    pub begins: bool,
+    pub(crate) content: Content,
+}
+
+/// What every place that knows of a block knows of it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Facts {
     /// Its key, which covers the namespace.
     pub key: BlockKey,
     /// What it belongs to.
@@ -81,9 +93,29 @@ pub struct BlockMeta {
     pub expires_at_ms: u64,
     /// What it took to compute, in microseconds; 0 if nobody said.
     pub compute_us: u32,
-    /// Is it the first of its prompt, as far as whoever offers it knows? Lossy codecs keep its first tokens.
-    pub begins: bool,
-    pub(crate) content: Content,
+}
+
+impl Facts {
+    /// Of a block of so many bytes as it is, which never expires; nobody said what it took to compute.
+    pub(crate) fn raw(key: ObjectKey, namespace: NamespaceId, bytes: u64) -> Self {
+        Self {
+            key: BlockKey(key),
+            namespace,
+            raw_bytes: bytes,
+            stored_bytes: bytes,
+            codec: CodecId::RAW,
+            expires_at_ms: u64::MAX,
+            compute_us: 0,
+        }
+    }
+}
+
+impl Deref for BlockMeta {
+    type Target = Facts;
+
+    fn deref(&self) -> &Facts {
+        &self.facts
+    }
 }
 
 impl BlockKey {
@@ -117,7 +149,8 @@ impl BlockMeta {
         let frames = self.content.frames_to_code(self.begins);
         let (mut stored, bytes) = codec::encode(codec.as_ref(), &frames, raw, |bytes| vec![0; bytes])?;
         stored.truncate(bytes);
-        Some((Self { codec: codec.id(), stored_bytes: bytes as u64, ..self.clone() }, stored))
+        let facts = Facts { codec: codec.id(), stored_bytes: bytes as u64, ..self.facts };
+        Some((Self { facts, ..self.clone() }, stored))
     }
 
     /// Writes the bytes of `range` of the block, all of them if `None`, into the beginning of `into`, and zeros behind
@@ -144,7 +177,7 @@ impl BlockMeta {
     /// Of the block itself, as a tier hands it over.
     #[must_use]
     pub fn decoded(self) -> Self {
-        Self { stored_bytes: self.raw_bytes, codec: CodecId::RAW, ..self }
+        Self { facts: Facts { stored_bytes: self.raw_bytes, codec: CodecId::RAW, ..self.facts }, ..self }
     }
 
     /// Does a later one of the same key replace it? Blocks of tokens stay what they are for ever.

@@ -81,7 +81,7 @@ impl DiskConfig {
             queue_bytes: None,
             read_timeout: READ_TIMEOUT,
             flush_timeout: FLUSH_TIMEOUT,
-            codecs: Codecs::default(),
+            codecs: Codecs::if_it_pays(),
         }
     }
 
@@ -126,7 +126,8 @@ impl DiskConfig {
         self
     }
 
-    /// How blocks are encoded on the disk: as they are, unless said otherwise. A directory may hold blocks of several
+    /// How blocks are encoded on the disk; [`Codecs::if_it_pays`] unless said otherwise: without loss, if that makes them come
+    /// sooner. A directory may hold blocks of several
     /// codecs, and is read with all of them; those of a codec that is not known here are misses.
     #[must_use]
     pub fn codecs(mut self, codecs: Codecs) -> Self {

@@ -148,12 +148,15 @@ impl Namespace {
         if tokens.is_empty() {
             return Err(Error::EmptyTokens);
         }
-        Ok(self.block_hashes_behind(None, tokens, 0))
+        Ok(self.block_hashes_behind(None, tokens, 0).collect())
     }
 
     /// The keys of the full blocks of `tokens`.
     pub(crate) fn keys(&self, tokens: &[TokenId]) -> Result<Vec<ObjectKey>> {
-        Ok(self.block_hashes(tokens)?.into_iter().map(BlockHash::key).collect())
+        if tokens.is_empty() {
+            return Err(Error::EmptyTokens);
+        }
+        Ok(self.block_hashes_behind(None, tokens, 0).map(BlockHash::key).collect())
     }
 
     /// The hashes of the full blocks of `tokens` behind the first `known`, of which the last one is `parent`.
@@ -162,18 +165,18 @@ impl Namespace {
         parent: Option<BlockHash>,
         tokens: &[TokenId],
         known: usize,
-    ) -> Vec<BlockHash> {
+    ) -> impl Iterator<Item = BlockHash> {
         // Behind a codec's hash, which is one of a block's hash, no chain goes on.
         let parent = parent.filter(|_| self.codec.is_empty());
         let skipped = if parent.is_some() { known } else { 0 };
         let mut parent = parent.unwrap_or(BlockHash(self.root.0));
         let blocks = tokens.chunks_exact(self.layout.block_tokens()).skip(skipped);
-        let hashes = blocks.map(|block| {
+        let hashes = blocks.map(move |block| {
             parent = parent.child(block);
             parent
         });
         let of_codec = |hash: BlockHash| self.codecs().fold(hash, |hash, codec| BlockHash(through(&hash.0, codec)));
-        hashes.skip(known - skipped).map(of_codec).collect()
+        hashes.skip(known - skipped).map(of_codec)
     }
 
     pub(crate) fn codecs(&self) -> impl Iterator<Item = &str> {

@@ -79,7 +79,7 @@ pub use tier::disk::{Archive, Contents, ManifestState, RecordInfo, RecordState, 
 
 /// What it takes to write a [`Tier`], and some that are there.
 pub mod tiers {
-    pub use crate::block::{BlockKey, BlockMeta};
+    pub use crate::block::{BlockKey, BlockMeta, Facts};
     pub use crate::clock::Deadline;
     pub use crate::codec::{Codec, CodecId, Codecs, Lossless, Raw};
     pub use crate::event::Reports;

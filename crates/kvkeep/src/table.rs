@@ -1,12 +1,19 @@
-//! A hash table in parts: each grows by itself, so that no insertion moves more than one part of it.
+//! A hash table in parts, which grows by one part at a time: no insertion moves more than a part of it (linear hashing:
+//! Litwin, VLDB 1980).
 //!
-//! Invariant: a value lies in the part that its hash names. One table was the alternative: where it grows, one insertion
-//! moves all of it, which at a million values held a lock for tens of milliseconds.
+//! Invariant: a value lies in the part that its hash names. It is named by as many bits as there are parts for; where that
+//! part is not there yet, by one bit less.
+//!
+//! One table was the alternative: where it grows, one insertion moves all of it, which at a million values held a lock
+//! for tens of milliseconds. 256 parts from the beginning lost, too: the first look-ups of a small cache, which find nothing of
+//! it in the processor's caches, then touch a part each.
 
 use hashbrown::HashTable;
 
-const PARTS: usize = 256;
-/// The part is named by these bits of the hash: within a part the table goes by the lowest and the highest.
+/// Values of a part on average, when one more part is made. Parts have from one to two times as many, which fit
+/// tables of 512 and 1,024 buckets.
+const PART_VALUES: usize = 400;
+/// The part is named by these bits of the hash and those above: within a part the table goes by the lowest and the highest.
 const PART_SHIFT: u32 = 40;
 /// A place is the number of a part, and behind it that of a bucket.
 #[cfg(feature = "disk")]
@@ -15,13 +22,16 @@ const BUCKET_BITS: u32 = 40;
 /// Values that know their own hash.
 #[derive(Debug)]
 pub(crate) struct Table<T> {
+    /// At least one.
     parts: Vec<HashTable<T>>,
+    /// One less than the next power of two from the number of parts on.
+    mask: usize,
     len: usize,
 }
 
 impl<T> Default for Table<T> {
     fn default() -> Self {
-        Self { parts: (0..PARTS).map(|_| HashTable::new()).collect(), len: 0 }
+        Self { parts: vec![HashTable::new()], mask: 0, len: 0 }
     }
 }
 
@@ -31,53 +41,91 @@ impl<T> Table<T> {
     }
 
     pub(crate) fn find(&self, hash: u64, is_it: impl FnMut(&T) -> bool) -> Option<&T> {
-        self.parts.get(part_of(hash))?.find(hash, is_it)
+        self.parts.get(self.part_of(hash))?.find(hash, is_it)
     }
 
     /// Adds a value that is not there. `rehash` gives the hash of any value.
     pub(crate) fn insert_unique(&mut self, hash: u64, value: T, rehash: impl Fn(&T) -> u64) {
-        let Some(part) = self.parts.get_mut(part_of(hash)) else { return };
+        if self.len >= self.parts.len() * PART_VALUES {
+            self.split(&rehash);
+        }
+        let part = self.part_of(hash);
+        let Some(part) = self.parts.get_mut(part) else { return };
         part.insert_unique(hash, value, rehash);
         self.len += 1;
     }
 
     pub(crate) fn remove(&mut self, hash: u64, is_it: impl FnMut(&T) -> bool) -> Option<T> {
-        let (value, _) = self.parts.get_mut(part_of(hash))?.find_entry(hash, is_it).ok()?.remove();
+        let part = self.part_of(hash);
+        let (value, _) = self.parts.get_mut(part)?.find_entry(hash, is_it).ok()?.remove();
         self.len -= 1;
         Some(value)
     }
 
     /// Bytes of memory that are reserved.
     pub(crate) fn allocation_size(&self) -> usize {
-        self.parts.iter().map(HashTable::allocation_size).sum::<usize>() + PARTS * size_of::<HashTable<T>>()
+        let headers = self.parts.capacity() * size_of::<HashTable<T>>();
+        self.parts.iter().map(HashTable::allocation_size).sum::<usize>() + headers
+    }
+
+    /// The part of a hash.
+    fn part_of(&self, hash: u64) -> usize {
+        let part = (hash >> PART_SHIFT) as usize & self.mask;
+        if part < self.parts.len() { part } else { part & (self.mask >> 1) }
+    }
+
+    /// Makes one part more, of values that one part had for two.
+    fn split(&mut self, rehash: impl Fn(&T) -> u64) {
+        let new = self.parts.len();
+        self.mask = (new + 1).next_power_of_two() - 1;
+        let both = self.parts.get_mut(new & (self.mask >> 1)).map(std::mem::take).unwrap_or_default();
+        // Halves are not quite equal, and no half is to grow now.
+        let half = both.len() / 2 + both.len() / 16;
+        self.parts.push(HashTable::with_capacity(half));
+        if let Some(old) = self.parts.get_mut(new & (self.mask >> 1)) {
+            *old = HashTable::with_capacity(half);
+        }
+        for value in both {
+            let hash = rehash(&value);
+            let part = self.part_of(hash);
+            if let Some(part) = self.parts.get_mut(part) {
+                part.insert_unique(hash, value, &rehash);
+            }
+        }
     }
 }
 
-/// To look at all values in slices.
+/// To look at all values in slices. Where the table grows meanwhile, a walk may pass over some and see some twice.
 #[cfg(feature = "disk")]
 impl<T> Table<T> {
     pub(crate) fn find_mut(&mut self, hash: u64, is_it: impl FnMut(&T) -> bool) -> Option<&mut T> {
-        self.parts.get_mut(part_of(hash))?.find_mut(hash, is_it)
+        let part = self.part_of(hash);
+        self.parts.get_mut(part)?.find_mut(hash, is_it)
     }
 
     /// Makes room for so many more at once, with a little to spare: no part has exactly its share.
     pub(crate) fn reserve(&mut self, values: usize, rehash: impl Fn(&T) -> u64) {
-        let each = values / PARTS + values / PARTS / 8;
-        self.parts.iter_mut().for_each(|part| part.reserve(each, &rehash));
+        let all = self.len + values;
+        while self.parts.len() * PART_VALUES < all {
+            self.split(&rehash);
+        }
+        let each = all / self.parts.len() + all / self.parts.len() / 8;
+        self.parts.iter_mut().for_each(|part| part.reserve(each.saturating_sub(part.len()), &rehash));
     }
 
+    #[cfg(test)]
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
         self.parts.iter().flatten()
     }
 
     /// The value at a place, if there is one. The first place is 0.
     pub(crate) fn at(&self, place: u64) -> Option<&T> {
-        let (part, bucket) = split(place);
+        let (part, bucket) = part_and_bucket(place);
         self.parts.get(part)?.get_bucket(bucket)
     }
 
     pub(crate) fn remove_at(&mut self, place: u64) -> Option<T> {
-        let (part, bucket) = split(place);
+        let (part, bucket) = part_and_bucket(place);
         let (value, _) = self.parts.get_mut(part)?.get_bucket_entry(bucket).ok()?.remove();
         self.len -= 1;
         Some(value)
@@ -85,21 +133,18 @@ impl<T> Table<T> {
 
     /// The place behind one; `None` behind the last.
     pub(crate) fn after(&self, place: u64) -> Option<u64> {
-        let (part, bucket) = split(place);
+        let (part, bucket) = part_and_bucket(place);
         if self.parts.get(part).is_some_and(|part| bucket + 1 < part.num_buckets()) {
             return Some(place + 1);
         }
-        let next = (part + 1..PARTS).find(|part| self.parts.get(*part).is_some_and(|part| part.num_buckets() > 0))?;
+        let behind = self.parts.iter().enumerate().skip(part + 1);
+        let next = behind.filter(|(_, part)| part.num_buckets() > 0).map(|(number, _)| number).next()?;
         Some((next as u64) << BUCKET_BITS)
     }
 }
 
-fn part_of(hash: u64) -> usize {
-    (hash >> PART_SHIFT) as usize % PARTS
-}
-
 #[cfg(feature = "disk")]
-fn split(place: u64) -> (usize, usize) {
+fn part_and_bucket(place: u64) -> (usize, usize) {
     ((place >> BUCKET_BITS) as usize, (place & ((1 << BUCKET_BITS) - 1)) as usize)
 }
 

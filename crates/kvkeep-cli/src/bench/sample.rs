@@ -166,6 +166,8 @@ fn converted(halves: &[u8], dtype: DType) -> Result<Vec<u8>> {
         DType::F16 => halves.to_vec(),
         DType::BF16 => values.flat_map(|value| bf16::from_f32(value).to_le_bytes()).collect(),
         DType::F32 => values.flat_map(f32::to_le_bytes).collect(),
+        // As engines have it whose scale is 1, vLLM's own if no other is given.
+        DType::F8E4M3 => values.map(to_e4m3).collect(),
         dtype => anyhow::bail!("KV in {dtype} is not measured"),
     })
 }
@@ -174,9 +176,34 @@ pub(super) fn values(bytes: &[u8], dtype: DType) -> Vec<f32> {
     let halves = bytes.as_chunks::<2>().0.iter();
     match dtype {
         DType::F32 => bytes.as_chunks::<4>().0.iter().map(|element| f32::from_le_bytes(*element)).collect(),
+        DType::F8E4M3 => bytes.iter().copied().map(from_e4m3).collect(),
         DType::BF16 => halves.map(|element| bf16::from_le_bytes(*element).to_f32()).collect(),
         _ => halves.map(|element| f16::from_le_bytes(*element).to_f32()).collect(),
     }
+}
+
+/// A float of 8 bits: 4 of them exponent, 3 mantissa; two patterns are no number.
+fn from_e4m3(code: u8) -> f32 {
+    let (exponent, mantissa) = (i32::from(code >> 3 & 15), f32::from(code & 7) / 8.0);
+    let size = if exponent == 0 { mantissa * 2f32.powi(-6) } else { (1.0 + mantissa) * 2f32.powi(exponent - 7) };
+    if code & 0x7f == 0x7f { f32::NAN } else { size.copysign(if code & 0x80 == 0 { 1.0 } else { -1.0 }) }
+}
+
+/// The nearest one.
+fn to_e4m3(value: f32) -> u8 {
+    const MOST: u8 = 0x7e;
+    let (size, sign) = (value.abs(), u8::from(value.is_sign_negative()) << 7);
+    // Codes of positive numbers are in order.
+    let (mut low, mut high) = (0, MOST);
+    while low < high {
+        let middle = low + (high - low) / 2;
+        if (from_e4m3(middle) + from_e4m3(middle + 1)) / 2.0 < size && middle < MOST {
+            low = middle + 1
+        } else {
+            high = middle
+        }
+    }
+    low | sign
 }
 
 /// Mean divergence of the distributions, and the part of equal likeliest tokens.
@@ -211,6 +238,20 @@ fn divergence(exact: &[f32], other: &[f32]) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn floats_of_eight_bits_are_the_nearest() {
+        assert_eq!(
+            [0x00, 0x01, 0x08, 0x38, 0x7e, 0xb8].map(from_e4m3),
+            [0.0, 1.0 / 512.0, 1.0 / 64.0, 1.0, 448.0, -1.0]
+        );
+        for code in (0..=u8::MAX).filter(|code| code & 0x7f != 0x7f) {
+            assert_eq!(to_e4m3(from_e4m3(code)), code);
+        }
+        assert_eq!(to_e4m3(1e9), 0x7e);
+        assert_eq!(to_e4m3(1.05), 0x38);
+        assert_eq!(to_e4m3(-1.07), 0xb9);
+    }
 
     #[test]
     fn equal_distributions_do_not_diverge_and_others_do() {

@@ -82,9 +82,9 @@ pub(crate) struct Settings {
     /// Encrypt the disk tier with this key: 32 bytes or 64 hexadecimal digits, readable by its owner alone
     #[arg(long, env = "KVKEEP_SERVE_DISK_KEY_FILE", value_name = "FILE", help_heading = "Cache")]
     pub(crate) disk_key_file: Option<PathBuf>,
-    /// How blocks are written to the disk: as they are, or the same bits in fewer bytes [default: raw]
+    /// How blocks are written to the disk: as they are, or the same bits in fewer bytes [default: auto, which is lossless where that makes loads faster]
     #[arg(long, env = "KVKEEP_SERVE_DISK_CODEC", value_name = "CODEC", help_heading = "Cache",
-          value_parser = PossibleValuesParser::new(Codecs::names()))]
+          value_parser = PossibleValuesParser::new([Codecs::AUTO].into_iter().chain(Codecs::names())))]
     pub(crate) disk_codec: Option<String>,
     /// Keep nothing on the disk
     #[arg(long, env = "KVKEEP_SERVE_NO_DISK", value_name = "BOOL", help_heading = "Cache", num_args = 0..=1,
@@ -245,7 +245,7 @@ impl Settings {
             context_tokens: Some(4096),
             ram_gib: Some(1.0),
             disk_gib: Some(8.0),
-            disk_codec: Some(Codecs::default().name().to_owned()),
+            disk_codec: Some(Codecs::AUTO.to_owned()),
             no_disk: Some(false),
             remote_prefix: Some("kvkeep".to_owned()),
             remote_gib: Some(10.0),

@@ -42,6 +42,18 @@ class Cuda:
         torch = _torch()
         return torch.cuda.Event(enable_timing=True)
 
+    def mark(self) -> Any:
+        """A point in the stream that is current here."""
+        torch = _torch()
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def wait(self, mark: Any) -> None:
+        """What comes next in the stream that is current here comes after that point."""
+        torch = _torch()
+        torch.cuda.current_stream().wait_event(mark)
+
     def register(self, address: int, size: int) -> None:
         torch = _torch()
         portable = 1

@@ -239,7 +239,12 @@ class EngineRam:
     """RAM and a disk behind it, for an engine whose workers copy between a device and this memory. `ram`: bytes and the policy's name;
     `disk`: as for `EngineTier`, or none; `times`: seconds of a load and a flush. Keys are the engine's."""
     def __new__(
-        cls, namespace: Namespace, ram: tuple[int, str], disk: tuple[str, int, int, str | None, str] | None, times: tuple[float, float]
+        cls,
+        namespace: Namespace,
+        ram: tuple[int, str],
+        disk: tuple[str, int, int, str | None, str] | None,
+        times: tuple[float, float],
+        events: bool,
     ) -> Self: ...
     def memory(self) -> tuple[int, int]:
         """The descriptor of the memory, for `/proc/<pid>/fd`, and how many rows it has."""
@@ -263,6 +268,8 @@ class EngineRam:
         """What was read so since: blocks that came, blocks that were wanted, seconds."""
     def evict_all(self, time: float) -> int:
         """Empties RAM of what is not held, and waits for its writes so long at most."""
+    def take_events(self) -> list[tuple[str, bool, list[bytes]]]:
+        """What came and what went since, in order: tier, is removed, keys."""
     def flush(self) -> None: ...
     def stats(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
@@ -290,8 +297,8 @@ class EngineTier:
     def retain(self, keys: Sequence[bytes], time: float | None) -> int: ...
     def release(self, keys: Sequence[bytes]) -> None: ...
     def remove(self, keys: Sequence[bytes]) -> int: ...
-    def take_events(self) -> tuple[list[bytes], list[bytes]]:
-        """What was written, and what has gone."""
+    def take_events(self) -> list[tuple[str, bool, list[bytes]]]:
+        """What came and what went since, in order: tier, is removed, keys."""
     def flush(self) -> None: ...
     def stats(self) -> dict[str, Any]: ...
     def close(self) -> None: ...

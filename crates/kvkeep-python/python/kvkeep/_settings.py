@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 DiskWrite: TypeAlias = Literal["through", "back"]
 Codec: TypeAlias = Literal["raw", "lossless", "int8", "int4", "k8v4", "fp8", "nf4"]
+DiskCodec: TypeAlias = Literal["auto", "raw", "lossless", "int8", "int4", "k8v4", "fp8", "nf4"]
 Policy: TypeAlias = Literal["adaptive", "lru", "s3fifo", "arc", "lru2"]
 Priority: TypeAlias = Literal["drop-first", "normal", "keep-longer"]
 
@@ -40,8 +41,9 @@ class DiskConfig:
     flush_timeout_seconds: float = 30.0
     """How long `flush` and `close` wait for a disk that gets nothing done, before they raise `DiskError`. A slow disk
     that gets on is waited for."""
-    codec: Codec = "raw"
-    """How blocks are written: `"raw"` as they are; `"lossless"` the same bits in fewer bytes, two thirds of bfloat16.
+    codec: DiskCodec = "auto"
+    """How blocks are written: `"raw"` as they are; `"lossless"` the same bits in fewer bytes, two thirds of bfloat16; `"auto"`
+    the one that this disk and this processor load faster, `"raw"` until that is measured.
     `"int8"`, `"int4"`, `"k8v4"`, `"fp8"` and `"nf4"` change blocks of `KVCache` within a stated bound, and keep them under names of
     their own; what they cannot take they write as `"lossless"` does. What another exact codec wrote is read as well."""
 
@@ -55,7 +57,7 @@ class DiskOptions(TypedDict, total=False):
     disk_admission: str
     disk_key_file: str | os.PathLike[str] | None
     disk_flush_timeout_seconds: float
-    disk_codec: Codec
+    disk_codec: DiskCodec
 
 
 _PREFIX = "disk_"

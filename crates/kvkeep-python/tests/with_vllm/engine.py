@@ -2,10 +2,12 @@
 
     python engine.py '{"model": ..., "tier": {...} or null, "prefix_caching": true}'
     python engine.py '{"model": ..., "tier": {...}, "whole": true}'    kvkeep's RAM as well, with these settings
+    python engine.py '{"model": ..., "tier": {...}, "whole": true, "layers": true}'    and loads by layer
 
 Requests: {"do": "generate", "prompts": [[ids], ...], "tokens": 8, "params": {...}, "lora": [name, path]} → {"tokens": [[ids], ...], "cached": [...]};
 {"do": "abort", "prompts": ...}: begins them and aborts each after a few steps; {"do": "drop_gpu"}: the engine's own prefix cache is emptied;
-{"do": "drop_ram"}: and vLLM's RAM, so that what is found is from the disk; {"do": "counters"}; {"do": "flush"}; {"do": "close"}.
+{"do": "drop_ram"}: and vLLM's RAM, so that what is found is from the disk; {"do": "counters"}; {"do": "flush"}; {"do": "close"};
+{"do": "by_layer"}: loads in the step that read them, and how many of those were copied by their layers' waits alone.
 """
 
 from __future__ import annotations
@@ -20,14 +22,16 @@ ANSWERS = os.dup(1)
 """vLLM writes to standard output, too."""
 
 
-def make(model: str, tier: dict[str, Any] | None, prefix_caching: bool = True, ram_mib: int = 256, whole: bool = False, **more: Any) -> Any:
+def make(
+    model: str, tier: dict[str, Any] | None, prefix_caching: bool = True, ram_mib: int = 256, whole: bool = False, layers: bool = False, **more: Any
+) -> Any:
     os.dup2(2, 1)
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVEL="WARNING")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM
 
     transfer = {
-        "kv_connector": "OffloadingConnector",
+        **({"kv_connector": "KvkeepConnector", "kv_connector_module_path": "kvkeep.vllm"} if layers else {"kv_connector": "OffloadingConnector"}),
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
         "kv_connector_extra_config": {
@@ -102,6 +106,12 @@ class Engine:
         dropped = self.llm.reset_prefix_cache()
         self.manager.reset_cache()
         return {"dropped": bool(dropped)}
+
+    def by_layer(self) -> dict[str, Any]:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        worker = get_kv_transfer_group().connector_worker.worker
+        return {"modes": sorted(get_kv_transfer_group()._waits.trusted), **worker._made[0].by_layer}
 
     def counters(self) -> dict[str, Any]:
         return self.tier.counters() | {"identity": self.tier.identity, "rates": vars(self.tier.rates)}

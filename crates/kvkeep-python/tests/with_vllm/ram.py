@@ -18,12 +18,12 @@ from kvkeep.vllm._settings import RamSettings
 
 
 class Ram:
-    def __init__(self, root: Path, rows: int = 16, config: dict[str, Any] | None = None, **settings: Any) -> None:
+    def __init__(self, root: Path, rows: int = 16, events: bool = False, config: dict[str, Any] | None = None, **settings: Any) -> None:
         made = RamSettings.read({"root_dir": str(root), "capacity_gb": 0.1, "worth": "always", **settings})
         vllm_config = engine_config(root.parent / "model", **config or {})
         namespace, identity = _identity.namespace(made, vllm_config, offloading_spec(), ROW_BYTES)
         times = (made.load_timeout_s, made.flush_timeout_s)
-        self.engine = _kvkeep.EngineRam(namespace, (rows * ROW_BYTES, made.eviction_policy), made.disk(vllm_config, rows * ROW_BYTES), times)
+        self.engine = _kvkeep.EngineRam(namespace, (rows * ROW_BYTES, made.eviction_policy), made.disk(vllm_config, rows * ROW_BYTES), times, events)
         descriptor, count = self.engine.memory()
         assert count == rows
         place = _rows.publish(root, "lab", descriptor, rows)

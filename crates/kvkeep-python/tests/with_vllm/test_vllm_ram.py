@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from ram import Ram
 from tier import ROW_BYTES, Lab, content, names
 from vllm.v1.kv_offload.base import LookupResult
 
-from kvkeep.vllm import _rows
+from kvkeep.vllm import _compat, _rows
 
 HIT, MISS, PENDING, RETRY = LookupResult.HIT, LookupResult.MISS, LookupResult.HIT_PENDING, LookupResult.RETRY
 KEYS = names(6)
@@ -227,6 +228,22 @@ def test_worth_it__the_disk_is_measured_before_anything_was_loaded(tmp_path: Pat
         assert ram.manager.rates.disk_bytes_per_s == measured
 
 
+def test_worth_it__what_is_computed_behind_a_load_is_no_measure(tmp_path: Path) -> None:
+    """vLLM 0.26 does not say where blocks lie. The step that loaded a long prefix and computed one block behind it counted as that block's time."""
+    with Ram(tmp_path / "kv") as ram:
+        ram.store(KEYS)
+        context = ram.begin("loads", [])
+        assert ram.look(KEYS, context) == [HIT] * 6
+        ram.manager.prepare_load(KEYS, context)
+        ram.step("loads")
+        ram.manager.complete_load(set(KEYS), context)
+        behind = names(1, salt=1)
+        stored = ram.manager.prepare_store(behind, context)
+        ram.step()
+        ram.manager.complete_store(set(stored.keys_to_store), context)
+        assert not ram.manager.rates.seconds_by_length
+
+
 def test_hints__what_is_not_to_be_stored_is_not_and_a_prefetch_loads_anyway(tmp_path: Path) -> None:
     with Ram(tmp_path / "kv", worth="measured", prefill_tokens_per_s=1e9, disk_gb_per_s=1e-6) as ram:
         assert ram.store(KEYS, kv_transfer_params={"kvkeep": {"store": False}}) == []
@@ -248,6 +265,60 @@ def test_hints__what_is_pinned_outlives_what_is_not_in_ram(tmp_path: Path) -> No
         hits = ram.manager.counters()["hits"]
         assert ram.found(KEYS) == 6
         assert ram.manager.counters()["hits"] == hits, "none of it from the disk"
+
+
+def told(ram: Ram, there: dict[Any, set[bytes]]) -> dict[Any, set[bytes]]:
+    """Applies what was told to what a listener believes to be there: blocks by medium."""
+    for event in ram.manager.take_events():
+        blocks = there.setdefault(event.medium, set())
+        if event.removed:
+            blocks.difference_update(event.keys)
+        else:
+            blocks.update(event.keys)
+    return there
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_events__whoever_applies_them_knows_what_is_in_ram_and_on_the_disk(tmp_path: Path) -> None:
+    there: dict[Any, set[bytes]] = {}
+    with Ram(tmp_path / "kv", rows=8, events=True) as ram:
+        ram.store(KEYS)
+        ram.engine.flush()
+        eventually(lambda: told(ram, there) == {_compat.MEDIUM_OF_RAM: set(KEYS), _compat.MEDIUM: set(KEYS)})
+        others = names(8, salt=1)
+        ram.store(others, "others")
+        ram.engine.flush()
+        eventually(lambda: told(ram, there) == {_compat.MEDIUM_OF_RAM: set(others), _compat.MEDIUM: {*KEYS, *others}})
+        ram.manager.reset_cache()
+        eventually(lambda: told(ram, there)[_compat.MEDIUM_OF_RAM] == set())
+        assert ram.found(KEYS) == 6
+        eventually(lambda: told(ram, there)[_compat.MEDIUM_OF_RAM] >= set(KEYS))
+
+
+def test_events__what_an_earlier_process_left_is_told_once_it_comes_up_and_goes_untold_from_the_disk(tmp_path: Path) -> None:
+    with Ram(tmp_path / "kv", events=True) as ram:
+        ram.store(KEYS)
+        ram.engine.flush()
+    there: dict[Any, set[bytes]] = {}
+    with Ram(tmp_path / "kv", rows=8, events=True) as ram:
+        assert told(ram, there) == {}
+        assert ram.found(KEYS) == 6
+        eventually(lambda: told(ram, there) == {_compat.MEDIUM_OF_RAM: set(KEYS)})
+        assert ram.engine.evict_all(10) == 0
+        eventually(lambda: told(ram, there) == {_compat.MEDIUM_OF_RAM: set()})
+
+
+def test_events__nobody_is_told_who_did_not_ask(tmp_path: Path) -> None:
+    with Ram(tmp_path / "kv") as ram:
+        ram.store(KEYS)
+        ram.engine.flush()
+        assert not list(ram.manager.take_events())
 
 
 def test_figures__vllm_gets_each_that_is_declared(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ a tier touches is imported; what that imports of the engine is stubbed.
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -167,3 +168,30 @@ def test_the_tier_fits_this_releases_abstract_classes(version: str, tmp_path: Pa
     done = subprocess.run([sys.executable, "-c", program], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert {"same lookup", "same submit_store", "same submit_load", "same get_finished_jobs", "round done", "manager done", "ram done"} <= set(done.stdout.splitlines())
+
+
+RUNS = [
+    {"connector": connector, "seed": seed, "blocks": blocks, "prefix_caching": prefix_caching}
+    for connector, seed, blocks, prefix_caching in [
+        ("KvkeepConnector", 1, 200, True), ("KvkeepConnector", 2, 60, True), ("KvkeepConnector", 3, 60, False), ("OffloadingConnector", 4, 60, True),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("version", ["0.26.0", "0.32.0", "0.33.0"])
+def test_each_layer_reads_what_was_computed_under_this_releases_own_scheduler(version: str, tmp_path: Path) -> None:
+    """Blocks of a load in its own step have their hashes already: vLLM's connector took them for computed, and loaded nothing. And vLLM's scheduler ended where such a
+    request stored, or was preempted, before its load was counted as ended."""
+    root = RELEASES / version
+    if not (root / "vllm").is_dir():
+        pytest.skip(f"the wheel of vLLM {version} is not unpacked: make test-vllm does it")
+    given = {"root": str(tmp_path), "early_aborts": version != "0.26.0", "runs": RUNS}
+    path = [str(root), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+    command = [sys.executable, str(Path(__file__).with_name("schedules.py")), json.dumps(given)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    seen = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert len(seen) == len(RUNS) and sum(run["preemptions"] for run in seen) > 0, seen
+    by_layer = sum(run["all_by_layer"] for run in seen)
+    assert by_layer > 20 if version != "0.33.0" else by_layer == 0, seen

@@ -36,9 +36,20 @@ pub(super) fn copy_block(
     let bytes = target.bytes_mut();
     layout.each_run(of, room, block * layout.block_tokens(), |from, to| {
         if let (Some(from), Some(to)) = (payload.get(from), bytes.get_mut(to)) {
-            to.copy_from_slice(from);
+            copy(from, to);
         }
     });
+}
+
+/// Where the target begins a few bytes further in its page than the source, the instruction that C libraries copy much with
+/// is three times slower on some AMD processors (glibc's bug 30994). numpy's arrays begin 16 bytes behind a page, blocks at one.
+/// Small pieces are copied with other instructions.
+fn copy(from: &[u8], to: &mut [u8]) {
+    const PAGE: usize = 4096;
+    const PIECE: usize = 2048;
+    let ahead = to.as_ptr().addr().wrapping_sub(from.as_ptr().addr()) % PAGE;
+    let piece = if (1..32).contains(&ahead) { PIECE } else { to.len().max(1) };
+    to.chunks_mut(piece).zip(from.chunks(piece)).for_each(|(to, from)| to.copy_from_slice(from));
 }
 
 fn of(view: &TensorView<'_>) -> TensorSpec {
@@ -92,8 +103,26 @@ impl<'a> Source<'a> {
         let Some(payload) = payload.get_mut(self.layout.range(layer, side)) else { return };
         self.layout.each_run((layer, side), tensor_tokens, at_token - self.first_token, |to, from| {
             if let (Some(from), Some(to)) = (tensor.bytes().get(from), payload.get_mut(to)) {
-                to.copy_from_slice(from);
+                copy(from, to);
             }
         });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::copy;
+
+    #[test]
+    fn every_byte_is_copied_wherever_source_and_target_begin() {
+        let source: Vec<u8> = (0..20_000u32).map(|at| (at % 251) as u8).collect();
+        for begin in [0, 1, 16, 31, 32, 4_095] {
+            for bytes in [0, 1, 2_047, 2_048, 2_049, 10_000] {
+                let mut target = vec![0; 20_000];
+                copy(&source[4_096..4_096 + bytes], &mut target[begin..begin + bytes]);
+                assert_eq!(target[begin..begin + bytes], source[4_096..4_096 + bytes]);
+                assert!(target[begin + bytes..].iter().all(|byte| *byte == 0));
+            }
+        }
     }
 }

@@ -67,6 +67,8 @@ pub struct Codecs {
     /// Those that can be read. The built-in ones are among them.
     known: Vec<Arc<dyn Codec>>,
     written: CodecId,
+    /// Only where its measured rates say that it pays.
+    if_it_pays: bool,
     /// Instead of that for these namespaces.
     by_namespace: Vec<(NamespaceId, CodecId)>,
 }
@@ -93,11 +95,14 @@ fn built_in() -> Vec<Arc<dyn Codec>> {
 
 impl Default for Codecs {
     fn default() -> Self {
-        Self { known: built_in(), written: CodecId::RAW, by_namespace: Vec::new() }
+        Self { known: built_in(), written: CodecId::RAW, if_it_pays: false, by_namespace: Vec::new() }
     }
 }
 
 impl Codecs {
+    /// What [`Codecs::named`] takes for [`Codecs::if_it_pays`].
+    pub const AUTO: &'static str = "auto";
+
     /// Everything is written by this codec.
     #[must_use]
     pub fn all(codec: Arc<dyn Codec>) -> Self {
@@ -105,12 +110,19 @@ impl Codecs {
         Self { written, ..Self::default() }.knows(codec)
     }
 
-    /// Everything is written by the codec of this name, one of [`Codecs::names`].
+    /// Everything is written as it is until a disk has shown how fast it reads; and then by `lossless`, if this machine
+    /// decodes at least twice as fast as the disk reads. What other tiers than the disk keep is written by `lossless`.
+    #[must_use]
+    pub fn if_it_pays() -> Self {
+        Self { if_it_pays: true, ..Self::all(Arc::new(Lossless::new())) }
+    }
+
+    /// Everything is written by the codec of this name, one of [`Codecs::names`]; `auto` is [`Codecs::if_it_pays`].
     ///
     /// # Errors
     /// [`Error::Config`] for any other name.
     pub fn named(name: &str) -> Result<Self> {
-        Self::known_as(name).map(Self::all)
+        if name == Self::AUTO { Ok(Self::if_it_pays()) } else { Self::known_as(name).map(Self::all) }
     }
 
     /// The codec of this name, one of [`Codecs::names`].
@@ -190,6 +202,18 @@ impl Codecs {
     #[must_use]
     pub fn name(&self) -> &'static str {
         self.get(self.written).map_or("raw", |codec| codec.name())
+    }
+
+    /// Does it depend on measured rates whether blocks of this namespace go through a codec?
+    #[cfg(feature = "disk")]
+    pub(crate) fn depends(&self, namespace: NamespaceId) -> bool {
+        self.if_it_pays && self.by_namespace.iter().all(|(other, _)| *other != namespace)
+    }
+
+    /// Does it for all that no namespace says otherwise?
+    #[cfg(feature = "disk")]
+    pub(crate) fn mostly_depend(&self) -> bool {
+        self.if_it_pays
     }
 
     /// Does every block pass as it is?

@@ -182,8 +182,8 @@ impl Reports {
 
     /// As [`Reports::went_short`], of many with the lock taken once.
     #[cfg(feature = "disk")]
-    pub(crate) fn went_each(&self, shorts: impl Iterator<Item = Short>) {
-        self.announcer.report(|beliefs| shorts.for_each(|short| beliefs.went(self.tier, &short)));
+    pub(crate) fn went_each(&self, shorts: &[Short]) {
+        self.announcer.report(|beliefs| shorts.iter().for_each(|short| beliefs.went(self.tier, short)));
     }
 
     /// What a journal says.

@@ -3,7 +3,9 @@
 //! A policy of its own, which evicts block by block, was the alternative: it hits up to 15 points more than a log of
 //! segments does, and what a replay promises must be what a cache keeps.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+
+use hashbrown::HashTable;
 
 use crate::key::ObjectKey;
 
@@ -15,13 +17,10 @@ const REINSERT_PARTS: (usize, usize) = (3, 4);
 pub(super) struct Segments {
     capacity_blocks: usize,
     segment_blocks: usize,
-    places: HashMap<ObjectKey, Place>,
+    records: HashTable<Record>,
     /// Oldest first; the last one is being written.
     segments: VecDeque<Segment>,
     next: u64,
-    /// Records that are in RAM and were not written again when their segment went: RAM hands them down once more when it
-    /// evicts them.
-    waiting: HashMap<ObjectKey, u8>,
     /// Records written and reads.
     clock: u64,
     /// Of all records, when a segment last went.
@@ -37,10 +36,11 @@ struct Segment {
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Place {
+struct Record {
+    key: ObjectKey,
     segment: u64,
     /// What it was written as.
-    kind: u8,
+    mark: u8,
     last_used: u64,
 }
 
@@ -49,10 +49,9 @@ impl Segments {
         Self {
             capacity_blocks,
             segment_blocks: (capacity_blocks / SEGMENTS).max(1),
-            places: HashMap::new(),
+            records: HashTable::new(),
             segments: VecDeque::new(),
             next: 0,
-            waiting: HashMap::new(),
             clock: 0,
             mean_age: None,
             written_blocks: 0,
@@ -60,47 +59,41 @@ impl Segments {
         }
     }
 
-    /// Is it here, or will it be handed down when RAM evicts it?
     pub(super) fn holds(&self, key: &ObjectKey) -> bool {
-        self.places.contains_key(key) || self.waiting.contains_key(key)
+        self.records.find(key.table_hash(), |record| record.key == *key).is_some()
     }
 
-    /// Reads a record; gives its kind.
+    /// Reads a record; gives its mark.
     pub(super) fn read(&mut self, key: &ObjectKey) -> Option<u8> {
-        let place = self.places.get_mut(key)?;
+        let record = self.records.find_mut(key.table_hash(), |record| record.key == *key)?;
         self.clock += 1;
-        place.last_used = self.clock;
-        Some(place.kind)
+        record.last_used = self.clock;
+        Some(record.mark)
     }
 
-    /// Writes a record. `resident` says what is in RAM.
-    pub(super) fn write(&mut self, key: ObjectKey, kind: u8, resident: impl Fn(&ObjectKey) -> bool) {
+    /// Writes what RAM hands down, unless it is here; says whether it is new. `resident` says what is in RAM.
+    pub(super) fn offer(&mut self, key: ObjectKey, mark: u8, resident: impl Fn(&ObjectKey) -> bool) -> bool {
+        if self.holds(&key) {
+            return false;
+        }
         if !self.has_room() {
             self.rotate(resident);
         }
         self.clock += 1;
-        self.append(key, Place { segment: 0, kind, last_used: self.clock });
+        self.append(Record { key, segment: 0, mark, last_used: self.clock });
         self.written_blocks += 1;
-    }
-
-    /// Writes what RAM has evicted meanwhile and is not here any more.
-    pub(super) fn take_evicted(&mut self, resident: impl Fn(&ObjectKey) -> bool) {
-        let mut evicted: Vec<(ObjectKey, u8)> = self.waiting.extract_if(|key, _| !resident(key)).collect();
-        // The same in every run.
-        evicted.sort_by_key(|(key, _)| *key.hash());
-        for (key, kind) in evicted {
-            self.write(key, kind, &resident);
-        }
+        true
     }
 
     fn has_room(&self) -> bool {
         self.segments.back().is_some_and(|active| active.keys.len() < self.segment_blocks)
     }
 
-    fn append(&mut self, key: ObjectKey, place: Place) {
+    fn append(&mut self, record: Record) {
         let Some(active) = self.segments.back_mut() else { return };
-        active.keys.push(key);
-        self.places.insert(key, Place { segment: active.number, ..place });
+        active.keys.push(record.key);
+        let record = Record { segment: active.number, ..record };
+        self.records.insert_unique(record.key.table_hash(), record, |record| record.key.table_hash());
     }
 
     fn rotate(&mut self, resident: impl Fn(&ObjectKey) -> bool) {
@@ -127,29 +120,24 @@ impl Segments {
         let mean_age = self.mean_age.unwrap_or(self.clock / 2);
         let mut kept = Vec::new();
         for key in oldest.keys {
-            let Some(place) = self.places.get(&key).copied().filter(|place| place.segment == oldest.number) else {
-                continue;
-            };
-            self.places.remove(&key);
-            let age = self.clock - place.last_used;
-            let in_ram = resident(&key);
-            if in_ram || age < mean_age {
-                kept.push((if in_ram { 0 } else { age }, key, place));
+            let is_here = |record: &Record| record.key == key && record.segment == oldest.number;
+            let Ok(found) = self.records.find_entry(key.table_hash(), is_here) else { continue };
+            let record = found.remove().0;
+            let (is_resident, age) = (resident(&key), self.clock - record.last_used);
+            if is_resident || age < mean_age {
+                kept.push((if is_resident { 0 } else { age }, record));
             }
         }
-        kept.sort_by_key(|(age, ..)| *age);
-        let mut budget = self.segment_blocks / REINSERT_PARTS.1 * REINSERT_PARTS.0;
-        for (_, key, place) in kept {
-            if budget > 0 && self.has_room() {
-                budget -= 1;
-                self.append(key, place);
+        kept.sort_by_key(|(age, _)| *age);
+        let budget = self.segment_blocks / REINSERT_PARTS.1 * REINSERT_PARTS.0;
+        for (_, record) in kept.into_iter().take(budget) {
+            if self.has_room() {
+                self.append(record);
                 self.reinserted_blocks += 1;
-            } else if resident(&key) {
-                self.waiting.insert(key, place.kind);
             }
         }
-        let ages: u64 = self.places.values().map(|place| self.clock - place.last_used).sum();
-        self.mean_age = ages.checked_div(self.places.len() as u64);
+        let ages: u64 = self.records.iter().map(|record| self.clock - record.last_used).sum();
+        self.mean_age = ages.checked_div(self.records.len() as u64);
     }
 }
 
@@ -161,14 +149,14 @@ mod tests {
     fn the_oldest_go_what_is_used_stays_and_the_capacity_holds() {
         let mut disk = Segments::new(320);
         let (hot, cold, in_ram) = (ObjectKey::numbered(9_000), ObjectKey::numbered(9_001), ObjectKey::numbered(9_002));
-        [hot, cold, in_ram].into_iter().for_each(|key| disk.write(key, 7, |_| false));
+        [hot, cold, in_ram].into_iter().for_each(|key| assert!(disk.offer(key, 7, |_| false)));
         for number in 0..5_000 {
-            disk.write(ObjectKey::numbered(number), 0, |key| *key == in_ram);
+            disk.offer(ObjectKey::numbered(number), 0, |key| *key == in_ram);
             assert_eq!(disk.read(&hot), Some(7));
-            assert!(disk.places.len() <= 320);
+            assert!(disk.records.len() <= 320);
         }
         assert!(disk.holds(&hot) && disk.holds(&in_ram) && !disk.holds(&cold));
-        assert!(disk.places.len() > 280, "{}", disk.places.len());
+        assert!(disk.records.len() > 280, "{}", disk.records.len());
         assert!(disk.reinserted_blocks > 10 && disk.written_blocks == 5_003);
     }
 }

@@ -16,6 +16,8 @@ use crate::clock::Deadline;
 use crate::error::{Error, OneLine, Result};
 use crate::tier::{Offer, Payload, Tier};
 
+/// How often a flush begins again where stores gave up what it had queued.
+const FLUSH_TRIES: usize = 3;
 /// How often a store tries again after it has given up what was queued, because what it evicts is queued too.
 const LAST_TRIES: usize = 4;
 
@@ -125,7 +127,7 @@ impl Tiers {
             self.offer(if is_stuck { Deadline::over() } else { deadline });
             if is_stuck || self.shared().wait_for_room(deadline) {
                 let waited = if is_stuck { Duration::ZERO } else { self.patience().full() };
-                self.each().for_each(|tier| _ = tier.give_up(waited));
+                self.give_up(waited);
                 tries -= 1;
             }
             made = self.shared().with(&attempt);
@@ -134,8 +136,29 @@ impl Tiers {
         made
     }
 
-    /// Makes everything durable that is in RAM or was queued, and may be in a tier.
+    /// Has the tiers drop what they have not begun to write.
+    fn give_up(&self, waited: Duration) {
+        let blocks = self.each().map(|tier| tier.give_up(waited)).sum();
+        self.given_up().fetch_add(blocks, Ordering::Relaxed);
+    }
+
+    /// Makes everything durable that is in RAM or was queued, and may be in a tier. A store that needs room may give up
+    /// what this has queued: what of it is still in RAM is queued again.
     pub(super) fn flush(&self) -> Result<()> {
+        let mut blocks = 0;
+        for _ in 0..FLUSH_TRIES {
+            let before = self.given_up().load(Ordering::Relaxed);
+            self.flush_once()?;
+            blocks = self.given_up().load(Ordering::Relaxed) - before;
+            if blocks == 0 {
+                return Ok(());
+            }
+        }
+        let tier = self.each().map(|tier| tier.name()).collect::<Vec<_>>().join(", ");
+        Err(Error::NotTaken { tier, blocks })
+    }
+
+    fn flush_once(&self) -> Result<()> {
         let mut not_taken = vec![0; self.all().len()];
         let mut next = Some(0);
         while let Some(from) = next {

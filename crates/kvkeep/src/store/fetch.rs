@@ -489,18 +489,19 @@ impl Promotion {
     }
 
     fn entry(&mut self, meta: BlockMeta) -> Option<(crate::index::Entry, Option<ObjectKey>, Option<ObjectKey>)> {
-        let bytes = to_usize(meta.raw_bytes);
-        let (spec, parent, child) = match meta.content {
+        let BlockMeta { facts, content, .. } = meta;
+        let bytes = to_usize(facts.raw_bytes);
+        let (spec, parent, child) = match content {
             Content::Named(spec) => (Some(Arc::new(spec)), None, None),
             Content::Block { layout, model } => {
-                self.models.lock().entry(meta.namespace).or_insert((layout, model));
+                self.models.lock().entry(facts.namespace).or_insert((layout, model));
                 (None, self.chain.before, self.chain.behind)
             }
             Content::Nothing => return None,
         };
         let extent = self.pending.take()?.into_extent()?;
         let begins = spec.is_none() && parent.is_none();
-        let entry = ledger::new_entry(self.key, extent, bytes, meta.expires_at_ms, spec, meta.compute_us);
+        let entry = ledger::new_entry(self.key, extent, bytes, facts.expires_at_ms, spec, facts.compute_us);
         Some((entry.begins(begins), parent, child))
     }
 }

@@ -13,7 +13,7 @@ use crate::eviction::{Admission, Admitter, EntryId, Place};
 const MAX_TOUCHES: u8 = 15;
 
 #[derive(Debug)]
-pub(super) struct Gate {
+pub(crate) struct Gate {
     admitter: Admitter,
     write_policy: WritePolicy,
     /// By the entry's id.
@@ -35,7 +35,7 @@ struct Use {
 
 impl Gate {
     /// `None` if everything passes.
-    pub(super) fn new(admission: Admission, write_policy: WritePolicy) -> Option<Self> {
+    pub(crate) fn new(admission: Admission, write_policy: WritePolicy) -> Option<Self> {
         let admitter = Admitter::new(admission);
         (admission != Admission::All).then(|| Self { admitter, write_policy, uses: Vec::new(), kept_off: 0 })
     }

@@ -18,8 +18,8 @@ mod room;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
+use super::Removed;
 use super::gate::Gate;
-use super::{OnPresent, Removed};
 use crate::block::BlockKey;
 use crate::event::{Change, Journal};
 use crate::eviction::{Arrival, Departure, EntryId, Place, PolicyKind, Priority, ShareId, Shares};
@@ -30,7 +30,7 @@ use crate::tensor::PairSpec;
 use crate::tier::ram::{Arena, Extent, PAGE_BYTES, Pages, ReadGrant, page_bytes};
 use crate::tier::{Epoch, Forget, Forgets};
 
-pub(super) use leaving::Leaving;
+pub(crate) use leaving::Leaving;
 pub(super) use room::SLICE;
 pub(crate) use room::Shortage;
 
@@ -81,6 +81,15 @@ pub(crate) enum Terms {
     Patient,
     /// It waits for nothing, gives up writes that have not begun instead, and what comes before it is somebody else's business.
     AtOnce,
+}
+
+/// What happens to an object that is already there under the same key.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum OnPresent {
+    /// The new one takes its place.
+    Replace,
+    /// It stays; equal keys mean equal bytes.
+    Keep,
 }
 
 /// What [`Ledger::reserve`] found and made of a run of keys.
@@ -201,7 +210,7 @@ impl Ledger {
     }
 
     /// What leaves RAM is offered from now on, if the gate lets it pass.
-    pub(super) fn set_tiers(&mut self, gate: Option<Gate>) {
+    pub(crate) fn set_tiers(&mut self, gate: Option<Gate>) {
         (self.has_tiers, self.gate) = (true, gate);
     }
 
@@ -216,7 +225,7 @@ impl Ledger {
     }
 
     /// What was written as this kind was read from a tier.
-    pub(super) fn read_below(&mut self, kind: u8) {
+    pub(crate) fn read_below(&mut self, kind: u8) {
         if let Some(gate) = &mut self.gate {
             gate.read(kind);
         }
@@ -289,13 +298,13 @@ impl Ledger {
     }
 
     /// Holds those of these entries that are there, each with its position.
-    pub(super) fn hold_each(&mut self, keys: &[ObjectKey], now_ms: u64) -> Vec<(usize, Held)> {
+    pub(crate) fn hold_each(&mut self, keys: &[ObjectKey], now_ms: u64) -> Vec<(usize, Held)> {
         let held = |(position, key)| Some((position, self.hold_key(key, now_ms, &[])?));
         keys.iter().enumerate().filter_map(held).collect()
     }
 
     /// Holds the live entry under a key, which stands behind `run` in its chain.
-    pub(super) fn hold_key(&mut self, key: &ObjectKey, now_ms: u64, run: &[Held]) -> Option<Held> {
+    pub(crate) fn hold_key(&mut self, key: &ObjectKey, now_ms: u64, run: &[Held]) -> Option<Held> {
         let id = self.find_live(key, now_ms)?;
         let (held, departing) = self.hold(id)?;
         // It was chosen to go: the policy has to be told of it anew.
@@ -403,7 +412,7 @@ impl Ledger {
     /// As [`Ledger::seal_all`], of one that came from a tier: it does not count as stored. `next` is the block behind
     /// it in the request, which may have come up before it. Nothing that was removed since `epoch` comes up. Says
     /// whether it may be there.
-    pub(super) fn seal_promoted(
+    pub(crate) fn seal_promoted(
         &mut self,
         namespace: NamespaceId,
         written: Written,
@@ -456,7 +465,7 @@ impl Ledger {
     }
 
     /// Goes with whatever is asked of a tier from now on.
-    pub(super) fn epoch(&self) -> Epoch {
+    pub(crate) fn epoch(&self) -> Epoch {
         self.epoch
     }
 

@@ -8,10 +8,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Shared, Store};
-use crate::block::{BlockKey, BlockMeta, Content};
+use crate::block::{BlockKey, BlockMeta, Content, Facts};
 use crate::chain::Chain;
 use crate::clock::{Deadline, duration_ms};
-use crate::codec::CodecId;
 use crate::config::StoreOptions;
 use crate::index::NEVER;
 use crate::key::ObjectKey;
@@ -37,13 +36,11 @@ impl Store {
         let block_bytes = namespace.layout().block_bytes() as u64;
         let offers = chain.keys().iter().enumerate().skip(first_block).zip(payloads).map(|((block, key), payload)| {
             let meta = BlockMeta {
-                key: BlockKey(*key),
-                namespace: namespace.id(),
-                raw_bytes: block_bytes,
-                stored_bytes: block_bytes,
-                codec: CodecId::RAW,
-                expires_at_ms,
-                compute_us: u32::try_from(compute.as_micros()).unwrap_or(u32::MAX),
+                facts: Facts {
+                    expires_at_ms,
+                    compute_us: u32::try_from(compute.as_micros()).unwrap_or(u32::MAX),
+                    ..Facts::raw(*key, namespace.id(), block_bytes)
+                },
                 begins: block == 0,
                 content: Content::Block { layout: *namespace.layout(), model: namespace.model().to_owned() },
             };

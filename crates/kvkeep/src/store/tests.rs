@@ -12,12 +12,14 @@ use std::time::Duration;
 
 use super::gate::Gate;
 use super::lease::Leases;
+use super::ledger::Written;
 use super::tiers::{Timeouts, resident_of};
 use super::*;
 use crate::cache::KvCache;
 use crate::clock::ManualClock;
-use crate::config::DiskConfig;
-use crate::eviction::Admission;
+use crate::config::{DiskConfig, StoreOptions, WritePolicy};
+use crate::error::Rejection;
+use crate::eviction::{Admission, Place};
 use crate::index::NEVER;
 use crate::key::TokenId;
 use crate::layout::{KvLayout, LayerView, LayerViewMut};
@@ -53,6 +55,11 @@ impl Lab {
     fn back(mut self) -> Self {
         self.config = self.config.write_policy(WritePolicy::Back);
         self
+    }
+
+    /// What a process finds that comes after this one was killed.
+    fn after_a_crash(&self) -> Self {
+        Self { sim: self.sim.copy(), clock: self.clock.clone(), config: self.config.clone(), policy: self.policy }
     }
 
     fn open(&self, ram_pages: u64) -> KvCache {

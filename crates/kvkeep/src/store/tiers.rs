@@ -7,7 +7,7 @@ use std::fmt;
 use std::sync::Arc;
 #[cfg(feature = "disk")]
 use std::sync::Weak;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::Shared;
@@ -46,6 +46,8 @@ pub(super) struct Tiers {
     rates: Vec<LoadRate>,
     not_worth_tokens: Vec<AtomicU64>,
     skipped: AtomicU64,
+    /// Blocks whose queued writes stores gave up.
+    given_up: AtomicUsize,
 }
 
 /// What holds between RAM and all tiers: what the disk's settings say, if there is a disk.
@@ -128,6 +130,7 @@ impl Tiers {
             models: Arc::default(),
             loads: Arc::new(Loads::new(limit_bytes)),
             skipped: AtomicU64::new(0),
+            given_up: AtomicUsize::new(0),
         }
     }
 
@@ -236,6 +239,10 @@ impl Tiers {
 
     pub(super) fn patience(&self) -> &Patience {
         &self.patience
+    }
+
+    pub(super) fn given_up(&self) -> &AtomicUsize {
+        &self.given_up
     }
 
     pub(super) fn timeouts(&self) -> Timeouts {

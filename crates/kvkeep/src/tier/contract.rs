@@ -9,9 +9,8 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use super::{Epoch, Forget, Offer, Payload, Read, ReadTarget, Tier};
-use crate::block::{BlockKey, BlockMeta, Content};
+use crate::block::{BlockKey, BlockMeta, Content, Facts};
 use crate::clock::Deadline;
-use crate::codec::CodecId;
 use crate::event::{Announcer, Event, EventSink};
 use crate::key::{BlockHash, NamespaceId, ObjectKey};
 use crate::layout::KvLayout;
@@ -102,13 +101,7 @@ fn block(number: u64) -> BlockMeta {
     let layout = KvLayout::new(1, 1, 4096, DType::U8).and_then(|layout| layout.with_block_tokens(1));
     let layout = layout.unwrap_or_else(|error| panic!("{error}"));
     BlockMeta {
-        key: key(number),
-        namespace: namespace(1),
-        raw_bytes: 2 * PAGE as u64,
-        stored_bytes: 2 * PAGE as u64,
-        codec: CodecId::RAW,
-        expires_at_ms: u64::MAX,
-        compute_us: 7,
+        facts: Facts { compute_us: 7, ..Facts::raw(key(number).0, namespace(1), 2 * PAGE as u64) },
         begins: false,
         content: Content::Block { layout, model: "contract".to_owned() },
     }
@@ -208,7 +201,7 @@ fn a_block_of_another_namespace_is_a_miss(tier: &dyn Tier) {
 }
 
 fn what_is_forgotten_is_gone_and_says_so(tier: &dyn Tier) {
-    let other = |number| BlockMeta { namespace: namespace(2), ..block(number) };
+    let other = |number| BlockMeta { facts: Facts { namespace: namespace(2), ..block(number).facts }, ..block(number) };
     offer(tier, &[block(1), block(2), other(3), other(4), block(5)], 0, 1);
     flush(tier);
     let gone = tier.forget(&Forget::Keys(&[key(1), key(77)]), 2);
@@ -351,8 +344,8 @@ mod tests {
     #[cfg(feature = "disk")]
     use crate::config::DiskConfig;
 
-    use crate::codec::Codecs;
     use crate::codec::tests::planes::planes;
+    use crate::codec::{CodecId, Codecs};
 
     fn coded_memory() -> Arc<dyn Tier> {
         let clock = Arc::new(ManualClock::at(1000));

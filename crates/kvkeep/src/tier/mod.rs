@@ -23,7 +23,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use crate::block::{BlockKey, BlockMeta};
+use crate::block::{BlockKey, BlockMeta, Facts};
 use crate::clock::Deadline;
 use crate::codec::CodecId;
 use crate::error::Result;
@@ -140,7 +140,7 @@ impl Located {
     /// As a block was offered: what it is, and the mark it came with.
     #[must_use]
     pub fn of(meta: &BlockMeta, mark: u8) -> Self {
-        let BlockMeta { namespace, raw_bytes, stored_bytes, codec, compute_us, .. } = *meta;
+        let Facts { namespace, raw_bytes, stored_bytes, codec, compute_us, .. } = meta.facts;
         Self { namespace, raw_bytes, stored_bytes, codec, compute_us, mark }
     }
 }

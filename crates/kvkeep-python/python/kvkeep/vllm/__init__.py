@@ -11,13 +11,15 @@ Invariant: importing this imports nothing of vLLM's. vLLM imports it in every pr
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvkeep.vllm._connector import KvkeepConnector
     from kvkeep.vllm._spec import KvkeepOffloadingSpec
     from kvkeep.vllm._tier import KvkeepTier
 
-__all__ = ["TIER_TYPE", "KvkeepOffloadingSpec", "KvkeepTier", "register"]
+__all__ = ["TIER_TYPE", "KvkeepConnector", "KvkeepOffloadingSpec", "KvkeepTier", "register"]
 
 TIER_TYPE = "kvkeep"
 """What `secondary_tiers` calls it."""
@@ -33,13 +35,10 @@ def register() -> None:
         SecondaryTierFactory.register_tier(TIER_TYPE, "kvkeep.vllm", "KvkeepTier")
 
 
+_PLACES = {"KvkeepTier": "_tier", "KvkeepOffloadingSpec": "_spec", "KvkeepConnector": "_connector"}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "KvkeepTier":
-        from kvkeep.vllm._tier import KvkeepTier
-
-        return KvkeepTier
-    if name == "KvkeepOffloadingSpec":
-        from kvkeep.vllm._spec import KvkeepOffloadingSpec
-
-        return KvkeepOffloadingSpec
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from typing import Any
@@ -19,6 +19,7 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 MEDIUM: Any = getattr(getattr(base, "Medium", None), "STORAGE", "FS")
 """What events call a disk: a string at first, then a member of an enum."""
+MEDIUM_OF_RAM: Any = getattr(getattr(base, "Medium", None), "CPU", "CPU")
 
 
 @cache
@@ -51,13 +52,13 @@ def result(job_id: int, done: Collection[bytes], keys: Sequence[bytes], is_load:
     return JobResult(job_id=job_id, success=success, **{name: value for name, value in more.items() if name in _names(JobResult)})
 
 
-def event(keys: list[Any], removed: bool, tier: SecondaryTierManager) -> Any:
-    """Blocks that came to the disk or went from it."""
-    more = {"locality": getattr(tier, "locality", None), "ownership": tier.tier_type}
+def event(keys: list[Any], medium: Any, removed: bool, locality: str | None, ownership: str | None) -> Any:
+    """Blocks that came to RAM or the disk, or went from there."""
     known = _names(base.OffloadingEvent)
-    return base.OffloadingEvent(
-        keys=keys, medium=MEDIUM, removed=removed, **{name: value for name, value in more.items() if name in known}
-    )
+    more: dict[str, Any] = {"ownership": ownership}
+    if locality is not None and hasattr(base, "Locality"):
+        more["locality"] = base.Locality(locality)
+    return base.OffloadingEvent(keys=keys, medium=medium, removed=removed, **{name: value for name, value in more.items() if name in known})
 
 
 def positions_of(context: Any) -> Mapping[bytes, int] | None:
@@ -76,13 +77,60 @@ def rows_spec(rows: Sequence[int]) -> Any:
     return CPULoadStoreSpec(list(rows))
 
 
+class RowsNow(CPULoadStoreSpec):
+    """Rows that are loaded in the step that reads them."""
+
+
+def no_same_step(config: Any, kv_cache_config: Any) -> str | None:
+    """Why no load may run in the step that reads it; None if it may."""
+    from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import TransferJob
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    groups = kv_cache_config.kv_cache_groups
+    if "sync" in _names(TransferJob):
+        return "this vLLM has such loads of its own (sync_load_budget_bytes)"
+    if len(groups) != 1 or not isinstance(groups[0].kv_cache_spec, FullAttentionSpec):
+        return "the model's layers are of several kinds"
+    if int(config.parallel_config.world_size) != 1:
+        return "the model is on several devices"
+    if config.speculative_config is not None:
+        return "a second model drafts for this one"
+    return None
+
+
+def layers_apart(config: Any) -> str:
+    """What is to be said of the layers' places in a row. Some releases lay them side by side, unless a connector wants each in one piece."""
+    if getattr(getattr(config, "kv_transfer_config", None), "kv_connector", None) != "KvkeepConnector":
+        return ""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import KVConnectorBase_V1
+
+    return ", a layer in one piece" if hasattr(KVConnectorBase_V1, "prefer_cross_layer_blocks") else ""
+
+
+def hooked_mode(context: Any) -> str | None:
+    """How a step runs, if vLLM can call a connector before each layer; None if not: as one graph, or in two halves."""
+    mode = getattr(getattr(context, "cudagraph_runtime_mode", None), "name", "NONE")
+    metadata = getattr(context, "attn_metadata", None)
+    return mode if mode in ("NONE", "PIECEWISE") and isinstance(metadata, dict) and metadata else None
+
+
+def beside_stores(status: Any, block_ids: list[int]) -> None:
+    """Has the scheduler's half take a load for a store until it has ended: a request that runs may store, be preempted, and end meanwhile.
+
+    Its blocks are then given to nobody else before it has ended, as those that a store reads.
+    """
+    status.is_store = True
+    fence = "deferred_fence_block_ids" if hasattr(status, "deferred_fence_block_ids") else "non_sliding_window_block_ids"
+    setattr(status, fence, block_ids)
+
+
 def rows_of_spec(spec: Any) -> tuple[int, int]:
     """How many rows vLLM's RAM has, and the bytes of one: blocks at first, then chunks."""
     return int(spec.num_chunks if hasattr(spec, "num_chunks") else spec.num_blocks), int(spec.kv_bytes_per_chunk)
 
 
-def gpu_worker(spec: Any, kv_caches: Any, rows: Any) -> Any:
-    """vLLM's worker over our rows. It would register all of them at once; that is ours to do.
+def gpu_worker(spec: Any, kv_caches: Any, rows: Any) -> tuple[Any, Callable[..., None]]:
+    """vLLM's worker over our rows, and what it copies with. It would register all rows at once; that is ours to do.
 
     Copies are made by the driver in both directions, which takes memory that is not registered, too. vLLM's kernel for small pages does not.
     """
@@ -101,7 +149,7 @@ def gpu_worker(spec: Any, kv_caches: Any, rows: Any) -> Any:
     finally:
         theirs.pin_mmap_region = pin
     worker._store_handler._swap_blocks_batch = worker._load_handler._swap_blocks_batch = _custom_ops.swap_blocks_batch
-    return worker
+    return worker, _custom_ops.swap_blocks_batch
 
 
 def source(from_disk: bool) -> Any:

@@ -19,6 +19,7 @@ from typing import Any
 from kvkeep import _kvkeep
 from kvkeep._engines.identity import adapter, digest, machine
 from kvkeep._engines.weights import fingerprint
+from kvkeep.vllm import _compat
 from kvkeep.vllm._settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def describe(config: Any, spec: Any, row_bytes: int, weights: str | None, known:
         "tokens_per_hash": spec.tokens_per_hash,
         "blocks_per_chunk": spec.blocks_per_chunk,
         "groups": [(group.tokens_per_block, list(group.layer_names)) for group in spec.config.groups],
-        "layout": str(getattr(spec.config, "kv_cache_layout", None) or os.environ.get("VLLM_KV_CACHE_LAYOUT")),
+        "layout": str(getattr(spec.config, "kv_cache_layout", None) or os.environ.get("VLLM_KV_CACHE_LAYOUT")) + _compat.layers_apart(config),
         "replicated": bool(getattr(spec, "replicated_layout", False)),
         "canonical": bool(getattr(spec.config, "canonical_layout", False)),
         "parallel": [

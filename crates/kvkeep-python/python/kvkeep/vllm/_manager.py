@@ -10,23 +10,19 @@ what is evicted knows nothing of what is below.
 
 from __future__ import annotations
 
-import logging
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.v1.kv_offload.base import LookupResult, OffloadingManager, PrepareStoreOutput, RequestOffloadingContext
+from vllm.v1.kv_offload.base import LookupResult, OffloadingManager, PrepareStoreOutput
 
-from kvkeep import KvkeepError, _kvkeep
-from kvkeep._engines import figures
+from kvkeep import _kvkeep
 from kvkeep._engines.worth import RatesFile
-from kvkeep.vllm import _compat, _hints, _metrics
-from kvkeep.vllm._prefill import Prefills
+from kvkeep.vllm import _compat, _hints
+from kvkeep.vllm._half import SchedulerHalf
 from kvkeep.vllm._settings import Settings
-
-_log = logging.getLogger(__name__)
 
 _PROBE_BLOCKS = 16
 _PROBE_EVERY = 16
@@ -69,8 +65,11 @@ class _Store:
     keys: list[bytes]
 
 
-class KvkeepManager(OffloadingManager):
+class KvkeepManager(SchedulerHalf[_Request], OffloadingManager):
     """The scheduler's half of `KvkeepOffloadingSpec`."""
+
+    _request_kind = _Request
+    _engine: _kvkeep.EngineRam
 
     def __init__(
         self,
@@ -83,11 +82,8 @@ class KvkeepManager(OffloadingManager):
         identity: str,
         closed: Callable[[], None] = lambda: None,
     ) -> None:
-        self._engine, self.settings, self.identity = engine, settings, identity
-        self._row_bytes, self._chunk_tokens, self._closed = row_bytes, chunk_tokens, closed
-        self.rates = file.read(settings.guess)
-        self._prefills = Prefills(config, self.rates, file, self._tokens_of)
-        self._requests: dict[str, _Request] = {}
+        self._engine, self._closed = engine, closed
+        self._begin(settings, config, row_bytes, chunk_tokens, file, identity)
         self._asked: dict[str, _Request] = {}
         """Those that were asked for in this step."""
         self._fetches: dict[int, tuple[str, float]] = {}
@@ -96,14 +92,10 @@ class KvkeepManager(OffloadingManager):
         self._stores: dict[bytes, _Store] = {}
         self._forgotten: list[tuple[int, list[Any]]] = []
         self._steps, self._steps_in_flight = 0, _compat.steps_in_flight(config)
-        self._own = {"hits": 0, "not_worth": 0}
         self._late = self._declined = 0
         self._probed_at = 0.0
         self._written: list[bytes] = []
         """Some of what was stored last."""
-        self._figures = _metrics.Figures()
-        self._generation = b""
-        self._may_change = _compat.may_change(config)
 
     # What is there.
 
@@ -194,6 +186,7 @@ class KvkeepManager(OffloadingManager):
             raise RuntimeError("kvkeep: vLLM loads blocks that it was not told to be there in this step")
         if not request.is_noted:
             self._note(request, list(request.known))
+        self._prefills.loaded(req_context.req_id)
         self._loads.setdefault(req_context.req_id, []).append((frozenset(keys), held))
         request.hits, request.came = {}, None
         return _compat.rows_spec(rows)
@@ -274,11 +267,6 @@ class KvkeepManager(OffloadingManager):
 
     # Requests and steps.
 
-    def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
-        self._requests[req_context.req_id] = self._new_request(req_context)
-        self._prefills.begin(req_context.req_id)
-        return RequestOffloadingContext()
-
     def on_request_finished(self, req_context: Any) -> None:
         request = self._requests.pop(req_context.req_id, None)
         self._asked.pop(req_context.req_id, None)
@@ -330,15 +318,8 @@ class KvkeepManager(OffloadingManager):
         if self._may_change:
             self._generation = secrets.token_bytes(16)
 
-    def take_events(self) -> Iterable[Any]:
-        return ()
-
     def get_stats(self) -> Any:
         return self._figures.tell(self._stats(), self._own, self.rates.disk_bytes_per_s, ram=True)
-
-    def counters(self) -> dict[str, int]:
-        """All counters as of now, for tests and logs."""
-        return figures.counters(self._stats(), self._own)
 
     def _stats(self) -> dict[str, Any]:
         stats = self._engine.stats()
@@ -346,32 +327,12 @@ class KvkeepManager(OffloadingManager):
 
     def shutdown(self) -> None:
         """Writes what is in RAM and not on the disk. Rows under a copy are not used again: they go when this process does."""
-        self._prefills.save(wait=True)
-        try:
-            self._engine.close()
-        except KvkeepError as error:
-            _log.warning("kvkeep: the disk was not closed cleanly: %s", error)
+        self._close()
         for store in self._stores.values():
             for one in store.begun:
                 one.abandon()
         self._requests, self._stores, self._loads, self._forgotten = {}, {}, {}, []
         self._closed()
-
-    # Small things.
-
-    def _request(self, context: Any) -> _Request:
-        request = self._requests.get(context.req_id)
-        return request if request is not None else self._new_request(context)
-
-    def _new_request(self, context: Any) -> _Request:
-        return _Request(_hints.read(_compat.actions_of(context), self.settings.ttl_s))
-
-    def _name(self, key: bytes) -> bytes:
-        return self._generation + key
-
-    def _tokens_of(self, key: bytes) -> int:
-        group = int.from_bytes(key[-4:], "big")
-        return self._chunk_tokens[group if group < len(self._chunk_tokens) else 0]
 
 
 def _output(keys: list[Any], rows: list[int]) -> PrepareStoreOutput:

@@ -59,6 +59,10 @@ class Prefills:
         if len(self._ended) > _ENDED_KEPT:
             del self._ended[next(iter(self._ended))]
 
+    def loaded(self, req_id: str) -> None:
+        """Some of its KV is loaded: what it computes behind that is no measure."""
+        self._live.pop(req_id, None)
+
     def step(self, context: Any) -> None:
         """A step is scheduled."""
         now = time.monotonic()

@@ -214,6 +214,15 @@ class RowsWorker(OffloadingWorker):
             registered.need(src_spec.block_ids)
         return bool(worker.submit_load(job_id, src_spec, dst_spec, **more))
 
+    def wait_layer(self, layer: int) -> None:
+        """For a worker whose loads can be waited for by layer."""
+        if self._made is not None:
+            self._made[0].wait_layer(layer)
+
+    def wait_all(self) -> None:
+        if self._made is not None:
+            self._made[0].wait_all()
+
     def get_finished(self) -> list[Any]:
         return self._made[0].get_finished() if self._made is not None else []
 

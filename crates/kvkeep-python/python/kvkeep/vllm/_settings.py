@@ -16,7 +16,7 @@ class Settings(settings.Settings):
     prefill_tokens_per_s: float = 20_000
     """How fast the engine computes, until it is measured."""
     enable_kv_events: bool = False
-    """Tells vLLM's event publisher what comes to the disk and goes from it."""
+    """Tells vLLM's event publisher what comes to kvkeep and goes from it."""
     locality: str | None = None
     """`LOCAL` or `REMOTE`, for those events."""
 
@@ -24,6 +24,10 @@ class Settings(settings.Settings):
     def guess(self) -> Rates:
         """What is taken for true until it is measured."""
         return Rates(self.prefill_tokens_per_s, disk_bytes_per_s=self.disk_gb_per_s * (1 << 30))
+
+    def tells(self, spec: Any) -> bool:
+        """Are events wanted, here and in vLLM?"""
+        return bool(self.enable_kv_events and spec.kv_events_config.enable_kv_cache_events)
 
     def disk(self, config: Any, ram_bytes: int | None = None) -> tuple[str, int, int, str | None, str]:
         """The folder of this replica of an engine, and what else a disk is opened with."""

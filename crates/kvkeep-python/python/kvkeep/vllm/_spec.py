@@ -19,6 +19,7 @@ from kvkeep import _kvkeep
 from kvkeep._cuda import Cuda
 from kvkeep._engines.worth import RatesFile
 from kvkeep.vllm import _compat, _identity, _metrics
+from kvkeep.vllm._layers import ByLayer
 from kvkeep.vllm._manager import KvkeepManager
 from kvkeep.vllm._rows import Registered, Rows, RowsWorker, find, publish
 from kvkeep.vllm._settings import RamSettings
@@ -32,6 +33,8 @@ class KvkeepOffloadingSpec(TieringOffloadingSpec):
         if self.extra_config.get("secondary_tiers"):
             raise ValueError("kvkeep: KvkeepOffloadingSpec has its disk below RAM already: give it no secondary_tiers")
         self.settings = RamSettings.read(dict(self.extra_config.get("kvkeep") or {}))
+        self.layers = 0
+        """So many layers are loaded one after the other; 0: all at once. Set by a connector that waits for each."""
         self._rows_manager: KvkeepManager | None = None
         self._rows_worker: OffloadingWorker | None = None
 
@@ -51,7 +54,8 @@ class KvkeepOffloadingSpec(TieringOffloadingSpec):
             raise ValueError("kvkeep: RAM has no room for a single block: raise cpu_bytes_to_use")
         namespace, identity = _identity.namespace(settings, config, self, row_bytes)
         times = (settings.load_timeout_s, settings.flush_timeout_s)
-        engine = _kvkeep.EngineRam(namespace, (rows * row_bytes, settings.eviction_policy), settings.disk(config, rows * row_bytes), times)
+        ram, disk = (rows * row_bytes, settings.eviction_policy), settings.disk(config, rows * row_bytes)
+        engine = _kvkeep.EngineRam(namespace, ram, disk, times, settings.tells(self))
         descriptor, _ = engine.memory()
         place = publish(settings.root, self.config.engine_id, descriptor, rows)
         tokens = [tokens * self.blocks_per_chunk for tokens in self.tokens_per_block]
@@ -69,7 +73,8 @@ class KvkeepOffloadingSpec(TieringOffloadingSpec):
         def make(is_over: Callable[[], bool]) -> tuple[OffloadingWorker, Registered | None]:
             rows = self._map(is_over)
             registered = Registered(rows, driver.register, driver.unregister)
-            return _compat.gpu_worker(self, kv_caches, rows), registered
+            worker, swap = _compat.gpu_worker(self, kv_caches, rows)
+            return ByLayer(worker, self.layers, driver, swap) if self.layers else worker, registered
 
         return make
 

@@ -16,14 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
-from vllm.v1.kv_offload.base import LookupResult, RequestOffloadingContext
+from vllm.v1.kv_offload.base import LookupResult
 from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
-from kvkeep import KvkeepError, _kvkeep
-from kvkeep._engines import figures
+from kvkeep import _kvkeep
 from kvkeep._engines.worth import RatesFile
 from kvkeep.vllm import _compat, _hints, _identity, _metrics
-from kvkeep.vllm._prefill import Prefills
+from kvkeep.vllm._half import SchedulerHalf
 from kvkeep.vllm._settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -64,9 +63,11 @@ class _Job:
     req_id: str
 
 
-class KvkeepTier(SecondaryTierManager):
+class KvkeepTier(SchedulerHalf[_Request], SecondaryTierManager):
     """kvkeep's disk under vLLM's `TieringOffloadingSpec`. Settings: `kvkeep.vllm._settings.Settings`."""
 
+    _request_kind = _Request
+    _engine: _kvkeep.EngineTier
     medium: ClassVar[Any] = _compat.MEDIUM
 
     def __init__(
@@ -82,30 +83,22 @@ class KvkeepTier(SecondaryTierManager):
         rows = np.asarray(primary_kv_view).view(np.uint8)
         if rows.ndim != 2 or not rows.size:
             raise ValueError("kvkeep: vLLM's RAM has no room for a single block: raise cpu_bytes_to_use")
-        self._row_bytes = int(rows.shape[1])
-        self._chunk_tokens = [tokens * offloading_spec.blocks_per_chunk for tokens in offloading_spec.tokens_per_block]
+        row_bytes = int(rows.shape[1])
         config = _compat.vllm_config()
         self._longest = int(config.model_config.max_model_len)
-        namespace, self.identity = _identity.namespace(self.settings, config, offloading_spec, self._row_bytes)
+        namespace, identity = _identity.namespace(self.settings, config, offloading_spec, row_bytes)
         self._open(rows, namespace, config, offloading_spec)
-        file = RatesFile(self.settings.root / "rates.json", self.identity)
-        self.rates = file.read(self.settings.guess)
-        self._prefills = Prefills(config, self.rates, file, self._tokens_of)
-        self._requests: dict[str, _Request] = {}
+        tokens = [tokens * offloading_spec.blocks_per_chunk for tokens in offloading_spec.tokens_per_block]
+        self._begin(self.settings, config, row_bytes, tokens, RatesFile(self.settings.root / "rates.json", identity), identity)
         self._jobs: dict[int, _Job] = {}
         self._refused: list[JobResult] = []
-        self._own = {"hits": 0, "not_worth": 0}
-        self._figures = _metrics.Figures()
         self._probes, self._skipped = _PROBE_FIRST, 0
-        self._generation = b""
-        self._may_change = _compat.may_change(config)
 
     def _open(self, rows: Any, namespace: _kvkeep.Namespace, config: Any, spec: Any) -> None:
         settings = self.settings
         disk = settings.disk(config)
         times = (settings.load_timeout_s, settings.store_timeout_s, settings.flush_timeout_s)
-        self._events = settings.enable_kv_events and spec.kv_events_config.enable_kv_cache_events
-        self._engine = _kvkeep.EngineTier(rows, namespace, disk, times, self._events)
+        self._engine = _kvkeep.EngineTier(rows, namespace, disk, times, settings.tells(spec))
         _log.info(
             "kvkeep: %s, %d blocks on the disk, %d rows of %d bytes in RAM",
             disk[0],
@@ -203,6 +196,7 @@ class KvkeepTier(SecondaryTierManager):
             self._decline(request, names)
             self._refused.append(_compat.result(job_metadata.job_id, (), keys, True, 0.0, self._row_bytes))
             return
+        self._prefills.loaded(job_metadata.req_context.req_id)
         self._jobs[job_metadata.job_id] = _Job(keys, True, job_metadata.req_context.req_id)
         self._engine.load(job_metadata.job_id, names, rows)
 
@@ -248,11 +242,6 @@ class KvkeepTier(SecondaryTierManager):
         elif request.hints.is_retained:
             self._engine.retain(names, request.hints.retain_s)
 
-    def on_new_request(self, req_context: Any) -> RequestOffloadingContext:
-        self._requests[req_context.req_id] = self._new_request(req_context)
-        self._prefills.begin(req_context.req_id)
-        return RequestOffloadingContext()
-
     def on_request_finished(self, req_context: Any) -> None:
         self._requests.pop(req_context.req_id, None)
         self._prefills.finish(req_context.req_id)
@@ -262,14 +251,6 @@ class KvkeepTier(SecondaryTierManager):
 
     def has_pending_work(self) -> bool:
         return bool(self._jobs or self._refused)
-
-    def take_events(self) -> Iterable[Any]:
-        if not self._events:
-            return
-        for keys, removed in zip(self._engine.take_events(), (False, True)):
-            own = [key[len(self._generation) :] for key in keys if key.startswith(self._generation)]
-            if own:
-                yield _compat.event(own, removed, self)
 
     def drain_jobs(self) -> None:
         """vLLM drops what it has in RAM: it sleeps, or has other weights. Then what is on the disk may be of the old ones."""
@@ -282,33 +263,8 @@ class KvkeepTier(SecondaryTierManager):
         return _metrics.definitions()
 
     def get_stats(self) -> Any:
-        return self._figures.tell(self._engine.stats(), self._own, self.rates.disk_bytes_per_s)
-
-    def counters(self) -> dict[str, int]:
-        """All counters as of now, for tests and logs."""
-        return figures.counters(self._engine.stats(), self._own)
+        return self._figures.tell(self._stats(), self._own, self.rates.disk_bytes_per_s)
 
     def shutdown(self) -> None:
         """Gives vLLM its memory back, and writes what was taken."""
-        self._prefills.save(wait=True)
-        try:
-            self._engine.close()
-        except KvkeepError as error:
-            _log.warning("kvkeep: the disk was not closed cleanly: %s", error)
-
-    # Small things.
-
-    def _request(self, context: Any) -> _Request:
-        request = self._requests.get(context.req_id)
-        # One that vLLM has not announced is known until it is: it may be a question of another tier's.
-        return request if request is not None else self._new_request(context)
-
-    def _new_request(self, context: Any) -> _Request:
-        return _Request(_hints.read(_compat.actions_of(context), self.settings.ttl_s))
-
-    def _name(self, key: bytes) -> bytes:
-        return self._generation + key
-
-    def _tokens_of(self, key: bytes) -> int:
-        group = int.from_bytes(key[-4:], "big")
-        return self._chunk_tokens[group if group < len(self._chunk_tokens) else 0]
+        self._close()

@@ -5,30 +5,29 @@
 //! queued was the alternative: their pages were not free, so one store evicted as many as the queue took.
 
 use super::{Held, Ledger};
-use crate::block::{BlockKey, BlockMeta, Content};
-use crate::codec::CodecId;
+use crate::block::{BlockMeta, Content, Facts};
 use crate::eviction::{Arrival, Departure, EntryId, Place};
 use crate::key::ObjectKey;
 use crate::tier::Epoch;
 
 /// An entry to be offered to the tiers. Its content is not filled in: the ledger does not know models.
 #[derive(Debug)]
-pub(in crate::store) struct Leaving {
-    pub(in crate::store) meta: BlockMeta,
-    pub(in crate::store) held: Held,
-    pub(in crate::store) epoch: Epoch,
+pub(crate) struct Leaving {
+    pub(crate) meta: BlockMeta,
+    pub(crate) held: Held,
+    pub(crate) epoch: Epoch,
     /// The kind it was admitted as.
-    pub(in crate::store) mark: u8,
+    pub(crate) mark: u8,
 }
 
 impl Ledger {
     /// What is to be offered now.
-    pub(in crate::store) fn take_offers(&mut self) -> Vec<Leaving> {
+    pub(crate) fn take_offers(&mut self) -> Vec<Leaving> {
         std::mem::take(&mut self.offers)
     }
 
     /// Offers the entries of a chain: behind one that is kept off nothing could be found.
-    pub(in crate::store) fn offer_run(&mut self, keys: &[ObjectKey]) {
+    pub(crate) fn offer_run(&mut self, keys: &[ObjectKey]) {
         for key in keys {
             if let Some(id) = self.index.find(key)
                 && !self.offer_entry(id)
@@ -57,15 +56,12 @@ impl Ledger {
             return true;
         }
         let Some(namespace) = self.index.namespaces().id(entry.namespace) else { return false };
-        let bytes = entry.payload_bytes();
         let meta = BlockMeta {
-            key: BlockKey(entry.key),
-            namespace,
-            raw_bytes: bytes,
-            stored_bytes: bytes,
-            codec: CodecId::RAW,
-            expires_at_ms: entry.expires_at_ms,
-            compute_us: entry.compute_us,
+            facts: Facts {
+                expires_at_ms: entry.expires_at_ms,
+                compute_us: entry.compute_us,
+                ..Facts::raw(entry.key, namespace, entry.payload_bytes())
+            },
             begins: entry.begins,
             content: entry.spec.as_ref().map_or(Content::Nothing, |spec| Content::Named(**spec)),
         };
@@ -81,7 +77,7 @@ impl Ledger {
     }
 
     /// A tier has an entry; since now, if it was offered as a kind.
-    pub(in crate::store) fn is_below(&mut self, held: &Held, kind: Option<u8>) {
+    pub(crate) fn is_below(&mut self, held: &Held, kind: Option<u8>) {
         match (&mut self.gate, kind) {
             (Some(gate), Some(kind)) => gate.wrote(held.id, kind),
             (Some(gate), None) => gate.is_below(held.id),

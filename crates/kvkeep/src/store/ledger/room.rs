@@ -70,7 +70,7 @@ impl Ledger {
     }
 
     /// Room for one promoted entry.
-    pub(in crate::store) fn reserve_one(
+    pub(crate) fn reserve_one(
         &mut self,
         namespace: NamespaceId,
         bytes: usize,

@@ -264,6 +264,58 @@ fn a_flush_that_leaves_blocks_in_ram_alone_says_so() {
     }
 }
 
+/// A store had waited a second for a slow disk and called it silent; a flush, which may wait for 30 seconds, then did not wait
+/// at all, and gave back what did not fit the queue.
+#[test]
+fn a_flush_waits_for_a_disk_that_is_slower_than_a_store_waits() {
+    let mut lab = Lab::new().back();
+    // A store waits 100 ms.
+    lab.config = lab.config.read_timeout(Duration::from_millis(100)).queue_bytes(2 * PAGE);
+    let cache = lab.open(8);
+    let prompts: Vec<_> = (0..4).map(|number| prompt(1000 * number, 4)).collect();
+    store(&cache, &prompts[0], &plain());
+    lab.sim.hang(true);
+    prompts[1..].iter().for_each(|tokens| _ = store(&cache, tokens, &plain()));
+    assert!(disk(&cache).failing && disk(&cache).dropped_total > 0, "{:?}", disk(&cache));
+    std::thread::scope(|scope| {
+        let flush = scope.spawn(|| cache.flush());
+        std::thread::sleep(Duration::from_millis(500));
+        assert!(!flush.is_finished(), "{:?}", flush.join());
+        lab.sim.hang(false);
+        flush.join().unwrap().unwrap();
+    });
+    assert!(!disk(&cache).failing);
+    let after = lab.after_a_crash().open(16);
+    let found: Vec<(usize, usize)> =
+        prompts.iter().map(|tokens| (look(&cache, tokens), look(&after, tokens))).collect();
+    assert!(found.iter().all(|(now, then)| now == then) && found[1..].iter().any(|(now, _)| *now > 0), "{found:?}");
+}
+
+/// A flush had queued its blocks when a store that needed room gave up all that was queued: the flush ended well, and
+/// the blocks were in RAM alone.
+#[test]
+fn a_flush_queues_again_what_stores_gave_up_meanwhile() {
+    let mut lab = Lab::new().back();
+    lab.config = lab.config.read_timeout(Duration::from_millis(100)).queue_bytes(64 * PAGE);
+    let cache = lab.open(32);
+    let (early, late) = (prompt(0, 32), prompt(1000, 4));
+    store(&cache, &early, &plain());
+    lab.sim.hang(true);
+    std::thread::scope(|scope| {
+        let flush = scope.spawn(|| cache.flush());
+        while disk(&cache).queued_bytes < 32 * PAGE {
+            std::thread::yield_now();
+        }
+        assert_eq!(store(&cache, &late, &plain()).stored_blocks, 4);
+        assert!(disk(&cache).dropped_total > 0, "{:?}", disk(&cache));
+        lab.sim.hang(false);
+        flush.join().unwrap().unwrap();
+    });
+    let kept = look(&cache, &early);
+    assert!(kept >= early.len() - late.len(), "{kept}");
+    assert!(look(&lab.after_a_crash().open(64), &early) >= kept);
+}
+
 /// A sweep looked at every entry, under the lock: 134 ms at a million.
 #[test]
 fn work_under_the_lock_is_done_in_slices_and_only_where_there_is_some() {

@@ -10,9 +10,10 @@ use super::format::{
     CipherKind, Content, Identity, Kind, PAGE_BYTES, Place, RecordHeader, RecordMeta, SegmentHeader, Trailer,
     encode_index,
 };
-use super::io::{Backend, FileSize, Pages};
+use super::io::{Backend, FileSize};
+use super::pages::Pages;
 use super::segment::{Segment, offset, segment_name};
-use crate::codec::CodecId;
+use crate::block::Facts;
 use crate::key::{NamespaceId, ObjectKey};
 
 /// Encrypted and copied this many pages at a time.
@@ -70,7 +71,7 @@ impl<'a> Record<'a> {
         if self.keys.is_empty() {
             entries.push((page, *self.meta));
         }
-        entries.extend(self.keys.iter().map(|key| (page, RecordMeta { key: *key, ..*self.meta })));
+        entries.extend(self.keys.iter().map(|key| (page, self.meta.of_key(*key))));
     }
 }
 
@@ -240,16 +241,6 @@ pub(crate) fn seal_segment(segment: &Segment, end_page: u32, entries: &[(u32, Re
 
 /// A record without a payload.
 pub(crate) fn marker(kind: Kind, namespace: NamespaceId, now_ms: u64) -> RecordMeta {
-    RecordMeta {
-        kind,
-        key: ObjectKey::new([0; 32], 0),
-        namespace,
-        raw_bytes: 0,
-        stored_bytes: 0,
-        codec: CodecId::RAW,
-        stored_at_ms: now_ms,
-        expires_at_ms: u64::MAX,
-        compute_us: 0,
-        prefix_bytes: 0,
-    }
+    let facts = Facts::raw(ObjectKey::new([0; 32], 0), namespace, 0);
+    RecordMeta { kind, facts, stored_at_ms: now_ms, prefix_bytes: 0 }
 }

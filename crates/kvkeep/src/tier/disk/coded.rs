@@ -11,8 +11,9 @@ use std::sync::{Arc, OnceLock};
 
 use super::crypt::Cipher;
 use super::format::{Content, PAGE_BYTES, RecordHeader, RecordMeta};
-use super::io::Pages;
+use super::pages::{Lent, Pages};
 use super::segment::{Expected, ReadError, Segment};
+use crate::block::Facts;
 use crate::codec::{self, Codec, CodecId, Codecs, Ends};
 
 /// A block that is to be written.
@@ -82,7 +83,10 @@ impl Draft {
         let raw = payload.get(..usize::try_from(self.meta.raw_bytes).ok()?)?;
         let room = |bytes: usize| Pages::new(bytes.div_ceil(PAGE_BYTES));
         let (pages, bytes) = codec::encode(codec.as_ref(), &self.content.frames_to_code(self.begins), raw, room)?;
-        let meta = RecordMeta { codec: codec.id(), stored_bytes: bytes as u64, ..self.meta };
+        let meta = RecordMeta {
+            facts: Facts { codec: codec.id(), stored_bytes: bytes as u64, ..self.meta.facts },
+            ..self.meta
+        };
         (meta.payload_pages() < self.meta.payload_pages()).then_some((meta, pages))
     }
 }
@@ -122,7 +126,7 @@ impl Decoder<'_> {
             return segment.read(page, &expected, self.cipher, into);
         }
         let codec = self.codec(expected.codec)?;
-        let mut pages = Pages::new(payload_pages as usize);
+        let mut pages = Lent::new(payload_pages as usize);
         let header = segment.read(page, &expected, self.cipher, pages.bytes_mut())?;
         if into.len() < to_usize(header.meta.raw_bytes) {
             return Err(ReadError::NoRoom);

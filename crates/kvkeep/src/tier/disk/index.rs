@@ -90,8 +90,9 @@ enum SegmentSlot {
     Closed,
 }
 
-/// Places of the table that are looked at while the lock is held.
+/// Work that is done while the lock is held: places of the table that are looked at, and a removal as so many of them.
 const SLICE: usize = 1 << 12;
+const REMOVAL: usize = 8;
 
 impl Fingerprint {
     pub(crate) fn of(key: &ObjectKey) -> Self {
@@ -188,9 +189,11 @@ impl DiskIndex {
     /// the ages of what stays.
     pub(crate) fn remove_some(&mut self, from: u64, goes: impl Fn(&Slot) -> bool) -> (usize, Option<u64>) {
         let Self { table, namespaces, clock, ages, reports, .. } = self;
-        let (mut removed, mut next) = (0, Some(from));
-        for _ in 0..SLICE {
-            let Some(place) = next else { break };
+        let (mut removed, mut next, mut looked) = (0, Some(from), 0);
+        while looked + removed * REMOVAL < SLICE
+            && let Some(place) = next
+        {
+            looked += 1;
             next = table.after(place);
             let Some(slot) = table.at(place) else { continue };
             if !goes(slot) {
@@ -238,13 +241,13 @@ impl DiskIndex {
 
     /// Puts a record in place of what was there under its key.
     pub(crate) fn insert(&mut self, meta: &RecordMeta, segment: SegmentNumber, page: u32, mark: u8) {
-        self.remove(&meta.key);
+        self.remove(&meta.key.0);
         let (Some(payload_pages), Some(coded)) = (meta.payload_pages(), coded(meta)) else { return };
         let namespace = self.namespaces.number(meta.namespace);
         self.clock = self.clock.wrapping_add(1);
         let named = meta.kind == Kind::Named;
         let slot = Slot {
-            fingerprint: Fingerprint::of(&meta.key),
+            fingerprint: Fingerprint::of(&meta.key.0),
             expires_at_ms: meta.expires_at_ms,
             page,
             payload_pages,
@@ -258,7 +261,7 @@ impl DiskIndex {
         };
         self.namespaces.add(namespace, slot.record_bytes(), meta.key.layer(), slot.prefix_bytes());
         if let (Some(reports), false) = (&self.reports, named) {
-            reports.block_came(meta.key.block_hash(), meta.namespace);
+            reports.block_came(meta.key.0.block_hash(), meta.namespace);
         }
         self.table.insert_unique(slot.fingerprint.table_hash(), slot, |slot| slot.fingerprint.table_hash());
     }
@@ -291,22 +294,37 @@ impl DiskIndex {
         self.namespaces.free(closed);
     }
 
-    /// Takes all records out, to be dropped without a lock. Segments stay.
+    /// Takes all records out, to be dropped without a lock after [`DiskIndex::report_gone`]. Segments stay.
     pub(crate) fn clear(&mut self) -> Records {
-        if let Some(reports) = &self.reports {
-            let blocks = self.table.iter().filter(|slot| !slot.is_named());
-            reports.went_each(blocks.map(|slot| slot.fingerprint.short()));
-        }
         self.namespaces.clear();
         Records(std::mem::take(&mut self.table))
     }
 
     /// The directory is another one.
-    pub(crate) fn forget_everything(&mut self) {
+    pub(crate) fn forget_everything(&mut self) -> Records {
         // A clearing may still be going on in the old one.
-        drop(self.clear());
+        let records = self.clear();
         let (namespaces, reports) = (std::mem::take(&mut self.namespaces), self.reports.take());
         *self = Self { namespaces, reports, ..Self::default() };
+        records
+    }
+
+    /// Reports that the next of these are gone, but for those that have come again since; says where to go on, if there
+    /// is more.
+    pub(crate) fn report_gone(&self, records: &Records, from: u64) -> Option<u64> {
+        let reports = self.reports.as_ref()?;
+        let Records(gone) = records;
+        let (mut shorts, mut next, mut looked) = (Vec::new(), Some(from), 0);
+        while looked + shorts.len() * REMOVAL < SLICE
+            && let Some(place) = next
+        {
+            looked += 1;
+            next = gone.after(place);
+            let slot = gone.at(place).filter(|slot| !slot.is_named() && self.get(slot.fingerprint).is_none());
+            shorts.extend(slot.map(|slot| slot.fingerprint.short()));
+        }
+        reports.went_each(&shorts);
+        next
     }
 
     /// A record was read.

@@ -8,8 +8,6 @@
 //! straight between the disk and the arena, whose pages are the RAM tier, and a second copy
 //! in the page cache would only take memory that the arena could have.
 
-#![expect(unsafe_code, reason = "a page of bytes is plain data; see below")]
-
 use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
@@ -19,49 +17,9 @@ use std::sync::Arc;
 
 use rustix::fs::{AtFlags, FallocateFlags, FlockOperation, Mode, OFlags};
 
-use super::format::PAGE_BYTES;
 use crate::process::{NotInherited, Process, not_inherited};
 
 const LOCK: &str = "LOCK";
-
-/// A page-aligned page.
-#[derive(Clone, Copy)]
-#[repr(C, align(4096))]
-pub(crate) struct Page([u8; PAGE_BYTES]);
-
-// SAFETY: an array of bytes without padding: any bit pattern is valid, zero included.
-unsafe impl bytemuck::Zeroable for Page {}
-// SAFETY: as above; `Copy`, `'static` and free of pointers.
-unsafe impl bytemuck::Pod for Page {}
-
-/// Whole pages of zeroed, page-aligned memory, as `O_DIRECT` wants it.
-pub(crate) struct Pages(Box<[Page]>);
-
-impl Pages {
-    pub(crate) fn new(pages: usize) -> Self {
-        Self(bytemuck::zeroed_slice_box(pages))
-    }
-
-    pub(crate) fn bytes(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
-    }
-
-    pub(crate) fn bytes_mut(&mut self) -> &mut [u8] {
-        bytemuck::cast_slice_mut(&mut self.0)
-    }
-}
-
-impl AsMut<[u8]> for Pages {
-    fn as_mut(&mut self) -> &mut [u8] {
-        self.bytes_mut()
-    }
-}
-
-impl fmt::Debug for Pages {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} pages", self.0.len())
-    }
-}
 
 /// A file's length, and what it takes on the disk.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

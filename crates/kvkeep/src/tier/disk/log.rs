@@ -16,8 +16,9 @@ use super::active::{Active, Encoder, Record, Sealed, marker};
 use super::crypt::Cipher;
 use super::format::{HEADER_KEYS, Identity, Kind, Manifest, RecordMeta, SegmentLine, Trailer};
 use super::index::SegmentNumber;
-use super::io::{Backend, Pages, is_full};
+use super::io::{Backend, is_full};
 use super::manifest::{self, Marks};
+use super::pages::Pages;
 use super::records::read_segment;
 use super::room::{OVERHEAD_BYTES, Room};
 use super::segment::{Expected, Segment, offset, segment_name};
@@ -411,15 +412,15 @@ impl Log {
     fn worth_keeping(&self, segment: &Segment, number: SegmentNumber, entries: u32) -> Vec<(u32, RecordMeta)> {
         let records = read_segment(segment, Some(entries), 0).entries;
         let stored: Vec<(u32, RecordMeta)> = records.into_iter().filter(|(_, meta)| meta.kind.is_stored()).collect();
-        let keys: Vec<ObjectKey> = stored.iter().map(|(_, meta)| meta.key).collect();
+        let keys: Vec<ObjectKey> = stored.iter().map(|(_, meta)| meta.key.0).collect();
         let resident = self.shared.resident(&keys);
         let mut kept = Vec::new();
         for (records, resident) in stored.chunks(RECORDS_AT_ONCE).zip(resident.chunks(RECORDS_AT_ONCE)) {
             let state = self.shared.state.lock();
             for ((page, meta), resident) in records.iter().zip(resident) {
-                let Some(slot) = state.index.at(&meta.key, number, *page) else { continue };
-                let age = if *resident { Some(0) } else { state.index.kept_age(&meta.key, number, *page) };
-                let meta = RecordMeta { expires_at_ms: slot.expires_at_ms, ..*meta };
+                let Some(slot) = state.index.at(&meta.key.0, number, *page) else { continue };
+                let age = if *resident { Some(0) } else { state.index.kept_age(&meta.key.0, number, *page) };
+                let meta = meta.expiring(slot.expires_at_ms);
                 kept.extend(age.map(|age| (age, (*page, meta))));
             }
         }
@@ -434,14 +435,14 @@ impl Log {
             return Ok(false);
         };
         // What opening found too long stays cut.
-        header.meta.expires_at_ms = meta.expires_at_ms;
+        header.meta = header.meta.expiring(meta.expires_at_ms);
         let record =
             Record { meta: &header.meta, content: &header.content, keys: &[], payload: payload.bytes(), sums: None };
         let written = self.append_here(&[record])?;
         let Some(written) = written.first() else { return Ok(false) };
         let mut state = self.shared.state.lock();
         // It may have been removed or replaced while it was copied.
-        if state.index.relocate(&meta.key, (number, page), (written.segment, written.page)) {
+        if state.index.relocate(&meta.key.0, (number, page), (written.segment, written.page)) {
             state.counters.reinserted_total += 1;
         }
         Ok(true)

@@ -8,7 +8,8 @@ use std::io;
 use std::sync::Arc;
 
 use super::format::{MARK_PAGES, Manifest, Mark, PAGE_BYTES, StoreId};
-use super::io::{Backend, DiskFile, Pages};
+use super::io::{Backend, DiskFile};
+use super::pages::Pages;
 
 pub(crate) const NAME: &str = "MANIFEST";
 pub(crate) const TEMPORARY: &str = "MANIFEST.new";

@@ -105,7 +105,7 @@ impl Messages {
     #[must_use]
     pub fn describe(&self, header: &[u8], now_ms: u64) -> Option<BlockMeta> {
         let mut header = RecordHeader::decode(header).filter(|header| header.meta.kind.is_stored())?;
-        header.meta.expires_at_ms = header.meta.expires_at_ms(now_ms);
+        header.meta = header.meta.expiring(header.meta.expires_at_ms(now_ms));
         Some(block_meta(header))
     }
 
@@ -166,7 +166,8 @@ impl fmt::Debug for Messages {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::codec::{CodecId, Lossless};
+    use crate::block::Facts;
+    use crate::codec::Lossless;
     use crate::key::ObjectKey;
     use crate::layout::KvLayout;
     use crate::tensor::DType;
@@ -175,14 +176,9 @@ mod tests {
 
     fn meta() -> BlockMeta {
         let layout = KvLayout::new(2, 1, 37_500, DType::BF16).unwrap().with_block_tokens(1).unwrap();
+        let facts = Facts::raw(ObjectKey::numbered(7), NamespaceId::named("n"), BYTES as u64);
         BlockMeta {
-            key: BlockKey(ObjectKey::numbered(7)),
-            namespace: NamespaceId::named("n"),
-            raw_bytes: BYTES as u64,
-            stored_bytes: BYTES as u64,
-            codec: CodecId::RAW,
-            expires_at_ms: 5000,
-            compute_us: 9,
+            facts: Facts { expires_at_ms: 5000, compute_us: 9, ..facts },
             begins: false,
             content: Content::Block { layout, model: "m".into() },
         }
@@ -259,7 +255,9 @@ mod tests {
     #[test]
     fn a_message_from_under_a_clock_that_was_ahead_lives_no_longer_than_it_was_given() {
         let (messages, payload) = (Messages::default(), vec![1; BYTES]);
-        let message = messages.encode(&BlockMeta { expires_at_ms: 90_000, ..meta() }, &payload, 80_000).unwrap();
+        let message = messages
+            .encode(&BlockMeta { facts: Facts { expires_at_ms: 90_000, ..meta().facts }, ..meta() }, &payload, 80_000)
+            .unwrap();
         assert_eq!(messages.describe(&message.header, 1000).unwrap().expires_at_ms, 11_000);
     }
 }

@@ -23,6 +23,8 @@ mod io;
 mod log;
 mod manifest;
 mod message;
+mod pace;
+mod pages;
 mod queue;
 mod readers;
 mod records;
@@ -212,7 +214,9 @@ impl Disk {
         if state.queue.bytes == 0 {
             state.moved(now_ms);
         }
-        let codec = self.shared.codecs.writing_what(meta.namespace, content.may_be_lossy()).cloned();
+        let codec = self.shared.codecs.writing_what(meta.namespace, content.may_be_lossy());
+        let pays = || !self.shared.codecs.depends(meta.namespace) || self.shared.pace.pays();
+        let codec = codec.filter(|_| pays()).cloned();
         let draft = Draft::new(meta, content, codec, self.cipher.is_none()).begins(said.begins);
         state.queue.push(draft, said.mark, self.shared.counted(payload()));
         drop(state);
@@ -441,6 +445,9 @@ impl Disk {
         if let Some(closed) = &closed {
             self.shared.remove_namespace(closed);
         }
+        if let Some(records) = &cleared {
+            self.shared.report_gone(records);
+        }
         let removed = closed.map_or(0, |closed| closed.entries);
         removed + cleared.map_or(0, |records| records.len() as u64)
     }
@@ -505,6 +512,12 @@ impl Disk {
         self.shared.state.lock().index.namespaces().usage().collect()
     }
 
+    /// Of what is written now, where no namespace says otherwise.
+    fn codec_name(&self) -> &'static str {
+        let codecs = &self.shared.codecs;
+        if codecs.mostly_depend() && !self.shared.pace.pays() { "raw" } else { codecs.name() }
+    }
+
     pub(crate) fn stats(&self) -> TierStats {
         let state = self.shared.state.lock();
         TierStats {
@@ -512,7 +525,7 @@ impl Disk {
             index_bytes: state.index.memory_bytes() as u64,
             queued_bytes: state.queue.bytes,
             encrypted: self.cipher.is_some(),
-            codec: self.shared.codecs.name(),
+            codec: self.codec_name(),
             failing: state.writes.is_failing() || state.reads.is_failing() || state.hangs(),
             ..state.counters.clone()
         }

@@ -71,7 +71,7 @@ impl Queue {
         let (ticket, meta) = (self.last_ticket, draft.meta);
         let wanted =
             Wanted { ticket, namespace: meta.namespace, layer: meta.key.layer(), expires_at_ms: meta.expires_at_ms };
-        self.wanted.insert(Fingerprint::of(&meta.key), wanted);
+        self.wanted.insert(Fingerprint::of(&meta.key.0), wanted);
         self.bytes += payload.bytes().len() as u64;
         let draft = Arc::new(draft);
         if self.works_ahead && draft.is_work() {
@@ -128,7 +128,7 @@ impl Queue {
         }
         self.ops = kept;
         for write in &writes {
-            self.finish(&write.draft.meta.key, write.ticket);
+            self.finish(&write.draft.meta.key.0, write.ticket);
         }
         writes
     }

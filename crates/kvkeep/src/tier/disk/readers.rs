@@ -10,7 +10,7 @@ use std::sync::Arc;
 use crate::sync::{Condvar, Mutex, thread};
 
 /// Enough for a disk to have something to do while other blocks are checked, and for one that takes long to begin.
-const THREADS: usize = if cfg!(shuttle) { 2 } else { 8 };
+pub(super) const THREADS: usize = if cfg!(shuttle) { 2 } else { 8 };
 
 type Job = Box<dyn FnOnce() + Send>;
 

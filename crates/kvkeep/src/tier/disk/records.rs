@@ -7,7 +7,7 @@ use std::io;
 
 use super::crypt::Cipher;
 use super::format::{PAGE_BYTES, RecordHeader, RecordMeta, Trailer, decode_index};
-use super::io::Pages;
+use super::pages::Pages;
 use super::segment::{Expected, ReadError, Segment, offset, read_if_there};
 use super::survey::Surveyed;
 
@@ -128,7 +128,7 @@ fn scan(segment: &Segment, pages: u32, durable: u32) -> Records {
 
 fn push(entries: &mut Vec<(u32, RecordMeta)>, page: u32, header: &RecordHeader) {
     let before = entries.len();
-    entries.extend(header.keys().map(|key| (page, RecordMeta { key, ..header.meta })));
+    entries.extend(header.keys().map(|key| (page, header.meta.of_key(key))));
     if entries.len() == before {
         entries.push((page, header.meta));
     }

@@ -103,7 +103,7 @@ impl<'a> Opening<'a> {
         self.unknown.extend(unknown);
         let number = self.index(&segment, &records)?;
         let named = records.entries.iter().filter(|(_, meta)| meta.kind == Kind::Named);
-        self.named.extend(named.map(|(_, meta)| meta.key));
+        self.named.extend(named.map(|(_, meta)| meta.key.0));
         let size = segment.file.size()?;
         let allocated_bytes = size.allocated_bytes.max(size.bytes);
         let mut line = Line { segment: Arc::clone(&segment), number, listed, allocated_bytes };
@@ -136,20 +136,25 @@ impl<'a> Opening<'a> {
         let now_ms = self.shared.now_ms();
         let mut state = self.shared.state.lock();
         for (page, meta) in records {
-            let meta = RecordMeta { expires_at_ms: meta.expires_at_ms(now_ms), ..*meta };
+            let meta = meta.expiring(meta.expires_at_ms(now_ms));
             match meta.kind {
                 Kind::Block | Kind::Named if meta.expires_at_ms > now_ms && self.knows(&meta) => {
                     state.index.insert(&meta, number, *page, 0);
+                    self.shared.pace.finds(meta.codec);
                 }
                 // One that has expired or cannot be decoded still replaces what was before it.
-                Kind::Block | Kind::Named | Kind::Removal => drop(state.index.remove(&meta.key)),
+                Kind::Block | Kind::Named | Kind::Removal => drop(state.index.remove(&meta.key.0)),
                 Kind::NamespaceCleared => {
                     let closed = state.index.close_namespace(meta.namespace);
                     drop(state);
                     closed.iter().for_each(|closed| self.shared.remove_namespace(closed));
                     state = self.shared.state.lock();
                 }
-                Kind::Cleared => drop(state.index.clear()),
+                Kind::Cleared => {
+                    drop(state);
+                    self.shared.remove_everything();
+                    state = self.shared.state.lock();
+                }
             }
         }
     }

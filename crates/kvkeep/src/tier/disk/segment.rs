@@ -9,7 +9,8 @@ use std::sync::Arc;
 
 use super::crypt::Cipher;
 use super::format::{CipherKind, PAGE_BYTES, Place, RecordHeader, RecordMeta, StoreId, checksum};
-use super::io::{DiskFile, Pages};
+use super::io::DiskFile;
+use super::pages::Pages;
 use crate::codec::CodecId;
 use crate::key::{NamespaceId, ObjectKey};
 
@@ -48,7 +49,7 @@ pub(crate) struct Expected {
 
 impl From<&RecordMeta> for Expected {
     fn from(meta: &RecordMeta) -> Self {
-        Self { key: meta.key, namespace: meta.namespace, codec: meta.codec }
+        Self { key: meta.key.0, namespace: meta.namespace, codec: meta.codec }
     }
 }
 

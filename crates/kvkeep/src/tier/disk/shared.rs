@@ -11,7 +11,8 @@ use std::sync::{Arc, OnceLock, Weak};
 use std::time::Duration;
 
 use super::format::{Kind, RecordMeta};
-use super::index::{DiskIndex, SegmentNumber, Slot};
+use super::index::{self, DiskIndex, SegmentNumber, Slot};
+use super::pace::Pace;
 use super::queue::{Op, Queue, Reply};
 use crate::clock::{Clock, Deadline, Moment};
 use crate::codec::Codecs;
@@ -68,6 +69,7 @@ pub(crate) struct Shared {
     pub(crate) room: Condvar,
     pub(crate) clock: Arc<dyn Clock>,
     pub(crate) codecs: Codecs,
+    pub(crate) pace: Pace,
     resident: OnceLock<Resident>,
 }
 
@@ -95,6 +97,7 @@ impl Shared {
             room: Condvar::default(),
             clock,
             codecs,
+            pace: Pace::default(),
             resident: OnceLock::new(),
         }
     }
@@ -127,6 +130,22 @@ impl Shared {
     pub(crate) fn remove_namespace(&self, closed: &Closed) {
         self.remove_all(|slot| slot.namespace == closed.number);
         self.state.lock().index.free_namespace(closed);
+    }
+
+    /// Forgets everything; says how many records that were.
+    pub(crate) fn remove_everything(&self) -> usize {
+        let records = self.state.lock().index.clear();
+        self.report_gone(&records);
+        records.len()
+    }
+
+    /// Reports that these are gone which were taken out of the index, in slices: a listener of a million of them held
+    /// the lock for as long as it takes to tell of all.
+    pub(crate) fn report_gone(&self, records: &index::Records) {
+        let mut next = Some(0);
+        while let Some(from) = next {
+            next = self.state.lock().index.report_gone(records, from);
+        }
     }
 
     /// Forgets everything that a later record could have replaced or removed unseen, in slices; says how many records.
@@ -221,10 +240,12 @@ impl Shared {
     }
 
     /// Waits until something has left a queue of so many bytes, or the deadline; says whether it is worth another try.
-    /// A writer that gets nothing done for `at_most` is not waited for any more.
+    /// A writer that has got nothing done for so long is not waited for: who may wait longer does. After `at_most` of it
+    /// nobody waits any more.
     pub(crate) fn wait_for_room(&self, deadline: Deadline, queue_bytes: u64, at_most: Duration) -> bool {
+        let patience = deadline.left();
         let mut state = self.state.lock();
-        if state.closed || !state.stalled_for.is_zero() || !state.writes.allows(self.now_ms()) {
+        if state.closed || state.stalled_for >= patience || !state.writes.allows(self.now_ms()) {
             return false;
         }
         let before = state.queue.bytes;
@@ -241,7 +262,12 @@ impl Shared {
                 return false;
             }
         }
-        !deadline.is_over()
+        let is_over = deadline.is_over();
+        if is_over && !state.stalled_for.is_zero() && state.idle() >= patience {
+            // It hangs, and has now been waited for longer than before.
+            state.stalled_for = state.stalled_for.max(patience);
+        }
+        !is_over
     }
 
     /// Says that the writer gets nothing done, if that is news.
@@ -302,9 +328,9 @@ impl DiskState {
     /// longer be found.
     pub(crate) fn needs(&mut self, meta: &RecordMeta, now_ms: u64) -> bool {
         if meta.kind == Kind::Block {
-            return !self.index.contains(&meta.key, now_ms) && !self.queue.wants(&meta.key, now_ms);
+            return !self.index.contains(&meta.key.0, now_ms) && !self.queue.wants(&meta.key.0, now_ms);
         }
-        self.hide(&meta.key);
+        self.hide(&meta.key.0);
         true
     }
 

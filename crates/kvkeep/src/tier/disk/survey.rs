@@ -9,8 +9,9 @@ use std::sync::Arc;
 
 use super::crypt::{self, Cipher};
 use super::format::{CipherKind, Identity, Manifest, SegmentHeader, SegmentLine, StoreId};
-use super::io::{Backend, DiskFile, Pages, is_no_file};
+use super::io::{Backend, DiskFile, is_no_file};
 use super::manifest;
+use super::pages::Pages;
 use super::segment::{Segment, offset, read_if_there, segment_id, segment_name};
 
 /// Why a directory cannot be used as it is asked for.

@@ -7,11 +7,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::format::{Content, Kind, PAGE_BYTES, RecordHeader, RecordMeta};
-use super::io::Pages;
+use super::pace::Burst;
+use super::pages::Pages;
 use super::readers::Readers;
 use super::{Disk, Options, Resident, Said, Taken};
 use crate::block::{BlockKey, BlockMeta};
 use crate::clock::{Clock, Deadline, Moment};
+use crate::codec::CodecId;
 use crate::config::DiskConfig;
 use crate::error::{OneLine, Result};
 use crate::event::Reports;
@@ -48,6 +50,7 @@ struct Reading {
     /// When one returned last, or the first of them began.
     moved: Option<Moment>,
     is_silent: bool,
+    burst: Burst,
 }
 
 /// A payload in pages of its own: what was lent does not lie as the disk wants it.
@@ -169,49 +172,35 @@ fn keys_of(keys: &[BlockKey]) -> Vec<ObjectKey> {
     keys.iter().map(|key| key.0).collect()
 }
 
-/// Reads one block; what was read is right, or it is a miss.
-fn read(disk: &Disk, read: &mut Read) -> Option<BlockMeta> {
-    let found = disk.find(&read.key.0).filter(|found| found.namespace == read.namespace)?;
-    let mut header = match &read.range {
-        None => disk.read(&read.key.0, &found, read.target.bytes_mut())?,
-        Some(range) => disk.read_part(&read.key.0, &found, range, read.target.bytes_mut())?,
+/// Reads one block; what was read is right, or it is a miss. And how many bytes came as they are; `None` if they were decoded.
+fn read(disk: &Disk, read: &mut Read) -> (Option<BlockMeta>, Option<u64>) {
+    let found = disk.find(&read.key.0).filter(|found| found.namespace == read.namespace);
+    let Some(found) = found else { return (None, Some(0)) };
+    let header = match &read.range {
+        None => disk.read(&read.key.0, &found, read.target.bytes_mut()),
+        Some(range) => disk.read_part(&read.key.0, &found, range, read.target.bytes_mut()),
     };
-    // The index knows better than the record, which may be from under a wrong clock.
-    header.meta.expires_at_ms = found.slot.expires_at_ms;
-    Some(block_meta(header).decoded())
+    let is_raw = found.slot.codec() == CodecId::RAW;
+    let bytes = is_raw.then(|| header.as_ref().map_or(0, |header| header.meta.stored_bytes));
+    let meta = header.map(|mut header| {
+        // The index knows better than the record, which may be from under a wrong clock.
+        header.meta = header.meta.expiring(found.slot.expires_at_ms);
+        block_meta(header).decoded()
+    });
+    (meta, bytes)
 }
 
 pub(super) fn record_meta(meta: &BlockMeta, stored_at_ms: u64) -> RecordMeta {
-    RecordMeta {
-        kind: if meta.is_replaceable() { Kind::Named } else { Kind::Block },
-        key: meta.key.0,
-        namespace: meta.namespace,
-        raw_bytes: meta.raw_bytes,
-        stored_bytes: meta.stored_bytes,
-        codec: meta.codec,
-        stored_at_ms,
-        expires_at_ms: meta.expires_at_ms,
-        compute_us: meta.compute_us,
-        prefix_bytes: match &meta.content {
-            Content::Named(spec) => u32::try_from(spec.prefix_bytes).unwrap_or(u32::MAX),
-            Content::Block { .. } | Content::Nothing => 0,
-        },
-    }
+    let prefix_bytes = match &meta.content {
+        Content::Named(spec) => u32::try_from(spec.prefix_bytes).unwrap_or(u32::MAX),
+        Content::Block { .. } | Content::Nothing => 0,
+    };
+    let kind = if meta.is_replaceable() { Kind::Named } else { Kind::Block };
+    RecordMeta { kind, facts: meta.facts, stored_at_ms, prefix_bytes }
 }
 
 pub(super) fn block_meta(header: RecordHeader) -> BlockMeta {
-    let meta = header.meta;
-    BlockMeta {
-        key: BlockKey(meta.key),
-        namespace: meta.namespace,
-        raw_bytes: meta.raw_bytes,
-        stored_bytes: meta.stored_bytes,
-        codec: meta.codec,
-        expires_at_ms: meta.expires_at_ms,
-        compute_us: meta.compute_us,
-        begins: false,
-        content: header.content,
-    }
+    BlockMeta { facts: header.meta.facts, begins: false, content: header.content }
 }
 
 impl Tier for DiskTier {
@@ -249,12 +238,15 @@ impl Tier for DiskTier {
                         reading.moved = Some(Moment::now());
                     }
                     reading.active += 1;
+                    reading.burst.begin();
                 }
-                let meta = read(&disk, &mut wanted);
+                let (meta, bytes) = read(&disk, &mut wanted);
                 let is_back = {
                     let mut reading = reading.lock();
                     reading.active -= 1;
                     reading.moved = Some(Moment::now());
+                    let is_last = reading.active == 0;
+                    reading.burst.end(bytes, is_last, &disk.shared.pace);
                     std::mem::take(&mut reading.is_silent)
                 };
                 if is_back {

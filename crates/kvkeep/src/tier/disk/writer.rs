@@ -180,7 +180,7 @@ impl Writer {
             let state = self.shared.state.lock();
             writes.into_iter().partition(|write| {
                 let meta = &write.draft.meta;
-                meta.expires_at_ms > now_ms && state.queue.is_wanted(&meta.key, write.ticket)
+                meta.expires_at_ms > now_ms && state.queue.is_wanted(&meta.key.0, write.ticket)
             })
         };
         rest.into_iter().for_each(|write| self.finish(write, Outcome::Unwanted));
@@ -240,8 +240,8 @@ impl Writer {
             match outcome {
                 // Removed or replaced while it was written: then a removal, or the newer
                 // one, comes behind it.
-                Outcome::Written(written) if state.queue.is_wanted(&meta.key, ticket) => {
-                    state.settle(&meta.key);
+                Outcome::Written(written) if state.queue.is_wanted(&meta.key.0, ticket) => {
+                    state.settle(&meta.key.0);
                     state.index.insert(&meta, written.segment, written.page, mark);
                     state.counters.stored_total += 1;
                     let pages = |bytes: u64| bytes.next_multiple_of(PAGE_BYTES as u64);
@@ -252,10 +252,10 @@ impl Writer {
                 Outcome::Dropped => state.counters.dropped_total += 1,
                 Outcome::Failed => {
                     state.counters.dropped_total += 1;
-                    state.doubt(&meta.key);
+                    state.doubt(&meta.key.0);
                 }
             }
-            state.queue.finish(&meta.key, ticket);
+            state.queue.finish(&meta.key.0, ticket);
         }
         drop(payload);
     }
@@ -284,7 +284,9 @@ impl Writer {
             return;
         }
         let Ok(backend) = (self.opener)() else { return };
-        self.shared.state.lock().index.forget_everything();
+        let forgotten = self.shared.state.lock().index.forget_everything();
+        self.shared.report_gone(&forgotten);
+        drop(forgotten);
         let (cipher, capacity_bytes) = (self.log.cipher.clone(), self.log.room.capacity_bytes());
         if let Ok(log) = recover::open(backend, cipher, capacity_bytes, &self.shared) {
             self.log = log;
@@ -353,8 +355,7 @@ impl Owed {
             }
             _ => {
                 *self = Self { all: true, ..Self::default() };
-                let cleared = shared.state.lock().index.clear();
-                drop(cleared);
+                shared.remove_everything();
             }
         }
     }

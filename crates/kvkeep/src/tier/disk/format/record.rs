@@ -6,10 +6,13 @@
 //! can be read without the rest. A footer behind the payload was the alternative: then
 //! finding the next record means reading the payload.
 
+use std::ops::Deref;
+
 use super::page::{
     CipherKind, PAGE_BYTES, PAGE_SUM_AT, Put, StoreId, Take, begin_page, checksum, finish_page, open_page,
 };
 pub(crate) use crate::block::Content;
+use crate::block::{BlockKey, Facts};
 use crate::codec::CodecId;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::layout::{Kinds, KvLayout, LayerShape, TokenOrder};
@@ -53,17 +56,9 @@ pub(crate) enum Kind {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct RecordMeta {
     pub(crate) kind: Kind,
-    pub(crate) key: ObjectKey,
-    pub(crate) namespace: NamespaceId,
-    /// Bytes of the block itself.
-    pub(crate) raw_bytes: u64,
-    /// Bytes of the payload: what the codec made of it.
-    pub(crate) stored_bytes: u64,
-    pub(crate) codec: CodecId,
+    /// They read as fields of this. Of what has no payload, they name its key or its namespace.
+    pub(crate) facts: Facts,
     pub(crate) stored_at_ms: u64,
-    /// `u64::MAX` for never.
-    pub(crate) expires_at_ms: u64,
-    pub(crate) compute_us: u32,
     /// Length of the prefix text of a named record.
     pub(crate) prefix_bytes: u32,
 }
@@ -118,7 +113,25 @@ impl Kind {
     }
 }
 
+impl Deref for RecordMeta {
+    type Target = Facts;
+
+    fn deref(&self) -> &Facts {
+        &self.facts
+    }
+}
+
 impl RecordMeta {
+    /// The same of another key.
+    pub(crate) fn of_key(&self, key: ObjectKey) -> Self {
+        Self { facts: Facts { key: BlockKey(key), ..self.facts }, ..*self }
+    }
+
+    /// The same, which expires at another time.
+    pub(crate) fn expiring(&self, expires_at_ms: u64) -> Self {
+        Self { facts: Facts { expires_at_ms, ..self.facts }, ..*self }
+    }
+
     /// When it expires, as seen at this time. Times of day are trusted no further than this: nothing lives longer
     /// from now on than it had left when it was written. A record out of the future was written under a clock
     /// that was wrong, and its expiry is as wrong.
@@ -241,7 +254,7 @@ impl RecordHeader {
         let place = Place { store_id: take.array()?, segment: take.u64()?, page: take.u32()? };
         let durable_pages = take.u32()?;
         let hash = take.array()?;
-        let key = ObjectKey::new(hash, take.u32()?);
+        let key = BlockKey(ObjectKey::new(hash, take.u32()?));
         let compute_us = take.u32()?;
         let namespace = NamespaceId::from_bytes(take.array()?);
         let [stored_bytes, stored_at_ms, expires_at_ms] = [take.u64()?, take.u64()?, take.u64()?];
@@ -259,18 +272,9 @@ impl RecordHeader {
         };
         take.seek(LIST_AT);
         let list = take.bytes(list_bytes.min(LIST_BYTES))?.to_vec();
-        let meta = RecordMeta {
-            kind,
-            key,
-            namespace,
-            raw_bytes: content.raw_bytes()?,
-            stored_bytes,
-            codec,
-            stored_at_ms,
-            expires_at_ms,
-            compute_us,
-            prefix_bytes,
-        };
+        let raw_bytes = content.raw_bytes()?;
+        let facts = Facts { key, namespace, raw_bytes, stored_bytes, codec, expires_at_ms, compute_us };
+        let meta = RecordMeta { kind, facts, stored_at_ms, prefix_bytes };
         let header = Self { meta, place, durable_pages, cipher, nonce, content, list };
         let right = list_bytes <= LIST_BYTES && piece_shift == meta.piece_shift(cipher);
         (right && header.is_consistent()).then_some(header)

@@ -7,6 +7,7 @@
 
 use super::page::{Identity, PAGE_BYTES, Put, StoreId, Take, begin_page, checksum, finish_page, open_page};
 use super::record::{Kind, RecordMeta};
+use crate::block::{BlockKey, Facts};
 use crate::codec::CodecId;
 use crate::key::{NamespaceId, ObjectKey};
 
@@ -124,7 +125,7 @@ fn decode_line(line: &[u8]) -> Option<(u32, RecordMeta)> {
     let codec = CodecId(take.u8()?);
     take.skip(2)?;
     let [layer, page, compute_us] = [take.u32()?, take.u32()?, take.u32()?];
-    let key = ObjectKey::new(take.array()?, layer);
+    let key = BlockKey(ObjectKey::new(take.array()?, layer));
     let namespace = NamespaceId::from_bytes(take.array()?);
     let [stored_bytes, stored_at_ms, expires_at_ms] = [take.u64()?, take.u64()?, take.u64()?];
     let prefix_bytes = take.u32()?;
@@ -133,17 +134,6 @@ fn decode_line(line: &[u8]) -> Option<(u32, RecordMeta)> {
         // No codec takes more.
         _ => take.u64().filter(|bytes| u32::try_from(*bytes).is_ok())?,
     };
-    let meta = RecordMeta {
-        kind,
-        key,
-        namespace,
-        raw_bytes,
-        stored_bytes,
-        codec,
-        stored_at_ms,
-        expires_at_ms,
-        compute_us,
-        prefix_bytes,
-    };
-    Some((page, meta))
+    let facts = Facts { key, namespace, raw_bytes, stored_bytes, codec, expires_at_ms, compute_us };
+    Some((page, RecordMeta { kind, facts, stored_at_ms, prefix_bytes }))
 }

@@ -248,7 +248,7 @@ fn a_record_whose_codec_is_another_than_its_index_says_is_a_miss() {
             if let Some(mut header) = RecordHeader::decode(head)
                 && header.meta.codec == CodecId(200)
             {
-                header.meta.codec = CodecId(201);
+                header.meta.facts.codec = CodecId(201);
                 header.encode(head);
                 changed += 1;
             }

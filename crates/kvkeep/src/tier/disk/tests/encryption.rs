@@ -56,11 +56,11 @@ fn a_record_that_is_given_another_key_namespace_place_or_length_does_not_open() 
     type Change = fn(&mut RecordHeader, &RecordHeader);
     let changes: [(&str, Change); 6] = [
         ("nothing", |_, _| ()),
-        ("another key", |header, _| header.meta.key = block(7, 2).key()),
-        ("another namespace", |header, _| header.meta.namespace = namespace(7)),
+        ("another key", |header, _| header.meta.facts.key = BlockKey(block(7, 2).key())),
+        ("another namespace", |header, _| header.meta.facts.namespace = namespace(7)),
         ("the other's place", |header, other| header.place = other.place),
-        ("another length", |header, _| header.meta.stored_bytes -= 2),
-        ("another time", |header, _| header.meta.expires_at_ms -= 1),
+        ("another length", |header, _| header.meta.facts.stored_bytes -= 2),
+        ("another time", |header, _| header.meta.facts.expires_at_ms -= 1),
     ];
     for (what, change) in changes {
         let sim = Sim::default();
@@ -80,7 +80,7 @@ fn a_record_that_is_given_another_key_namespace_place_or_length_does_not_open() 
         bytes.truncate(bytes.len() - 4096);
         sim.put(&name, bytes);
         let disk = open_with(&sim, 4 * MIB, Some(Cipher::new(&[7; 32])), clock()).unwrap();
-        let key = header.meta.key;
+        let key = header.meta.key.0;
         let opens = disk.find(&key).is_some_and(|found| {
             let mut pages = Pages::new(found.slot.payload_pages as usize);
             disk.read(&key, &found, pages.bytes_mut()).is_some()

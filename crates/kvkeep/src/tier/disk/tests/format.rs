@@ -51,7 +51,9 @@ fn what_is_encoded_is_decoded() {
 #[test]
 fn a_removal_lists_its_keys() {
     let keys: Vec<_> = (0..5).map(|number| named(number, 0, 1).key()).collect();
-    let meta = RecordMeta { kind: Kind::Removal, raw_bytes: 0, stored_bytes: 0, prefix_bytes: 0, ..block(1, 1).meta() };
+    let of = block(1, 1).meta();
+    let facts = Facts { raw_bytes: 0, stored_bytes: 0, ..of.facts };
+    let meta = RecordMeta { kind: Kind::Removal, facts, prefix_bytes: 0, ..of };
     let list = RecordHeader::key_list(&keys);
     let removal = RecordHeader { meta, content: Content::Nothing, list, ..header(block(1, 1)) };
     let mut page = vec![0; 4096];

@@ -22,9 +22,10 @@ use std::time::Duration;
 
 use super::crypt::Cipher;
 use super::format::{Content, Kind, RecordMeta};
-use super::io::Pages;
+use super::pages::Pages;
 use super::sim::Sim;
 use super::{Disk, Options, Said, Taken};
+use crate::block::{BlockKey, Facts};
 use crate::clock::{Clock, ManualClock};
 use crate::codec::{CodecId, Codecs};
 use crate::error::Result;
@@ -117,14 +118,12 @@ impl Thing {
     fn meta(&self) -> RecordMeta {
         RecordMeta {
             kind: if self.named { Kind::Named } else { Kind::Block },
-            key: self.key(),
-            namespace: namespace(self.number % 3),
-            raw_bytes: self.payload_bytes() as u64,
-            stored_bytes: self.payload_bytes() as u64,
-            codec: CodecId::RAW,
+            facts: Facts {
+                expires_at_ms: self.expires_at_ms,
+                compute_us: self.number,
+                ..Facts::raw(self.key(), namespace(self.number % 3), self.payload_bytes() as u64)
+            },
             stored_at_ms: NOW_MS,
-            expires_at_ms: self.expires_at_ms,
-            compute_us: self.number,
             prefix_bytes: if self.named { 5 } else { 0 },
         }
     }
@@ -152,7 +151,7 @@ impl Thing {
         let found = disk.find(&self.key())?;
         let mut pages = Pages::new(found.slot.raw_pages() as usize);
         let header = disk.read(&self.key(), &found, pages.bytes_mut())?;
-        assert_eq!(header.meta.key, self.key());
+        assert_eq!(header.meta.key.0, self.key());
         Some(pages.bytes().to_vec())
     }
 

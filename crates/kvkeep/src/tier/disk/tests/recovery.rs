@@ -70,7 +70,7 @@ fn a_header_that_claims_more_pages_than_can_be_counted_ends_nothing() {
     let half = (u64::from(u32::MAX - 1) * 4096 / 2) as usize;
     let shape = Shape::new(&[half]).unwrap();
     header.content = Content::Named(PairSpec { k: (DType::U8, shape), v: (DType::U8, shape), prefix_bytes: 1, tag: 0 });
-    (header.meta.kind, header.meta.stored_bytes) = (Kind::Named, half as u64 * 2);
+    (header.meta.kind, header.meta.facts.stored_bytes) = (Kind::Named, half as u64 * 2);
     header.list = vec![0; 256 * 8];
     header.encode(&mut bytes[4 * 4096..5 * 4096]);
     assert!(RecordHeader::decode(&bytes[4 * 4096..5 * 4096]).is_some(), "it fits itself");

@@ -122,7 +122,7 @@ impl Messages {
     ) -> Option<BlockMeta> {
         let (page, payload) = message.split_at_checked(PAGE_BYTES)?;
         let header = RecordHeader::decode(page)?;
-        let is_wanted = header.meta.key == wanted.0.0 && header.meta.namespace == wanted.1;
+        let is_wanted = header.meta.key == *wanted.0 && header.meta.namespace == wanted.1;
         if !is_wanted || !header.meta.kind.is_stored() || header.meta.stored_bytes != payload.len() as u64 {
             return None;
         }

@@ -104,21 +104,28 @@ fn a_namespace_may_have_a_codec_of_its_own() {
     assert_eq!((codec(&raw), codec(&coded)), (CodecId::RAW, CodecId(200)));
 }
 
-/// As `planes`, but says that it is not exact.
+/// `Planes` under another name: one that says it is not exact, or `lossless`, because the things here are no floats.
 #[derive(Debug)]
-struct Lossy;
+struct Called {
+    id: CodecId,
+    name: &'static str,
+    is_exact: bool,
+}
 
-impl crate::codec::Codec for Lossy {
+const LOSSY: Called = Called { id: CodecId(202), name: "lossy", is_exact: false };
+const SHORT: Called = Called { id: CodecId::LOSSLESS, name: "lossless", is_exact: true };
+
+impl crate::codec::Codec for Called {
     fn id(&self) -> CodecId {
-        CodecId(202)
+        self.id
     }
 
     fn name(&self) -> &'static str {
-        "lossy"
+        self.name
     }
 
     fn is_exact(&self) -> bool {
-        false
+        self.is_exact
     }
 
     fn encode(&self, frame: &crate::layout::Frame, raw: &[u8], into: &mut [u8]) -> Option<usize> {
@@ -134,15 +141,15 @@ impl crate::codec::Codec for Lossy {
 fn what_a_lossy_codec_wrote_is_a_miss_to_whoever_did_not_ask_for_it() {
     let sim = Sim::default();
     let things = [smooth(block(1, 9)), smooth(block(2, 9))];
-    store_all(&open_coded(&sim, Codecs::all(Arc::new(Lossy)), None), &things);
+    store_all(&open_coded(&sim, Codecs::all(Arc::new(LOSSY)), None), &things);
     let are_there = |codecs: Codecs| {
         let disk = open_coded(&sim, codecs, None);
         things.map(|thing| thing.is_there(&disk))
     };
-    let only_first = Codecs::default().namespace(namespace(1), Arc::new(Lossy));
-    assert_eq!(are_there(Codecs::all(Arc::new(Lossy))), [true, true]);
+    let only_first = Codecs::default().namespace(namespace(1), Arc::new(LOSSY));
+    assert_eq!(are_there(Codecs::all(Arc::new(LOSSY))), [true, true]);
     assert_eq!(are_there(only_first), [true, false], "the second one's namespace wants every bit");
-    assert_eq!(are_there(Codecs::default().knows(Arc::new(Lossy))), [false, false], "known, and not asked for");
+    assert_eq!(are_there(Codecs::default().knows(Arc::new(LOSSY))), [false, false], "known, and not asked for");
 }
 
 /// A record of a codec that this release lacks must not be served as it lies there, keep its block from being stored
@@ -263,35 +270,9 @@ fn a_record_whose_codec_is_another_than_its_index_says_is_a_miss() {
     assert_eq!(disk.stats().damaged_total, 9);
 }
 
-/// `lossless` as it is on KV: the things here are no floats.
-#[derive(Debug)]
-struct Short;
-
-impl crate::codec::Codec for Short {
-    fn id(&self) -> CodecId {
-        CodecId::LOSSLESS
-    }
-
-    fn name(&self) -> &'static str {
-        "lossless"
-    }
-
-    fn is_exact(&self) -> bool {
-        true
-    }
-
-    fn encode(&self, frame: &crate::layout::Frame, raw: &[u8], into: &mut [u8]) -> Option<usize> {
-        Planes.encode(frame, raw, into)
-    }
-
-    fn decode(&self, frame: &crate::layout::Frame, stored: &[u8], raw: &mut [u8]) -> bool {
-        Planes.decode(frame, stored, raw)
-    }
-}
-
 #[test]
 fn where_it_has_to_pay_a_codec_waits_until_it_does_and_must_save_much() {
-    let disk = open_coded(&Sim::default(), Codecs::if_it_pays().knows(Arc::new(Short)), None);
+    let disk = open_coded(&Sim::default(), Codecs::if_it_pays().knows(Arc::new(SHORT)), None);
     let codec_of = |thing: Thing| {
         store_all(&disk, &[thing]);
         assert!(thing.is_there(&disk));

@@ -40,6 +40,8 @@ pub(crate) struct Entry {
     pub(crate) queued: bool,
     /// It was chosen to go, and can be found until it does.
     pub(crate) departing: bool,
+    /// A flush waits until every tier has it.
+    pub(crate) flushing: bool,
     /// It is the first block of a prompt.
     pub(crate) begins: bool,
     /// It came before anybody asked for it.
@@ -80,6 +82,7 @@ impl Entry {
             slack_bytes,
             queued: false,
             departing: false,
+            flushing: false,
             begins: false,
             ahead: false,
             linked: true,

@@ -5,7 +5,7 @@
 //! writes, as long as `patience` allows; after that the writes that have not begun are given up.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::ledger::{Held, Leaving, Ledger, SLICE, Shortage};
@@ -16,8 +16,6 @@ use crate::clock::Deadline;
 use crate::error::{Error, OneLine, Result};
 use crate::tier::{Offer, Payload, Tier};
 
-/// How often a flush begins again where stores gave up what it had queued.
-const FLUSH_TRIES: usize = 3;
 /// How often a store tries again after it has given up what was queued, because what it evicts is queued too.
 const LAST_TRIES: usize = 4;
 
@@ -26,12 +24,11 @@ struct Leaver {
     shared: Arc<Shared>,
     held: Option<Held>,
     mark: u8,
-    /// What a tier has said: nothing, [`THERE`] or [`NEW`].
-    outcome: AtomicU8,
+    tiers: usize,
+    /// How many of the tiers have it, and whether one has it since now.
+    have_it: AtomicUsize,
+    is_new: AtomicBool,
 }
-
-const THERE: u8 = 1;
-const NEW: u8 = 2;
 
 impl Payload for Leaver {
     fn bytes(&self) -> &[u8] {
@@ -39,7 +36,8 @@ impl Payload for Leaver {
     }
 
     fn written(&self, is_new: bool) {
-        self.outcome.fetch_max(if is_new { NEW } else { THERE }, Ordering::Relaxed);
+        self.is_new.fetch_or(is_new, Ordering::Relaxed);
+        self.have_it.fetch_add(1, Ordering::Relaxed);
     }
 }
 
@@ -48,10 +46,14 @@ impl Drop for Leaver {
         if let Some(held) = self.held.take()
             && self.shared.process.is_current()
         {
-            let (mark, outcome) = (self.mark, *self.outcome.get_mut());
+            let (have_it, new_as) = (*self.have_it.get_mut(), self.is_new.get_mut().then_some(self.mark));
+            let tiers = self.tiers;
             self.shared.with(|ledger| {
-                if outcome > 0 {
-                    ledger.is_below(&held, (outcome == NEW).then_some(mark));
+                if have_it > 0 {
+                    ledger.is_below(&held, new_as);
+                }
+                if have_it >= tiers {
+                    ledger.is_everywhere(&held);
                 }
                 ledger.release(vec![held]);
             });
@@ -102,7 +104,14 @@ impl Tiers {
     /// What nobody can describe is not offered, and its pages are let go of.
     fn describe_leaving(&self, leaving: Leaving) -> Option<Offer> {
         let Leaving { mut meta, held, epoch, mark } = leaving;
-        let leaver = Leaver { shared: Arc::clone(self.shared()), held: Some(held), mark, outcome: AtomicU8::new(0) };
+        let leaver = Leaver {
+            shared: Arc::clone(self.shared()),
+            held: Some(held),
+            mark,
+            tiers: self.all().len(),
+            have_it: AtomicUsize::new(0),
+            is_new: AtomicBool::new(false),
+        };
         if meta.content == Content::Nothing {
             let (layout, model) = self.models().lock().get(&meta.namespace).cloned()?;
             meta.content = Content::Block { layout, model };
@@ -143,27 +152,35 @@ impl Tiers {
     }
 
     /// Makes everything durable that is in RAM or was queued, and may be in a tier. A store that needs room may give up
-    /// what this has queued: what of it is still in RAM is queued again.
+    /// what this has queued: what of it is still in RAM is queued again, and nothing that came later.
     pub(super) fn flush(&self) -> Result<()> {
-        let mut blocks = 0;
-        for _ in 0..FLUSH_TRIES {
-            let before = self.given_up().load(Ordering::Relaxed);
-            self.flush_once()?;
-            blocks = self.given_up().load(Ordering::Relaxed) - before;
+        let mut given_up = self.given_up().load(Ordering::Relaxed);
+        self.flush_once(false)?;
+        let deadline = Deadline::after(self.timeouts().flush);
+        loop {
+            let before = std::mem::replace(&mut given_up, self.given_up().load(Ordering::Relaxed));
+            if given_up == before {
+                return Ok(());
+            }
+            let blocks = self.flush_once(true)?;
             if blocks == 0 {
                 return Ok(());
             }
+            if deadline.is_over() {
+                let tier = self.each().map(|tier| tier.name()).collect::<Vec<_>>().join(", ");
+                return Err(Error::NotTaken { tier, blocks });
+            }
         }
-        let tier = self.each().map(|tier| tier.name()).collect::<Vec<_>>().join(", ");
-        Err(Error::NotTaken { tier, blocks })
     }
 
-    fn flush_once(&self) -> Result<()> {
+    /// `again`: what a flush waits for still, and nothing else. Says how many blocks that were.
+    fn flush_once(&self, again: bool) -> Result<usize> {
         let mut not_taken = vec![0; self.all().len()];
-        let mut next = Some(0);
+        let (mut blocks, mut next) = (0, Some(0));
         while let Some(from) = next {
             // In slices: between two of them others get the lock.
-            next = self.shared().with(|ledger| ledger.offer_some(from, SLICE));
+            let (awaited, more) = self.shared().with(|ledger| ledger.flush_some(from, SLICE, again));
+            (blocks, next) = (blocks + awaited, more);
             self.offer_patiently(&mut not_taken);
         }
         let flush = |(tier, blocks): (&Arc<dyn Tier>, usize)| {
@@ -171,7 +188,8 @@ impl Tiers {
             tier.flush(self.timeouts().flush)?;
             if blocks > 0 { Err(Error::NotTaken { tier: tier.name().to_owned(), blocks }) } else { Ok(()) }
         };
-        self.each().zip(not_taken).map(flush).fold(Ok(()), Result::and)
+        self.each().zip(not_taken).map(flush).fold(Ok(()), Result::and)?;
+        Ok(blocks)
     }
 }
 

@@ -37,13 +37,26 @@ impl Ledger {
         }
     }
 
-    /// Offers entries of the next `slots` slots that are not offered already; says where to go on, if there is more.
-    pub(in crate::store) fn offer_some(&mut self, from: EntryId, slots: usize) -> Option<EntryId> {
-        let (ids, next) = self.index.select_some(from, slots, |entry| !entry.queued);
+    /// Offers entries of the next `slots` slots, so that a flush can wait for them. `again`: those alone that a flush waits for
+    /// still. Says how many it waits for, and where to go on, if there is more.
+    pub(in crate::store) fn flush_some(&mut self, from: EntryId, slots: usize, again: bool) -> (usize, Option<EntryId>) {
+        let (ids, next) = self.index.select_some(from, slots, |entry| entry.flushing || !again);
+        let mut awaited = 0;
         for id in ids {
-            self.offer_entry(id);
+            let may_go = self.offer_entry(id);
+            awaited += usize::from(may_go);
+            if let Some(entry) = self.index.get_mut(id) {
+                entry.flushing = may_go;
+            }
         }
-        next
+        (awaited, next)
+    }
+
+    /// Every tier has an entry.
+    pub(crate) fn is_everywhere(&mut self, held: &Held) {
+        if let Some(entry) = self.index.get_mut(held.id) {
+            entry.flushing = false;
+        }
     }
 
     /// Offers an entry to the tiers; says whether it may go there.

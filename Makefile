@@ -3,10 +3,11 @@
 CARGO ?= cargo
 PYTHON ?= python3
 VENV = PYTHON="$(PYTHON)" bash tests/venv.sh
+# How the command, the wheel and the soak are built. With `dev` they share what the tests have built.
+PROFILE ?= release
+BUILT = $${CARGO_TARGET_DIR:-target}/$(if $(filter dev,$(PROFILE)),debug,$(PROFILE))
 # How long `make soak` goes on.
 MINUTES ?= 30
-# With `dev` it runs what the tests have built.
-SOAK_PROFILE ?= release
 # And `make fuzz`.
 SECONDS ?= 60
 
@@ -48,7 +49,7 @@ test-python: wheel ## The Python tests that need numpy alone, and the wheel in a
 	PYTHON="$(PYTHON)" bash tests/python.sh
 
 test-integrations: wheel ## The slower end-to-end runs: the demos, the benchmarks, the dashboard in Chromium, torch, transformers, notebooks
-	CARGO="$(CARGO)" PYTHON="$(PYTHON)" bash tests/integrations.sh
+	CARGO="$(CARGO)" PYTHON="$(PYTHON)" bash tests/integrations.sh "$(BUILT)/kvkeep"
 	PYTHON="$(PYTHON)" bash tests/integrations_python.sh
 
 test-vllm: wheel ## kvkeep under vLLM on the CPU: a real engine, and the abstract classes of other releases (fetches 1 GB the first time)
@@ -83,8 +84,8 @@ sweep: wheel ## Every causal architecture of the installed transformers: right o
 	KVKEEP_SWEEP=all PYTHON="$(PYTHON)" bash tests/integrations_python.sh sweep
 
 soak: ## MINUTES (30) of mixed load at twice the disk cap, watched from outside
-	$(CARGO) build --profile $(SOAK_PROFILE) --locked $(if $(filter dev,$(SOAK_PROFILE)),--workspace,-p kvkeep) --example soak
-	$(PYTHON) tests/soak.py $${CARGO_TARGET_DIR:-target}/$(if $(filter dev,$(SOAK_PROFILE)),debug,release)/examples/soak $$(( $(MINUTES) * 60 ))
+	$(CARGO) build --profile $(PROFILE) --locked $(if $(filter dev,$(PROFILE)),--workspace,-p kvkeep) --example soak
+	$(PYTHON) tests/soak.py "$(BUILT)/examples/soak" $$(( $(MINUTES) * 60 ))
 
 fuzz: ## SECONDS (60) of anything into the disk format's decoders, and into the codecs; needs cargo-fuzz and a C++ compiler, no nightly
 	@if $(CARGO) fuzz --version >/dev/null 2>&1; then \
@@ -103,20 +104,19 @@ bench-python: wheel ## The Python front door against a dict and memcpy (needs wh
 	PYTHON="$(PYTHON)" bash tests/integrations_python.sh bench
 
 test-clients: command ## openai, LiteLLM, LangChain, llama-index, llm, the AI SDK and curl against the server, directly and through nginx
-	PYTHON="$(PYTHON)" bash tests/clients/run.sh $${CARGO_TARGET_DIR:-target}/release/kvkeep
+	PYTHON="$(PYTHON)" bash tests/clients/run.sh "$(BUILT)/kvkeep"
 
-load: ## 32 clients at a server for a minute
-	$(CARGO) build --release --locked -p kvkeep-cli
-	$(PYTHON) tests/load.py $${CARGO_TARGET_DIR:-target}/release/kvkeep 60 32
+load: command ## 32 clients at a server for a minute
+	$(PYTHON) tests/load.py "$(BUILT)/kvkeep" 60 32
 
 wheel: command ## The Python wheel with the command kvkeep in it, into dist/: one for CPython 3.10 and later
 	$(VENV) .venv-build "maturin>=1.16,<2"
 	rm -f dist/kvkeep-*.whl
-	.venv-build/bin/maturin build --release --locked --manifest-path crates/kvkeep-python/Cargo.toml --out dist
+	.venv-build/bin/maturin build --profile $(PROFILE) --locked --manifest-path crates/kvkeep-python/Cargo.toml --out dist
 
 command:
-	$(CARGO) build --release --locked -p kvkeep-cli
-	install -D $${CARGO_TARGET_DIR:-target}/release/kvkeep crates/kvkeep-python/kvkeep.data/scripts/kvkeep
+	$(CARGO) build --profile $(PROFILE) --locked $(if $(filter dev,$(PROFILE)),--workspace,-p kvkeep-cli) --bin kvkeep
+	install -D "$(BUILT)/kvkeep" crates/kvkeep-python/kvkeep.data/scripts/kvkeep
 
 release-wheel: ## The wheel for every Linux with glibc 2.28 or later (2018): zig links it, from the package ziglang
 	$(VENV) .venv-release "maturin[zig]>=1.16,<2" "cargo-zigbuild>=0.20"

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# End to end on the release build: the real model, the real demos, and the promises that
-# their JSON makes. Needs cargo, Python 3 and the demo model.
+# End to end: the real model, the real demos, and the promises that their JSON makes. Needs cargo, Python 3 and the demo model.
+# tests/integrations.sh KVKEEP: the command, as `make command` builds it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . tests/parts.sh
@@ -9,9 +9,7 @@ PYTHON=${PYTHON:-python3}
 out=target/integrations
 mkdir -p "$out"
 
-part "build"
-"$CARGO" build --release --locked -p kvkeep-cli
-kvkeep=${CARGO_TARGET_DIR:-target}/release/kvkeep
+kvkeep=$(realpath "$1")
 
 part "demo comparison"
 "$kvkeep" demo comparison --json --plot "$out/comparison.svg" >"$out/comparison.json"
@@ -77,6 +75,6 @@ part "hostile"
 "$PYTHON" tests/hostile.py "$kvkeep" 3000
 
 part "dashboard, in a browser"
-KVKEEP=$(realpath "$kvkeep") bash tests/dashboard/run.sh
+KVKEEP=$kvkeep bash tests/dashboard/run.sh
 part "soak (a minute)"
-make --no-print-directory soak MINUTES=1 SOAK_PROFILE=dev CARGO="$CARGO" PYTHON="$PYTHON"
+make --no-print-directory soak MINUTES=1 PROFILE=dev CARGO="$CARGO" PYTHON="$PYTHON"

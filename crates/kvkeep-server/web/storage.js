@@ -29,6 +29,8 @@ function factsOf(tier) {
 export class Storage {
   #tiers = new Map();
   #rows = new Map();
+  // The tiers that the table has columns for.
+  #columns = ["ram"];
 
   showTiers({ ram, tiers }) {
     this.#tier("RAM", "ram", ram, [
@@ -44,8 +46,9 @@ export class Storage {
   }
 
   showNamespaces(namespaces) {
-    const largest = (tier) => namespaces.reduce((sum, one) => sum + one[tier].bytes, 0);
-    const used = { ram: largest("ram"), disk: largest("disk") };
+    const tiers = (namespaces[0]?.tiers ?? []).map(({ name }) => name);
+    if (tiers.join() !== this.#columns.join()) this.#showColumns(tiers);
+    const used = tiers.map((_, i) => namespaces.reduce((sum, one) => sum + one.tiers[i].bytes, 0));
     byId("namespaces-empty").hidden = namespaces.length > 0;
     byId("namespaces").parentElement.hidden = namespaces.length === 0;
     const kept = new Set();
@@ -54,13 +57,22 @@ export class Storage {
       const row = this.#rows.get(namespace.id) ?? this.#addRow(namespace.id);
       say(row.children[0], namespaceName(namespace));
       row.children[0].title = namespace.known ? namespace.id : `${namespace.id}: nobody asked in it since the start`;
-      ["ram", "disk"].forEach((tier, i) => share(row.children[i + 1], tier, namespace[tier].bytes, used[tier]));
+      namespace.tiers.forEach((tier, i) => share(row.children[i + 1], tier.bytes, used[i]));
     }
     for (const [id, row] of this.#rows) {
       if (kept.has(id)) continue;
       row.remove();
       this.#rows.delete(id);
     }
+  }
+
+  // A tier came or went: with another server behind the page.
+  #showColumns(tiers) {
+    this.#columns = tiers;
+    for (const row of this.#rows.values()) row.remove();
+    this.#rows.clear();
+    const heads = ["Namespace", ...tiers.map(tierName)].map((head) => el("th", { scope: "col" }, head));
+    byId("namespaces").parentElement.tHead.rows[0].replaceChildren(...heads);
   }
 
   #tier(name, kind, tier, facts, bad = false) {
@@ -81,16 +93,16 @@ export class Storage {
   }
 
   #addRow(id) {
-    const row = el("tr", {}, el("th", { scope: "row", class: "clip" }), ...["ram", "disk"].map((kind) =>
-      el("td", {}, el("span", { class: "number" }), el("span", { class: "bar", role: "img" }, el("i", { class: kind })))));
+    const row = el("tr", {}, el("th", { scope: "row", class: "clip" }), ...this.#columns.map(() =>
+      el("td", {}, el("span", { class: "number" }), el("span", { class: "bar", role: "img" }))));
     this.#rows.set(id, row);
     byId("namespaces").append(row);
     return row;
   }
 }
 
-function share(cell, kind, amount, used) {
+function share(cell, amount, used) {
   const [text, bar] = cell.children;
   say(text, bytes(amount));
-  fillBar(bar, [[kind, amount]], used, used > 0 ? `${percent(amount / used)} of what is used` : "nothing");
+  fillBar(bar, [[cell.cellIndex === 1 ? "ram" : "disk", amount]], used, used > 0 ? `${percent(amount / used)} of what is used` : "nothing");
 }

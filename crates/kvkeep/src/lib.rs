@@ -62,7 +62,7 @@ pub use named::{
     CachedKv, CachedLayers, DEFAULT_MAX_SIZE_GIB, DEFAULT_TTL, Evicted, HashedPrefix, LayerKv, LayerSpec, MAX_LAYERS,
     Outcome, PrivateLayers, PrivateTensor, SimpleKvCache,
 };
-pub use namespaces::NamespaceUsage;
+pub use namespaces::{NamespaceUsage, Usage};
 pub use process::Process;
 pub use quantized::{
     DEFAULT_EXACT_TOKENS, DEFAULT_QUANTIZER, OwnedTensor, Prefix, QuantizationLoss, QuantizedKvCache, Quantizer,

@@ -31,19 +31,23 @@ pub(crate) struct Closed {
 /// The bytes of all namespaces together are less than the `used_bytes` of [`Stats`](crate::Stats): in RAM by what is
 /// being written, or removed and still read; on the disk by indexes of segments and by records
 /// that were replaced or removed and whose segment is still there.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NamespaceUsage {
     /// Which namespace.
     pub id: NamespaceId,
-    /// Entries in RAM that can be found.
-    pub ram_entries: u64,
-    /// Their bytes, in whole pages.
-    pub ram_bytes: u64,
-    /// Records on the disk that can be found.
-    pub disk_entries: u64,
-    /// Their bytes, in whole pages, with their headers.
-    pub disk_bytes: u64,
+    /// By the names of the tiers, `ram` first: all tiers that say it.
+    pub tiers: Vec<(String, Usage)>,
+}
+
+/// What can be found of a namespace in a tier.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Usage {
+    /// Blocks, or tensors under a prefix text.
+    pub entries: u64,
+    /// Their bytes: in RAM and on the disk in whole pages, on the disk with their headers.
+    pub bytes: u64,
 }
 
 #[derive(Debug)]
@@ -57,9 +61,11 @@ struct Record {
     prefix_lengths: BTreeMap<usize, usize>,
 }
 
-impl NamespaceUsage {
-    pub(crate) fn none(id: NamespaceId) -> Self {
-        Self { id, ram_entries: 0, ram_bytes: 0, disk_entries: 0, disk_bytes: 0 }
+impl Usage {
+    /// So many entries of so many bytes together.
+    #[must_use]
+    pub fn new(entries: u64, bytes: u64) -> Self {
+        Self { entries, bytes }
     }
 }
 
@@ -163,10 +169,10 @@ impl Namespaces {
     }
 
     /// Entries and bytes of each namespace, in no order.
-    pub(crate) fn usage(&self) -> impl Iterator<Item = (NamespaceId, u64, u64)> {
+    pub(crate) fn usage(&self) -> impl Iterator<Item = (NamespaceId, Usage)> {
         let record = |(id, number): (&NamespaceId, &u32)| {
             let record = self.records.get(*number as usize)?;
-            Some((*id, record.entries, record.bytes))
+            Some((*id, Usage::new(record.entries, record.bytes)))
         };
         self.numbers.iter().filter_map(record)
     }

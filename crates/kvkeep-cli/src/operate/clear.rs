@@ -58,14 +58,31 @@ fn one<'a>(all: &'a [Namespace], digits: &str) -> Result<&'a Namespace> {
 }
 
 fn what(chosen: &[&Namespace], one: bool) -> String {
-    let sum = |of: fn(&Namespace) -> u64| chosen.iter().map(|namespace| of(namespace)).sum();
-    let ram = (count(sum(|of| of.ram.entries)), size(sum(|of| of.ram.bytes)));
-    let disk = (count(sum(|of| of.disk.entries)), size(sum(|of| of.disk.bytes)));
+    let mut tiers: Vec<(&str, u64, u64)> = Vec::new();
+    for of in chosen.iter().flat_map(|namespace| &namespace.tiers) {
+        match tiers.iter_mut().find(|(name, ..)| *name == of.name) {
+            Some((_, entries, bytes)) => (*entries, *bytes) = (*entries + of.entries, *bytes + of.bytes),
+            None => tiers.push((&of.name, of.entries, of.bytes)),
+        }
+    }
+    let amount = |(number, (name, entries, bytes)): (usize, &(&str, u64, u64))| {
+        let blocks = if number == 0 { " blocks" } else { "" };
+        format!("{}{blocks} {} ({})", count(*entries), place(name), size(*bytes))
+    };
+    let amounts: Vec<String> = tiers.iter().enumerate().map(amount).collect();
     let subject = match (one, chosen.first()) {
         (true, Some(namespace)) => format!("namespace {}", namespace.id.get(..12).unwrap_or(&namespace.id)),
         _ => "everything".to_owned(),
     };
-    format!("Remove {subject}: {} blocks in RAM ({}), {} on the disk ({})?", ram.0, ram.1, disk.0, disk.1)
+    format!("Remove {subject}: {}?", amounts.join(", "))
+}
+
+fn place(tier: &str) -> String {
+    match tier {
+        "ram" => "in RAM".to_owned(),
+        "disk" => "on the disk".to_owned(),
+        other => format!("in {other}"),
+    }
 }
 
 fn say(client: &Client, answer: &Value, json: bool) -> Result<()> {
@@ -82,8 +99,9 @@ mod tests {
     use super::*;
 
     fn namespace(id: &str) -> Namespace {
-        let (ram, disk) = (Usage { entries: 2, bytes: 2048 }, Usage { entries: 3, bytes: 3072 });
-        Namespace { id: id.to_owned(), tenant: None, cache_salt: false, known: true, ram, disk }
+        let usage = |name: &str, blocks| Usage { name: name.to_owned(), entries: blocks, bytes: blocks << 10 };
+        let tiers = vec![usage("ram", 2), usage("disk", 3), usage("redis", 1)];
+        Namespace { id: id.to_owned(), tenant: None, cache_salt: false, known: true, tiers }
     }
 
     #[test]
@@ -98,7 +116,10 @@ mod tests {
     fn who_is_asked_reads_how_much_would_go() {
         let all = [namespace("abc"), namespace("abd")];
         let question = what(&all.iter().collect::<Vec<_>>(), false);
-        assert_eq!(question, "Remove everything: 4 blocks in RAM (4.0 KiB), 6 on the disk (6.0 KiB)?");
+        assert_eq!(
+            question,
+            "Remove everything: 4 blocks in RAM (4.0 KiB), 6 on the disk (6.0 KiB), 2 in redis (2.0 KiB)?"
+        );
         assert!(what(&[&all[0]], true).starts_with("Remove namespace abc: 2 blocks"));
     }
 }

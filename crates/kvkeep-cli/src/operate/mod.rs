@@ -75,12 +75,13 @@ struct Namespace {
     tenant: Option<String>,
     cache_salt: bool,
     known: bool,
-    ram: Usage,
-    disk: Usage,
+    /// `ram` first.
+    tiers: Vec<Usage>,
 }
 
 #[derive(Debug, Deserialize)]
 struct Usage {
+    name: String,
     entries: u64,
     bytes: u64,
 }

@@ -193,17 +193,14 @@ impl Requests {
 impl Namespaces {
     fn table(&self) -> String {
         let mut table = style::table();
-        table.set_header(["namespace", "whose", "RAM", "blocks", "disk", "blocks"]);
+        let tiers = self.namespaces.first().map_or(&[][..], |namespace| &namespace.tiers);
+        let columns = tiers.iter().flat_map(|tier| [if tier.name == "ram" { "RAM" } else { &tier.name }, "blocks"]);
+        table.set_header(["namespace", "whose"].into_iter().chain(columns));
         for namespace in &self.namespaces {
             let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);
-            table.add_row([
-                Cell::new(namespace.id.get(..12).unwrap_or(&namespace.id)),
-                Cell::new(namespace.whose()),
-                right(size(namespace.ram.bytes)),
-                right(count(namespace.ram.entries)),
-                right(size(namespace.disk.bytes)),
-                right(count(namespace.disk.entries)),
-            ]);
+            let whose = [Cell::new(namespace.id.get(..12).unwrap_or(&namespace.id)), Cell::new(namespace.whose())];
+            let amounts = namespace.tiers.iter().flat_map(|of| [right(size(of.bytes)), right(count(of.entries))]);
+            table.add_row(whose.into_iter().chain(amounts));
         }
         table.to_string()
     }

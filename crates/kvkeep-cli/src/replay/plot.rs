@@ -114,12 +114,14 @@ fn draw_writes<'a>(area: &Area<'a>, trace: &str, rows: &[&Row]) -> Drawn<'a> {
                 .draw_series(rules.iter().map(|row| Circle::new(point(row), 4, color.filled())))?
                 .label(format!("{policy}, {capacity} blocks of RAM"))
                 .legend(move |(x, y)| Rectangle::new([(x, y - 2), (x + 14, y + 2)], color.filled()));
-            // The line rises to the right: there is room below it. Neighbours that are close stand below each other.
-            let close = |pair: &[&Row]| matches!(pair, [a, b] if point(b).0 - point(a).0 < right * 0.1);
-            let mut down = 6;
-            for (number, row) in rules.iter().enumerate() {
-                let before = number.checked_sub(1).and_then(|first| rules.get(first..=number));
-                down = if before.is_some_and(close) { down + 18 } else { 6 };
+            // The line rises to the right: there is room below it. A label that would lie on another goes further down.
+            let mut placed: Vec<(i32, i32)> = Vec::new();
+            for row in &rules {
+                let (x, y) = chart.backend_coord(&point(row));
+                let is_taken =
+                    |down: i32| placed.iter().any(|(px, py)| (x - px).abs() < 90 && (y + down - py).abs() < 16);
+                let down = (6..).step_by(4).find(|down| !is_taken(*down)).unwrap_or(6);
+                placed.push((x, y + down));
                 let rule =
                     Text::new(row.admission.clone().unwrap_or_default(), (8, down), (FONT, 13).into_font().color(&INK));
                 chart.draw_series([EmptyElement::at(point(row)) + rule])?;

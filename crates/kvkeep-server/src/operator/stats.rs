@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 
 use axum::Json;
 use axum::extract::State;
-use kvkeep::{NamespaceId, NamespaceUsage, TierStats};
+use kvkeep::{NamespaceId, NamespaceUsage, TierStats, Usage};
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 
@@ -143,12 +143,13 @@ struct NamespaceInfo {
     cache_salt: bool,
     /// False: it is in the cache, and no request in it was seen since the start, or not lately.
     known: bool,
-    ram: TierUsage,
-    disk: TierUsage,
+    /// `ram` first, then those behind it.
+    tiers: Vec<TierUsage>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
 struct TierUsage {
+    name: String,
     entries: u64,
     bytes: u64,
 }
@@ -242,13 +243,14 @@ pub(super) async fn stats(_: Operator, State(state): State<AppState>) -> Json<Ca
     })
 }
 
-/// What each namespace takes of RAM and disk
+/// What each namespace takes of each tier
 #[utoipa::path(get, path = "/cache/namespaces", tag = "operator", responses(
     (status = 200, description = "As of now", body = Namespaces),
     OperatorErrors,
 ))]
 pub(super) async fn namespaces(_: Operator, State(state): State<AppState>) -> Json<Namespaces> {
     let names = names(&state);
+    let tier = |(name, of): (String, Usage)| TierUsage { name, entries: of.entries, bytes: of.bytes };
     let info = |usage: NamespaceUsage| {
         let name = names.get(&usage.id);
         NamespaceInfo {
@@ -256,8 +258,7 @@ pub(super) async fn namespaces(_: Operator, State(state): State<AppState>) -> Js
             tenant: name.and_then(|(tenant, _)| tenant.name().map(str::to_owned)),
             cache_salt: name.is_some_and(|(_, salted)| *salted),
             known: name.is_some(),
-            ram: TierUsage { entries: usage.ram_entries, bytes: usage.ram_bytes },
-            disk: TierUsage { entries: usage.disk_entries, bytes: usage.disk_bytes },
+            tiers: usage.tiers.into_iter().map(tier).collect(),
         }
     };
     let usage = state.shared.cache.store_handle().usage();

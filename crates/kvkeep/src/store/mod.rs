@@ -45,7 +45,7 @@ use crate::config::CacheConfig;
 use crate::error::{Error, Result};
 use crate::event::{Announcer, Reports};
 use crate::key::{Namespace, NamespaceId, ObjectKey, PrefixHash};
-use crate::namespaces::NamespaceUsage;
+use crate::namespaces::{NamespaceUsage, Usage};
 use crate::process::Process;
 use crate::record::TraceRecorder;
 use crate::stats::Stats;
@@ -288,18 +288,19 @@ impl Store {
         if self.here().is_err() {
             return Vec::new();
         }
-        let mut usage = BTreeMap::new();
         let in_ram: Vec<_> = self.shared.with(|ledger| ledger.index().namespaces().usage().collect());
-        for (id, entries, bytes) in in_ram {
-            let of = usage.entry(id).or_insert_with(|| NamespaceUsage::none(id));
-            (of.ram_entries, of.ram_bytes) = (entries, bytes);
+        let below = self.each_tier().map(|tier| (tier.name().to_owned(), tier.usage()));
+        let by_tier: Vec<_> = std::iter::once((RAM.to_owned(), in_ram)).chain(below).collect();
+        let none: Vec<_> = by_tier.iter().map(|(name, _)| (name.clone(), Usage::default())).collect();
+        let mut usage: BTreeMap<NamespaceId, Vec<(String, Usage)>> = BTreeMap::new();
+        for (number, (_, of_tier)) in by_tier.into_iter().enumerate() {
+            for (id, taken) in of_tier {
+                if let Some((_, of)) = usage.entry(id).or_insert_with(|| none.clone()).get_mut(number) {
+                    *of = taken;
+                }
+            }
         }
-        for below in self.each_tier().flat_map(|tier| tier.usage()) {
-            let of = usage.entry(below.id).or_insert_with(|| NamespaceUsage::none(below.id));
-            of.disk_entries += below.disk_entries;
-            of.disk_bytes += below.disk_bytes;
-        }
-        usage.into_values().collect()
+        usage.into_iter().map(|(id, tiers)| NamespaceUsage { id, tiers }).collect()
     }
 
     /// Makes everything stored so far durable: after a crash it is there, unless it was

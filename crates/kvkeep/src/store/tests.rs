@@ -668,7 +668,10 @@ fn what_a_miss_computes_behind_what_was_loaded_counts_as_in_ram() {
 fn usage(cache: &KvCache) -> [u64; 4] {
     let all = cache.store_handle().usage();
     assert!(all.len() <= 1 && all.iter().all(|usage| usage.id == namespace().id()));
-    all.first().map_or([0; 4], |usage| [usage.ram_entries, usage.ram_bytes, usage.disk_entries, usage.disk_bytes])
+    let Some(NamespaceUsage { tiers, .. }) = all.first() else { return [0; 4] };
+    let [(ram, in_ram), (disk, on_disk)] = tiers.as_slice() else { panic!("{tiers:?}") };
+    assert_eq!((ram.as_str(), disk.as_str()), ("ram", "disk"));
+    [in_ram.entries, in_ram.bytes, on_disk.entries, on_disk.bytes]
 }
 
 #[test]

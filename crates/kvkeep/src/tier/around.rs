@@ -17,7 +17,7 @@ use crate::clock::Deadline;
 use crate::error::Result;
 use crate::event::Reports;
 use crate::key::NamespaceId;
-use crate::namespaces::NamespaceUsage;
+use crate::namespaces::Usage;
 use crate::stats::TierStats;
 use crate::sync::Mutex;
 
@@ -54,7 +54,7 @@ macro_rules! pass_on {
         fn report_to(&self, reports: Reports) {
             self.inner.report_to(reports);
         }
-        fn usage(&self) -> Vec<NamespaceUsage> {
+        fn usage(&self) -> Vec<(NamespaceId, Usage)> {
             self.inner.usage()
         }
         fn lossy(&self, namespace: NamespaceId) -> Option<&'static str> {

@@ -14,7 +14,7 @@ use crate::codec::Codecs;
 use crate::error::Result;
 use crate::event::Reports;
 use crate::key::NamespaceId;
-use crate::namespaces::NamespaceUsage;
+use crate::namespaces::Usage;
 use crate::stats::TierStats;
 use crate::sync::Mutex;
 
@@ -232,14 +232,14 @@ impl Tier for MemoryTier {
         blocks.reports = Some(reports);
     }
 
-    fn usage(&self) -> Vec<NamespaceUsage> {
-        let mut usage: HashMap<NamespaceId, NamespaceUsage> = HashMap::new();
+    fn usage(&self) -> Vec<(NamespaceId, Usage)> {
+        let mut usage: HashMap<NamespaceId, Usage> = HashMap::new();
         for kept in self.blocks.lock().by_key.values() {
-            let of = usage.entry(kept.meta.namespace).or_insert_with(|| NamespaceUsage::none(kept.meta.namespace));
-            of.disk_entries += 1;
-            of.disk_bytes += kept.meta.stored_bytes;
+            let of = usage.entry(kept.meta.namespace).or_default();
+            of.entries += 1;
+            of.bytes += kept.meta.stored_bytes;
         }
-        usage.into_values().collect()
+        usage.into_iter().collect()
     }
 
     fn prefix_lengths(&self, namespace: NamespaceId, max_bytes: usize) -> Vec<usize> {

@@ -29,7 +29,7 @@ use crate::codec::CodecId;
 use crate::error::Result;
 use crate::event::Reports;
 use crate::key::NamespaceId;
-use crate::namespaces::NamespaceUsage;
+use crate::namespaces::Usage;
 use crate::stats::TierStats;
 
 pub use forgets::Forgets;
@@ -96,8 +96,8 @@ pub trait Tier: Send + Sync + fmt::Debug {
     /// one that no listener hears of.
     fn report_to(&self, _reports: Reports) {}
 
-    /// What each namespace takes; in the fields of the disk.
-    fn usage(&self) -> Vec<NamespaceUsage> {
+    /// What each namespace takes.
+    fn usage(&self) -> Vec<(NamespaceId, Usage)> {
         Vec::new()
     }
 

@@ -50,6 +50,7 @@ use crate::codec::Codecs;
 use crate::error::{Error, OneLine, Result};
 use crate::event::Reports;
 use crate::key::{NamespaceId, ObjectKey};
+use crate::namespaces::Usage;
 use crate::process::Process;
 use crate::stats::TierStats;
 use crate::sync::{Mutex, thread};
@@ -506,7 +507,7 @@ impl Disk {
     }
 
     /// Records and bytes of each namespace, in no order.
-    pub(crate) fn usage(&self) -> Vec<(NamespaceId, u64, u64)> {
+    pub(crate) fn usage(&self) -> Vec<(NamespaceId, Usage)> {
         self.shared.state.lock().index.namespaces().usage().collect()
     }
 

@@ -18,7 +18,7 @@ use crate::config::DiskConfig;
 use crate::error::{OneLine, Result};
 use crate::event::Reports;
 use crate::key::{NamespaceId, ObjectKey};
-use crate::namespaces::NamespaceUsage;
+use crate::namespaces::Usage;
 use crate::stats::TierStats;
 use crate::sync::Mutex;
 use crate::tier::{Epoch, Forget, Forgets, Forgotten, Located, Offer, Payload, Read, Tier};
@@ -367,13 +367,8 @@ impl Tier for DiskTier {
         self.disk.shared.state.lock().index.report_to(reports);
     }
 
-    fn usage(&self) -> Vec<NamespaceUsage> {
-        let of = |(id, entries, bytes)| NamespaceUsage {
-            disk_entries: entries,
-            disk_bytes: bytes,
-            ..NamespaceUsage::none(id)
-        };
-        self.disk.usage().into_iter().map(of).collect()
+    fn usage(&self) -> Vec<(NamespaceId, Usage)> {
+        self.disk.usage()
     }
 
     fn lossy(&self, namespace: NamespaceId) -> Option<&'static str> {

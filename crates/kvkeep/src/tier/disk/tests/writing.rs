@@ -271,7 +271,7 @@ fn a_segment_is_forgotten_in_slices_all_of_it_and_nothing_else() {
     assert!(removed == 20_000 && slices >= 8, "{removed} in {slices}");
     let left = |number: usize| index.at(&things[number].key(), (number % 3) as u16, 1 + number as u32 * 2).is_some();
     assert!((0..60_000).all(|number| left(number) == (number % 3 != 1)));
-    let usage: u64 = index.namespaces().usage().map(|(_, entries, _)| entries).sum();
+    let usage: u64 = index.namespaces().usage().map(|(_, of)| of.entries).sum();
     assert_eq!(usage, index.len() as u64);
 }
 
@@ -344,7 +344,7 @@ fn clearing_all_while_a_namespace_is_being_cleared_leaves_numbers_apart() {
     disk.flush().unwrap();
     disk.shared.remove_namespace(&closed);
     assert!(new.iter().all(|thing| thing.is_there(&disk)));
-    let entries: u64 = disk.usage().iter().map(|(_, entries, _)| entries).sum();
+    let entries: u64 = disk.usage().iter().map(|(_, of)| of.entries).sum();
     assert_eq!((entries, disk.stats().entries), (90, 90));
 }
 

@@ -1,0 +1,201 @@
+//! Objects in S3 and what speaks as it does, and files in a directory that several machines share.
+//!
+//! - An object is a block. It is written whole or not at all, so nobody reads a part.
+//! - These stores do not tell what others write: they are listed now and then.
+//!
+//! Many blocks in one object were the alternative: fewer requests, and then whoever evicts one block has to write the
+//! others again.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures_util::stream::{StreamExt, TryStreamExt};
+use kvkeep::tiers::{BlockKey, Messages};
+use object_store::path::Path;
+use object_store::{Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutPayload};
+use tokio::sync::Semaphore;
+
+use crate::RemoteConfig;
+use crate::store::{Lane, Listed, News, Reply, Store, StoreError, key_of, name_of};
+
+/// Requests at a time: each has a connection.
+const AT_ONCE: usize = 32;
+/// Objects that a part of a list has.
+const LIST_PART: usize = 1000;
+#[cfg(feature = "s3")]
+const CONNECT: Duration = Duration::from_secs(2);
+/// What a request may take that is not given up before.
+#[cfg(feature = "s3")]
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// Objects under a path.
+#[derive(Debug)]
+pub(crate) struct Objects {
+    name: &'static str,
+    store: Box<dyn ObjectStore>,
+    turns: Semaphore,
+    /// Where all of ours are, without a slash at its end.
+    prefix: String,
+    /// How long the store may take to say that it is there.
+    deadline: Duration,
+}
+
+impl From<Error> for StoreError {
+    fn from(error: Error) -> Self {
+        match error {
+            Error::PermissionDenied { .. } | Error::Unauthenticated { .. } | Error::NotSupported { .. } => {
+                Self::Refused(error.to_string())
+            }
+            error => Self::Broken(error.to_string()),
+        }
+    }
+}
+
+impl Objects {
+    /// The store at a URL; `None` if it is none of these.
+    pub(crate) fn open(config: &RemoteConfig) -> Option<Result<Self, String>> {
+        let (scheme, rest) = config.url.split_once("://")?;
+        let opened = match scheme {
+            #[cfg(feature = "s3")]
+            "s3" | "s3a" => s3(config, rest).map(|(store, path)| ("s3", store, path)),
+            #[cfg(feature = "file")]
+            "file" => file(rest).map(|store| ("file", store, String::new())),
+            _ => return None,
+        };
+        Some(opened.map(|(name, store, path)| {
+            let prefix = [path.trim_matches('/'), config.prefix.as_str()].join("/").trim_matches('/').to_owned();
+            Self { name, store, turns: Semaphore::new(AT_ONCE), prefix, deadline: config.deadline }
+        }))
+    }
+
+    fn path(&self, key: &BlockKey) -> Path {
+        Path::from(name_of(&self.prefix, '/', key))
+    }
+
+    async fn list_all(&self, each: &mut (dyn FnMut(Vec<Listed>) + Send)) -> Result<(), StoreError> {
+        let prefix = Path::from(self.prefix.as_str());
+        let listed = self.store.list(Some(&prefix)).map_ok(|object| {
+            let key = key_of(&self.prefix, '/', object.location.as_ref())?;
+            Some(Listed { key, bytes: object.size })
+        });
+        let mut parts = listed.try_chunks(LIST_PART);
+        while let Some(part) = parts.next().await {
+            each(part.map_err(|error| error.1)?.into_iter().flatten().collect());
+        }
+        Ok(())
+    }
+
+    async fn get_part(&self, key: &BlockKey, range: Option<GetRange>) -> Result<Option<(Bytes, u64)>, StoreError> {
+        let _turn = self.turns.acquire().await;
+        match self.store.get_opts(&self.path(key), GetOptions { range, ..GetOptions::default() }).await {
+            Ok(object) => {
+                let size = object.meta.size;
+                Ok(Some((object.bytes().await?, size)))
+            }
+            Err(Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+}
+
+impl Store for Objects {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn mend(&self) -> Reply<'_, ()> {
+        let nothing = BlockKey::new([0; 32], u32::MAX);
+        Box::pin(async move {
+            // A first request connects, and may take longer.
+            let _ = self.get_part(&nothing, None).await?;
+            let asked = tokio::time::timeout(self.deadline, self.get_part(&nothing, None)).await;
+            asked.unwrap_or(Err(StoreError::Late)).map(drop)
+        })
+    }
+
+    /// Each request has a connection for itself.
+    fn give_up(&self, _lane: Lane) {}
+
+    fn head<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<(Bytes, u64)>> {
+        Box::pin(self.get_part(key, Some(GetRange::Bounded(0..Messages::HEADER_BYTES as u64))))
+    }
+
+    fn get<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<Bytes>> {
+        Box::pin(async move { Ok(self.get_part(key, None).await?.map(|(bytes, _)| bytes)) })
+    }
+
+    fn put<'a>(&'a self, key: &'a BlockKey, parts: [&'a [u8]; 2], _ttl: Option<Duration>) -> Reply<'a, ()> {
+        let payload: PutPayload = parts.into_iter().map(Bytes::copy_from_slice).collect();
+        Box::pin(async move {
+            let _turn = self.turns.acquire().await;
+            Ok(self.store.put(&self.path(key), payload).await.map(drop)?)
+        })
+    }
+
+    fn remove<'a>(&'a self, keys: &'a [BlockKey]) -> Reply<'a, ()> {
+        let paths: Vec<_> = keys.iter().map(|key| Ok(self.path(key))).collect();
+        Box::pin(async move {
+            let mut removed = self.store.delete_stream(futures_util::stream::iter(paths).boxed());
+            while let Some(one) = removed.next().await {
+                match one {
+                    Ok(_) | Err(Error::NotFound { .. }) => {}
+                    Err(error) => return Err(error.into()),
+                }
+            }
+            Ok(())
+        })
+    }
+
+    fn list<'a>(&'a self, each: &'a mut (dyn FnMut(Vec<Listed>) + Send)) -> Reply<'a, ()> {
+        Box::pin(self.list_all(each))
+    }
+
+    fn follow(&self) -> Reply<'_, ()> {
+        Box::pin(async { Ok(()) })
+    }
+
+    fn news(&self) -> Reply<'_, News> {
+        Box::pin(async { Ok(News::Untold) })
+    }
+
+    fn tell<'a>(&'a self, _written: &'a [Listed]) -> Reply<'a, ()> {
+        Box::pin(async { Ok(()) })
+    }
+}
+
+#[cfg(feature = "file")]
+fn file(path: &str) -> Result<Box<dyn ObjectStore>, String> {
+    let refused = |error: &dyn std::fmt::Display| format!("the directory {path}: {error}");
+    if !path.starts_with('/') {
+        return Err(refused(&"give it from the root on, as in file:///srv/kvkeep"));
+    }
+    std::fs::create_dir_all(path).map_err(|error| refused(&error))?;
+    let files = object_store::local::LocalFileSystem::new_with_prefix(path).map_err(|error| refused(&error))?;
+    Ok(Box::new(files))
+}
+
+/// The bucket, and the path in it.
+#[cfg(feature = "s3")]
+fn s3(config: &RemoteConfig, rest: &str) -> Result<(Box<dyn ObjectStore>, String), String> {
+    use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
+    use object_store::{BackoffConfig, ClientOptions, RetryConfig};
+    let (bucket, path) = rest.split_once('/').unwrap_or((rest, ""));
+    if bucket.is_empty() {
+        return Err("the URL names no bucket: s3://bucket/path".to_owned());
+    }
+    // Whoever has chosen another one before keeps it.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    // Whoever waits does not wait for a second try.
+    let retry = RetryConfig { max_retries: 0, retry_timeout: PATIENCE, backoff: BackoffConfig::default() };
+    let mut builder = AmazonS3Builder::new().with_bucket_name(bucket).with_retry(retry);
+    let mut client = ClientOptions::new().with_connect_timeout(CONNECT).with_timeout(PATIENCE);
+    for (name, value) in &config.variables {
+        let Ok(key) = name.to_lowercase().parse::<AmazonS3ConfigKey>() else { continue };
+        if key == AmazonS3ConfigKey::Endpoint {
+            client = client.with_allow_http(value.starts_with("http://"));
+        }
+        builder = builder.with_config(key, value);
+    }
+    let store = builder.with_client_options(client).build().map_err(|error| error.to_string())?;
+    Ok((Box::new(store), path.to_owned()))
+}

@@ -1,0 +1,146 @@
+//! What is asked of the store while somebody waits: what is there, and blocks.
+//!
+//! Invariant: a read is completed once, and not later than the deadline after the last block that came. One deadline
+//! for all blocks of a request was the alternative: a long prompt over a thin network would then never be read.
+
+use std::sync::Arc;
+use std::sync::mpsc::Sender;
+use std::time::Instant;
+
+use bytes::Bytes;
+use futures_util::stream::{FuturesUnordered, StreamExt};
+use kvkeep::tiers::{BlockKey, BlockMeta, Located, Messages, Read};
+
+use crate::shared::Shared;
+use crate::store::{Lane, StoreError};
+
+/// What the store says of a key: its number, and what is there.
+pub(crate) type Answer = (usize, Option<Located>);
+
+/// Asks what these keys are, and sends each answer as it comes, until the time is over.
+pub(crate) async fn ask(shared: Arc<Shared>, keys: Vec<(usize, BlockKey)>, answers: Sender<Answer>, until: Instant) {
+    let one = |(number, key): (usize, BlockKey)| {
+        let shared = &shared;
+        async move { (number, key, shared.store.head(&key).await) }
+    };
+    let asked = keys.len();
+    let mut heads: FuturesUnordered<_> = keys.into_iter().map(one).collect();
+    let (mut came, mut failed) = (0, None);
+    let over = tokio::time::sleep_until(until.into());
+    let mut over = std::pin::pin!(over);
+    while let futures_util::future::Either::Right((Some((number, key, head)), _)) =
+        futures_util::future::select(over.as_mut(), heads.next()).await
+    {
+        match head {
+            Ok(head) => {
+                came += 1;
+                let _ = answers.send((number, learn(&shared, key, head)));
+            }
+            Err(error) => failed = Some(error),
+        }
+    }
+    if came > 0 {
+        return shared.health.works();
+    }
+    if failed.is_none() && asked > 0 {
+        shared.lock().counters.timeouts_total += 1;
+        // What is still to come would be in the way of the next one.
+        shared.store.give_up(Lane::Ask);
+        failed = Some(StoreError::Late);
+    }
+    failed.iter().for_each(|error| shared.health.fails(error));
+}
+
+/// Remembers what an object is, or that it is not there.
+fn learn(shared: &Shared, key: BlockKey, head: Option<(Bytes, u64)>) -> Option<Located> {
+    let now_ms = shared.clock.now_ms();
+    let described = head.and_then(|(header, bytes)| Some((shared.messages.describe(&header, now_ms)?, bytes)));
+    let right = described.filter(|(meta, _)| meta.key == key && meta.expires_at_ms > now_ms);
+    let mut state = shared.lock();
+    match right {
+        Some((meta, bytes)) => state.learned(&meta, bytes),
+        None => {
+            state.missed(key, Instant::now());
+            None
+        }
+    }
+}
+
+/// Reads a block, or misses it.
+pub(crate) async fn read(shared: Arc<Shared>, read: Read) {
+    let began = Instant::now();
+    let Read { key, namespace, range, mut target, .. } = read;
+    if !shared.health.allows() || !shared.lock().may_read(&key, namespace) {
+        return target.complete(None);
+    }
+    let got = {
+        let mut get = std::pin::pin!(async {
+            let _turn = shared.reading.acquire().await;
+            shared.store.get(&key).await
+        });
+        loop {
+            let late_at = shared.late_at(began);
+            match tokio::time::timeout_at(late_at.into(), &mut get).await {
+                Ok(got) => break got,
+                Err(_) if shared.late_at(began) > late_at => {}
+                Err(_) => break Err(StoreError::Late),
+            }
+        }
+    };
+    let read = match got {
+        Ok(Some(message)) => {
+            shared.progress();
+            let now_ms = shared.clock.now_ms();
+            let into = target.bytes_mut();
+            let meta = shared.messages.decode((&key, namespace), &message, range, into, now_ms);
+            let header = message.get(..Messages::HEADER_BYTES).unwrap_or_default();
+            let says = shared.messages.describe(header, now_ms).filter(|says| says.key == key);
+            // Another namespace's is none of ours, and not damaged.
+            if meta.is_some() || says.is_none_or(|says| says.namespace == namespace) {
+                came(&shared, key, message.len() as u64, meta.as_ref());
+            }
+            meta.filter(|meta| meta.expires_at_ms > now_ms)
+        }
+        Ok(None) => {
+            shared.health.works();
+            shared.lock().missed(key, Instant::now());
+            None
+        }
+        Err(error) => {
+            failed(&shared, began, &error);
+            None
+        }
+    };
+    target.complete(read.map(BlockMeta::decoded));
+}
+
+/// Counts an object that came, right or not.
+fn came(shared: &Shared, key: BlockKey, bytes: u64, meta: Option<&BlockMeta>) {
+    let mut state = shared.lock();
+    if meta.is_some() {
+        state.counters.hits += 1;
+        state.counters.read_bytes_total += bytes;
+        state.index.touch(&key);
+        drop(state);
+        return shared.health.works();
+    }
+    state.counters.damaged_total += 1;
+    state.missed(key, Instant::now());
+    drop(state);
+    // Where a byte was wrong, others may be: in what is still to come, too.
+    shared.store.give_up(Lane::Read);
+    shared.health.fails(&StoreError::Broken("a block was damaged".into()));
+}
+
+fn failed(shared: &Shared, began: Instant, error: &StoreError) {
+    let mut state = shared.lock();
+    match error {
+        StoreError::Late => state.counters.timeouts_total += 1,
+        _ => state.counters.read_errors_total += 1,
+    }
+    drop(state);
+    if matches!(error, StoreError::Late) && shared.late_at(began) <= Instant::now() {
+        shared.store.give_up(Lane::Read);
+    }
+    shared.health.fails(error);
+}

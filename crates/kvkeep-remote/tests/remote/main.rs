@@ -1,0 +1,10 @@
+//! What remote tiers promise, on real stores. What needs a server is ignored here: `make test-remote` runs it.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics fails")]
+#![expect(clippy::indexing_slicing, reason = "a test that panics fails")]
+#![cfg(all(feature = "redis", feature = "s3", feature = "file"))]
+
+mod common;
+mod file;
+mod redis;
+mod s3;

@@ -10,13 +10,14 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{StreamExt, TryStreamExt};
+use kvkeep::NamespaceId;
 use kvkeep::tiers::{BlockKey, Messages};
 use object_store::path::Path;
 use object_store::{Error, GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutPayload};
 use tokio::sync::Semaphore;
 
 use crate::RemoteConfig;
-use crate::store::{Lane, Listed, News, Reply, Store, StoreError, key_of, name_of};
+use crate::store::{Lane, Listed, Name, News, Reply, Store, StoreError, namespace_text};
 
 /// Requests at a time: each has a connection.
 const AT_ONCE: usize = 32;
@@ -38,6 +39,8 @@ pub(crate) struct Objects {
     prefix: String,
     /// How long the store may take to say that it is there.
     deadline: Duration,
+    /// From the time on that the store says it was written.
+    ttl_ms: Option<u64>,
 }
 
 impl From<Error> for StoreError {
@@ -63,20 +66,28 @@ impl Objects {
             _ => return None,
         };
         Some(opened.map(|(name, store, path)| {
+            let ttl_ms = config.ttl.map(|ttl| u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX));
             let prefix = [path.trim_matches('/'), config.prefix.as_str()].join("/").trim_matches('/').to_owned();
-            Self { name, store, turns: Semaphore::new(AT_ONCE), prefix, deadline: config.deadline }
+            Self { name, store, turns: Semaphore::new(AT_ONCE), prefix, deadline: config.deadline, ttl_ms }
         }))
     }
 
-    fn path(&self, key: &BlockKey) -> Path {
-        Path::from(name_of(&self.prefix, '/', key))
+    fn path(&self, name: &Name) -> Path {
+        Path::from(name.text(&self.prefix, '/'))
     }
 
-    async fn list_all(&self, each: &mut (dyn FnMut(Vec<Listed>) + Send)) -> Result<(), StoreError> {
-        let prefix = Path::from(self.prefix.as_str());
+    async fn list_all(
+        &self,
+        namespace: Option<NamespaceId>,
+        each: &mut (dyn FnMut(Vec<Listed>) + Send),
+    ) -> Result<(), StoreError> {
+        let begin = namespace.map_or_else(|| self.prefix.clone(), |id| namespace_text(&self.prefix, '/', id));
+        let prefix = Path::from(begin);
         let listed = self.store.list(Some(&prefix)).map_ok(|object| {
-            let key = key_of(&self.prefix, '/', object.location.as_ref())?;
-            Some(Listed { key, bytes: object.size })
+            let name = Name::parse(&self.prefix, '/', object.location.as_ref())?;
+            let written_at_ms = u64::try_from(object.last_modified.timestamp_millis()).unwrap_or(0);
+            let expires_at_ms = self.ttl_ms.map_or(u64::MAX, |ttl_ms| written_at_ms.saturating_add(ttl_ms));
+            Some(Listed { name, bytes: object.size, expires_at_ms })
         });
         let mut parts = listed.try_chunks(LIST_PART);
         while let Some(part) = parts.next().await {
@@ -85,9 +96,9 @@ impl Objects {
         Ok(())
     }
 
-    async fn get_part(&self, key: &BlockKey, range: Option<GetRange>) -> Result<Option<(Bytes, u64)>, StoreError> {
+    async fn get_part(&self, name: &Name, range: Option<GetRange>) -> Result<Option<(Bytes, u64)>, StoreError> {
         let _turn = self.turns.acquire().await;
-        match self.store.get_opts(&self.path(key), GetOptions { range, ..GetOptions::default() }).await {
+        match self.store.get_opts(&self.path(name), GetOptions { range, ..GetOptions::default() }).await {
             Ok(object) => {
                 let size = object.meta.size;
                 Ok(Some((object.bytes().await?, size)))
@@ -104,7 +115,7 @@ impl Store for Objects {
     }
 
     fn mend(&self) -> Reply<'_, ()> {
-        let nothing = BlockKey::new([0; 32], u32::MAX);
+        let nothing = Name { namespace: NamespaceId::from_bytes([0; 32]), key: BlockKey::new([0; 32], u32::MAX) };
         Box::pin(async move {
             // A first request connects, and may take longer.
             let _ = self.get_part(&nothing, None).await?;
@@ -116,24 +127,24 @@ impl Store for Objects {
     /// Each request has a connection for itself.
     fn give_up(&self, _lane: Lane) {}
 
-    fn head<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<(Bytes, u64)>> {
-        Box::pin(self.get_part(key, Some(GetRange::Bounded(0..Messages::HEADER_BYTES as u64))))
+    fn head<'a>(&'a self, name: &'a Name) -> Reply<'a, Option<(Bytes, u64)>> {
+        Box::pin(self.get_part(name, Some(GetRange::Bounded(0..Messages::HEADER_BYTES as u64))))
     }
 
-    fn get<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<Bytes>> {
-        Box::pin(async move { Ok(self.get_part(key, None).await?.map(|(bytes, _)| bytes)) })
+    fn get<'a>(&'a self, name: &'a Name) -> Reply<'a, Option<Bytes>> {
+        Box::pin(async move { Ok(self.get_part(name, None).await?.map(|(bytes, _)| bytes)) })
     }
 
-    fn put<'a>(&'a self, key: &'a BlockKey, parts: [&'a [u8]; 2], _ttl: Option<Duration>) -> Reply<'a, ()> {
+    fn put<'a>(&'a self, name: &'a Name, parts: [&'a [u8]; 2], _ttl: Option<Duration>) -> Reply<'a, ()> {
         let payload: PutPayload = parts.into_iter().map(Bytes::copy_from_slice).collect();
         Box::pin(async move {
             let _turn = self.turns.acquire().await;
-            Ok(self.store.put(&self.path(key), payload).await.map(drop)?)
+            Ok(self.store.put(&self.path(name), payload).await.map(drop)?)
         })
     }
 
-    fn remove<'a>(&'a self, keys: &'a [BlockKey]) -> Reply<'a, ()> {
-        let paths: Vec<_> = keys.iter().map(|key| Ok(self.path(key))).collect();
+    fn remove<'a>(&'a self, names: &'a [Name]) -> Reply<'a, ()> {
+        let paths: Vec<_> = names.iter().map(|name| Ok(self.path(name))).collect();
         Box::pin(async move {
             let mut removed = self.store.delete_stream(futures_util::stream::iter(paths).boxed());
             while let Some(one) = removed.next().await {
@@ -146,8 +157,16 @@ impl Store for Objects {
         })
     }
 
-    fn list<'a>(&'a self, each: &'a mut (dyn FnMut(Vec<Listed>) + Send)) -> Reply<'a, ()> {
-        Box::pin(self.list_all(each))
+    fn list<'a>(
+        &'a self,
+        namespace: Option<NamespaceId>,
+        each: &'a mut (dyn FnMut(Vec<Listed>) + Send),
+    ) -> Reply<'a, ()> {
+        Box::pin(self.list_all(namespace, each))
+    }
+
+    fn knows_time(&self) -> bool {
+        false
     }
 
     fn follow(&self) -> Reply<'_, ()> {

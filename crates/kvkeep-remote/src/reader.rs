@@ -9,32 +9,32 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
-use kvkeep::tiers::{BlockKey, BlockMeta, Located, Messages, Read};
+use kvkeep::tiers::{BlockMeta, Located, Read};
 
 use crate::shared::Shared;
-use crate::store::{Lane, StoreError};
+use crate::store::{Lane, Name, StoreError};
 
 /// What the store says of a key: its number, and what is there.
 pub(crate) type Answer = (usize, Option<Located>);
 
 /// Asks what these keys are, and sends each answer as it comes, until the time is over.
-pub(crate) async fn ask(shared: Arc<Shared>, keys: Vec<(usize, BlockKey)>, answers: Sender<Answer>, until: Instant) {
-    let one = |(number, key): (usize, BlockKey)| {
+pub(crate) async fn ask(shared: Arc<Shared>, names: Vec<(usize, Name)>, answers: Sender<Answer>, until: Instant) {
+    let one = |(number, name): (usize, Name)| {
         let shared = &shared;
-        async move { (number, key, shared.store.head(&key).await) }
+        async move { (number, name, shared.store.head(&name).await) }
     };
-    let asked = keys.len();
-    let mut heads: FuturesUnordered<_> = keys.into_iter().map(one).collect();
+    let asked = names.len();
+    let mut heads: FuturesUnordered<_> = names.into_iter().map(one).collect();
     let (mut came, mut failed) = (0, None);
     let over = tokio::time::sleep_until(until.into());
     let mut over = std::pin::pin!(over);
-    while let futures_util::future::Either::Right((Some((number, key, head)), _)) =
+    while let futures_util::future::Either::Right((Some((number, name, head)), _)) =
         futures_util::future::select(over.as_mut(), heads.next()).await
     {
         match head {
             Ok(head) => {
                 came += 1;
-                let _ = answers.send((number, learn(&shared, key, head)));
+                let _ = answers.send((number, learn(&shared, &name, head)));
             }
             Err(error) => failed = Some(error),
         }
@@ -52,15 +52,15 @@ pub(crate) async fn ask(shared: Arc<Shared>, keys: Vec<(usize, BlockKey)>, answe
 }
 
 /// Remembers what an object is, or that it is not there.
-fn learn(shared: &Shared, key: BlockKey, head: Option<(Bytes, u64)>) -> Option<Located> {
+fn learn(shared: &Shared, name: &Name, head: Option<(Bytes, u64)>) -> Option<Located> {
     let now_ms = shared.clock.now_ms();
     let described = head.and_then(|(header, bytes)| Some((shared.messages.describe(&header, now_ms)?, bytes)));
-    let right = described.filter(|(meta, _)| meta.key == key && meta.expires_at_ms > now_ms);
+    let right = described.filter(|(meta, _)| Name::of(meta) == *name && meta.expires_at_ms > now_ms);
     let mut state = shared.lock();
     match right {
         Some((meta, bytes)) => state.learned(&meta, bytes),
         None => {
-            state.missed(key, Instant::now());
+            state.missed(*name, Instant::now());
             None
         }
     }
@@ -69,14 +69,16 @@ fn learn(shared: &Shared, key: BlockKey, head: Option<(Bytes, u64)>) -> Option<L
 /// Reads a block, or misses it.
 pub(crate) async fn read(shared: Arc<Shared>, read: Read) {
     let began = Instant::now();
-    let Read { key, namespace, range, mut target, .. } = read;
-    if !shared.health.allows() || !shared.lock().may_read(&key, namespace) {
+    let Read { key, namespace, range, waited, mut target, .. } = read;
+    let began = began.checked_sub(waited).unwrap_or(began);
+    let name = Name { namespace, key };
+    if !shared.health.allows() || shared.lock().is_removed(&name) {
         return target.complete(None);
     }
     let got = {
         let mut get = std::pin::pin!(async {
             let _turn = shared.reading.acquire().await;
-            shared.store.get(&key).await
+            shared.store.get(&name).await
         });
         loop {
             let late_at = shared.late_at(began);
@@ -93,17 +95,12 @@ pub(crate) async fn read(shared: Arc<Shared>, read: Read) {
             let now_ms = shared.clock.now_ms();
             let into = target.bytes_mut();
             let meta = shared.messages.decode((&key, namespace), &message, range, into, now_ms);
-            let header = message.get(..Messages::HEADER_BYTES).unwrap_or_default();
-            let says = shared.messages.describe(header, now_ms).filter(|says| says.key == key);
-            // Another namespace's is none of ours, and not damaged.
-            if meta.is_some() || says.is_none_or(|says| says.namespace == namespace) {
-                came(&shared, key, message.len() as u64, meta.as_ref());
-            }
+            came(&shared, name, message.len() as u64, meta.as_ref());
             meta.filter(|meta| meta.expires_at_ms > now_ms)
         }
         Ok(None) => {
             shared.health.works();
-            shared.lock().missed(key, Instant::now());
+            shared.lock().missed(name, Instant::now());
             None
         }
         Err(error) => {
@@ -115,17 +112,17 @@ pub(crate) async fn read(shared: Arc<Shared>, read: Read) {
 }
 
 /// Counts an object that came, right or not.
-fn came(shared: &Shared, key: BlockKey, bytes: u64, meta: Option<&BlockMeta>) {
+fn came(shared: &Shared, name: Name, bytes: u64, meta: Option<&BlockMeta>) {
     let mut state = shared.lock();
     if meta.is_some() {
         state.counters.hits += 1;
         state.counters.read_bytes_total += bytes;
-        state.index.touch(&key);
+        state.index.touch(&name.key);
         drop(state);
         return shared.health.works();
     }
     state.counters.damaged_total += 1;
-    state.missed(key, Instant::now());
+    state.missed(name, Instant::now());
     drop(state);
     // Where a byte was wrong, others may be: in what is still to come, too.
     shared.store.give_up(Lane::Read);

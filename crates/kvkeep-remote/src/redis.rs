@@ -15,10 +15,11 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{FuturesUnordered, StreamExt};
+use kvkeep::NamespaceId;
 use kvkeep::tiers::{BlockKey, Messages};
 use redis::{Cmd, FromRedisValue, RedisError, RedisResult, RedisWrite, ToRedisArgs, Value};
 
-use crate::store::{Lane, Listed, News, Reply, Store, StoreError, key_of, name_of};
+use crate::store::{Lane, Listed, Name, News, Reply, Store, StoreError, namespace_text};
 use connect::{Connection, Server};
 
 /// What a command may take that no request waits for.
@@ -29,8 +30,8 @@ const NEWS_MS: u64 = 1000;
 const NEWS_KEPT: u32 = 10_000;
 /// Keys that a part of a list has, about.
 const LIST_PART: u32 = 1000;
-/// Of a key in the news: its hash, its layer, its bytes.
-const NEWS_BYTES: usize = 44;
+/// Of an object in the news: its namespace, hash and layer, and its bytes.
+const NEWS_BYTES: usize = 76;
 
 /// Objects in Redis.
 #[derive(Debug)]
@@ -78,8 +79,8 @@ impl Redis {
         Ok(Self { server, prefix: prefix.to_owned(), deadline, lanes, since, node })
     }
 
-    fn name(&self, key: &BlockKey) -> String {
-        name_of(&self.prefix, ':', key)
+    fn text(&self, name: &Name) -> String {
+        name.text(&self.prefix, ':')
     }
 
     fn feed(&self) -> String {
@@ -145,18 +146,23 @@ impl Redis {
     }
 
     /// One part of a list, of one server: the next place, and what was there.
-    async fn list_part(&self, server: Option<&(String, u16)>, at: &str) -> Result<(String, Vec<Listed>), StoreError> {
+    async fn list_part(
+        &self,
+        server: Option<&(String, u16)>,
+        pattern: &str,
+        at: &str,
+    ) -> Result<(String, Vec<Listed>), StoreError> {
         let mut connection = self.connection(Lane::Write).ok_or(StoreError::Away)?;
         let mut scan = redis::cmd("SCAN");
-        scan.arg(at).arg("MATCH").arg(format!("{}:*", escaped(&self.prefix))).arg("COUNT").arg(LIST_PART);
+        scan.arg(at).arg("MATCH").arg(pattern).arg("COUNT").arg(LIST_PART);
         let answered = within(PATIENCE, connection.ask_server(server, &scan)).await;
         let (next, names): (String, Vec<String>) = self.settle(
             Lane::Write,
             &connection,
             answered.and_then(|value| Ok(FromRedisValue::from_redis_value(value)?)),
         )?;
-        let keys = names.iter().filter_map(|name| key_of(&self.prefix, ':', name));
-        let mut sizes: FuturesUnordered<_> = keys.map(|key| self.size(key)).collect();
+        let names = names.iter().filter_map(|name| Name::parse(&self.prefix, ':', name));
+        let mut sizes: FuturesUnordered<_> = names.map(|name| self.size(name)).collect();
         let mut listed = Vec::with_capacity(sizes.len());
         while let Some(size) = sizes.next().await {
             listed.extend(size?);
@@ -164,19 +170,25 @@ impl Redis {
         Ok((next, listed))
     }
 
-    async fn size(&self, key: BlockKey) -> Result<Option<Listed>, StoreError> {
+    async fn size(&self, name: Name) -> Result<Option<Listed>, StoreError> {
         let mut command = redis::cmd("STRLEN");
-        command.arg(self.name(&key));
+        command.arg(self.text(&name));
         let bytes: u64 = self.ask(Lane::Write, &command, PATIENCE).await?;
-        Ok((bytes > 0).then_some(Listed { key, bytes }))
+        Ok((bytes > 0).then_some(Listed { name, bytes, expires_at_ms: u64::MAX }))
     }
 
-    async fn list_all(&self, each: &mut (dyn FnMut(Vec<Listed>) + Send)) -> Result<(), StoreError> {
+    async fn list_all(
+        &self,
+        namespace: Option<NamespaceId>,
+        each: &mut (dyn FnMut(Vec<Listed>) + Send),
+    ) -> Result<(), StoreError> {
+        let begin = namespace.map_or_else(|| format!("{}:", self.prefix), |id| namespace_text(&self.prefix, ':', id));
+        let pattern = escaped(&begin) + "*";
         let mut connection = self.connection(Lane::Write).ok_or(StoreError::Away)?;
         for server in connection.servers().await? {
             let mut at = "0".to_owned();
             loop {
-                let (next, listed) = self.list_part(server.as_ref(), &at).await?;
+                let (next, listed) = self.list_part(server.as_ref(), &pattern, &at).await?;
                 each(listed);
                 if next == "0" {
                     break;
@@ -240,11 +252,11 @@ impl Store for Redis {
         *self.lane(lane).lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
-    fn head<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<(Bytes, u64)>> {
+    fn head<'a>(&'a self, name: &'a Name) -> Reply<'a, Option<(Bytes, u64)>> {
         Box::pin(async move {
             let (mut head, mut size) = (redis::cmd("GETRANGE"), redis::cmd("STRLEN"));
-            head.arg(self.name(key)).arg(0).arg(Messages::HEADER_BYTES - 1);
-            size.arg(self.name(key));
+            head.arg(self.text(name)).arg(0).arg(Messages::HEADER_BYTES - 1);
+            size.arg(self.text(name));
             let (head, size) = (self.ask(Lane::Ask, &head, PATIENCE), self.ask(Lane::Ask, &size, PATIENCE));
             let (head, size): (Result<Vec<u8>, _>, Result<u64, _>) = futures_util::future::join(head, size).await;
             let (head, size) = (head?, size?);
@@ -252,10 +264,10 @@ impl Store for Redis {
         })
     }
 
-    fn get<'a>(&'a self, key: &'a BlockKey) -> Reply<'a, Option<Bytes>> {
+    fn get<'a>(&'a self, name: &'a Name) -> Reply<'a, Option<Bytes>> {
         Box::pin(async move {
             let mut command = redis::cmd("GET");
-            command.arg(self.name(key));
+            command.arg(self.text(name));
             match self.ask(Lane::Read, &command, PATIENCE).await? {
                 Value::BulkString(bytes) => Ok(Some(bytes.into())),
                 _ => Ok(None),
@@ -263,23 +275,23 @@ impl Store for Redis {
         })
     }
 
-    fn put<'a>(&'a self, key: &'a BlockKey, parts: [&'a [u8]; 2], ttl: Option<Duration>) -> Reply<'a, ()> {
+    fn put<'a>(&'a self, name: &'a Name, parts: [&'a [u8]; 2], ttl: Option<Duration>) -> Reply<'a, ()> {
         let mut command = Cmd::with_capacity(5, parts.iter().map(|part| part.len()).sum::<usize>() + 128);
-        command.arg("SET").arg(self.name(key)).arg(Parts(parts));
+        command.arg("SET").arg(self.text(name)).arg(Parts(parts));
         if let Some(ttl) = ttl {
             command.arg("PX").arg(u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX >> 1).max(1));
         }
         Box::pin(async move { self.ask::<Value>(Lane::Write, &command, PATIENCE).await.map(drop) })
     }
 
-    fn remove<'a>(&'a self, keys: &'a [BlockKey]) -> Reply<'a, ()> {
+    fn remove<'a>(&'a self, names: &'a [Name]) -> Reply<'a, ()> {
         Box::pin(async move {
-            let remove = |key: &BlockKey| {
+            let remove = |name: &Name| {
                 let mut command = redis::cmd("UNLINK");
-                command.arg(self.name(key));
+                command.arg(self.text(name));
                 async move { self.ask::<Value>(Lane::Write, &command, PATIENCE).await }
             };
-            let mut removed: FuturesUnordered<_> = keys.iter().map(remove).collect();
+            let mut removed: FuturesUnordered<_> = names.iter().map(remove).collect();
             while let Some(one) = removed.next().await {
                 one?;
             }
@@ -287,8 +299,16 @@ impl Store for Redis {
         })
     }
 
-    fn list<'a>(&'a self, each: &'a mut (dyn FnMut(Vec<Listed>) + Send)) -> Reply<'a, ()> {
-        Box::pin(self.list_all(each))
+    fn list<'a>(
+        &'a self,
+        namespace: Option<NamespaceId>,
+        each: &'a mut (dyn FnMut(Vec<Listed>) + Send),
+    ) -> Reply<'a, ()> {
+        Box::pin(self.list_all(namespace, each))
+    }
+
+    fn knows_time(&self) -> bool {
+        true
     }
 
     fn follow(&self) -> Reply<'_, ()> {
@@ -326,15 +346,17 @@ fn sum_of(keys: &[u8]) -> Vec<u8> {
 }
 
 fn to_news(listed: &Listed) -> Vec<u8> {
-    let Listed { key, bytes } = listed;
-    [key.hash().as_slice(), &key.layer().to_le_bytes(), &bytes.to_le_bytes()].concat()
+    let Listed { name: Name { namespace, key }, bytes, .. } = listed;
+    [namespace.as_bytes().as_slice(), key.hash(), &key.layer().to_le_bytes(), &bytes.to_le_bytes()].concat()
 }
 
 fn from_news(bytes: &[u8; NEWS_BYTES]) -> Option<Listed> {
-    let (hash, rest) = bytes.split_first_chunk::<32>()?;
+    let (namespace, rest) = bytes.split_first_chunk::<32>()?;
+    let (hash, rest) = rest.split_first_chunk::<32>()?;
     let (layer, rest) = rest.split_first_chunk::<4>()?;
-    let key = BlockKey::new(*hash, u32::from_le_bytes(*layer));
-    Some(Listed { key, bytes: u64::from_le_bytes(*rest.first_chunk::<8>()?) })
+    let name =
+        Name { namespace: NamespaceId::from_bytes(*namespace), key: BlockKey::new(*hash, u32::from_le_bytes(*layer)) };
+    Some(Listed { name, bytes: u64::from_le_bytes(*rest.first_chunk::<8>()?), expires_at_ms: u64::MAX })
 }
 
 #[cfg(test)]
@@ -343,7 +365,8 @@ mod tests {
 
     #[test]
     fn what_is_told_is_what_is_heard() {
-        let listed = Listed { key: BlockKey::new([9; 32], 3), bytes: 1 << 33 };
+        let name = Name { namespace: NamespaceId::from_bytes([8; 32]), key: BlockKey::new([9; 32], 3) };
+        let listed = Listed { name, bytes: 1 << 33, expires_at_ms: u64::MAX };
         let told = to_news(&listed);
         assert_eq!(told.as_chunks::<NEWS_BYTES>().0.iter().filter_map(from_news).collect::<Vec<_>>(), [listed]);
     }

@@ -51,11 +51,11 @@ async fn list(shared: &Shared) -> Result<Duration, StoreError> {
     let mut each = |part: Vec<crate::store::Listed>| {
         let mut state = shared.lock();
         for listed in part {
-            shown.insert(listed.key, ());
+            shown.insert(listed.name.key, ());
             state.shown(listed);
         }
     };
-    shared.store.list(&mut each).await?;
+    shared.store.list(None, &mut each).await?;
     let mut state = shared.lock();
     for key in state.index.end_list(number, &shown) {
         state.reports.iter().for_each(|reports| reports.went(&key));

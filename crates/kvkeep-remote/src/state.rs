@@ -12,7 +12,7 @@ use kvkeep::tiers::{BlockKey, BlockMeta, Epoch, Forget, Forgets, Forgotten, Loca
 use kvkeep::{NamespaceId, TierStats};
 
 use crate::index::{Index, Known};
-use crate::store::Listed;
+use crate::store::{Listed, Name};
 
 /// More keys than these are not remembered as taken out.
 const MAX_TAKEN: usize = 1 << 16;
@@ -21,7 +21,7 @@ const MAX_TAKEN: usize = 1 << 16;
 pub(crate) enum Op {
     Write(Box<Write>),
     /// Objects, and the bytes that they take.
-    Remove(Vec<(BlockKey, u64)>),
+    Remove(Vec<(Name, u64)>),
     /// All of a namespace, or of the prefix; of those that were known, the bytes that they take.
     Clear(Option<NamespaceId>, u64),
 }
@@ -78,14 +78,8 @@ pub(crate) struct State {
 
 impl State {
     /// Where a block is, as far as that is known.
-    pub(crate) fn look(&self, key: &BlockKey, now_ms: u64, now: Instant) -> Known {
-        if self.removing.contains_key(key) {
-            return Known::Absent;
-        }
-        match self.index.look(key, now_ms, now) {
-            Known::Here(located) if self.is_cleared(located.namespace) => Known::Absent,
-            known => known,
-        }
+    pub(crate) fn look(&self, name: &Name, now_ms: u64, now: Instant) -> Known {
+        if self.is_removed(name) { Known::Absent } else { self.index.look(name, now_ms, now) }
     }
 
     /// Is all of this namespace being removed?
@@ -93,13 +87,9 @@ impl State {
         self.clearing.iter().any(|what| what.is_none_or(|id| id == namespace))
     }
 
-    /// May this be read, or was it removed, or belongs to others?
-    pub(crate) fn may_read(&self, key: &BlockKey, namespace: NamespaceId) -> bool {
-        !self.is_removed(key, namespace) && self.index.namespace_of(key).is_none_or(|id| id == namespace)
-    }
-
-    fn is_removed(&self, key: &BlockKey, namespace: NamespaceId) -> bool {
-        self.removing.contains_key(key) || self.is_cleared(namespace)
+    /// Is it being removed?
+    pub(crate) fn is_removed(&self, name: &Name) -> bool {
+        self.removing.contains_key(&name.key) || self.is_cleared(name.namespace)
     }
 
     /// Takes an offer, if it is new and there is room.
@@ -114,7 +104,7 @@ impl State {
         // What another process wrote under the key of a prefix text may be another value.
         let is_known = match meta.is_replaceable() {
             true => self.index.has_written(&meta.key, now_ms),
-            false => self.index.contains(&meta.key, now_ms) && !self.is_removed(&meta.key, meta.namespace),
+            false => self.index.contains(&meta.key, now_ms) && !self.is_removed(&Name::of(meta)),
         };
         if is_known || self.wanted.contains_key(&meta.key) {
             return Taken::There;
@@ -125,7 +115,7 @@ impl State {
         }
         if meta.is_replaceable() {
             // An older value may still be on its way here.
-            self.forgets.record(&Forget::Replaced(&[meta.key]), *epoch);
+            self.forgets.record(&Forget::Replaced(meta.namespace, &[meta.key]), *epoch);
             let layers = self.layers.entry(meta.namespace).or_default();
             *layers = (*layers).max(meta.key.layer() + 1);
         }
@@ -157,17 +147,18 @@ impl State {
         self.forgets.record(what, epoch);
         let mut forgotten = Forgotten::default();
         match what {
-            Forget::Keys(keys) => {
+            Forget::Keys(namespace, keys) => {
                 let there = |key: &BlockKey| {
-                    self.wanted.contains_key(key) || matches!(self.look(key, now_ms, now), Known::Here(_))
+                    let name = Name { namespace: *namespace, key: *key };
+                    self.wanted.contains_key(key) || matches!(self.look(&name, now_ms, now), Known::Here(_))
                 };
                 forgotten.found = keys.iter().map(there).collect();
                 forgotten.entries = forgotten.found.iter().filter(|found| **found).count() as u64;
-                self.remove(keys, now);
+                self.remove(*namespace, keys, now);
             }
-            Forget::Replaced(keys) => {
+            Forget::Replaced(namespace, keys) => {
                 let older = self.forgets.not_newer(keys, epoch);
-                self.remove(&older, now);
+                self.remove(*namespace, &older, now);
             }
             Forget::Namespace(id) => forgotten.entries = self.clear(Some(*id)),
             Forget::All => forgotten.entries = self.clear(None),
@@ -175,7 +166,7 @@ impl State {
         forgotten
     }
 
-    fn remove(&mut self, keys: &[BlockKey], now: Instant) {
+    fn remove(&mut self, namespace: NamespaceId, keys: &[BlockKey], now: Instant) {
         let mut removed = Vec::new();
         for key in keys {
             let was_queued = self.wanted.remove(key).is_some();
@@ -183,7 +174,7 @@ impl State {
             self.is_taken(*key);
             // It may be there all the same, unless all that is there is known.
             if bytes.is_some() || was_queued || !self.index.knows_all(now) {
-                removed.push((*key, bytes.unwrap_or(0)));
+                removed.push((Name { namespace, key: *key }, bytes.unwrap_or(0)));
                 *self.removing.entry(*key).or_default() += 1;
                 self.reports.iter().for_each(|reports| reports.went(key));
             }
@@ -191,6 +182,22 @@ impl State {
         if !removed.is_empty() {
             self.moving_bytes += removed.iter().map(|(_, bytes)| bytes).sum::<u64>();
             self.ops.push_back(Op::Remove(removed));
+        }
+    }
+
+    /// Drops what has expired; a store that does not is told to.
+    pub(crate) fn sweep(&mut self, now_ms: u64, store_knows_time: bool) {
+        let expired = self.index.take_expired(now_ms);
+        for (name, _) in &expired {
+            self.is_taken(name.key);
+            self.reports.iter().for_each(|reports| reports.went(&name.key));
+        }
+        if !expired.is_empty() && !store_knows_time {
+            for (name, bytes) in &expired {
+                self.moving_bytes += bytes;
+                *self.removing.entry(name.key).or_default() += 1;
+            }
+            self.ops.push_back(Op::Remove(expired));
         }
     }
 
@@ -260,7 +267,7 @@ impl State {
 
     /// What the header of an object says.
     pub(crate) fn learned(&mut self, meta: &BlockMeta, bytes: u64) -> Option<Located> {
-        if self.is_removed(&meta.key, meta.namespace) {
+        if self.is_removed(&Name::of(meta)) {
             return None;
         }
         let located = Located::of(meta, 0);
@@ -270,9 +277,9 @@ impl State {
     }
 
     /// An object is not there, or is not what it should be.
-    pub(crate) fn missed(&mut self, key: BlockKey, now: Instant) {
-        self.index.is_absent(key, now);
-        self.reports.iter().for_each(|reports| reports.went(&key));
+    pub(crate) fn missed(&mut self, name: Name, now: Instant) {
+        self.index.is_absent(name, now);
+        self.reports.iter().for_each(|reports| reports.went(&name.key));
     }
 
     /// A list begins.
@@ -286,8 +293,8 @@ impl State {
 
     /// A list shows this. What was taken out here meanwhile it may show still, and what is being written counts already.
     pub(crate) fn shown(&mut self, listed: Listed) {
-        let is_taken = self.taken.iter().any(|taken| taken.contains(&listed.key));
-        if !is_taken && !self.wanted.contains_key(&listed.key) {
+        let is_taken = self.taken.iter().any(|taken| taken.contains(&listed.name.key));
+        if !is_taken && !self.wanted.contains_key(&listed.name.key) {
             self.index.heard(listed);
         }
     }
@@ -311,14 +318,14 @@ impl State {
     }
 
     /// What has to go from the store so that so many bytes fit; it counts as moving until it is gone.
-    pub(crate) fn make_room(&mut self, bytes: u64, capacity_bytes: u64) -> Vec<(BlockKey, u64)> {
+    pub(crate) fn make_room(&mut self, bytes: u64, capacity_bytes: u64) -> Vec<(Name, u64)> {
         let others = self.moving_bytes + bytes;
         let victims = self.index.evict_to(capacity_bytes.saturating_sub(others));
-        for (key, bytes) in &victims {
+        for (name, bytes) in &victims {
             self.moving_bytes += bytes;
-            self.is_taken(*key);
+            self.is_taken(name.key);
             self.counters.evictions += 1;
-            self.reports.iter().for_each(|reports| reports.went(key));
+            self.reports.iter().for_each(|reports| reports.went(&name.key));
         }
         victims
     }
@@ -332,8 +339,8 @@ impl State {
     }
 
     /// These are gone from the store.
-    pub(crate) fn is_gone(&mut self, removed: &[(BlockKey, u64)]) {
-        for (key, bytes) in removed {
+    pub(crate) fn is_gone(&mut self, removed: &[(Name, u64)]) {
+        for (Name { key, .. }, bytes) in removed {
             self.moving_bytes -= bytes;
             if let Some(times) = self.removing.get_mut(key) {
                 *times -= 1;

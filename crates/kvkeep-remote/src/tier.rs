@@ -1,7 +1,8 @@
 //! The tier: what the cache asks of it, on the cache's threads. Nothing here waits longer than its deadline.
 
 use std::fmt;
-use std::sync::{Arc, mpsc};
+use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
 use kvkeep::tiers::{BlockKey, Deadline, Epoch, Forget, Forgotten, Located, Messages, Offer, Read, Reports};
@@ -12,7 +13,7 @@ use crate::RemoteConfig;
 use crate::index::Known;
 use crate::shared::{Parts, Shared};
 use crate::state::Taken;
-use crate::store::Store;
+use crate::store::{Name, Store};
 use crate::{reader, scout, writer};
 
 /// Threads that speak to the store.
@@ -96,15 +97,18 @@ impl RemoteTier {
         self.shared.lock().index.knows_all(Instant::now())
     }
 
-    /// Asks the store what these are, and waits for the answers that come in time.
-    fn ask(&self, unknown: Vec<(usize, BlockKey)>, deadline: Deadline, places: &mut [Option<Located>]) {
+    /// Asks the store what these are, and waits for the answers. If one is late, there is nothing: whoever does not
+    /// answer would not send blocks either.
+    fn ask(&self, unknown: Vec<(usize, Name)>, deadline: Deadline, places: &mut [Option<Located>]) {
         let until = Instant::now() + deadline.left().min(self.shared.deadline);
         let (sender, answers) = mpsc::channel();
         self.handle.spawn(reader::ask(Arc::clone(&self.shared), unknown, sender, until));
-        // It ends when all have come, too: then nobody sends any more.
-        while let Ok((number, located)) = answers.recv_timeout(until.saturating_duration_since(Instant::now())) {
-            if let Some(place) = places.get_mut(number) {
-                *place = located;
+        loop {
+            match answers.recv_timeout(until.saturating_duration_since(Instant::now())) {
+                Ok((number, located)) => places.iter_mut().skip(number).take(1).for_each(|place| *place = located),
+                Err(RecvTimeoutError::Timeout) => return places.fill(None),
+                // All have come: nobody sends any more.
+                Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }
@@ -163,7 +167,7 @@ impl Tier for RemoteTier {
         self.shared.store.name()
     }
 
-    fn locate(&self, keys: &[BlockKey], deadline: Deadline) -> Vec<Option<Located>> {
+    fn locate(&self, namespace: NamespaceId, keys: &[BlockKey], deadline: Deadline) -> Vec<Option<Located>> {
         let mut places = vec![None; keys.len()];
         let mut unknown = Vec::new();
         if !self.process.is_current() || !self.shared.health.allows() {
@@ -173,10 +177,11 @@ impl Tier for RemoteTier {
             let (now_ms, now) = (self.shared.clock.now_ms(), Instant::now());
             let state = self.shared.lock();
             for ((number, key), place) in keys.iter().enumerate().zip(&mut places) {
-                match state.look(key, now_ms, now) {
+                let name = Name { namespace, key: *key };
+                match state.look(&name, now_ms, now) {
                     Known::Here(located) => *place = Some(located),
                     Known::Absent => {}
-                    Known::Unknown => unknown.push((number, *key)),
+                    Known::Unknown => unknown.push((number, name)),
                 }
             }
         }
@@ -256,6 +261,12 @@ impl Tier for RemoteTier {
         stats.encrypted = self.shared.messages.are_encrypted();
         stats.failing = !self.shared.health.allows();
         stats
+    }
+
+    fn sweep(&self) {
+        let knows_time = self.shared.store.knows_time();
+        self.shared.lock().sweep(self.shared.clock.now_ms(), knows_time);
+        self.shared.work.notify_one();
     }
 
     fn touch(&self, keys: &[BlockKey]) {

@@ -8,11 +8,11 @@ use std::time::{Duration, Instant};
 
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use kvkeep::NamespaceId;
-use kvkeep::tiers::{BlockKey, Message};
+use kvkeep::tiers::Message;
 
 use crate::shared::Shared;
 use crate::state::{Op, Write};
-use crate::store::{Listed, StoreError};
+use crate::store::{Listed, Name, StoreError};
 
 /// Written at once, at most; and this part of the cap.
 const BATCH_BYTES: u64 = 16 << 20;
@@ -68,8 +68,14 @@ async fn write(shared: &Shared, writes: Vec<Write>) {
     let mut written = Vec::new();
     {
         let now_ms = shared.clock.now_ms();
+        // The header says so, too: not every store knows time.
+        let latest_ms = shared.ttl.map_or(u64::MAX, |ttl| now_ms.saturating_add(millis(ttl)));
         let mut messages: Vec<Option<Message<'_>>> = Vec::with_capacity(wanted.len());
-        messages.extend(wanted.iter().map(|write| shared.messages.encode(&write.meta, write.payload.bytes(), now_ms)));
+        messages.extend(wanted.iter().map(|write| {
+            let mut meta = write.meta.clone();
+            meta.facts.expires_at_ms = meta.expires_at_ms.min(latest_ms);
+            shared.messages.encode(&meta, write.payload.bytes(), now_ms)
+        }));
         let sizes: Vec<u64> = messages.iter().map(|message| message.as_ref().map_or(0, size)).collect();
         let total = sizes.iter().sum();
         let made = if shared.health.allows() { make_room(shared, total).await } else { Err(StoreError::Away) };
@@ -104,12 +110,9 @@ fn size(message: &Message<'_>) -> u64 {
 async fn put(shared: &Shared, message: Option<&Message<'_>>) -> Result<(), StoreError> {
     let Some(message) = message else { return Err(StoreError::Refused("a block that no header describes".into())) };
     let left = message.meta.expires_at_ms.saturating_sub(shared.clock.now_ms());
-    let left = (message.meta.expires_at_ms != u64::MAX).then(|| Duration::from_millis(left));
-    let ttl = match (left, shared.ttl) {
-        (Some(left), Some(ttl)) => Some(left.min(ttl)),
-        (one, other) => one.or(other),
-    };
-    let put = shared.store.put(&message.meta.key, [&message.header, &message.payload], ttl);
+    let ttl = (message.meta.expires_at_ms != u64::MAX).then(|| Duration::from_millis(left));
+    let name = Name::of(&message.meta);
+    let put = shared.store.put(&name, [&message.header, &message.payload], ttl);
     tokio::time::timeout(PATIENCE, put).await.unwrap_or(Err(StoreError::Late))
 }
 
@@ -122,7 +125,8 @@ fn settle(
     has_room: bool,
     put: &Result<(), StoreError>,
 ) -> Option<Listed> {
-    let listed = Listed { key: write.meta.key, bytes };
+    let expires_at_ms = message.map_or(u64::MAX, |message| message.meta.expires_at_ms);
+    let listed = Listed { name: Name::of(&write.meta), bytes, expires_at_ms };
     let mut state = shared.lock();
     if has_room {
         state.moved(bytes);
@@ -167,22 +171,24 @@ async fn make_room(shared: &Shared, bytes: u64) -> Result<(), StoreError> {
     match removed {
         Ok(()) => state.moves(bytes),
         // They are there still.
-        Err(_) => victims.iter().for_each(|(key, bytes)| state.index.heard(Listed { key: *key, bytes: *bytes })),
+        Err(_) => victims.into_iter().for_each(|(name, bytes)| {
+            state.index.heard(Listed { name, bytes, expires_at_ms: u64::MAX });
+        }),
     }
     removed
 }
 
-async fn remove_from_store(shared: &Shared, removed: &[(BlockKey, u64)]) -> Result<(), StoreError> {
+async fn remove_from_store(shared: &Shared, removed: &[(Name, u64)]) -> Result<(), StoreError> {
     for part in removed.chunks(BATCH_KEYS) {
-        let keys: Vec<BlockKey> = part.iter().map(|(key, _)| *key).collect();
-        let removed = tokio::time::timeout(PATIENCE, shared.store.remove(&keys)).await;
+        let names: Vec<Name> = part.iter().map(|(name, _)| *name).collect();
+        let removed = tokio::time::timeout(PATIENCE, shared.store.remove(&names)).await;
         removed.unwrap_or(Err(StoreError::Late)).inspect_err(|error| shared.health.fails(error))?;
     }
     Ok(())
 }
 
 /// Removes, and does not end before they are gone: what was removed must not come back.
-async fn remove(shared: &Shared, keys: &[(BlockKey, u64)]) {
+async fn remove(shared: &Shared, keys: &[(Name, u64)]) {
     while !shared.lock().is_ended {
         if shared.health.allows() && remove_from_store(shared, keys).await.is_ok() {
             break;
@@ -207,34 +213,15 @@ async fn clear(shared: &Shared, namespace: Option<NamespaceId>, bytes: u64) {
 }
 
 async fn clear_once(shared: &Shared, namespace: Option<NamespaceId>) -> Result<(), StoreError> {
-    let mut listed = Vec::new();
-    shared.store.list(&mut |part| listed.extend(part)).await?;
-    for part in listed.chunks(BATCH_KEYS) {
-        let mut asked: FuturesUnordered<_> = part
-            .iter()
-            .map(|listed| async move { (listed, belongs_to(shared, &listed.key, namespace).await) })
-            .collect();
-        let mut goes = Vec::new();
-        while let Some((listed, belongs)) = asked.next().await {
-            if belongs? {
-                goes.push((listed.key, listed.bytes));
-            }
-        }
-        remove_from_store(shared, &goes).await?;
-        let mut state = shared.lock();
-        goes.iter().for_each(|(key, _)| state.missed(*key, Instant::now()));
-    }
+    let mut goes = Vec::new();
+    let mut each = |part: Vec<Listed>| goes.extend(part.into_iter().map(|listed| (listed.name, listed.bytes)));
+    shared.store.list(namespace, &mut each).await?;
+    remove_from_store(shared, &goes).await?;
+    let mut state = shared.lock();
+    goes.iter().for_each(|(name, _)| state.missed(*name, Instant::now()));
     Ok(())
 }
 
-/// What nobody can read the header of goes with all, and with no namespace.
-async fn belongs_to(shared: &Shared, key: &BlockKey, namespace: Option<NamespaceId>) -> Result<bool, StoreError> {
-    let Some(namespace) = namespace else { return Ok(true) };
-    let known = shared.lock().index.namespace_of(key);
-    if let Some(known) = known {
-        return Ok(known == namespace);
-    }
-    let head = tokio::time::timeout(PATIENCE, shared.store.head(key)).await.unwrap_or(Err(StoreError::Late))?;
-    let meta = head.and_then(|(header, _)| shared.messages.describe(&header, shared.clock.now_ms()));
-    Ok(meta.is_some_and(|meta| meta.namespace == namespace))
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX)
 }

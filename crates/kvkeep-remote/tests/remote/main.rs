@@ -2,9 +2,11 @@
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics fails")]
 #![expect(clippy::indexing_slicing, reason = "a test that panics fails")]
-#![cfg(all(feature = "redis", feature = "s3", feature = "file"))]
+#![cfg(feature = "file")]
 
 mod common;
 mod file;
+#[cfg(feature = "redis")]
 mod redis;
+#[cfg(feature = "s3")]
 mod s3;

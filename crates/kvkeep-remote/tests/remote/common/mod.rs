@@ -1,6 +1,8 @@
 //! Real servers, a proxy that breaks what goes through it, and nodes that share a store.
 
+#[cfg(feature = "redis")]
 pub(crate) mod proxy;
+#[cfg(any(feature = "redis", feature = "s3"))]
 pub(crate) mod server;
 
 use std::sync::Arc;

@@ -39,7 +39,12 @@ impl Ledger {
 
     /// Offers entries of the next `slots` slots, so that a flush can wait for them. `again`: those alone that a flush waits for
     /// still. Says how many it waits for, and where to go on, if there is more.
-    pub(in crate::store) fn flush_some(&mut self, from: EntryId, slots: usize, again: bool) -> (usize, Option<EntryId>) {
+    pub(in crate::store) fn flush_some(
+        &mut self,
+        from: EntryId,
+        slots: usize,
+        again: bool,
+    ) -> (usize, Option<EntryId>) {
         let (ids, next) = self.index.select_some(from, slots, |entry| entry.flushing || !again);
         let mut awaited = 0;
         for id in ids {

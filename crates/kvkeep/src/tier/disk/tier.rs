@@ -143,7 +143,7 @@ impl DiskTier {
         let taken = self.disk.try_write(record, meta.content.clone(), said, false, payload);
         if meta.is_replaceable() && taken == Taken::Queued {
             // An older value may still be on its way here.
-            forgets.record(&Forget::Replaced(&[meta.key]), offer.epoch);
+            forgets.record(&Forget::Replaced(meta.namespace, &[meta.key]), offer.epoch);
         }
         taken
     }
@@ -208,7 +208,7 @@ impl Tier for DiskTier {
         "disk"
     }
 
-    fn locate(&self, keys: &[BlockKey], _deadline: Deadline) -> Vec<Option<Located>> {
+    fn locate(&self, _namespace: NamespaceId, keys: &[BlockKey], _deadline: Deadline) -> Vec<Option<Located>> {
         if self.is_silent(self.read_timeout) {
             return vec![None; keys.len()];
         }
@@ -288,12 +288,12 @@ impl Tier for DiskTier {
         let mut forgets = self.forgets.lock();
         forgets.record(what, epoch);
         match what {
-            Forget::Keys(keys) => {
+            Forget::Keys(_, keys) => {
                 let found = self.disk.remove(&keys_of(keys));
                 let entries = found.iter().filter(|found| **found).count() as u64;
                 Forgotten { found, entries }
             }
-            Forget::Replaced(keys) => {
+            Forget::Replaced(_, keys) => {
                 self.disk.hide(&keys_of(&forgets.not_newer(keys, epoch)));
                 Forgotten::default()
             }

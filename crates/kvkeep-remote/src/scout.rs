@@ -23,7 +23,12 @@ const LIST_SHARE: u32 = 10;
 /// Follows the store, for as long as this is awaited.
 pub(crate) async fn run(shared: Arc<Shared>) {
     let (mut heard, mut list_took, mut pause) = (None::<Instant>, Duration::ZERO, PAUSE);
+    let mut swept = Instant::now();
     loop {
+        if swept.elapsed() > shared.refresh {
+            swept = Instant::now();
+            shared.sweep();
+        }
         if !shared.health.allows() {
             tokio::time::sleep(PAUSE).await;
             continue;

@@ -73,6 +73,12 @@ impl Shared {
         self.room.wait_timeout(state, at_most).unwrap_or_else(PoisonError::into_inner).0
     }
 
+    /// Drops what has expired, from a store that does not do it by itself, too.
+    pub(crate) fn sweep(&self) {
+        self.lock().sweep(self.clock.now_ms(), self.store.knows_time());
+        self.work.notify_one();
+    }
+
     /// A block came.
     pub(crate) fn progress(&self) {
         *self.came.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();

@@ -177,7 +177,8 @@ mod tests {
             let text = name.text("a:b", ':');
             assert!(text.starts_with(&namespace_text("a:b", ':', namespace)), "{text}");
             assert_eq!(Name::parse("a:b", ':', &text), Some(name));
-            for wrong in [text.to_uppercase(), format!("{text}0"), format!("{text}.0"), text[1..].into(), String::new()]
+            for wrong in
+                [text.to_uppercase(), format!("{text}x"), format!("{text}.0x"), text[1..].into(), String::new()]
             {
                 assert_eq!(Name::parse("a:b", ':', &wrong), None, "{wrong}");
             }

@@ -158,7 +158,7 @@ fn open_store(config: &RemoteConfig) -> std::result::Result<Box<dyn Store>, Stri
         return Ok(Box::new(store));
     }
     Err(format!(
-        "this build knows no store {scheme:?}: file:// is always there, redis:// and s3:// with the feature `remote` (cargo install --features remote)"
+        "this build knows no store {scheme:?}: file:// is always there; redis:// and s3:// are in released wheels and commands, and in builds with the feature `remote`"
     ))
 }
 
@@ -264,9 +264,7 @@ impl Tier for RemoteTier {
     }
 
     fn sweep(&self) {
-        let knows_time = self.shared.store.knows_time();
-        self.shared.lock().sweep(self.shared.clock.now_ms(), knows_time);
-        self.shared.work.notify_one();
+        self.shared.sweep();
     }
 
     fn touch(&self, keys: &[BlockKey]) {

@@ -18,7 +18,8 @@ pub struct RemoteConfig {
     pub(crate) ttl: Option<Duration>,
     pub(crate) key_file: Option<PathBuf>,
     pub(crate) codecs: Codecs,
-    #[cfg_attr(not(feature = "s3"), expect(dead_code, reason = "only object stores have any"))]
+    pub(crate) hedge: Option<Duration>,
+    #[cfg_attr(not(feature = "http"), expect(dead_code, reason = "only object stores have any"))]
     pub(crate) variables: Vec<(String, String)>,
 }
 
@@ -28,6 +29,7 @@ impl RemoteConfig {
     /// - `redis-cluster://host:port,host:port`, `rediss-cluster://` with TLS;
     /// - `redis-sentinel://host:26379,host:26379/name-of-the-master[/database]`, `rediss-sentinel://` with TLS;
     /// - `s3://bucket[/path]`, with what [`RemoteConfig::variables`] says;
+    /// - `gs://bucket[/path]` and `az://container[/path]`, as `s3://`, in builds with the features `gs` and `az`;
     /// - `file:///directory`, on a file system that several machines share.
     ///
     /// What it has is under the prefix `kvkeep`, at most 10 GiB.
@@ -41,6 +43,7 @@ impl RemoteConfig {
             refresh: Duration::from_secs(10),
             ttl: None,
             key_file: None,
+            hedge: None,
             codecs: Codecs::default(),
             variables: Vec::new(),
         }
@@ -89,6 +92,15 @@ impl RemoteConfig {
     #[must_use]
     pub fn ttl(mut self, ttl: Option<Duration>) -> Self {
         self.ttl = ttl;
+        self
+    }
+
+    /// Asks for a block once more where the store has not sent it after this time, and takes what comes first; never,
+    /// unless said otherwise. For stores of which some requests take far longer than most: give the time that 95 of 100
+    /// take. Each such block may cost a second request.
+    #[must_use]
+    pub fn hedge(mut self, after: Option<Duration>) -> Self {
+        self.hedge = after;
         self
     }
 

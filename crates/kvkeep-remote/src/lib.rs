@@ -23,7 +23,7 @@
 mod config;
 mod health;
 mod index;
-#[cfg(any(feature = "s3", feature = "file"))]
+#[cfg(any(feature = "http", feature = "file"))]
 mod object;
 mod reader;
 #[cfg(feature = "redis")]

@@ -23,10 +23,10 @@ use crate::store::{Lane, Listed, Name, News, Reply, Store, StoreError, namespace
 const AT_ONCE: usize = 32;
 /// Objects that a part of a list has.
 const LIST_PART: usize = 1000;
-#[cfg(feature = "s3")]
+#[cfg(feature = "http")]
 const CONNECT: Duration = Duration::from_secs(2);
 /// What a request may take that is not given up before.
-#[cfg(feature = "s3")]
+#[cfg(feature = "http")]
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Objects under a path.
@@ -61,6 +61,10 @@ impl Objects {
         let opened = match scheme {
             #[cfg(feature = "s3")]
             "s3" | "s3a" => s3(config, rest).map(|(store, path)| ("s3", store, path)),
+            #[cfg(feature = "gs")]
+            "gs" => gs(config, rest).map(|(store, path)| ("gs", store, path)),
+            #[cfg(feature = "az")]
+            "az" => az(config, rest).map(|(store, path)| ("az", store, path)),
             #[cfg(feature = "file")]
             "file" => file(rest).map(|store| ("file", store, String::new())),
             _ => return None,
@@ -194,27 +198,70 @@ fn file(path: &str) -> Result<Box<dyn ObjectStore>, String> {
 }
 
 /// The bucket, and the path in it.
-#[cfg(feature = "s3")]
-fn s3(config: &RemoteConfig, rest: &str) -> Result<(Box<dyn ObjectStore>, String), String> {
-    use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
-    use object_store::{BackoffConfig, ClientOptions, RetryConfig};
+#[cfg(feature = "http")]
+fn bucket_of(rest: &str) -> Result<(&str, &str), String> {
     let (bucket, path) = rest.split_once('/').unwrap_or((rest, ""));
     if bucket.is_empty() {
         return Err("the URL names no bucket: s3://bucket/path".to_owned());
     }
     // Whoever has chosen another one before keeps it.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    // Whoever waits does not wait for a second try.
-    let retry = RetryConfig { max_retries: 0, retry_timeout: PATIENCE, backoff: BackoffConfig::default() };
-    let mut builder = AmazonS3Builder::new().with_bucket_name(bucket).with_retry(retry);
-    let mut client = ClientOptions::new().with_connect_timeout(CONNECT).with_timeout(PATIENCE);
-    for (name, value) in &config.variables {
-        let Ok(key) = name.to_lowercase().parse::<AmazonS3ConfigKey>() else { continue };
-        if key == AmazonS3ConfigKey::Endpoint {
-            client = client.with_allow_http(value.starts_with("http://"));
-        }
+    Ok((bucket, path))
+}
+
+/// Whoever waits does not wait for a second try.
+#[cfg(feature = "http")]
+fn no_retry() -> object_store::RetryConfig {
+    object_store::RetryConfig {
+        max_retries: 0,
+        retry_timeout: PATIENCE,
+        backoff: object_store::BackoffConfig::default(),
+    }
+}
+
+#[cfg(feature = "http")]
+fn client(config: &RemoteConfig) -> object_store::ClientOptions {
+    let is_plain =
+        |(name, value): &(String, String)| name.to_lowercase().contains("endpoint") && value.starts_with("http://");
+    let is_plain = config.variables.iter().any(is_plain);
+    object_store::ClientOptions::new().with_connect_timeout(CONNECT).with_timeout(PATIENCE).with_allow_http(is_plain)
+}
+
+/// The variables that this store knows.
+#[cfg(feature = "http")]
+fn known<K: std::str::FromStr>(config: &RemoteConfig) -> impl Iterator<Item = (K, &String)> {
+    config.variables.iter().filter_map(|(name, value)| Some((name.to_lowercase().parse().ok()?, value)))
+}
+
+#[cfg(feature = "s3")]
+fn s3(config: &RemoteConfig, rest: &str) -> Result<(Box<dyn ObjectStore>, String), String> {
+    let (bucket, path) = bucket_of(rest)?;
+    let mut builder = object_store::aws::AmazonS3Builder::new().with_bucket_name(bucket).with_retry(no_retry());
+    for (key, value) in known(config) {
         builder = builder.with_config(key, value);
     }
-    let store = builder.with_client_options(client).build().map_err(|error| error.to_string())?;
+    let store = builder.with_client_options(client(config)).build().map_err(|error| error.to_string())?;
     Ok((Box::new(store), path.to_owned()))
+}
+
+#[cfg(feature = "gs")]
+fn gs(config: &RemoteConfig, rest: &str) -> Result<(Box<dyn ObjectStore>, String), String> {
+    let (bucket, path) = bucket_of(rest)?;
+    let mut builder = object_store::gcp::GoogleCloudStorageBuilder::new().with_bucket_name(bucket);
+    for (key, value) in known(config) {
+        builder = builder.with_config(key, value);
+    }
+    let builder = builder.with_retry(no_retry()).with_client_options(client(config));
+    Ok((Box::new(builder.build().map_err(|error| error.to_string())?), path.to_owned()))
+}
+
+#[cfg(feature = "az")]
+fn az(config: &RemoteConfig, rest: &str) -> Result<(Box<dyn ObjectStore>, String), String> {
+    let (container, path) = bucket_of(rest)?;
+    let mut builder = object_store::azure::MicrosoftAzureBuilder::new().with_container_name(container);
+    for (key, value) in known(config) {
+        builder = builder.with_config(key, value);
+    }
+    let builder = builder.with_retry(no_retry()).with_client_options(client(config));
+    Ok((Box::new(builder.build().map_err(|error| error.to_string())?), path.to_owned()))
 }

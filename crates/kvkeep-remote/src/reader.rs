@@ -8,6 +8,7 @@ use std::sync::mpsc::Sender;
 use std::time::Instant;
 
 use bytes::Bytes;
+use futures_util::future::{Either, select};
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use kvkeep::tiers::{BlockMeta, Located, Read};
 
@@ -28,9 +29,7 @@ pub(crate) async fn ask(shared: Arc<Shared>, names: Vec<(usize, Name)>, answers:
     let (mut came, mut failed) = (0, None);
     let over = tokio::time::sleep_until(until.into());
     let mut over = std::pin::pin!(over);
-    while let futures_util::future::Either::Right((Some((number, name, head)), _)) =
-        futures_util::future::select(over.as_mut(), heads.next()).await
-    {
+    while let Either::Right((Some((number, name, head)), _)) = select(over.as_mut(), heads.next()).await {
         match head {
             Ok(head) => {
                 came += 1;
@@ -78,7 +77,7 @@ pub(crate) async fn read(shared: Arc<Shared>, read: Read) {
     let got = {
         let mut get = std::pin::pin!(async {
             let _turn = shared.reading.acquire().await;
-            shared.store.get(&name).await
+            get(&shared, &name).await
         });
         loop {
             let late_at = shared.late_at(began);
@@ -109,6 +108,20 @@ pub(crate) async fn read(shared: Arc<Shared>, read: Read) {
         }
     };
     target.complete(read.map(BlockMeta::decoded));
+}
+
+/// Asks for an object, and once more if it takes long and that is wanted.
+async fn get(shared: &Shared, name: &Name) -> Result<Option<Bytes>, StoreError> {
+    let Some(after) = shared.hedge else { return shared.store.get(name).await };
+    let again = async {
+        tokio::time::sleep(after).await;
+        shared.store.get(name).await
+    };
+    match select(shared.store.get(name), Box::pin(again)).await {
+        Either::Left((Err(_), other)) => other.await,
+        Either::Right((Err(_), other)) => other.await,
+        Either::Left((got, _)) | Either::Right((got, _)) => got,
+    }
 }
 
 /// Counts an object that came, right or not.

@@ -23,6 +23,7 @@ pub(crate) struct Shared {
     pub(crate) deadline: Duration,
     pub(crate) refresh: Duration,
     pub(crate) ttl: Option<Duration>,
+    pub(crate) hedge: Option<Duration>,
     pub(crate) health: Health,
     /// Held alone, and never while anything is awaited.
     state: Mutex<State>,
@@ -55,6 +56,7 @@ impl Shared {
             deadline: config.deadline,
             refresh: config.refresh,
             ttl: config.ttl,
+            hedge: config.hedge,
             health,
             state: Mutex::default(),
             room: Condvar::new(),

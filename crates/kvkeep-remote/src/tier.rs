@@ -146,7 +146,7 @@ impl RemoteTier {
 
 fn open_store(config: &RemoteConfig) -> std::result::Result<Box<dyn Store>, String> {
     let scheme = config.url.split("://").next().unwrap_or_default();
-    #[cfg(any(feature = "s3", feature = "file"))]
+    #[cfg(any(feature = "http", feature = "file"))]
     if let Some(objects) = crate::object::Objects::open(config) {
         return Ok(Box::new(objects?));
     }

@@ -5,8 +5,10 @@
 #![cfg(feature = "file")]
 
 mod common;
+#[cfg(all(feature = "redis", feature = "s3"))]
+mod faults;
 mod file;
-#[cfg(feature = "redis")]
+#[cfg(all(feature = "redis", feature = "s3"))]
 mod redis;
-#[cfg(feature = "s3")]
+#[cfg(all(feature = "redis", feature = "s3"))]
 mod s3;

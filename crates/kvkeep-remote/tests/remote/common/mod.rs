@@ -1,8 +1,8 @@
 //! Real servers, a proxy that breaks what goes through it, and nodes that share a store.
 
-#[cfg(feature = "redis")]
+#[cfg(all(feature = "redis", feature = "s3"))]
 pub(crate) mod proxy;
-#[cfg(any(feature = "redis", feature = "s3"))]
+#[cfg(all(feature = "redis", feature = "s3"))]
 pub(crate) mod server;
 
 use std::sync::Arc;

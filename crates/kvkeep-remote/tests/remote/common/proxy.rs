@@ -16,6 +16,8 @@ pub(crate) enum Mode {
     Drop,
     /// Connections end, in the middle of what they carry, and new ones end at once.
     Cut,
+    /// Nothing comes over every third new connection.
+    Stall,
     /// Of every fourth piece one bit is wrong.
     Corrupt,
 }
@@ -33,7 +35,7 @@ impl Proxy {
         let (mode, open) = (Arc::new(Mutex::new(Mode::Pass)), Arc::<Mutex<Vec<TcpStream>>>::default());
         let (its_mode, its_open) = (Arc::clone(&mode), Arc::clone(&open));
         thread::spawn(move || {
-            for client in listener.incoming().flatten() {
+            for (number, client) in listener.incoming().flatten().enumerate() {
                 if *its_mode.lock().unwrap() == Mode::Cut {
                     continue;
                 }
@@ -42,15 +44,12 @@ impl Proxy {
                 let ((to_client, from_server), (from_client, to_server)) = (clones(), clones());
                 its_open.lock().unwrap().extend([client, server]);
                 let mode = Arc::clone(&its_mode);
-                thread::spawn(move || pump(from_server, to_client, Some(&mode)));
-                thread::spawn(move || pump(from_client, to_server, None));
+                let stalls = number % 3 == 2;
+                thread::spawn(move || pump(from_server, to_client, Some(&mode), stalls));
+                thread::spawn(move || pump(from_client, to_server, None, false));
             }
         });
         Self { port, mode, open }
-    }
-
-    pub(crate) fn url(&self) -> String {
-        format!("redis://127.0.0.1:{}", self.port)
     }
 
     pub(crate) fn set(&self, mode: Mode) {
@@ -61,7 +60,7 @@ impl Proxy {
     }
 }
 
-fn pump(mut from: TcpStream, mut to: TcpStream, mode: Option<&Mutex<Mode>>) {
+fn pump(mut from: TcpStream, mut to: TcpStream, mode: Option<&Mutex<Mode>>, stalls: bool) {
     let (mut bytes, mut at) = (vec![0; 64 << 10], 7usize);
     loop {
         let read = match from.read(&mut bytes) {
@@ -70,7 +69,8 @@ fn pump(mut from: TcpStream, mut to: TcpStream, mode: Option<&Mutex<Mode>>) {
         };
         let piece = &mut bytes[..read];
         match mode.map_or(Mode::Pass, |mode| *mode.lock().unwrap()) {
-            Mode::Pass | Mode::Cut => {}
+            Mode::Stall if stalls => continue,
+            Mode::Pass | Mode::Cut | Mode::Stall => {}
             Mode::Delay(by) => thread::sleep(by),
             // What came is gone, for good: the connection is of no use any more.
             Mode::Drop => loop {

@@ -431,7 +431,7 @@ mod tests {
         fault.fail_offers(true);
         assert_eq!(offer(&meter, &[block(2)], 0, 1).back, 1);
         fault.go_away(true);
-        assert!(!is_located(&meter, key(1)));
+        assert_eq!(meter.locate(namespace(1), &[key(1)], Deadline::after(PATIENCE)), [None]);
         let counts = meter.counts();
         assert_eq!((counts.reads, counts.misses, counts.read_bytes), (2, 1, 2 * PAGE as u64));
         assert_eq!((counts.offers, counts.refused, counts.located_keys), (2, 1, 1));

@@ -16,7 +16,7 @@ pub(crate) enum Mode {
     Drop,
     /// Connections end, in the middle of what they carry, and new ones end at once.
     Cut,
-    /// Nothing comes over every third new connection.
+    /// Nothing comes over every second connection.
     Stall,
     /// Of every fourth piece one bit is wrong.
     Corrupt,
@@ -40,11 +40,13 @@ impl Proxy {
                     continue;
                 }
                 let Ok(server) = TcpStream::connect(("127.0.0.1", server_port)) else { continue };
+                // Else small pieces wait for each other, 40 ms at a time.
+                [&client, &server].into_iter().for_each(|stream| stream.set_nodelay(true).unwrap());
                 let clones = || (client.try_clone().unwrap(), server.try_clone().unwrap());
                 let ((to_client, from_server), (from_client, to_server)) = (clones(), clones());
                 its_open.lock().unwrap().extend([client, server]);
                 let mode = Arc::clone(&its_mode);
-                let stalls = number % 3 == 2;
+                let stalls = number % 2 == 1;
                 thread::spawn(move || pump(from_server, to_client, Some(&mode), stalls));
                 thread::spawn(move || pump(from_client, to_server, None, false));
             }

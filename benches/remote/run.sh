@@ -19,10 +19,10 @@ theirs() { # MB/s of one command
 for round in 1 2 3; do
   set_theirs=$(theirs set) get_theirs=$(theirs get)
   redis-cli -p "$port" flushall >/dev/null
-  read -r set_ours get_ours < <("${CARGO_TARGET_DIR:-target}/$folder"/examples/throughput "redis://127.0.0.1:$port" "$blocks" | awk '{ printf "%s ", $2 } END { print "" }')
-  python3 - "$round" "$set_ours" "$set_theirs" "$get_ours" "$get_theirs" <<'P'
+  read -r set_ours get_ours miss < <("${CARGO_TARGET_DIR:-target}/$folder"/examples/throughput "redis://127.0.0.1:$port" "$blocks" | awk '{ printf "%s ", $2 } END { print "" }')
+  python3 - "$round" "$set_ours" "$set_theirs" "$get_ours" "$get_theirs" "$miss" <<'P'
 import sys
-round, so, st, go, gt = sys.argv[1:]
-print(f"round {round}: set {so} of {st} MB/s = {float(so)/float(st):.2f} (bar 0.60); get {go} of {gt} MB/s = {float(go)/float(gt):.2f} (bar 0.70)")
+round, so, st, go, gt, miss = sys.argv[1:]
+print(f"round {round}: set {so} of {st} MB/s = {float(so)/float(st):.2f} (bar 0.60); get {go} of {gt} MB/s = {float(go)/float(gt):.2f} (bar 0.70); a miss that the node knows of {int(miss) / 1000:.1f} us (bar 5)")
 P
 done

@@ -1,6 +1,7 @@
 //! Bytes a second through a remote tier, written and read: blocks of 2 MiB straight from and to memory, past RAM.
 //!
-//! Usage: throughput URL [BLOCKS]   (256 blocks). Prints `set` and `get`, in MB/s, of the median of five rounds.
+//! Usage: throughput URL [BLOCKS]   (256 blocks). Prints `set` and `get`, in MB/s, of the median of five rounds, and `miss`:
+//! nanoseconds of a lookup of one block that is nowhere, by a node that knows the store.
 //! `benches/remote/run.sh` runs it in turns with redis-benchmark.
 
 #![expect(clippy::print_stdout, reason = "what it is for")]
@@ -59,7 +60,8 @@ fn main() -> Result<(), Box<dyn Error>> {
         .capacity_bytes(2 * (blocks * BLOCK_BYTES) as u64)
         .deadline(Duration::from_secs(2))
         .variables(std::env::vars());
-    let cache = KvCache::new(CacheConfig::without_ram().tier(Arc::new(RemoteTier::open(&config)?)))?;
+    let tier = Arc::new(RemoteTier::open(&config)?);
+    let cache = KvCache::new(CacheConfig::without_ram().tier(Arc::clone(&tier) as _))?;
     let layout = KvLayout::new(1, 1, u32::try_from(BLOCK_BYTES / BLOCK_TOKENS / 2)?, DType::U8)?
         .with_block_tokens(u32::try_from(BLOCK_TOKENS)?)?;
     let namespace = Namespace::new("bench", layout);
@@ -77,7 +79,31 @@ fn main() -> Result<(), Box<dyn Error>> {
         rates.sort_by(f64::total_cmp);
         println!("{name} {:.0}", rates.get(rates.len() / 2).copied().unwrap_or_default());
     }
+    println!("miss {}", miss(&cache, &tier, &namespace)?);
     Ok(())
+}
+
+/// The median of many lookups, each of another prompt.
+fn miss(cache: &KvCache, tier: &RemoteTier, namespace: &Namespace) -> Result<u128, Box<dyn Error>> {
+    let began = Instant::now();
+    while !tier.knows_all() {
+        if began.elapsed() > Duration::from_secs(30) {
+            return Err("the node does not get to know the store".into());
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut took = Vec::new();
+    for number in 0..10_000 {
+        let tokens = [number | 1 << 31; BLOCK_TOKENS];
+        let began = Instant::now();
+        let found = cache.lookup(namespace, &tokens)?.cached_tokens();
+        took.push(began.elapsed().as_nanos());
+        if found > 0 {
+            return Err("a prompt was found that nobody has stored".into());
+        }
+    }
+    took.sort_unstable();
+    Ok(took.get(took.len() / 2).copied().unwrap_or_default())
 }
 
 /// Writes all blocks; MB/s from the first offer until the store has all.

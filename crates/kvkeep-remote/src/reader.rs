@@ -90,7 +90,6 @@ pub(crate) async fn read(shared: Arc<Shared>, read: Read) {
     };
     let read = match got {
         Ok(Some(message)) => {
-            shared.progress();
             let now_ms = shared.clock.now_ms();
             let into = target.bytes_mut();
             let meta = shared.messages.decode((&key, namespace), &message, range, into, now_ms);
@@ -132,6 +131,7 @@ fn came(shared: &Shared, name: Name, bytes: u64, meta: Option<&BlockMeta>) {
         state.counters.read_bytes_total += bytes;
         state.index.touch(&name.key);
         drop(state);
+        shared.progress();
         return shared.health.works();
     }
     state.counters.damaged_total += 1;

@@ -16,7 +16,7 @@ pub(crate) enum Mode {
     Drop,
     /// Connections end, in the middle of what they carry, and new ones end at once.
     Cut,
-    /// Nothing comes over every second connection.
+    /// Now and then a connection falls silent, for good.
     Stall,
     /// Of every fourth piece one bit is wrong.
     Corrupt,
@@ -35,7 +35,7 @@ impl Proxy {
         let (mode, open) = (Arc::new(Mutex::new(Mode::Pass)), Arc::<Mutex<Vec<TcpStream>>>::default());
         let (its_mode, its_open) = (Arc::clone(&mode), Arc::clone(&open));
         thread::spawn(move || {
-            for (number, client) in listener.incoming().flatten().enumerate() {
+            for client in listener.incoming().flatten() {
                 if *its_mode.lock().unwrap() == Mode::Cut {
                     continue;
                 }
@@ -46,9 +46,8 @@ impl Proxy {
                 let ((to_client, from_server), (from_client, to_server)) = (clones(), clones());
                 its_open.lock().unwrap().extend([client, server]);
                 let mode = Arc::clone(&its_mode);
-                let stalls = number % 2 == 1;
-                thread::spawn(move || pump(from_server, to_client, Some(&mode), stalls));
-                thread::spawn(move || pump(from_client, to_server, None, false));
+                thread::spawn(move || pump(from_server, to_client, Some(&mode)));
+                thread::spawn(move || pump(from_client, to_server, None));
             }
         });
         Self { port, mode, open }
@@ -62,8 +61,10 @@ impl Proxy {
     }
 }
 
-fn pump(mut from: TcpStream, mut to: TcpStream, mode: Option<&Mutex<Mode>>, stalls: bool) {
-    let (mut bytes, mut at) = (vec![0; 64 << 10], 7usize);
+fn pump(mut from: TcpStream, mut to: TcpStream, mode: Option<&Mutex<Mode>>) {
+    // Each connection has a chance of its own.
+    let mut at = usize::from(to.peer_addr().map_or(7, |peer| peer.port()));
+    let mut bytes = vec![0; 64 << 10];
     loop {
         let read = match from.read(&mut bytes) {
             Ok(0) | Err(_) => break,
@@ -71,19 +72,18 @@ fn pump(mut from: TcpStream, mut to: TcpStream, mode: Option<&Mutex<Mode>>, stal
         };
         let piece = &mut bytes[..read];
         match mode.map_or(Mode::Pass, |mode| *mode.lock().unwrap()) {
-            Mode::Stall if stalls => continue,
-            Mode::Pass | Mode::Cut | Mode::Stall => {}
+            Mode::Pass | Mode::Cut => {}
             Mode::Delay(by) => thread::sleep(by),
+            Mode::Stall if !one_in(&mut at, 16) => {}
             // What came is gone, for good: the connection is of no use any more.
-            Mode::Drop => loop {
+            Mode::Drop | Mode::Stall => loop {
                 match from.read(&mut bytes) {
                     Ok(0) | Err(_) => return,
                     Ok(_) => {}
                 }
             },
             Mode::Corrupt => {
-                at = at.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-                if at >> 40 & 3 == 0 {
+                if one_in(&mut at, 4) {
                     piece[(at >> 33) % read] ^= 1 << (at >> 60 & 7);
                 }
                 if to.write_all(piece).is_err() {
@@ -97,4 +97,10 @@ fn pump(mut from: TcpStream, mut to: TcpStream, mode: Option<&Mutex<Mode>>, stal
         }
     }
     let _ = (from.shutdown(Shutdown::Both), to.shutdown(Shutdown::Both));
+}
+
+/// A number by chance, and whether this is one time of so many.
+fn one_in(at: &mut usize, times: usize) -> bool {
+    *at = at.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+    (*at >> 40).is_multiple_of(times)
 }

@@ -140,7 +140,7 @@ fn a_block_that_is_long_in_coming_is_asked_for_once_more_if_that_is_wanted() {
     };
     let (without, with) = (hits(None), hits(Some(Duration::from_millis(100))));
     println!("of 100 lookups, {without} found their blocks in time asking once, {with} asking again after 100 ms");
-    assert!(with > 95 && without + 5 < with, "{without} {with}");
+    assert!(with > without + 30, "{without} {with}");
 }
 
 #[test]

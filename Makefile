@@ -171,4 +171,4 @@ fmt: ## Format everything
 
 clean: ## Remove what was built
 	$(CARGO) clean
-	rm -rf dist .venv-build .venv-clients .venv-empty .venv-peers .venv-release .venv-server .venv-test .venv-torch .venv-sglang .venv-sglang-release .venv-vllm .venv-vllm-releases
+	rm -rf dist .venv-build .venv-clients .venv-empty .venv-peers .venv-release .venv-remote .venv-server .venv-test .venv-torch .venv-sglang .venv-sglang-release .venv-vllm .venv-vllm-releases

@@ -41,15 +41,15 @@ sleep 1
 "$PYTHON" tests/remote.py "$built/kvkeep" "redis://127.0.0.1:$redis" s3://kvkeep "file://$scratch/files" | tee -a "$log"
 
 # From Python: the same tests on each store.
-bash tests/venv.sh .venv-test "numpy" "pytest>=9,<10" "ml_dtypes" "mypy>=2,<3" "PyYAML>=6,<7"
+bash tests/venv.sh .venv-remote "numpy" "pytest>=9,<10" "PyYAML>=6,<7"
 mkdir -p "$scratch/site" && cp -r crates/kvkeep-python/python/. "$scratch/site" && cp "$built/lib_kvkeep.so" "$scratch/site/kvkeep/_kvkeep.abi3.so"
 for url in "redis://127.0.0.1:$redis" s3://kvkeep "file://$scratch/python"; do
   echo "-- Python, ${url%%:*}"
-  KVKEEP_TEST_REMOTE=$url PYTHONPATH=$scratch/site .venv-test/bin/python -m pytest -q -p no:cacheprovider crates/kvkeep-python/tests/test_remote.py | tee -a "$log"
+  KVKEEP_TEST_REMOTE=$url PYTHONPATH=$scratch/site .venv-remote/bin/python -m pytest -q -p no:cacheprovider crates/kvkeep-python/tests/test_remote.py | tee -a "$log"
 done
 
 echo "-- examples in deploy/"
-.venv-test/bin/python tests/deploy.py "$built/kvkeep" | tee -a "$log"
+.venv-remote/bin/python tests/deploy.py "$built/kvkeep" | tee -a "$log"
 
 tests=$(grep -o 'test result: ok. [0-9]* passed' "$log" | awk '{ sum += $4 } END { print sum }')
 checks=$(grep -c '^ok  ' "$log")

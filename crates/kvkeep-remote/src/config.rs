@@ -19,7 +19,6 @@ pub struct RemoteConfig {
     pub(crate) key_file: Option<PathBuf>,
     pub(crate) codecs: Codecs,
     pub(crate) hedge: Option<Duration>,
-    #[cfg_attr(not(feature = "http"), expect(dead_code, reason = "only object stores have any"))]
     pub(crate) variables: Vec<(String, String)>,
 }
 

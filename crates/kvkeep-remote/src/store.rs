@@ -42,7 +42,9 @@ pub enum StoreError {
 pub(crate) enum Lane {
     Ask,
     Read,
+    #[cfg_attr(not(feature = "redis"), expect(dead_code, reason = "Redis alone has lanes"))]
     Write,
+    #[cfg_attr(not(feature = "redis"), expect(dead_code, reason = "Redis alone has lanes"))]
     Follow,
 }
 
@@ -66,6 +68,7 @@ pub(crate) struct Listed {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum News {
     /// These, since it was last asked.
+    #[cfg_attr(not(feature = "redis"), expect(dead_code, reason = "Redis alone tells"))]
     Written(Vec<Listed>),
     /// The store does not tell: its objects have to be listed.
     Untold,

@@ -1,6 +1,7 @@
 //! What remote tiers promise, on real stores. What needs a server is ignored here: `make test-remote` runs it.
 
-#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test that panics fails")]
+#![expect(clippy::unwrap_used, reason = "a test that panics fails")]
+#![cfg_attr(feature = "redis", expect(clippy::expect_used, reason = "a test that panics fails"))]
 #![expect(clippy::indexing_slicing, reason = "a test that panics fails")]
 #![cfg(feature = "file")]
 

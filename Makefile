@@ -126,7 +126,7 @@ release-wheel: ## The wheel for every Linux with glibc 2.28 or later (2018): zig
 	PATH="$$PWD/.venv-release/bin:$$PATH" cargo-zigbuild zigbuild --release --locked -p kvkeep-cli --features remote --target $$(uname -m)-unknown-linux-gnu.2.28
 	install -D $${CARGO_TARGET_DIR:-target}/$$(uname -m)-unknown-linux-gnu/release/kvkeep crates/kvkeep-python/kvkeep.data/scripts/kvkeep
 	rm -f dist/kvkeep-*.whl
-	.venv-release/bin/maturin build --release --locked --zig --compatibility manylinux_2_28 --target $$(uname -m)-unknown-linux-gnu \
+	.venv-release/bin/maturin build --release --locked --features remote --zig --compatibility manylinux_2_28 --target $$(uname -m)-unknown-linux-gnu \
 		--manifest-path crates/kvkeep-python/Cargo.toml --out dist
 
 bench-disk: ## The disk tier against fio in DIR (target)

@@ -97,18 +97,22 @@ impl RemoteTier {
         self.shared.lock().index.knows_all(Instant::now())
     }
 
-    /// Asks the store what these are, and waits for the answers. If one is late, there is nothing: whoever does not
-    /// answer would not send blocks either.
+    /// Asks the store what these are, and waits for the answers that come in time. Where those are some and not all, as of
+    /// a long prompt in a store that answers each by itself, they are progress: their blocks have a deadline of their own.
     fn ask(&self, unknown: Vec<(usize, Name)>, deadline: Deadline, places: &mut [Option<Located>]) {
         let until = Instant::now() + deadline.left().min(self.shared.deadline);
         let (sender, answers) = mpsc::channel();
         self.handle.spawn(reader::ask(Arc::clone(&self.shared), unknown, sender, until));
+        let mut came = 0;
         loop {
             match answers.recv_timeout(until.saturating_duration_since(Instant::now())) {
-                Ok((number, located)) => places.iter_mut().skip(number).take(1).for_each(|place| *place = located),
-                Err(RecvTimeoutError::Timeout) => return places.fill(None),
+                Ok((number, located)) => {
+                    came += 1;
+                    places.iter_mut().skip(number).take(1).for_each(|place| *place = located);
+                }
+                Err(RecvTimeoutError::Timeout) if came > 0 => return self.shared.progress(),
                 // All have come: nobody sends any more.
-                Err(RecvTimeoutError::Disconnected) => return,
+                Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return,
             }
         }
     }

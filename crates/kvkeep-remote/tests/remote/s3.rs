@@ -36,3 +36,23 @@ fn what_one_node_writes_to_s3_another_finds() {
     assert_eq!(stranger.lookup(&namespace("m"), &prompt(1, 3)).0, 0);
     assert!(stranger.tier.stats().failing);
 }
+
+/// Where not all answers came in time nothing was found, however often it was asked.
+#[test]
+#[ignore = "needs an S3 server: make test-remote"]
+fn of_a_long_prompt_what_the_store_says_in_time_is_found_and_later_the_rest() {
+    let server = S3Server::start();
+    let config = server.config();
+    let (model, tokens) = (namespace("m"), prompt(1, 150));
+    let one = Node::new(&config, RAM_BYTES);
+    one.store(&model, &tokens);
+    one.cache.flush().unwrap();
+    let two = Node::new(&config.deadline(Duration::from_millis(100)), RAM_BYTES);
+    two.know_all();
+    let mut found = Vec::new();
+    until("all is found", || {
+        found.push(two.lookup(&model, &tokens).0 / BLOCK_TOKENS);
+        found.last() == Some(&150)
+    });
+    println!("blocks of 150 that one lookup after another found: {found:?}");
+}

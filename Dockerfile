@@ -4,7 +4,7 @@ FROM rust:1.95-slim-bookworm AS build
 WORKDIR /src
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY . .
-RUN cargo build --release --locked -p kvkeep-cli
+RUN cargo build --release --locked -p kvkeep-cli --features remote
 
 FROM debian:bookworm-slim
 # The default model comes through pip, once, into the volume. With --model FILE it is not needed.

@@ -11,7 +11,7 @@ MINUTES ?= 30
 # And `make fuzz`.
 SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize sanitize-python crash-test test-integrations test-vllm test-sglang test-clients sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python bench-peers book package lint semver fmt clean
+.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize sanitize-python crash-test test-integrations test-vllm test-sglang test-remote test-clients sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python bench-peers book package lint semver fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -54,6 +54,9 @@ test-integrations: wheel ## The slower end-to-end runs: the demos, the benchmark
 
 test-vllm: wheel ## kvkeep under vLLM on the CPU: a real engine, and the abstract classes of other releases (fetches 1 GB the first time)
 	PYTHON="$(PYTHON)" bash tests/vllm.sh
+
+test-remote: ## Remote tiers on real servers (Redis, a cluster, S3), with faults, and two servers that share a store
+	CARGO="$(CARGO)" PYTHON="$(PYTHON)" bash tests/remote.sh
 
 test-sglang: wheel ## kvkeep under SGLang on the CPU: its own HiCache controller over its own pools (fetches 4 GB the first time)
 	PYTHON="$(PYTHON)" bash tests/sglang.sh
@@ -120,10 +123,10 @@ command:
 
 release-wheel: ## The wheel for every Linux with glibc 2.28 or later (2018): zig links it, from the package ziglang
 	$(VENV) .venv-release "maturin[zig]>=1.16,<2" "cargo-zigbuild>=0.20"
-	PATH="$$PWD/.venv-release/bin:$$PATH" cargo-zigbuild zigbuild --release --locked -p kvkeep-cli --target $$(uname -m)-unknown-linux-gnu.2.28
+	PATH="$$PWD/.venv-release/bin:$$PATH" cargo-zigbuild zigbuild --release --locked -p kvkeep-cli --features remote --target $$(uname -m)-unknown-linux-gnu.2.28
 	install -D $${CARGO_TARGET_DIR:-target}/$$(uname -m)-unknown-linux-gnu/release/kvkeep crates/kvkeep-python/kvkeep.data/scripts/kvkeep
 	rm -f dist/kvkeep-*.whl
-	.venv-release/bin/maturin build --release --locked --zig --compatibility manylinux_2_28 --target $$(uname -m)-unknown-linux-gnu \
+	.venv-release/bin/maturin build --release --locked --features remote --zig --compatibility manylinux_2_28 --target $$(uname -m)-unknown-linux-gnu \
 		--manifest-path crates/kvkeep-python/Cargo.toml --out dist
 
 bench-disk: ## The disk tier against fio in DIR (target)
@@ -168,4 +171,4 @@ fmt: ## Format everything
 
 clean: ## Remove what was built
 	$(CARGO) clean
-	rm -rf dist .venv-build .venv-clients .venv-empty .venv-peers .venv-release .venv-server .venv-test .venv-torch .venv-sglang .venv-sglang-release .venv-vllm .venv-vllm-releases
+	rm -rf dist .venv-build .venv-clients .venv-empty .venv-peers .venv-release .venv-remote .venv-server .venv-test .venv-torch .venv-sglang .venv-sglang-release .venv-vllm .venv-vllm-releases

@@ -94,7 +94,7 @@ fn class_name(error: &Error) -> &'static str {
         Error::SizeOverflow(_) => "SizeOverflowError",
         Error::Cast { .. } => "CastError",
         Error::Memory { .. } | Error::PrivateMemory { .. } => "OutOfMemoryError",
-        Error::Disk { .. } | Error::NotTaken { .. } => "DiskError",
+        Error::Disk { .. } | Error::NotTaken { .. } | Error::Tier { .. } => "DiskError",
         Error::DiskLocked { .. } => "DiskLockedError",
         Error::DiskRefused { .. } => "DiskRefusedError",
         Error::NoDisk => "NoDiskError",

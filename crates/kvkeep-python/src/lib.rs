@@ -28,6 +28,7 @@ mod named;
 mod open;
 mod quantized;
 mod ram;
+mod remote;
 mod stats;
 mod tokens;
 mod torch;

@@ -209,9 +209,9 @@ impl NamedCache {
 }
 
 impl NamedCache {
-    /// A hit in RAM takes less time than giving the GIL away; a disk does not.
+    /// A hit in RAM takes less time than giving the GIL away; a disk or a network does not.
     fn waiting<T: Send>(&self, py: Python<'_>, find: impl FnOnce() -> T + Send) -> T {
-        if self.cache.has_disk { py.detach(find) } else { find() }
+        if self.cache.may_wait { py.detach(find) } else { find() }
     }
 
     /// The hash of a prefix; nothing to do if it is the very string that was asked for last.

@@ -19,6 +19,7 @@ use pyo3::prelude::*;
 use crate::convert::{policy, seconds, some_seconds};
 use crate::error::{raise, to_python};
 use crate::fork::Here;
+use crate::remote::{self, RawRemote};
 use crate::tokens::Namespace;
 
 /// Directory, GiB, when it is written (`through` or `back`), what is admitted, key file, seconds to wait for a disk
@@ -39,8 +40,12 @@ pub(crate) struct Settings {
     quotas: Vec<(Py<Namespace>, f64)>,
     #[pyo3(item)]
     disk: Option<RawDisk>,
+    #[pyo3(item)]
+    remote: Option<RawRemote>,
 }
 
+/// What waits to be written to a store over a network is at most this part of RAM.
+const REMOTE_QUEUE_DIVISOR: u64 = 8;
 /// How often a thread that waits looks for signals.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -49,8 +54,8 @@ const LOOK_EVERY: Duration = Duration::from_millis(50);
 pub(crate) struct Open<T> {
     /// Held to clone or take it only.
     cache: Here<Mutex<Option<T>>>,
-    /// A hit may then have to wait for a disk.
-    pub(crate) has_disk: bool,
+    /// A hit may then have to wait for a disk or a network.
+    pub(crate) may_wait: bool,
 }
 
 impl<T: Clone + Send + 'static> Open<T> {
@@ -60,20 +65,30 @@ impl<T: Clone + Send + 'static> Open<T> {
         settings: Settings,
         open: impl FnOnce(CacheConfig) -> kvkeep::Result<T> + Send + 'static,
     ) -> PyResult<Self> {
-        let Settings { max_size_gb, default_ttl_seconds, policy: name, quotas, disk } = settings;
+        let Settings { max_size_gb, default_ttl_seconds, policy: name, quotas, disk, remote } = settings;
         let ttl = seconds(default_ttl_seconds, "default_ttl_seconds")?;
         let config = CacheConfig::from_gib(max_size_gb).map_err(|error| to_python(&error))?;
         let mut config = config.ttl(ttl).policy(policy(&name)?);
         for (namespace, weight) in quotas {
             config = config.quota(namespace.get().namespace_id(), weight).map_err(|error| to_python(&error))?;
         }
-        let has_disk = disk.is_some();
+        let may_wait = disk.is_some() || remote.is_some();
         if let Some(disk) = disk {
             config = config.disk(disk_config(disk)?);
         }
-        let opened = if has_disk { waiting(py, || open(config))? } else { open(config) };
+        if let Some(remote) = remote {
+            #[expect(
+                clippy::cast_possible_truncation,
+                clippy::cast_sign_loss,
+                reason = "checked above; of bytes, not exact"
+            )]
+            let queue_bytes = (max_size_gb * f64::from(1 << 30)) as u64 / REMOTE_QUEUE_DIVISOR;
+            let tier = waiting(py, move || remote::open(remote, queue_bytes))??;
+            config = config.tier(tier);
+        }
+        let opened = if may_wait { waiting(py, || open(config))? } else { open(config) };
         let cache = opened.map_err(|error| to_python(&error))?;
-        Ok(Self { cache: Here::new(Mutex::new(Some(cache))), has_disk })
+        Ok(Self { cache: Here::new(Mutex::new(Some(cache))), may_wait })
     }
 
     pub(crate) fn get(&self) -> PyResult<T> {
@@ -103,7 +118,7 @@ impl<T: Clone + Send + 'static> Open<T> {
     }
 
     fn waiting<R: Send + 'static>(&self, py: Python<'_>, work: impl FnOnce() -> R + Send + 'static) -> PyResult<R> {
-        if self.has_disk { waiting(py, work) } else { Ok(py.detach(work)) }
+        if self.may_wait { waiting(py, work) } else { Ok(py.detach(work)) }
     }
 }
 

@@ -135,6 +135,16 @@ pub enum Error {
         /// What the operating system said.
         source: io::Error,
     },
+    /// A tier other than the disk did not do what it was to.
+    #[error("cannot {doing} the tier {tier:?}")]
+    Tier {
+        /// The tier's name.
+        tier: String,
+        /// What was tried: `flush`, `close`.
+        doing: &'static str,
+        /// What it said.
+        source: io::Error,
+    },
     /// A flush left blocks in RAM alone.
     #[error(
         "{blocks} blocks were not flushed: the tier {tier:?} does not take them now. They are still in RAM: flush again \
@@ -319,6 +329,7 @@ mod tests {
             Error::LeasesFull { needed_bytes: 2, limit_bytes: 1 },
             Error::BadLeaseId("l".into()),
             Error::NotTaken { tier: "t".into(), blocks: 2 },
+            Error::Tier { tier: "t".into(), doing: "flush", source: cause() },
         ];
         let number = |error: &Error| match error {
             Error::Config(_) => 0,
@@ -349,8 +360,9 @@ mod tests {
             Error::LeasesFull { .. } => 25,
             Error::BadLeaseId(_) => 26,
             Error::NotTaken { .. } => 27,
+            Error::Tier { .. } => 28,
         };
-        assert!(all.iter().map(number).eq(0..28));
+        assert!(all.iter().map(number).eq(0..29));
         all
     }
 
@@ -368,7 +380,7 @@ mod tests {
                 assert_eq!(line, own);
             }
         }
-        assert_eq!(sources, 3);
+        assert_eq!(sources, 4);
     }
 
     #[test]

@@ -248,8 +248,9 @@ impl NamespaceId {
         Self(through(&self.0, codec))
     }
 
-    #[cfg(any(feature = "disk", feature = "contract", test))]
-    pub(crate) fn from_bytes(bytes: [u8; 32]) -> Self {
+    /// The identity of which these are the bytes, for tiers that name it and read the name again.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 

@@ -88,7 +88,7 @@ pub mod tiers {
     #[cfg(any(test, feature = "contract"))]
     pub use crate::tier::contract;
     #[cfg(feature = "disk")]
-    pub use crate::tier::disk::{decode_header, encode_header};
+    pub use crate::tier::disk::{Message, Messages};
     pub use crate::tier::memory::MemoryTier;
     pub use crate::tier::{Epoch, Forget, Forgets, Forgotten, Located, Offer, Payload, Read, ReadTarget};
 }

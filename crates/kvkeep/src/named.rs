@@ -288,7 +288,7 @@ impl SimpleKvCache {
     /// [`Error::LayerOutOfRange`].
     pub fn get_hashed(&self, prefix: &HashedPrefix, layer: usize) -> Result<Option<CachedKv>> {
         let key = prefix.0.key(checked_layer(layer)?);
-        let pin = self.store.here()?.pin_all(&[key], Request::Named);
+        let pin = self.store.here()?.pin_all(self.namespace, &[key], Request::Named);
         Ok(pin.map(|pin| CachedKv(CachedLayers { pin })))
     }
 
@@ -308,7 +308,7 @@ impl SimpleKvCache {
     pub fn get_all_hashed(&self, prefix: &HashedPrefix, num_layers: usize) -> Result<Option<CachedLayers>> {
         let last = checked_layer(num_layers.checked_sub(1).ok_or(Error::ZeroLayers)?)?;
         let keys: Vec<ObjectKey> = (0..=last).map(|layer| prefix.0.key(layer)).collect();
-        Ok(self.store.here()?.pin_all(&keys, Request::Named).map(|pin| CachedLayers { pin }))
+        Ok(self.store.here()?.pin_all(self.namespace, &keys, Request::Named).map(|pin| CachedLayers { pin }))
     }
 
     /// The longest prefix of `text` under which at least one layer is stored. Each byte of
@@ -345,7 +345,7 @@ impl SimpleKvCache {
             None => 0..self.store.layers(self.namespace),
         };
         let keys: Vec<ObjectKey> = layers.clone().map(|layer| hash.key(layer)).collect();
-        let (Removed { bytes, .. }, found) = self.store.remove(&keys);
+        let (Removed { bytes, .. }, found) = self.store.remove(self.namespace, &keys);
         let layers = layers.zip(found).filter(|(_, found)| *found);
         Ok(Evicted { layers: layers.map(|(layer, _)| layer as usize).collect(), bytes })
     }

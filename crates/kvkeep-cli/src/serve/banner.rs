@@ -35,6 +35,10 @@ impl Banner<'_> {
             Some((dir, bytes)) => format!("{} in {}", size(bytes), dir.display()),
             None => "no disk".to_owned(),
         };
+        let remote = match &settings.remote {
+            Some(url) => format!(", shared through {}", without_login(url)),
+            None => String::new(),
+        };
         let keys = match &settings.api_key_file {
             Some(file) => format!("those in {}", file.display()),
             None => "none: everybody on this machine is the operator".to_owned(),
@@ -45,10 +49,18 @@ impl Banner<'_> {
             ("context", format!("{context} tokens{cut}")),
             ("API", format!("http://{address}/v1")),
             ("dashboard", format!("http://{address}/")),
-            ("cache", format!("{} of RAM, {disk}", size(self.ram_bytes))),
+            ("cache", format!("{} of RAM, {disk}{remote}", size(self.ram_bytes))),
             ("keys", keys),
         ];
         lines.iter().map(|(name, value)| format!("  {name:<10} {value}\n")).collect()
+    }
+}
+
+/// A URL without its user and password.
+fn without_login(url: &str) -> String {
+    match (url.split_once("://"), url.rsplit_once('@')) {
+        (Some((scheme, _)), Some((_, rest))) => format!("{scheme}://{rest}"),
+        _ => url.to_owned(),
     }
 }
 
@@ -76,6 +88,13 @@ mod tests {
         assert!(!banner(&settings).text().contains("asked for"));
         let cut = Banner { asked_tokens: 100_000, ..banner(&settings) }.text();
         assert!(cut.contains("8,192 tokens (all that the model can; 100,000 were asked for)"), "{cut}");
+    }
+
+    #[test]
+    fn it_names_the_store_that_is_shared_and_not_the_password() {
+        let url = "rediss://me:secret@store:6379/1".to_owned();
+        let text = banner(&Settings { remote: Some(url), ..Settings::default() }).text();
+        assert!(text.contains("shared through rediss://store:6379/1") && !text.contains("secret"), "{text}");
     }
 
     #[test]

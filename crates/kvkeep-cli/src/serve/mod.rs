@@ -7,6 +7,7 @@ mod settings;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -14,6 +15,7 @@ use clap::Args;
 use kvkeep::tiers::Codecs;
 use kvkeep::{CacheConfig, DiskConfig, Error as CacheError, KvCache};
 use kvkeep_engine::{Engine, user_cache_dir};
+use kvkeep_remote::{RemoteConfig, RemoteTier};
 use kvkeep_server::{ApiKeys, Server, ServerConfig};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
@@ -25,6 +27,8 @@ use crate::{cli, model, style};
 
 /// Tokenising and closing; more at once would only fight over the cores.
 const BLOCKING_THREADS: usize = 4;
+/// What waits to be written to the remote tier is at most this part of RAM.
+const REMOTE_QUEUE_DIVISOR: u64 = 8;
 
 /// Answers OpenAI's API with a model whose prompts stay warm, also over a restart.
 ///
@@ -152,12 +156,42 @@ fn cache(settings: &Settings, dir: Option<&Path>) -> Result<KvCache> {
         }
         config = config.disk(disk);
     }
+    if let Some(url) = &settings.remote {
+        config = config.tier(Arc::new(remote(settings, url)?));
+    }
     KvCache::new(config).map_err(|error| match error {
         CacheError::DiskLocked { .. } => anyhow::Error::new(error).context(
             "another server keeps its cache there: stop that one, or start this one with --disk DIR or --no-disk",
         ),
         error => error.into(),
     })
+}
+
+/// The tier that several servers share.
+fn remote(settings: &Settings, url: &str) -> Result<RemoteTier> {
+    let gib = settings.remote_gib.unwrap_or(10.0);
+    let mut config = RemoteConfig::new(url)
+        .prefix(settings.remote_prefix.as_deref().unwrap_or("kvkeep"))
+        .capacity_bytes(bytes_of(gib))
+        .deadline(Duration::from_millis(settings.remote_deadline_ms.unwrap_or(50).into()))
+        .ttl(settings.remote_ttl_s.map(|seconds| Duration::from_secs(seconds.into())))
+        .queue_bytes(bytes_of(settings.ram_gib.unwrap_or(1.0)) / REMOTE_QUEUE_DIVISOR)
+        .variables(
+            std::env::vars_os().filter_map(|(name, value)| name.into_string().ok().zip(value.into_string().ok())),
+        );
+    if let Some(key) = &settings.remote_key_file {
+        config = config.key_file(key);
+    }
+    if let Some(codec) = &settings.remote_codec {
+        config = config.codecs(Codecs::named(codec)?);
+    }
+    Ok(RemoteTier::open(&config)?)
+}
+
+/// GiB, which the command line has checked, in bytes.
+#[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates, and is above 0")]
+fn bytes_of(gib: f64) -> u64 {
+    (gib * f64::from(1 << 30)) as u64
 }
 
 fn log(settings: &Settings) {

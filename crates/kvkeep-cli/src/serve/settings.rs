@@ -90,6 +90,30 @@ pub(crate) struct Settings {
     #[arg(long, env = "KVKEEP_SERVE_NO_DISK", value_name = "BOOL", help_heading = "Cache", num_args = 0..=1,
           require_equals = true, default_missing_value = "true")]
     pub(crate) no_disk: Option<bool>,
+    /// A store behind disk and RAM that several servers share, such as `redis://host:6379`; see docs/remote.md
+    #[arg(long, env = "KVKEEP_SERVE_REMOTE", hide_env_values = true, value_name = "URL", help_heading = "Cache")]
+    pub(crate) remote: Option<String>,
+    /// What every name in that store begins with; servers with the same one share what they have [default: kvkeep]
+    #[arg(long, env = "KVKEEP_SERVE_REMOTE_PREFIX", value_name = "NAME", help_heading = "Cache")]
+    pub(crate) remote_prefix: Option<String>,
+    /// What all of them may use in that store, in GiB [default: 10]
+    #[arg(long, env = "KVKEEP_SERVE_REMOTE_GIB", value_name = "GIB", help_heading = "Cache", value_parser = gib)]
+    pub(crate) remote_gib: Option<f64>,
+    /// Milliseconds that a lookup waits for that store, and for the next block while blocks come [default: 50]
+    #[arg(long, env = "KVKEEP_SERVE_REMOTE_DEADLINE_MS", value_name = "MS", help_heading = "Cache",
+          value_parser = clap::value_parser!(u32).range(1..=60_000))]
+    pub(crate) remote_deadline_ms: Option<u32>,
+    /// Seconds after which what was written there is gone, where the store knows time [default: never]
+    #[arg(long, env = "KVKEEP_SERVE_REMOTE_TTL_S", value_name = "S", help_heading = "Cache",
+          value_parser = clap::value_parser!(u32).range(1..))]
+    pub(crate) remote_ttl_s: Option<u32>,
+    /// Encrypt what is written there with this key, as --disk-key-file does; the same one on every server
+    #[arg(long, env = "KVKEEP_SERVE_REMOTE_KEY_FILE", value_name = "FILE", help_heading = "Cache")]
+    pub(crate) remote_key_file: Option<PathBuf>,
+    /// How blocks are written there [default: raw]
+    #[arg(long, env = "KVKEEP_SERVE_REMOTE_CODEC", value_name = "CODEC", help_heading = "Cache",
+          value_parser = PossibleValuesParser::new(Codecs::names()))]
+    pub(crate) remote_codec: Option<String>,
     /// Tokens of a cache block; a prompt's last, partial block is computed again [default: 16]
     #[arg(long, env = "KVKEEP_SERVE_BLOCK_TOKENS", value_name = "N", help_heading = "Cache",
           value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -192,6 +216,13 @@ impl Settings {
         disk_key_file,
         disk_codec,
         no_disk,
+        remote,
+        remote_prefix,
+        remote_gib,
+        remote_deadline_ms,
+        remote_ttl_s,
+        remote_key_file,
+        remote_codec,
         block_tokens,
         parallel,
         queue,
@@ -216,6 +247,10 @@ impl Settings {
             disk_gib: Some(8.0),
             disk_codec: Some(Codecs::AUTO.to_owned()),
             no_disk: Some(false),
+            remote_prefix: Some("kvkeep".to_owned()),
+            remote_gib: Some(10.0),
+            remote_deadline_ms: Some(50),
+            remote_codec: Some(Codecs::default().name().to_owned()),
             block_tokens: Some(16),
             parallel: Some(4),
             queue: Some(64),
@@ -308,6 +343,8 @@ mod tests {
             "--log-format=json",
             "--disk=/x",
             "--disk-codec=lossless",
+            "--remote=redis://host:6379",
+            "--remote-ttl-s=60",
             "--allow-origin=app://a,http://b:1",
             "--model-alias=c",
         ]);

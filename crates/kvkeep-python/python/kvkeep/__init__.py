@@ -40,7 +40,7 @@ from kvkeep._errors import (
 )
 from kvkeep._kvkeep import Outcome, Rejection, StoreReport, __version__
 from kvkeep._quantized import QuantizationLoss, QuantizedKVCache, SideLoss, measure_quantization_error
-from kvkeep._settings import DiskConfig
+from kvkeep._settings import DiskConfig, RemoteConfig
 from kvkeep._simple import SimpleKVCache
 from kvkeep._stats import Stats, TierStats
 from kvkeep._tokens import KVCache, Look, Match, Missing, Namespace
@@ -82,6 +82,7 @@ __all__ = [
     "QuantizationLoss",
     "QuantizedKVCache",
     "Rejection",
+    "RemoteConfig",
     "ShapeMismatchError",
     "SideLoss",
     "SimpleKVCache",

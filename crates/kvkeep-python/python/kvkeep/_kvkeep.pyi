@@ -15,12 +15,23 @@ DTYPES: list[str]
 _Tokens: TypeAlias = np.ndarray[Any, np.dtype[np.uint32]]
 _RawDisk: TypeAlias = tuple[str, float, str, str, str | None, float, str]
 
+class RawRemote(TypedDict):
+    url: str
+    prefix: str
+    size_gb: float
+    deadline_seconds: float
+    ttl_seconds: float | None
+    key_file: str | None
+    codec: str
+    variables: dict[str, str]
+
 class Settings(TypedDict):
     max_size_gb: float
     default_ttl_seconds: float | None
     policy: str
     quotas: list[tuple[Namespace, float]]
     disk: _RawDisk | None
+    remote: RawRemote | None
 
 def checksum(address: int, bytes: int, seed: int) -> bytes: ...
 def blake3(address: int, bytes: int) -> bytes: ...

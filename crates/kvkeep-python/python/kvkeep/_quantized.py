@@ -12,7 +12,7 @@ import numpy as np
 from kvkeep import _kvkeep
 from kvkeep._errors import ConfigError, EmptyTensorError, KvkeepError
 from kvkeep._kvkeep import DTYPES, Outcome
-from kvkeep._settings import Codec, DiskConfig, DiskOptions, Policy, settings
+from kvkeep._settings import Codec, DiskConfig, DiskOptions, Policy, RemoteConfig, settings
 from kvkeep._simple import SimpleKVCache, checked_device
 from kvkeep._tensors import numpy_dtype, torch_dtype
 from kvkeep._tokens import token_ids
@@ -74,9 +74,10 @@ class QuantizedKVCache(SimpleKVCache):
         exact_tokens: tuple[int, int] = EXACT_TOKENS,
         policy: Policy = "adaptive",
         disk: DiskConfig | str | os.PathLike[str] | None = None,
+        remote: RemoteConfig | str | None = None,
         **disk_options: Unpack[DiskOptions],
     ) -> QuantizedKVCache:
-        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, disk_options)
+        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, remote, disk_options)
         checked_device(device)
         quantizer = _quantizer(codec, token_axis, exact_tokens)
         return _kvkeep.NamedCache.__new__(cls, chosen, quantizer.cache_name())
@@ -92,6 +93,7 @@ class QuantizedKVCache(SimpleKVCache):
         exact_tokens: tuple[int, int] = EXACT_TOKENS,
         policy: Policy = "adaptive",
         disk: DiskConfig | str | os.PathLike[str] | None = None,
+        remote: RemoteConfig | str | None = None,
         **disk_options: Unpack[DiskOptions],
     ) -> None:
         # Tensors go through the CPU: its parent hands out from there.

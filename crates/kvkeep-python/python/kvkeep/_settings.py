@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from kvkeep._errors import ConfigError
 
 if TYPE_CHECKING:
-    from kvkeep._kvkeep import Settings
+    from kvkeep._kvkeep import RawRemote, Settings
 
 DiskWrite: TypeAlias = Literal["through", "back"]
 Codec: TypeAlias = Literal["raw", "lossless", "int8", "int4", "k8v4", "fp8", "nf4"]
@@ -48,6 +48,37 @@ class DiskConfig:
     their own; what they cannot take they write as `"lossless"` does. What another exact codec wrote is read as well."""
 
 
+@dataclass(frozen=True)
+class RemoteConfig:
+    """A store that several nodes share: what one has stored, the others find. Behind RAM, and behind the disk if there is one.
+
+    The doors take it as `remote=RemoteConfig(...)`, or as `remote="file:///srv/kvkeep"`. A store that does not answer is no
+    error: it is a miss.
+    """
+
+    url: str
+    """`redis://`, `rediss://`, `redis-cluster://`, `redis-sentinel://`, `s3://bucket/path`, or `file:///directory`."""
+    prefix: str = "kvkeep"
+    """What every name in the store begins with. Caches with the same one share what they have."""
+    size_gb: float = 10.0
+    """What all of them may use there, in GiB."""
+    deadline_seconds: float = 0.05
+    """How long a lookup waits for the store, and for the next block while blocks come. What is late is a miss."""
+    ttl_seconds: float | None = None
+    """What was written there is gone after so long; None keeps it until it is evicted."""
+    key_file: str | os.PathLike[str] | None = None
+    """Encrypts what is written there, as on a disk. All nodes need the same key."""
+    codec: Codec = "raw"
+    """How blocks are written there."""
+    variables: Mapping[str, str] | None = field(default=None, repr=False)
+    """What the store is told: of S3 `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`, `AWS_ENDPOINT`. None takes them
+    from the environment."""
+
+    def __repr__(self) -> str:
+        # A URL may have a password in it.
+        return f"RemoteConfig(prefix={self.prefix!r}, size_gb={self.size_gb}, deadline_seconds={self.deadline_seconds})"
+
+
 class DiskOptions(TypedDict, total=False):
     """The parts of a `DiskConfig`, as keyword arguments of both doors."""
 
@@ -68,6 +99,7 @@ def settings(
     default_ttl_seconds: float | None,
     policy: str,
     disk: DiskConfig | str | os.PathLike[str] | None,
+    remote: RemoteConfig | str | None,
     options: Mapping[str, Any],
     quotas: Mapping[Any, float] | None = None,
 ) -> Settings:
@@ -82,6 +114,7 @@ def settings(
         "policy": policy,
         "quotas": [(namespace.raw, weight) for namespace, weight in (quotas or {}).items()],
         "disk": None if whole is None else _raw(whole),
+        "remote": None if remote is None else _raw_remote(remote),
     }
 
 
@@ -110,3 +143,19 @@ def _raw(disk: DiskConfig) -> tuple[str, float, str, str, str | None, float, str
     key_file = None if disk.key_file is None else os.fspath(disk.key_file)
     path, flush_timeout = os.fspath(disk.path), disk.flush_timeout_seconds
     return path, disk.size_gb, disk.write, disk.admission, key_file, flush_timeout, disk.codec
+
+
+def _raw_remote(remote: RemoteConfig | str) -> RawRemote:
+    whole = RemoteConfig(remote) if isinstance(remote, str) else remote
+    if not isinstance(whole, RemoteConfig):
+        raise ConfigError(f"remote is {type(whole).__name__}: give RemoteConfig(...), or a URL such as 'file:///srv/kvkeep'")
+    return {
+        "url": whole.url,
+        "prefix": whole.prefix,
+        "size_gb": whole.size_gb,
+        "deadline_seconds": whole.deadline_seconds,
+        "ttl_seconds": whole.ttl_seconds,
+        "key_file": None if whole.key_file is None else os.fspath(whole.key_file),
+        "codec": whole.codec,
+        "variables": dict(os.environ if whole.variables is None else whole.variables),
+    }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from kvkeep._errors import DeviceError
 from kvkeep._gpu import Home, spec
 from kvkeep._kvkeep import NamedCache, Outcome
-from kvkeep._settings import DiskConfig, DiskOptions, Policy, settings
+from kvkeep._settings import DiskConfig, DiskOptions, Policy, RemoteConfig, settings
 from kvkeep._stats import Stats, html_of, text_of
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class SimpleKVCache(NamedCache):
     - `policy`: what goes first when room is needed: `"adaptive"` learns it; or `"lru"`, `"s3fifo"`, `"arc"`, `"lru2"`.
     - `disk`: a disk tier: a `DiskConfig`, or a directory. Or its parts by name: `disk_path`, `disk_size_gb`, `disk_write`,
       `disk_admission`, `disk_key_file`, `disk_flush_timeout_seconds`.
+    - `remote`: a store that several nodes share: a `RemoteConfig`, or its URL.
 
     Use it in a `with` statement, or call `close`, so that the disk tier is complete. Safe from many threads.
     Raises `ConfigError`, `DeviceError`, `OutOfMemoryError`, `DiskError`, `DiskLockedError`, `DiskRefusedError`.
@@ -45,9 +46,10 @@ class SimpleKVCache(NamedCache):
         *,
         policy: Policy = "adaptive",
         disk: DiskConfig | str | os.PathLike[str] | None = None,
+        remote: RemoteConfig | str | None = None,
         **disk_options: Unpack[DiskOptions],
     ) -> SimpleKVCache:
-        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, disk_options)
+        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, remote, disk_options)
         checked_device(device)
         return super().__new__(cls, chosen)
 
@@ -59,6 +61,7 @@ class SimpleKVCache(NamedCache):
         *,
         policy: Policy = "adaptive",
         disk: DiskConfig | str | os.PathLike[str] | None = None,
+        remote: RemoteConfig | str | None = None,
         **disk_options: Unpack[DiskOptions],
     ) -> None:
         self.device = str(device)

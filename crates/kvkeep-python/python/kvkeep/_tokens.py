@@ -15,7 +15,7 @@ from kvkeep import _kvkeep
 from kvkeep._errors import LayerCountError, LayoutError, ShapeMismatchError, TokenIdError, UnsupportedTensorError
 from kvkeep._gpu import Gpu, Home, spec
 from kvkeep._kvkeep import DTYPES
-from kvkeep._settings import DiskConfig, DiskOptions, Policy, Priority, settings
+from kvkeep._settings import DiskConfig, DiskOptions, Policy, Priority, RemoteConfig, settings
 from kvkeep._stats import Stats, html_of, text_of
 from kvkeep._tensors import dtype_code, is_torch, needed, numpy_dtype, torch_dtype
 
@@ -293,6 +293,7 @@ class KVCache:
       count as 1 together. What nobody else needs may be used by all.
     - `disk`: a disk tier: a `DiskConfig`, or a directory. Or its parts by name: `disk_path`, `disk_size_gb`, `disk_write`,
       `disk_admission`, `disk_key_file`, `disk_flush_timeout_seconds`.
+    - `remote`: a store that several nodes share: a `RemoteConfig`, or its URL.
 
     Token ids are a list of ints, or a numpy array or torch tensor of shape `(n,)` or `(1, n)`. Safe from many
     threads; the GIL is released while it hashes, copies and waits. Use it in a `with` statement, or call `close`,
@@ -308,9 +309,10 @@ class KVCache:
         policy: Policy = "adaptive",
         quotas: Mapping[Namespace, float] | None = None,
         disk: DiskConfig | str | os.PathLike[str] | None = None,
+        remote: RemoteConfig | str | None = None,
         **disk_options: Unpack[DiskOptions],
     ) -> None:
-        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, disk_options, quotas)
+        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, remote, disk_options, quotas)
         self._raw = _kvkeep.TokenCache(chosen)
         self._home = Home(self._raw.ram())
 

@@ -161,14 +161,14 @@ impl KvCache {
             return Ok(self.lookup_chain(&Chain::of(namespace, tokens)?));
         }
         // A hit needs no chain: that would copy the namespace.
-        Ok(self.found(namespace.layout(), &namespace.keys(tokens)?, tokens.len()))
+        Ok(self.found(namespace, &namespace.keys(tokens)?, tokens.len()))
     }
 
     /// As [`KvCache::lookup`], of a prompt that is hashed already.
     #[must_use]
     pub fn lookup_chain(&self, chain: &Chain) -> Match {
         let chain = &self.store.own(chain);
-        self.found(chain.namespace().layout(), chain.keys(), chain.tokens())
+        self.found(chain.namespace(), chain.keys(), chain.tokens())
     }
 
     /// What [`KvCache::lookup`] would find, tier by tier, and what of it is worth loading. Loads
@@ -185,7 +185,7 @@ impl KvCache {
     #[must_use]
     pub fn look_chain(&self, chain: &Chain) -> Look {
         let chain = &self.store.own(chain);
-        let found = self.store.look(chain.keys());
+        let found = self.store.look(chain.namespace().id(), chain.keys());
         let block_tokens = chain.namespace().layout().block_tokens();
         Look {
             ram_tokens: found.ram * block_tokens,
@@ -210,7 +210,7 @@ impl KvCache {
     pub fn residency_chain(&self, chain: &Chain) -> Residency {
         let chain = &self.store.own(chain);
         let block_tokens = chain.namespace().layout().block_tokens();
-        Residency { block_tokens, tiers: self.store.residency(chain.keys()) }
+        Residency { block_tokens, tiers: self.store.residency(chain.namespace().id(), chain.keys()) }
     }
 
     /// Begins to bring a prompt's blocks from the disk into RAM, as far as that is worth it, and
@@ -226,7 +226,7 @@ impl KvCache {
     /// As [`KvCache::prefetch`], of a prompt that is hashed already.
     pub fn prefetch_chain(&self, chain: &Chain) -> usize {
         let chain = &self.store.own(chain);
-        self.store.prefetch(chain.keys()) * chain.namespace().layout().block_tokens()
+        self.store.prefetch(chain.namespace().id(), chain.keys()) * chain.namespace().layout().block_tokens()
     }
 
     /// Copies K and V of these layers of the longest run of blocks into an engine's tensors, one
@@ -264,6 +264,7 @@ impl KvCache {
         self.store.here()?;
         self.store.record(chain.tokens(), chain.keys());
         let blocks = self.store.read_parts(
+            chain.namespace().id(),
             chain.keys(),
             &part,
             request(chain.namespace().layout(), chain.tokens()),
@@ -310,7 +311,7 @@ impl KvCache {
     #[must_use]
     pub fn pin_chain(&self, chain: &Chain) -> Match {
         let chain = &self.store.own(chain);
-        self.pinned(chain.namespace().layout(), chain.keys(), Request::Uncounted)
+        self.pinned(chain.namespace(), chain.keys(), Request::Uncounted)
     }
 
     /// Stores the full blocks of `tokens`; those already there are skipped. `layers` holds
@@ -516,7 +517,7 @@ impl KvCache {
     pub fn remove_chain(&self, chain: &Chain, first_token: usize) -> Removed {
         let chain = &self.store.own(chain);
         let first = first_token.div_ceil(chain.namespace().layout().block_tokens());
-        self.store.remove(chain.keys().get(first..).unwrap_or_default()).0
+        self.store.remove(chain.namespace().id(), chain.keys().get(first..).unwrap_or_default()).0
     }
 
     /// Removes everything in a namespace; its id is enough, as for one that an earlier process left
@@ -542,14 +543,14 @@ impl KvCache {
     }
 
     /// A lookup of so many tokens, whose full blocks these are.
-    fn found(&self, layout: &KvLayout, keys: &[ObjectKey], tokens: usize) -> Match {
+    fn found(&self, namespace: &Namespace, keys: &[ObjectKey], tokens: usize) -> Match {
         self.store.record(tokens, keys);
-        self.pinned(layout, keys, request(layout, tokens))
+        self.pinned(namespace, keys, request(namespace.layout(), tokens))
     }
 
-    fn pinned(&self, layout: &KvLayout, keys: &[ObjectKey], request: Request) -> Match {
-        let (pin, loaded) = self.store.pin_run(keys, request);
-        Match { pin, loaded, layout: *layout }
+    fn pinned(&self, namespace: &Namespace, keys: &[ObjectKey], request: Request) -> Match {
+        let (pin, loaded) = self.store.pin_run(namespace.id(), keys, request);
+        Match { pin, loaded, layout: *namespace.layout() }
     }
 }
 

@@ -66,7 +66,7 @@ impl KvCache {
         let request = request(chain.namespace().layout(), chain.tokens());
         let mut patience = Patience::default();
         loop {
-            let cached = self.pinned(chain.namespace().layout(), chain.keys(), Request::Uncounted);
+            let cached = self.pinned(chain.namespace(), chain.keys(), Request::Uncounted);
             let missing = chain.keys().get(cached.blocks()..).unwrap_or_default();
             if missing.is_empty() {
                 self.store.count(&cached.pin, request);
@@ -97,7 +97,7 @@ impl KvCache {
 
     /// Looks again while the earlier match still keeps what it has.
     fn extended(&self, cached: Match, chain: &Chain) -> Match {
-        let again = self.pinned(chain.namespace().layout(), chain.keys(), Request::Uncounted);
+        let again = self.pinned(chain.namespace(), chain.keys(), Request::Uncounted);
         if again.blocks() < cached.blocks() {
             return cached;
         }

@@ -10,6 +10,7 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::Shared;
 use super::guard::{Pending, Pin};
@@ -46,6 +47,7 @@ struct Promotion {
     key: ObjectKey,
     located: Located,
     epoch: Epoch,
+    waited: Duration,
     chain: Neighbours,
     bytes: u64,
     is_ahead: bool,
@@ -87,7 +89,8 @@ impl Tiers {
                 continue;
             }
             let (Whereabouts::Tier(tier, located), Some(key)) = (place, keys.get(position)) else { break };
-            let step = self.begin_load(keys, position, key, (*tier, *located), plan.epoch, deadline, &mut batch);
+            let (place, since) = ((*tier, *located), (plan.epoch, plan.waited));
+            let step = self.begin_load(keys, position, key, place, since, deadline, &mut batch);
             match step {
                 Some(step) => steps.push(step),
                 None => break,
@@ -116,7 +119,7 @@ impl Tiers {
         position: usize,
         key: &ObjectKey,
         (number, located): (usize, Located),
-        epoch: Epoch,
+        (epoch, waited): (Epoch, Duration),
         deadline: Deadline,
         batch: &mut Batch,
     ) -> Option<Step> {
@@ -137,7 +140,7 @@ impl Tiers {
             }
         };
         let tier = Arc::clone(self.tier(number)?);
-        let wish = Wish { key: *key, tier, located, epoch, chain: Neighbours::of(keys, position) };
+        let wish = Wish { key: *key, tier, located, epoch, waited, chain: Neighbours::of(keys, position) };
         self.lead(&wish, load, number, deadline, batch)
     }
 
@@ -201,6 +204,7 @@ impl Tiers {
             key: wish.key,
             located: wish.located,
             epoch: wish.epoch,
+            waited: wish.waited,
             chain: wish.chain,
             bytes: whole_pages(wish.located.raw_bytes),
             is_ahead,
@@ -272,7 +276,14 @@ impl Tiers {
             left = rest;
             let Some(tier) = self.tier(*number) else { continue };
             let (tier, chain) = (Arc::clone(tier), Neighbours::of(keys, position));
-            wishes.push_back(Wish { key: *key, tier, located: *located, epoch: plan.epoch, chain });
+            wishes.push_back(Wish {
+                key: *key,
+                tier,
+                located: *located,
+                epoch: plan.epoch,
+                waited: Duration::ZERO,
+                chain,
+            });
         }
         let begun = wishes.len();
         let replaced = {
@@ -315,7 +326,7 @@ impl Tiers {
         let mut held = positions.iter().enumerate().peekable();
         while done < wanted {
             while begun < wanted && reads.len() < PARTS_AT_ONCE {
-                reads.push_back(self.begin_part(keys, &plan.places, begun, range));
+                reads.push_back(self.begin_part(keys, (&plan.places, plan.waited), begun, range));
                 begun += 1;
             }
             match reads.pop_front().flatten() {
@@ -345,7 +356,7 @@ impl Tiers {
     fn begin_part(
         &self,
         keys: &[ObjectKey],
-        places: &[Whereabouts],
+        (places, waited): (&[Whereabouts], Duration),
         position: usize,
         range: &Range<usize>,
     ) -> Option<Arc<Answer>> {
@@ -356,7 +367,7 @@ impl Tiers {
         let target = Box::new(Part { bytes: vec![0; range.len()], answer: Arc::clone(&answer) });
         let (key, namespace) = (BlockKey(*key), located.namespace);
         let mark = located.mark;
-        self.tier(*number)?.read(vec![Read { key, namespace, range: Some(range.clone()), target }]);
+        self.tier(*number)?.read(vec![Read { key, namespace, range: Some(range.clone()), waited, target }]);
         self.shared().with(|ledger| ledger.read_below(mark));
         Some(answer)
     }
@@ -455,6 +466,7 @@ fn begin_ahead(loads: &Arc<Loads>, shared: &Arc<Shared>, models: &Arc<Models>, w
         key: wish.key,
         located: wish.located,
         epoch: wish.epoch,
+        waited: wish.waited,
         chain: wish.chain,
         bytes,
         is_ahead: true,
@@ -466,7 +478,7 @@ fn begin_ahead(loads: &Arc<Loads>, shared: &Arc<Shared>, models: &Arc<Models>, w
 impl Promotion {
     fn into_read(self) -> Read {
         let (key, namespace) = (BlockKey(self.key), self.located.namespace);
-        Read { key, namespace, range: None, target: Box::new(self) }
+        Read { key, namespace, range: None, waited: self.waited, target: Box::new(self) }
     }
 
     /// Makes the block findable, with a pin for each that waits; then they are told.

@@ -120,7 +120,7 @@ impl Store {
 
     /// Says which entries it holds, too.
     fn lease_once(&self, chain: &Chain, owner: &str, ttl: Option<Duration>) -> Result<(Lease, Vec<EntryId>)> {
-        let (pin, _) = self.pin_run(chain.keys(), super::Request::Uncounted);
+        let (pin, _) = self.pin_run(chain.namespace().id(), chain.keys(), super::Request::Uncounted);
         let expires_at_ms = ttl.map(|ttl| self.shared.now_ms().saturating_add(duration_ms(ttl)));
         let keys = chain.keys().get(..pin.len()).unwrap_or_default().to_vec();
         let layout = chain.namespace().layout();

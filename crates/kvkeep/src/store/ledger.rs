@@ -152,7 +152,7 @@ pub(super) struct News {
 /// What a removal names, kept until it has reached every tier.
 #[derive(Debug, Clone)]
 pub(super) enum Gone {
-    Keys(Vec<BlockKey>),
+    Keys(NamespaceId, Vec<BlockKey>),
     Namespace(NamespaceId),
     All,
 }
@@ -160,7 +160,7 @@ pub(super) enum Gone {
 impl Gone {
     fn as_forget(&self) -> Forget<'_> {
         match self {
-            Self::Keys(keys) => Forget::Keys(keys),
+            Self::Keys(namespace, keys) => Forget::Keys(*namespace, keys),
             Self::Namespace(id) => Forget::Namespace(*id),
             Self::All => Forget::All,
         }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::{Shared, Store};
 use crate::block::{BlockKey, BlockMeta, Content, Facts};
 use crate::chain::Chain;
-use crate::clock::{Deadline, duration_ms};
+use crate::clock::{Deadline, Moment, duration_ms};
 use crate::config::StoreOptions;
 use crate::index::NEVER;
 use crate::key::ObjectKey;
@@ -61,18 +61,19 @@ impl Store {
         };
         let (mut places, deadline) = (vec![None::<&Arc<dyn Tier>>; keys.len()], tiers.deadline());
         let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
+        let began = Moment::now();
         for tier in tiers.each() {
-            for (place, located) in places.iter_mut().zip(tier.locate(&names, deadline)) {
+            for (place, located) in places.iter_mut().zip(tier.locate(chain.namespace().id(), &names, deadline)) {
                 *place = place.or(located.map(|_| tier));
             }
         }
         let found = places.iter().take_while(|place| place.is_some()).count();
-        let mut places = places.into_iter();
+        let (mut places, waited) = (places.into_iter(), began.elapsed());
         for (target, name) in targets.into_iter().zip(names.iter().map(Some).chain(std::iter::repeat(None))) {
             match (places.next().flatten(), name) {
                 (Some(tier), Some(key)) => {
                     let namespace = chain.namespace().id();
-                    tier.read(vec![Read { key: *key, namespace, range: None, target }]);
+                    tier.read(vec![Read { key: *key, namespace, range: None, waited, target }]);
                 }
                 _ => target.complete(None),
             }
@@ -85,7 +86,7 @@ impl Store {
     /// Which of these a tier has.
     pub(crate) fn has_lent(&self, chain: &Chain) -> Vec<bool> {
         let tiers = self.here().ok().and_then(|store| store.tiers.as_ref());
-        tiers.map_or_else(|| vec![false; chain.blocks()], |tiers| tiers.has_each(chain.keys()))
+        tiers.map_or_else(|| vec![false; chain.blocks()], |tiers| tiers.has_each(chain.namespace().id(), chain.keys()))
     }
 
     /// These were used in the engine's own memory.

@@ -4,6 +4,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::guard::Pin;
 use crate::clock::Deadline;
@@ -42,6 +43,8 @@ pub(super) struct Wish {
     pub(super) tier: Arc<dyn Tier>,
     pub(super) located: Located,
     pub(super) epoch: Epoch,
+    /// How long the request has waited for tiers to say what they have.
+    pub(super) waited: Duration,
     pub(super) chain: Neighbours,
 }
 

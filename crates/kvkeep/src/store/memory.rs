@@ -106,7 +106,7 @@ mod tests {
             Ok::<(), Error>(())
         });
         assert_eq!(stored.unwrap().stored_blocks, 1);
-        let (pin, _) = cache.store_handle().pin_run(chain.keys(), Request::Uncounted);
+        let (pin, _) = cache.store_handle().pin_run(chain.namespace().id(), chain.keys(), Request::Uncounted);
         let (block, behind) = pin.bytes(0).split_at(64);
         assert_eq!(block.as_ptr() as usize, at);
         assert!(block.iter().all(|byte| *byte == 9) && behind.iter().all(|byte| *byte == 0));

@@ -385,7 +385,7 @@ impl Store {
         let stored = |prefix: &PrefixHash| {
             let keys: Vec<ObjectKey> = (0..layers).map(|layer| prefix.key(layer)).collect();
             self.shared.with(|ledger| keys.iter().any(|key| ledger.find_live(key, now_ms).is_some()))
-                || self.tiers.as_ref().is_some_and(|tiers| tiers.hold_any(&keys))
+                || self.tiers.as_ref().is_some_and(|tiers| tiers.hold_any(id, &keys))
         };
         prefixes.iter().find(|(_, prefix)| stored(prefix)).map(|(length, _)| *length)
     }

@@ -12,8 +12,8 @@ use super::guard::Pin;
 use super::ledger::{Held, Request};
 use super::tiers::Tiers;
 use crate::block::BlockKey;
-use crate::clock::Deadline;
-use crate::key::ObjectKey;
+use crate::clock::{Deadline, Moment};
+use crate::key::{NamespaceId, ObjectKey};
 use crate::tier::{Epoch, Located};
 
 /// Where a block is.
@@ -34,6 +34,8 @@ pub(super) struct Plan {
     pub(super) held: Vec<(usize, Held)>,
     /// When it was made: what was removed later does not come up.
     pub(super) epoch: Epoch,
+    /// How long it waited for tiers to say what they have.
+    pub(super) waited: Duration,
 }
 
 /// What to load of a run.
@@ -72,7 +74,7 @@ impl Plan {
 impl Store {
     /// Pins the longest run of objects from the first key on; what is in a tier and worth
     /// it is loaded first. Says which positions were not in RAM, or in RAM behind such.
-    pub(crate) fn pin_run(&self, keys: &[ObjectKey], request: Request) -> (Pin, Range<usize>) {
+    pub(crate) fn pin_run(&self, namespace: NamespaceId, keys: &[ObjectKey], request: Request) -> (Pin, Range<usize>) {
         if self.here().is_err() {
             return (Pin::new(Arc::clone(&self.shared), Vec::new()), 0..0);
         }
@@ -82,7 +84,7 @@ impl Store {
             return (Pin::new(Arc::clone(&self.shared), held), 0..0);
         };
         let deadline = tiers.deadline();
-        let plan = match self.hold_or_plan(tiers, keys, request, deadline) {
+        let plan = match self.hold_or_plan(tiers, (namespace, keys), request, deadline) {
             Ok(held) => return (Pin::new(Arc::clone(&self.shared), held), 0..0),
             Err(plan) => plan,
         };
@@ -116,7 +118,7 @@ impl Store {
     }
 
     /// Pins all of these objects or none; loads what is in a tier, if that is worth it.
-    pub(crate) fn pin_all(&self, keys: &[ObjectKey], request: Request) -> Option<Pin> {
+    pub(crate) fn pin_all(&self, namespace: NamespaceId, keys: &[ObjectKey], request: Request) -> Option<Pin> {
         self.here().ok()?;
         let now_ms = self.shared.now_ms();
         let Some(tiers) = &self.tiers else {
@@ -124,7 +126,7 @@ impl Store {
             return Some(Pin::new(Arc::clone(&self.shared), held));
         };
         let deadline = tiers.deadline();
-        let plan = match self.hold_or_plan(tiers, keys, request, deadline) {
+        let plan = match self.hold_or_plan(tiers, (namespace, keys), request, deadline) {
             Ok(held) => return Some(Pin::new(Arc::clone(&self.shared), held)),
             Err(plan) => plan,
         };
@@ -141,9 +143,9 @@ impl Store {
 
     /// Begins to load what of these keys is in a tier, and does not wait for it; says how
     /// many are under way.
-    pub(crate) fn prefetch(&self, keys: &[ObjectKey]) -> usize {
+    pub(crate) fn prefetch(&self, namespace: NamespaceId, keys: &[ObjectKey]) -> usize {
         let Some(tiers) = self.here().ok().and_then(|store| store.tiers.as_ref()) else { return 0 };
-        let plan = self.survey(tiers, keys, tiers.deadline());
+        let plan = self.survey(tiers, (namespace, keys), tiers.deadline());
         let first = plan.in_ram();
         let worth = tiers.judge(&plan, first, None);
         tiers.fetch_ahead(keys, &plan, first..worth.blocks)
@@ -153,6 +155,7 @@ impl Store {
     /// straight from a tier, without bringing them into RAM. Says how many there were.
     pub(crate) fn read_parts(
         &self,
+        namespace: NamespaceId,
         keys: &[ObjectKey],
         range: &Range<usize>,
         request: Request,
@@ -165,7 +168,7 @@ impl Store {
         let part = |bytes: &[u8]| -> Range<usize> { range.start.min(bytes.len())..range.end.min(bytes.len()) };
         let deadline = self.tiers.as_ref().map_or_else(Deadline::never, |tiers| tiers.deadline());
         let held_or_plan = match &self.tiers {
-            Some(tiers) => self.hold_or_plan(tiers, keys, request, deadline).map_err(|plan| (tiers, plan)),
+            Some(tiers) => self.hold_or_plan(tiers, (namespace, keys), request, deadline).map_err(|plan| (tiers, plan)),
             None => Ok(self.shared.with(|ledger| ledger.hold_run(keys, now_ms, request))),
         };
         let (tiers, plan) = match held_or_plan {
@@ -188,7 +191,7 @@ impl Store {
     }
 
     /// What a lookup of these keys would find, without loading anything.
-    pub(crate) fn look(&self, keys: &[ObjectKey]) -> Overview {
+    pub(crate) fn look(&self, namespace: NamespaceId, keys: &[ObjectKey]) -> Overview {
         if self.here().is_err() {
             return Overview::default();
         }
@@ -196,7 +199,7 @@ impl Store {
             let ram = self.shared.with(|ledger| ledger.resident(keys)).iter().take_while(|resident| **resident).count();
             return Overview { ram, by_tier: vec![(super::RAM.to_owned(), ram)], ..Overview::default() };
         };
-        let plan = self.survey(tiers, keys, tiers.deadline());
+        let plan = self.survey(tiers, (namespace, keys), tiers.deadline());
         let ram = plan.in_ram();
         let worth = tiers.estimate(&plan, ram, None);
         let there = worth.blocks + worth.not_worth;
@@ -215,7 +218,7 @@ impl Store {
     }
 
     /// Of each tier, `ram` first, which of these keys it has: also those that a tier before it has.
-    pub(crate) fn residency(&self, keys: &[ObjectKey]) -> Vec<(String, Vec<bool>)> {
+    pub(crate) fn residency(&self, namespace: NamespaceId, keys: &[ObjectKey]) -> Vec<(String, Vec<bool>)> {
         if self.here().is_err() {
             return Vec::new();
         }
@@ -223,7 +226,7 @@ impl Store {
         if let Some(tiers) = &self.tiers {
             let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
             let has = |tier: &Arc<dyn crate::tier::Tier>| {
-                tier.locate(&names, tiers.deadline()).iter().map(Option::is_some).collect()
+                tier.locate(namespace, &names, tiers.deadline()).iter().map(Option::is_some).collect()
             };
             residency.extend(tiers.each().map(|tier| (tier.name().to_owned(), has(tier))));
         }
@@ -234,7 +237,7 @@ impl Store {
     fn hold_or_plan(
         &self,
         tiers: &Tiers,
-        keys: &[ObjectKey],
+        (namespace, keys): (NamespaceId, &[ObjectKey]),
         request: Request,
         deadline: Deadline,
     ) -> Result<Vec<Held>, Plan> {
@@ -257,17 +260,22 @@ impl Store {
                 self.offer();
                 Ok(held)
             }
-            Err((held, compute, epoch)) => Err(Plan { held, epoch, places: locate(tiers, keys, compute, deadline) }),
+            Err((held, compute, epoch)) => {
+                let began = Moment::now();
+                let places = locate(tiers, (namespace, keys), compute, deadline);
+                Err(Plan { held, epoch, places, waited: began.elapsed() })
+            }
         }
     }
 
     /// A plan that holds nothing, and so is no use of what is in RAM.
-    fn survey(&self, tiers: &Tiers, keys: &[ObjectKey], deadline: Deadline) -> Plan {
+    fn survey(&self, tiers: &Tiers, (namespace, keys): (NamespaceId, &[ObjectKey]), deadline: Deadline) -> Plan {
         let (compute, epoch) = self.shared.with(|ledger| {
             let compute_us = keys.iter().map(|key| ledger.compute_us_of(key)).enumerate();
             (compute_us.filter_map(|(position, us)| Some((position, us?))).collect(), ledger.epoch())
         });
-        Plan { held: Vec::new(), epoch, places: locate(tiers, keys, compute, deadline) }
+        let places = locate(tiers, (namespace, keys), compute, deadline);
+        Plan { held: Vec::new(), epoch, places, waited: Duration::ZERO }
     }
 }
 
@@ -327,7 +335,12 @@ fn stored_part(located: &Located, bytes: usize) -> u64 {
 }
 
 /// Where each key is: in RAM if it is among `in_ram`, else in the first tier that says so.
-fn locate(tiers: &Tiers, keys: &[ObjectKey], in_ram: Vec<(usize, u32)>, deadline: Deadline) -> Vec<Whereabouts> {
+fn locate(
+    tiers: &Tiers,
+    (namespace, keys): (NamespaceId, &[ObjectKey]),
+    in_ram: Vec<(usize, u32)>,
+    deadline: Deadline,
+) -> Vec<Whereabouts> {
     let mut places: Vec<Whereabouts> = keys.iter().map(|_| Whereabouts::Nowhere).collect();
     for (position, compute_us) in in_ram {
         if let Some(place) = places.get_mut(position) {
@@ -342,7 +355,7 @@ fn locate(tiers: &Tiers, keys: &[ObjectKey], in_ram: Vec<(usize, u32)>, deadline
         if names.is_empty() {
             break;
         }
-        for (position, located) in positions.into_iter().zip(tier.locate(&names, deadline)) {
+        for (position, located) in positions.into_iter().zip(tier.locate(namespace, &names, deadline)) {
             if let (Some(place), Some(located)) = (places.get_mut(position), located) {
                 *place = Whereabouts::Tier(number, located);
             }

@@ -59,8 +59,8 @@ impl Store {
         Removed { entries: removed.entries.max(below), ..removed }
     }
 
-    /// Removes these keys; says for each whether it was there.
-    pub(crate) fn remove(&self, keys: &[ObjectKey]) -> (Removed, Vec<bool>) {
+    /// Removes these keys of a namespace; says for each whether it was there.
+    pub(crate) fn remove(&self, namespace: NamespaceId, keys: &[ObjectKey]) -> (Removed, Vec<bool>) {
         if self.here().is_err() {
             return (Removed::default(), vec![false; keys.len()]);
         }
@@ -69,7 +69,7 @@ impl Store {
         let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
         let begin = |ledger: &mut Ledger| ledger.remove(keys, now_ms);
         let ((mut removed, mut found), forgotten) =
-            self.forget(Gone::Keys(names.clone()), &Forget::Keys(&names), begin, || {});
+            self.forget(Gone::Keys(namespace, names.clone()), &Forget::Keys(namespace, &names), begin, || {});
         self.end_leases_of(keys);
         for below in &forgotten {
             found.iter_mut().zip(&below.found).for_each(|(found, below)| *found |= below);

@@ -70,11 +70,10 @@ impl Store {
     pub(crate) fn reserve(&self, namespace: NamespaceId, keys: &[ObjectKey], wanted: Wanted) -> Reserved {
         let now_ms = self.shared.now_ms();
         // What is given is stored whether a tier has it or not.
-        let below = self
-            .tiers
-            .as_ref()
-            .filter(|_| wanted.terms == Terms::Patient)
-            .map_or_else(Vec::new, |tiers| tiers.has_each(keys.get(..wanted.first_given).unwrap_or(keys)));
+        let below =
+            self.tiers.as_ref().filter(|_| wanted.terms == Terms::Patient).map_or_else(Vec::new, |tiers| {
+                tiers.has_each(namespace, keys.get(..wanted.first_given).unwrap_or(keys))
+            });
         let attempt = |ledger: &mut Ledger| {
             let made = ledger.reserve(namespace, keys, wanted, &below, now_ms);
             Unclaimed { shared: Arc::clone(&self.shared), made: Some(made) }
@@ -86,7 +85,7 @@ impl Store {
         let refused = keys.get(refused_from..).unwrap_or_default();
         let there = self.tiers.as_ref().filter(|_| !refused.is_empty()).map_or(0, |tiers| {
             // In RAM behind a gap nobody finds them.
-            tiers.has_each(refused).into_iter().filter(|has| *has).count()
+            tiers.has_each(namespace, refused).into_iter().filter(|has| *has).count()
         });
         // Where RAM has no room, not even for what a tier has all of, a lookup could not load it: that is refused.
         let there = if there < refused.len() { there } else { 0 };
@@ -141,7 +140,7 @@ impl Store {
                 }
                 sealed
             }),
-            OnPresent::Replace => self.replace(tiers, &keys, now_ms, through, seal),
+            OnPresent::Replace => self.replace(tiers, (namespace, &keys), now_ms, through, seal),
         };
         self.offer();
         sealed
@@ -152,19 +151,19 @@ impl Store {
     fn replace(
         &self,
         tiers: &Tiers,
-        keys: &[ObjectKey],
+        (namespace, keys): (NamespaceId, &[ObjectKey]),
         now_ms: u64,
         through: bool,
         seal: impl FnOnce(&mut Ledger) -> usize,
     ) -> usize {
         let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
         let (epoch, sealed, held) = self.shared.with(|ledger| {
-            let epoch = ledger.forget(Gone::Keys(names.clone()));
+            let epoch = ledger.forget(Gone::Keys(namespace, names.clone()));
             let sealed = seal(ledger);
             let held = ledger.hold_each(keys, now_ms).into_iter().map(|(_, held)| held).collect();
             (epoch, sealed, Pin::new(Arc::clone(&self.shared), held))
         });
-        tiers.forget(&Forget::Replaced(&names), epoch);
+        tiers.forget(&Forget::Replaced(namespace, &names), epoch);
         self.shared.with(|ledger| {
             ledger.has_forgotten(epoch);
             if through {

@@ -202,13 +202,13 @@ impl Tiers {
     }
 
     /// Does a tier have any of these?
-    pub(super) fn hold_any(&self, keys: &[ObjectKey]) -> bool {
+    pub(super) fn hold_any(&self, namespace: NamespaceId, keys: &[ObjectKey]) -> bool {
         let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
-        self.tiers.iter().any(|tier| tier.locate(&names, self.deadline()).iter().any(Option::is_some))
+        self.tiers.iter().any(|tier| tier.locate(namespace, &names, self.deadline()).iter().any(Option::is_some))
     }
 
     /// Which of these keys are not in RAM, and in a tier.
-    pub(super) fn has_each(&self, keys: &[ObjectKey]) -> Vec<bool> {
+    pub(super) fn has_each(&self, namespace: NamespaceId, keys: &[ObjectKey]) -> Vec<bool> {
         let resident = self.shared.with(|ledger| ledger.resident(keys));
         let mut has = vec![false; keys.len()];
         if resident.iter().all(|resident| *resident) {
@@ -218,7 +218,7 @@ impl Tiers {
         let (positions, names): (Vec<usize>, Vec<BlockKey>) =
             missing.map(|(position, (key, _))| (position, BlockKey(*key))).unzip();
         for tier in &self.tiers {
-            for (position, located) in positions.iter().zip(tier.locate(&names, self.deadline())) {
+            for (position, located) in positions.iter().zip(tier.locate(namespace, &names, self.deadline())) {
                 if let Some(has) = has.get_mut(*position) {
                     *has |= located.is_some();
                 }

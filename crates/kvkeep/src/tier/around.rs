@@ -151,9 +151,9 @@ impl ReadTarget for MeteredTarget {
 impl Tier for Meter {
     pass_on!();
 
-    fn locate(&self, keys: &[BlockKey], deadline: Deadline) -> Vec<Option<Located>> {
+    fn locate(&self, namespace: NamespaceId, keys: &[BlockKey], deadline: Deadline) -> Vec<Option<Located>> {
         self.counts.located.fetch_add(keys.len() as u64, Ordering::Relaxed);
-        self.inner.locate(keys, deadline)
+        self.inner.locate(namespace, keys, deadline)
     }
 
     fn read(&self, reads: Vec<Read>) {
@@ -250,8 +250,8 @@ impl Drop for LimitedTarget {
 impl Tier for Limit {
     pass_on!();
 
-    fn locate(&self, keys: &[BlockKey], deadline: Deadline) -> Vec<Option<Located>> {
-        self.inner.locate(keys, deadline)
+    fn locate(&self, namespace: NamespaceId, keys: &[BlockKey], deadline: Deadline) -> Vec<Option<Located>> {
+        self.inner.locate(namespace, keys, deadline)
     }
 
     fn read(&self, reads: Vec<Read>) {
@@ -304,11 +304,11 @@ impl Fault {
 impl Tier for Fault {
     pass_on!();
 
-    fn locate(&self, keys: &[BlockKey], deadline: Deadline) -> Vec<Option<Located>> {
+    fn locate(&self, namespace: NamespaceId, keys: &[BlockKey], deadline: Deadline) -> Vec<Option<Located>> {
         if self.is_away.load(Ordering::Relaxed) {
             return vec![None; keys.len()];
         }
-        self.inner.locate(keys, deadline)
+        self.inner.locate(namespace, keys, deadline)
     }
 
     fn read(&self, reads: Vec<Read>) {

@@ -140,7 +140,7 @@ fn read(
     let answer = Arc::new((Mutex::new(Vec::new()), Condvar::new()));
     let bytes = vec![0xaa; range.as_ref().map_or(2 * PAGE, ExactSizeIterator::len)];
     let target = Box::new(Lent { bytes, answer: Arc::clone(&answer) });
-    tier.read(vec![Read { key, namespace: of, range, target }]);
+    tier.read(vec![Read { key, namespace: of, range, waited: Duration::ZERO, target }]);
     let waits = answer.0.lock().unwrap_or_else(PoisonError::into_inner);
     let (mut answers, _) = answer
         .1
@@ -151,7 +151,7 @@ fn read(
 }
 
 fn is_located(tier: &dyn Tier, key: BlockKey) -> bool {
-    tier.locate(&[key], Deadline::after(PATIENCE)) != [None]
+    (1..3).any(|number| tier.locate(namespace(number), &[key], Deadline::after(PATIENCE)) != [None])
 }
 
 fn flush(tier: &dyn Tier) {
@@ -167,7 +167,7 @@ fn what_is_offered_is_located_and_read_back_whole_and_in_parts(tier: &dyn Tier) 
     assert_eq!(offer(tier, &metas, 0, 1).back, 0, "{}", tier.name());
     flush(tier);
     let keys: Vec<BlockKey> = metas.iter().map(|meta| meta.key).chain([key(999)]).collect();
-    let located = tier.locate(&keys, Deadline::after(PATIENCE));
+    let located = tier.locate(namespace(1), &keys, Deadline::after(PATIENCE));
     assert_eq!(located.len(), 21, "{}: one answer a key", tier.name());
     for (meta, located) in metas.iter().zip(&located) {
         let right = content(number_of(meta), 0);
@@ -204,7 +204,7 @@ fn what_is_forgotten_is_gone_and_says_so(tier: &dyn Tier) {
     let other = |number| BlockMeta { facts: Facts { namespace: namespace(2), ..block(number).facts }, ..block(number) };
     offer(tier, &[block(1), block(2), other(3), other(4), block(5)], 0, 1);
     flush(tier);
-    let gone = tier.forget(&Forget::Keys(&[key(1), key(77)]), 2);
+    let gone = tier.forget(&Forget::Keys(namespace(1), &[key(1), key(77)]), 2);
     assert_eq!((gone.found, gone.entries), (vec![true, false], 1), "{}", tier.name());
     assert!(!is_located(tier, key(1)) && is_located(tier, key(2)), "{}", tier.name());
     assert_eq!(tier.forget(&Forget::Namespace(namespace(2)), 3).entries, 2, "{}", tier.name());
@@ -217,8 +217,8 @@ fn what_is_forgotten_is_gone_and_says_so(tier: &dyn Tier) {
 
 fn an_offer_older_than_the_last_forget_is_dropped(tier: &dyn Tier) {
     for (what, number) in [
-        (Forget::Keys(&[key(1)]), 1),
-        (Forget::Replaced(&[key(2)]), 2),
+        (Forget::Keys(namespace(1), &[key(1)]), 1),
+        (Forget::Replaced(namespace(1), &[key(2)]), 2),
         (Forget::Namespace(namespace(1)), 3),
         (Forget::All, 4),
     ] {
@@ -236,11 +236,11 @@ fn an_offer_older_than_the_last_forget_is_dropped(tier: &dyn Tier) {
 
 fn a_newer_value_replaces_an_older_one_and_not_the_other_way_round(tier: &dyn Tier) {
     offer(tier, &[named(1)], 1, 1);
-    tier.forget(&Forget::Replaced(&[key(1)]), 2);
+    tier.forget(&Forget::Replaced(namespace(1), &[key(1)]), 2);
     offer(tier, &[named(1)], 2, 2);
     // On their way since before.
     offer(tier, &[named(1)], 1, 1);
-    tier.forget(&Forget::Replaced(&[key(1)]), 1);
+    tier.forget(&Forget::Replaced(namespace(1), &[key(1)]), 1);
     flush(tier);
     let found = read(tier, key(1), namespace(1), None).map(|(_, bytes)| bytes);
     assert!(found == Some(content(number_of(&named(1)), 2)), "{}", tier.name());
@@ -318,9 +318,9 @@ fn what_comes_and_goes_is_reported(tier: &dyn Tier) {
     };
     offer(tier, &[block(1), block(2), block(3), named(blocks)], 0, 1);
     flush(tier);
-    tier.forget(&Forget::Keys(&[key(blocks)]), 2);
+    tier.forget(&Forget::Keys(namespace(1), &[key(blocks)]), 2);
     assert_eq!(check("offered"), 3);
-    tier.forget(&Forget::Keys(&[key(2)]), 3);
+    tier.forget(&Forget::Keys(namespace(1), &[key(2)]), 3);
     assert_eq!(check("removed"), 2);
     (4..blocks).for_each(|number| _ = offer(tier, &[block(number)], 0, 4));
     assert!(check("evicted") > 2);
@@ -391,7 +391,7 @@ mod tests {
             let tier = make();
             offer(&*tier, &[block(0), block(2)], 0, 1);
             flush(&*tier);
-            let located = tier.locate(&[key(0), key(2)], Deadline::never());
+            let located = tier.locate(namespace(1), &[key(0), key(2)], Deadline::never());
             assert!(located.iter().flatten().any(|located| located.codec == CodecId(200)), "{located:?}");
         }
     }
@@ -431,7 +431,7 @@ mod tests {
         fault.fail_offers(true);
         assert_eq!(offer(&meter, &[block(2)], 0, 1).back, 1);
         fault.go_away(true);
-        assert!(!is_located(&meter, key(1)));
+        assert_eq!(meter.locate(namespace(1), &[key(1)], Deadline::after(PATIENCE)), [None]);
         let counts = meter.counts();
         assert_eq!((counts.reads, counts.misses, counts.read_bytes), (2, 1, 2 * PAGE as u64));
         assert_eq!((counts.offers, counts.refused, counts.located_keys), (2, 1, 1));
@@ -448,7 +448,13 @@ mod tests {
         flush(&limit);
         let answer = Arc::new((Mutex::new(Vec::new()), Condvar::new()));
         let target = || Box::new(Lent { bytes: vec![0; 2 * PAGE], answer: Arc::clone(&answer) });
-        let wanted = |meta: &BlockMeta| Read { key: meta.key, namespace: namespace(1), range: None, target: target() };
+        let wanted = |meta: &BlockMeta| Read {
+            key: meta.key,
+            namespace: namespace(1),
+            range: None,
+            waited: Duration::ZERO,
+            target: target(),
+        };
         limit.read(metas.iter().map(wanted).collect());
         let answers = answer.0.lock().unwrap();
         let (answers, _) = answer.1.wait_timeout_while(answers, PATIENCE, |answers| answers.len() < 50).unwrap();

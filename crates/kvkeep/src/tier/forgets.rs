@@ -24,7 +24,7 @@ impl Forgets {
     /// These were forgotten at `epoch`.
     pub fn record(&mut self, what: &Forget<'_>, epoch: Epoch) {
         match what {
-            Forget::Keys(keys) | Forget::Replaced(keys) => {
+            Forget::Keys(_, keys) | Forget::Replaced(_, keys) => {
                 for key in *keys {
                     let last = self.keys.entry(*key).or_insert(epoch);
                     *last = epoch.max(*last);
@@ -77,7 +77,7 @@ mod tests {
     fn what_is_older_than_the_last_forget_of_its_key_namespace_or_everything_is_not_allowed() {
         let (one, two) = (NamespaceId::named("one"), NamespaceId::named("two"));
         let mut forgets = Forgets::default();
-        forgets.record(&Forget::Keys(&[key(1)]), 5);
+        forgets.record(&Forget::Keys(one, &[key(1)]), 5);
         assert!(!forgets.allow(&key(1), one, 4) && forgets.allow(&key(1), one, 5) && forgets.allow(&key(2), one, 0));
         forgets.record(&Forget::Namespace(one), 7);
         assert!(!forgets.allow(&key(2), one, 6) && forgets.allow(&key(2), two, 6));
@@ -90,7 +90,7 @@ mod tests {
         let namespace = NamespaceId::named("n");
         let mut forgets = Forgets::default();
         for number in 0..=MAX_REMEMBERED as u64 {
-            forgets.record(&Forget::Keys(&[key(number)]), number + 1);
+            forgets.record(&Forget::Keys(namespace, &[key(number)]), number + 1);
         }
         assert!(forgets.keys.len() <= MAX_REMEMBERED);
         for number in 0..=MAX_REMEMBERED as u64 {

@@ -92,7 +92,7 @@ impl MemoryTier {
             return Some(false);
         }
         if meta.is_replaceable() {
-            blocks.forgets.record(&Forget::Replaced(&[meta.key]), offer.epoch);
+            blocks.forgets.record(&Forget::Replaced(meta.namespace, &[meta.key]), offer.epoch);
         }
         blocks.remove(&meta.key);
         while blocks.stats.used_bytes + meta.stored_bytes > self.capacity_bytes {
@@ -142,7 +142,7 @@ impl Tier for MemoryTier {
         &self.name
     }
 
-    fn locate(&self, keys: &[BlockKey], _deadline: Deadline) -> Vec<Option<Located>> {
+    fn locate(&self, _namespace: NamespaceId, keys: &[BlockKey], _deadline: Deadline) -> Vec<Option<Located>> {
         let now_ms = self.clock.now_ms();
         let blocks = self.blocks.lock();
         let located = |key: &BlockKey| {
@@ -180,12 +180,12 @@ impl Tier for MemoryTier {
         let mut blocks = self.blocks.lock();
         blocks.forgets.record(what, epoch);
         match what {
-            Forget::Replaced(keys) => {
+            Forget::Replaced(_, keys) => {
                 let keys = blocks.forgets.not_newer(keys, epoch);
                 keys.iter().for_each(|key| _ = blocks.remove(key));
                 Forgotten::default()
             }
-            Forget::Keys(keys) => {
+            Forget::Keys(_, keys) => {
                 let found: Vec<bool> = keys.iter().map(|key| blocks.remove(key)).collect();
                 let entries = found.iter().filter(|found| **found).count() as u64;
                 Forgotten { found, entries }

@@ -42,8 +42,9 @@ pub trait Tier: Send + Sync + fmt::Debug {
     /// Its name in statistics and flags: `disk`, `redis`.
     fn name(&self) -> &str;
 
-    /// Which of these keys are there, one answer a key. A tier that cannot answer in time, or is failing, has none.
-    fn locate(&self, keys: &[BlockKey], deadline: Deadline) -> Vec<Option<Located>>;
+    /// Which of these keys of a namespace are there, one answer a key. A tier that cannot answer in time, or is
+    /// failing, has none.
+    fn locate(&self, namespace: NamespaceId, keys: &[BlockKey], deadline: Deadline) -> Vec<Option<Located>>;
 
     /// Begins to read; each target is completed exactly once, on any thread, also if it is a miss.
     fn read(&self, reads: Vec<Read>);
@@ -154,6 +155,8 @@ pub struct Read {
     pub namespace: NamespaceId,
     /// Of the block, these bytes; all of them if `None`.
     pub range: Option<Range<usize>>,
+    /// How long whoever wants it has waited for this to be located already: a tier with a deadline of its own counts that.
+    pub waited: Duration,
     /// Where to.
     pub target: Box<dyn ReadTarget>,
 }
@@ -194,11 +197,11 @@ pub trait Payload: Send + Sync {
 /// What is to be forgotten. A tier handles each kind: one that passed over a new one would bring back what was removed.
 #[derive(Debug, Clone, Copy)]
 pub enum Forget<'a> {
-    /// These keys were removed.
-    Keys(&'a [BlockKey]),
-    /// These keys have a newer value in RAM, which may or may not be offered later. After a crash there may be the
+    /// These keys of a namespace were removed.
+    Keys(NamespaceId, &'a [BlockKey]),
+    /// These keys of a namespace have a newer value in RAM, which may or may not be offered later. After a crash there may be the
     /// older one; before it nobody finds that.
-    Replaced(&'a [BlockKey]),
+    Replaced(NamespaceId, &'a [BlockKey]),
     /// A namespace was cleared.
     Namespace(NamespaceId),
     /// Everything was.
@@ -220,7 +223,7 @@ impl Forget<'_> {
     #[must_use]
     pub fn covers(&self, key: &BlockKey, namespace: NamespaceId) -> bool {
         match self {
-            Self::Keys(keys) | Self::Replaced(keys) => keys.contains(key),
+            Self::Keys(_, keys) | Self::Replaced(_, keys) => keys.contains(key),
             Self::Namespace(id) => *id == namespace,
             Self::All => true,
         }

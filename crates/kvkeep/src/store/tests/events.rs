@@ -115,7 +115,7 @@ fn settle(cache: &KvCache) {
 fn truth(cache: &KvCache, chains: &[Chain]) -> BTreeSet<Place> {
     let mut places = BTreeSet::new();
     for chain in chains {
-        for (tier, has) in cache.store_handle().residency(chain.keys()) {
+        for (tier, has) in cache.store_handle().residency(chain.namespace().id(), chain.keys()) {
             let there = chain.hashes().zip(has).filter(|(_, has)| *has);
             places.extend(there.map(|(block, _)| (tier.clone(), chain.namespace().id(), block)));
         }

@@ -7,6 +7,7 @@
 //! - `active` writes one segment, `log` all of them within `room`, and evicts; `recover` opens a directory.
 //! - `shared` is what callers, readers and the writer share, `queue` what is to be written; `writer` is the one thread
 //!   that writes.
+//! - `message` is a record by itself, for tiers elsewhere.
 //!
 //! Writes are queued and never hold a request up. Reads are made by whoever wants them.
 //! Nothing here knows of RAM: payloads come as bytes that stay readable while they are queued.
@@ -21,6 +22,7 @@ mod index;
 mod io;
 mod log;
 mod manifest;
+mod message;
 mod pace;
 mod pages;
 mod queue;
@@ -65,6 +67,7 @@ pub(crate) use format::decode_anything;
 use format::{Content, RecordHeader, RecordMeta};
 pub(crate) use index::Found;
 use io::{Access, Backend, Directory, OpenError, Opener};
+pub use message::{Message, Messages};
 use queue::{Op, Reply};
 use refusal::{open_error, refused};
 use segment::{Expected, ReadError};
@@ -72,7 +75,6 @@ pub(crate) use shared::Resident;
 use shared::Shared;
 pub use survey::ManifestState;
 pub(crate) use tier::DiskTier;
-pub use tier::{decode_header, encode_header};
 
 /// Failed reads in a row that make the disk a failing one.
 const BAD_READS: u32 = 3;

@@ -6,7 +6,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::format::{CipherKind, Content, Kind, PAGE_BYTES, Place, RecordHeader, RecordMeta};
+use super::format::{Content, Kind, PAGE_BYTES, RecordHeader, RecordMeta};
 use super::pace::Burst;
 use super::pages::Pages;
 use super::readers::Readers;
@@ -143,7 +143,7 @@ impl DiskTier {
         let taken = self.disk.try_write(record, meta.content.clone(), said, false, payload);
         if meta.is_replaceable() && taken == Taken::Queued {
             // An older value may still be on its way here.
-            forgets.record(&Forget::Replaced(&[meta.key]), offer.epoch);
+            forgets.record(&Forget::Replaced(meta.namespace, &[meta.key]), offer.epoch);
         }
         taken
     }
@@ -190,33 +190,7 @@ fn read(disk: &Disk, read: &mut Read) -> (Option<BlockMeta>, Option<u64>) {
     (meta, bytes)
 }
 
-/// One page that says what a block is and what its bytes must be: for tiers that keep a block as one message. It is a
-/// record's header as docs/format.md describes it, of no place. `None` for a block that no header can describe.
-#[must_use]
-pub fn encode_header(meta: &BlockMeta, payload: &[u8]) -> Option<Vec<u8>> {
-    let record = record_meta(meta, 0);
-    if matches!(meta.content, Content::Nothing) || payload.len() as u64 != meta.stored_bytes {
-        return None;
-    }
-    let list = record.sums(payload);
-    let place = Place { store_id: [0; 16], segment: 0, page: 0 };
-    let (cipher, nonce, content) = (CipherKind::None, [0; 24], meta.content.clone());
-    let header = RecordHeader { meta: record, place, durable_pages: 0, cipher, nonce, content, list };
-    let mut page = vec![0; PAGE_BYTES];
-    header.encode(&mut page);
-    RecordHeader::decode(&page).is_some_and(|again| again == header).then_some(page)
-}
-
-/// The block that [`encode_header`] wrote of, if it is the one that is wanted and every byte of its payload is right.
-#[must_use]
-pub fn decode_header(header: &[u8], key: &BlockKey, namespace: NamespaceId, payload: &[u8]) -> Option<BlockMeta> {
-    let header = RecordHeader::decode(header)?;
-    let is_wanted = header.meta.key == *key && header.meta.namespace == namespace;
-    let is_whole = header.meta.stored_bytes == payload.len() as u64 && header.meta.sums(payload) == header.list;
-    (is_wanted && is_whole && header.cipher == CipherKind::None).then(|| block_meta(header))
-}
-
-fn record_meta(meta: &BlockMeta, stored_at_ms: u64) -> RecordMeta {
+pub(super) fn record_meta(meta: &BlockMeta, stored_at_ms: u64) -> RecordMeta {
     let prefix_bytes = match &meta.content {
         Content::Named(spec) => u32::try_from(spec.prefix_bytes).unwrap_or(u32::MAX),
         Content::Block { .. } | Content::Nothing => 0,
@@ -225,7 +199,7 @@ fn record_meta(meta: &BlockMeta, stored_at_ms: u64) -> RecordMeta {
     RecordMeta { kind, facts: meta.facts, stored_at_ms, prefix_bytes }
 }
 
-fn block_meta(header: RecordHeader) -> BlockMeta {
+pub(super) fn block_meta(header: RecordHeader) -> BlockMeta {
     BlockMeta { facts: header.meta.facts, begins: false, content: header.content }
 }
 
@@ -234,7 +208,7 @@ impl Tier for DiskTier {
         "disk"
     }
 
-    fn locate(&self, keys: &[BlockKey], _deadline: Deadline) -> Vec<Option<Located>> {
+    fn locate(&self, _namespace: NamespaceId, keys: &[BlockKey], _deadline: Deadline) -> Vec<Option<Located>> {
         if self.is_silent(self.read_timeout) {
             return vec![None; keys.len()];
         }
@@ -314,12 +288,12 @@ impl Tier for DiskTier {
         let mut forgets = self.forgets.lock();
         forgets.record(what, epoch);
         match what {
-            Forget::Keys(keys) => {
+            Forget::Keys(_, keys) => {
                 let found = self.disk.remove(&keys_of(keys));
                 let entries = found.iter().filter(|found| **found).count() as u64;
                 Forgotten { found, entries }
             }
-            Forget::Replaced(keys) => {
+            Forget::Replaced(_, keys) => {
                 self.disk.hide(&keys_of(&forgets.not_newer(keys, epoch)));
                 Forgotten::default()
             }
@@ -389,42 +363,5 @@ impl Drop for DiskTier {
         if let Err(error) = self.close() {
             tracing::warn!(error = %OneLine(&error), "the disk tier was not closed cleanly");
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::block::Facts;
-    use crate::layout::KvLayout;
-    use crate::tensor::DType;
-
-    #[test]
-    fn a_block_as_one_message_is_itself_again_and_nothing_else_is() {
-        let layout = KvLayout::new(2, 1, 8, DType::U8).unwrap().with_block_tokens(4).unwrap();
-        let payload: Vec<u8> = (0..128).collect();
-        let namespace = NamespaceId::named("n");
-        let meta = BlockMeta {
-            facts: Facts { expires_at_ms: 5, compute_us: 9, ..Facts::raw(ObjectKey::numbered(7), namespace, 128) },
-            begins: false,
-            content: Content::Block { layout, model: "m".into() },
-        };
-        let header = encode_header(&meta, &payload).unwrap();
-        assert_eq!(decode_header(&header, &meta.key, namespace, &payload), Some(meta.clone()));
-        let other = BlockKey(ObjectKey::numbered(8));
-        assert_eq!(decode_header(&header, &other, namespace, &payload), None);
-        assert_eq!(decode_header(&header, &meta.key, NamespaceId::named("m"), &payload), None);
-        for at in 0..payload.len() {
-            let mut flipped = payload.clone();
-            flipped[at] ^= 1;
-            assert_eq!(decode_header(&header, &meta.key, namespace, &flipped), None);
-        }
-        for at in 0..header.len() {
-            let mut flipped = header.clone();
-            flipped[at] ^= 1;
-            assert_eq!(decode_header(&flipped, &meta.key, namespace, &payload), None);
-        }
-        assert_eq!(decode_header(&header, &meta.key, namespace, &payload[1..]), None);
-        assert_eq!(encode_header(&meta, &payload[1..]), None);
     }
 }

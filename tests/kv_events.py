@@ -184,6 +184,7 @@ def stored_and_removed(binary):
 def replayed(reader, missed, server):
     batches, ended = replay(missed, 0)
     last = max(reader.numbers)
+    check("a reader misses nothing", reader.numbers == list(range(reader.numbers[0], last + 1)), f"{reader.numbers[0]} to {last}")
     check("a replay is whole and has an end", ended and sorted(batches)[:last + 1] == list(range(last + 1)), len(batches))
     late = Held()
     for number in sorted(batches):

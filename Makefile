@@ -11,7 +11,7 @@ MINUTES ?= 30
 # And `make fuzz`.
 SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize sanitize-python crash-test test-integrations test-vllm test-sglang test-remote test-clients sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python bench-peers book package lint semver fmt clean
+.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize sanitize-python crash-test test-integrations test-vllm test-sglang test-remote test-clients test-events sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python bench-peers book package lint semver fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -82,6 +82,9 @@ sanitize-python: ## The Python extension under AddressSanitizer: what lends it m
 	cd crates/kvkeep-python && LD_PRELOAD="$$($(CC) -print-file-name=libasan.so) $$($(CC) -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0:verify_asan_link_order=0:abort_on_error=1 PYTHONMALLOC=malloc PYTHONPATH=$$PWD/../../target/asan/site \
 		$${SANITIZED_PYTHON:-../../.venv-test/bin/python} -m pytest -p no:cacheprovider tests/test_lending.py tests/test_tokens.py tests/test_simple.py tests/test_values.py
+
+test-events: command ## KV events of the server, read with vLLM's own classes and by Dynamo's indexer (after test-vllm; fetches 75 MB the first time)
+	PYTHON="$(PYTHON)" bash tests/kv_events.sh $${CARGO_TARGET_DIR:-target}/release/kvkeep
 
 sweep: wheel ## Every causal architecture of the installed transformers: right or refused by name (an hour on two busy cores)
 	KVKEEP_SWEEP=all PYTHON="$(PYTHON)" bash tests/integrations_python.sh sweep
@@ -171,4 +174,4 @@ fmt: ## Format everything
 
 clean: ## Remove what was built
 	$(CARGO) clean
-	rm -rf dist .venv-build .venv-clients .venv-empty .venv-peers .venv-release .venv-remote .venv-server .venv-test .venv-torch .venv-sglang .venv-sglang-release .venv-vllm .venv-vllm-releases
+	rm -rf dist .venv-build .venv-clients .venv-dynamo .venv-empty .venv-peers .venv-release .venv-remote .venv-server .venv-test .venv-torch .venv-sglang .venv-sglang-release .venv-vllm .venv-vllm-releases

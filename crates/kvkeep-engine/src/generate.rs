@@ -257,7 +257,7 @@ impl Generator {
             return Ok((compute(engine, prompt, None, cancel, kv)?, None));
         };
         let mut computed = None;
-        let chain = Chain::of(namespace, reusable)?;
+        let chain = Chain::of(namespace, reusable)?.with_token_ids(reusable);
         let pin = cache.get_or_prefill_chain(&chain, |missing: &Missing<'_>| {
             let now = compute(engine, prompt, Some(missing.cached()), cancel, kv)?;
             // Cut short, so that others who wait for the rest compute it.

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use crate::auth::ApiKeys;
 use crate::guard::Origin;
+use crate::kv_events::KvEventsMeter;
 
 /// How to serve.
 #[derive(Debug, Clone)]
@@ -46,6 +47,8 @@ pub struct ServerConfig {
     /// Connections at the same time. One more takes the place of the idlest; while all are being answered
     /// only probes and operators are let in.
     pub connections: usize,
+    /// What is counted of the cache's events, where they are published.
+    pub kv_events: Option<KvEventsMeter>,
 }
 
 impl ServerConfig {
@@ -69,6 +72,7 @@ impl ServerConfig {
             client_timeout: Duration::from_secs(30),
             log_prompts: false,
             connections: 256,
+            kv_events: None,
         }
     }
 }

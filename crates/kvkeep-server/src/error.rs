@@ -43,6 +43,23 @@ pub enum ServerError {
     /// A setting makes no sense.
     #[error("{0}")]
     Config(String),
+    /// An endpoint of KV events cannot be had.
+    #[error("cannot publish KV events at {address} (choose another endpoint, or stop what listens there)")]
+    KvEventsListen {
+        /// The address.
+        address: SocketAddr,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// The operating system does not say where KV events are published.
+    #[error("cannot tell where KV events are published")]
+    KvEvents(#[source] io::Error),
+    /// Others than this machine could read KV events.
+    #[error(
+        "{0} can be reached from other machines, and readers of KV events show no key: give --kv-events-anyone if \
+         whoever reaches it may read them, or publish at 127.0.0.1"
+    )]
+    KvEventsOpen(SocketAddr),
     /// The operating system gives no more threads.
     #[error("cannot start the threads that answer")]
     Threads(#[source] io::Error),
@@ -222,6 +239,9 @@ mod tests {
             ServerError::Threads(cause()),
             ServerError::Close(disk),
             ServerError::Engine(EngineError::ReadModel { path: "p".into(), source: cause() }),
+            ServerError::KvEventsListen { address, source: cause() },
+            ServerError::KvEvents(cause()),
+            ServerError::KvEventsOpen(address),
         ];
         let number = |error: &ServerError| match error {
             ServerError::Listen { .. } => 0,
@@ -232,8 +252,11 @@ mod tests {
             ServerError::Threads(_) => 5,
             ServerError::Close(_) => 6,
             ServerError::Engine(_) => 7,
+            ServerError::KvEventsListen { .. } => 8,
+            ServerError::KvEvents(_) => 9,
+            ServerError::KvEventsOpen(_) => 10,
         };
-        assert!(all.iter().map(number).eq(0..8));
+        assert!(all.iter().map(number).eq(0..11));
         all
     }
 

@@ -16,6 +16,7 @@ use prometheus_client::metrics::histogram::Histogram;
 use prometheus_client::metrics::info::Info;
 use prometheus_client::registry::Registry;
 
+use crate::kv_events::KvEventsCounts;
 use crate::recent::is_warm;
 use crate::served::{Endpoint, Outcome, Served};
 
@@ -59,6 +60,8 @@ pub(crate) struct Now<'a> {
     pub(crate) queue: usize,
     pub(crate) rejected: u64,
     pub(crate) pinned_tokens: usize,
+    /// Where the cache's events are published.
+    pub(crate) kv_events: Option<KvEventsCounts>,
 }
 
 impl TokenTotals {
@@ -129,6 +132,9 @@ impl Metrics {
         page.server(now);
         page.ram(&now.stats);
         page.tiers(&now.stats);
+        if let Some(counts) = now.kv_events {
+            page.kv_events(counts);
+        }
         let mut text = String::new();
         encode(&mut text, &registry)?;
         Ok(text)
@@ -205,6 +211,14 @@ impl Page<'_> {
         self.counters("tier_codec_saved_bytes", "Bytes that codecs have spared of what was written", saved);
         self.counters("tier_read_bytes", "Bytes of blocks read", behind(|tier| tier.read_bytes_total));
         self.errors(&stats.tiers);
+    }
+
+    fn kv_events(&mut self, counts: KvEventsCounts) {
+        self.counter("kv_events_published", "Batches of events about blocks, for routers", counts.published_total);
+        let help = "Batches of events not sent, because readers had left too much unread";
+        self.counter("kv_events_dropped", help, counts.dropped_total);
+        self.counter("kv_events_cut_off", "How often readers were cut off for that", counts.cut_off_total);
+        self.counter("kv_events_replays", "Requests for events that were missed", counts.replays_total);
     }
 
     fn errors(&mut self, tiers: &[TierStats]) {
@@ -284,6 +298,7 @@ mod tests {
             queue: 4,
             rejected: 5,
             pinned_tokens: 6,
+            kv_events: Some(KvEventsCounts::default()),
         }
     }
 

@@ -3,6 +3,8 @@
 use std::net::SocketAddr;
 use std::path::Path;
 
+use kvkeep_server::KvEvents;
+
 use super::settings::Settings;
 use crate::style::{count, size};
 
@@ -18,6 +20,8 @@ pub(super) struct Banner<'a> {
     pub(super) ram_bytes: u64,
     /// The disk tier's directory and cap.
     pub(super) disk: Option<(&'a Path, u64)>,
+    /// Where routers are told which blocks come and go.
+    pub(super) events: Option<&'a KvEvents>,
 }
 
 impl Banner<'_> {
@@ -52,7 +56,8 @@ impl Banner<'_> {
             ("cache", format!("{} of RAM, {disk}{remote}", size(self.ram_bytes))),
             ("keys", keys),
         ];
-        lines.iter().map(|(name, value)| format!("  {name:<10} {value}\n")).collect()
+        let events = self.events.map(|events| ("KV events", published(events)));
+        lines.into_iter().chain(events).map(|(name, value)| format!("  {name:<10} {value}\n")).collect()
     }
 }
 
@@ -62,6 +67,11 @@ fn without_login(url: &str) -> String {
         (Some((scheme, _)), Some((_, rest))) => format!("{scheme}://{rest}"),
         _ => url.to_owned(),
     }
+}
+
+fn published(events: &KvEvents) -> String {
+    let replay = events.replay_address().map(|address| format!(", those that were missed at tcp://{address}"));
+    format!("tcp://{}{}", events.address(), replay.unwrap_or_default())
 }
 
 #[cfg(test)]
@@ -78,6 +88,7 @@ mod tests {
             weights_bytes: 3 << 20,
             ram_bytes: 1 << 30,
             disk: Some((Path::new("/cache"), 8 << 30)),
+            events: None,
         }
     }
 

@@ -10,13 +10,13 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use clap::Args;
 use kvkeep::tiers::Codecs;
 use kvkeep::{CacheConfig, DiskConfig, Error as CacheError, KvCache};
 use kvkeep_engine::{Engine, user_cache_dir};
 use kvkeep_remote::{RemoteConfig, RemoteTier};
-use kvkeep_server::{ApiKeys, Server, ServerConfig};
+use kvkeep_server::{ApiKeys, KvEvents, KvEventsConfig, Server, ServerConfig};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::filter::LevelFilter;
 
@@ -58,7 +58,10 @@ pub(crate) fn run(options: ServeOptions) -> Result<ExitCode> {
     log(&settings);
     let mut config = config(&settings)?;
     let dir = disk_dir(&settings)?;
-    let cache = cache(&settings, dir.as_deref())?;
+    // Outlives the server: the last events are sent after its cache has closed.
+    let events = kv_events(&settings)?;
+    config.kv_events = events.as_ref().map(KvEvents::meter);
+    let cache = cache(&settings, dir.as_deref(), events.as_ref())?;
     let engine = model::load(settings.model.as_deref(), &model::options(settings.threads).background(true))?;
     let asked_tokens = config.context_tokens;
     config.context_tokens = asked_tokens.min(engine.context_tokens());
@@ -67,7 +70,9 @@ pub(crate) fn run(options: ServeOptions) -> Result<ExitCode> {
     let up = |address: SocketAddr| {
         let disk = dir.as_deref().zip(stats.tier("disk").map(|disk| disk.capacity_bytes));
         let (settings, model, ram_bytes) = (&settings, model.as_str(), stats.capacity_bytes);
-        let banner = Banner { settings, address, model, context_tokens, asked_tokens, weights_bytes, ram_bytes, disk };
+        let events = events.as_ref();
+        let banner =
+            Banner { settings, address, model, context_tokens, asked_tokens, weights_bytes, ram_bytes, disk, events };
         eprint!("{}", banner.text());
         eprintln!("kvkeep: listening at http://{address}");
     };
@@ -142,7 +147,22 @@ fn disk_dir(settings: &Settings) -> Result<Option<PathBuf>> {
     }
 }
 
-fn cache(settings: &Settings, dir: Option<&Path>) -> Result<KvCache> {
+/// Where the cache's events are published, if they are.
+fn kv_events(settings: &Settings) -> Result<Option<KvEvents>> {
+    let Some(endpoint) = &settings.kv_events else {
+        let more = [settings.kv_events_replay.is_some(), settings.kv_events_tokens == Some(true)];
+        ensure!(!more.contains(&true), "nothing is published without --kv-events: give it an endpoint too");
+        return Ok(None);
+    };
+    let mut config = KvEventsConfig::new(endpoint.clone());
+    config.replay.clone_from(&settings.kv_events_replay);
+    config.topic = settings.kv_events_topic.clone().unwrap_or_default();
+    config.tokens = settings.kv_events_tokens.unwrap_or_default();
+    config.anyone = settings.kv_events_anyone.unwrap_or_default();
+    Ok(Some(KvEvents::bind(&config)?))
+}
+
+fn cache(settings: &Settings, dir: Option<&Path>, events: Option<&KvEvents>) -> Result<KvCache> {
     let ram_gib = settings.ram_gib.unwrap_or(1.0);
     memory::check(ram_gib)?;
     let mut config = CacheConfig::from_gib(ram_gib)?;
@@ -158,6 +178,9 @@ fn cache(settings: &Settings, dir: Option<&Path>) -> Result<KvCache> {
     }
     if let Some(url) = &settings.remote {
         config = config.tier(Arc::new(remote(settings, url)?));
+    }
+    if let Some(events) = events {
+        config = config.events(events.sink());
     }
     KvCache::new(config).map_err(|error| match error {
         CacheError::DiskLocked { .. } => anyhow::Error::new(error).context(

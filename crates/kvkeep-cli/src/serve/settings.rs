@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use clap::builder::PossibleValuesParser;
 use clap::{Args, ValueEnum};
 use kvkeep::tiers::Codecs;
-use kvkeep_server::Origin;
+use kvkeep_server::{Endpoint, Origin};
 use serde::{Deserialize, Serialize};
 
 use crate::cli::gib;
@@ -141,6 +141,24 @@ pub(crate) struct Settings {
           value_parser = clap::value_parser!(u32).range(0..=3600))]
     pub(crate) shutdown_grace_s: Option<u32>,
 
+    /// Publish which blocks come and go to routers over ZeroMQ, as vLLM does, at this endpoint, such as `tcp://127.0.0.1:5557`
+    #[arg(long, env = "KVKEEP_SERVE_KV_EVENTS", value_name = "ENDPOINT", help_heading = "KV events")]
+    pub(crate) kv_events: Option<Endpoint>,
+    /// Where routers ask for events that they missed, such as `tcp://127.0.0.1:5558`
+    #[arg(long, env = "KVKEEP_SERVE_KV_EVENTS_REPLAY", value_name = "ENDPOINT", help_heading = "KV events")]
+    pub(crate) kv_events_replay: Option<Endpoint>,
+    /// The topic that routers subscribe to [default: an empty one]
+    #[arg(long, env = "KVKEEP_SERVE_KV_EVENTS_TOPIC", value_name = "TOPIC", help_heading = "KV events")]
+    pub(crate) kv_events_topic: Option<String>,
+    /// Publish the tokens of blocks too, of all tenants: what they wrote. Routers that match prompts by tokens need them
+    #[arg(long, env = "KVKEEP_SERVE_KV_EVENTS_TOKENS", value_name = "BOOL", help_heading = "KV events", num_args = 0..=1,
+          require_equals = true, default_missing_value = "true")]
+    pub(crate) kv_events_tokens: Option<bool>,
+    /// Let whoever reaches the endpoints read: needed where other machines do, as ZeroMQ asks for no key
+    #[arg(long, env = "KVKEEP_SERVE_KV_EVENTS_ANYONE", value_name = "BOOL", help_heading = "KV events", num_args = 0..=1,
+          require_equals = true, default_missing_value = "true")]
+    pub(crate) kv_events_anyone: Option<bool>,
+
     /// How the log is written, on standard error [default: text]
     #[arg(long, env = "KVKEEP_SERVE_LOG_FORMAT", value_name = "FORMAT", help_heading = "Log")]
     pub(crate) log_format: Option<LogFormat>,
@@ -229,6 +247,11 @@ impl Settings {
         request_timeout_s,
         stream_error_window_s,
         shutdown_grace_s,
+        kv_events,
+        kv_events_replay,
+        kv_events_topic,
+        kv_events_tokens,
+        kv_events_anyone,
         log_format,
         log_level,
         log_prompts,
@@ -257,6 +280,8 @@ impl Settings {
             request_timeout_s: Some(600),
             stream_error_window_s: Some(3),
             shutdown_grace_s: Some(30),
+            kv_events_tokens: Some(false),
+            kv_events_anyone: Some(false),
             log_format: Some(LogFormat::Text),
             log_level: Some(LogLevel::Info),
             log_prompts: Some(false),
@@ -347,6 +372,9 @@ mod tests {
             "--remote-ttl-s=60",
             "--allow-origin=app://a,http://b:1",
             "--model-alias=c",
+            "--kv-events=tcp://*:5557",
+            "--kv-events-topic=kv-events",
+            "--kv-events-tokens",
         ]);
         let merged = made.merged(None).unwrap();
         let file = file(&merged.toml().unwrap());
@@ -364,6 +392,7 @@ mod tests {
             ("log_format = \"xml\"", "xml"),
             ("disk_codec = \"zip\"", "zip"),
             ("allow_origin = [\"*\"]", "one by one"),
+            ("kv_events = \"ipc:///x\"", "tcp://127.0.0.1:5557"),
             ("port = 1\nport = 2", "duplicate key"),
         ] {
             let file = file(text);

@@ -6,6 +6,7 @@ use axum::response::IntoResponse;
 
 use crate::describe::{OpenErrors, OperatorErrors};
 use crate::error::ApiError;
+use crate::kv_events::KvEventsMeter;
 use crate::metrics::{self, Now};
 use crate::state::{AppState, Operator};
 
@@ -50,6 +51,7 @@ pub(super) async fn metrics(_: Operator, State(state): State<AppState>) -> Resul
         queue: shared.config.queue,
         rejected: load.rejected,
         pinned_tokens: shared.cache.store_handle().leased().tokens,
+        kv_events: shared.config.kv_events.as_ref().map(KvEventsMeter::counts),
     };
     let text = shared.observed.metrics.text(&now).map_err(|error| ApiError::internal(&error))?;
     Ok(([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text))

@@ -64,6 +64,11 @@ impl KvCache {
         let chain = &self.store.own(chain);
         self.store.record(chain.tokens(), chain.keys());
         let request = request(chain.namespace().layout(), chain.tokens());
+        // Of blocks that an earlier process left on the disk, nobody else can say what is in them.
+        if self.store.wants_tokens() {
+            self.store.describe(chain.namespace());
+            self.store.expect(chain, 0);
+        }
         let mut patience = Patience::default();
         loop {
             let cached = self.pinned(chain.namespace(), chain.keys(), Request::Uncounted);

@@ -273,6 +273,29 @@ fn tokens_are_told_only_to_whoever_wants_them() {
     }
 }
 
+/// A router that matches prompts by tokens knew nothing of what a restarted server loads from its disk.
+#[test]
+fn tokens_of_what_an_earlier_process_left_are_told_once_a_prompt_has_them() {
+    let (lab, tokens) = (Lab::new(), prompt(0, 8));
+    let cache = lab.open(64);
+    store(&cache, &tokens, &plain());
+    drop(cache);
+    let listener = Arc::new(Listener { wants_tokens: true, wants_recovered: true, ..Listener::default() });
+    let cache = lab.open_with(64, Some(Arc::clone(&listener) as Arc<dyn EventSink>));
+    settle(&cache);
+    assert!(listener.heard.lock().unwrap().tokens.is_empty());
+    listener.heard.lock().unwrap().block_tokens.clear();
+    let found = cache.get_or_prefill::<Error>(&namespace(), &tokens, |_| panic!("all of it is on the disk")).unwrap();
+    assert_eq!(found.cached_tokens(), tokens.len());
+    settle(&cache);
+    let heard = listener.heard.lock().unwrap();
+    assert_eq!(heard.tier("ram").len(), 8);
+    assert_eq!(heard.block_tokens, BTreeSet::from([Some(BLOCK_TOKENS)]));
+    for (block, at) in Chain::of(&namespace(), &tokens).unwrap().hashes().zip(tokens.chunks(BLOCK_TOKENS)) {
+        assert_eq!(heard.tokens[&block], at);
+    }
+}
+
 #[test]
 fn a_listener_that_panics_harms_nothing_and_is_told_what_comes_next() {
     let (lab, listener) = (Lab::new(), Arc::new(Listener::default()));

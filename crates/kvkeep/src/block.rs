@@ -119,6 +119,12 @@ impl Deref for BlockMeta {
 }
 
 impl BlockKey {
+    /// The key of this hash and layer, for tiers that keep blocks under names and read those again.
+    #[must_use]
+    pub fn new(hash: [u8; 32], layer: u32) -> Self {
+        Self(ObjectKey::new(hash, layer))
+    }
+
     /// The 32 bytes of the hash.
     #[must_use]
     pub fn hash(&self) -> &[u8; 32] {

@@ -248,8 +248,9 @@ impl NamespaceId {
         Self(through(&self.0, codec))
     }
 
-    #[cfg(any(feature = "disk", feature = "contract", test))]
-    pub(crate) fn from_bytes(bytes: [u8; 32]) -> Self {
+    /// The identity with these bytes, as [`NamespaceId::as_bytes`] gives them.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
@@ -267,6 +268,12 @@ impl From<&Namespace> for NamespaceId {
 }
 
 impl BlockHash {
+    /// The hash with these bytes, as [`BlockHash::as_bytes`] gives them.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
     /// The 32 bytes of the hash.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8; 32] {

@@ -39,7 +39,12 @@ impl Ledger {
 
     /// Offers entries of the next `slots` slots, so that a flush can wait for them. `again`: those alone that a flush waits for
     /// still. Says how many it waits for, and where to go on, if there is more.
-    pub(in crate::store) fn flush_some(&mut self, from: EntryId, slots: usize, again: bool) -> (usize, Option<EntryId>) {
+    pub(in crate::store) fn flush_some(
+        &mut self,
+        from: EntryId,
+        slots: usize,
+        again: bool,
+    ) -> (usize, Option<EntryId>) {
         let (ids, next) = self.index.select_some(from, slots, |entry| entry.flushing || !again);
         let mut awaited = 0;
         for id in ids {
@@ -68,16 +73,7 @@ impl Ledger {
         if entry.queued {
             return true;
         }
-        let Some(namespace) = self.index.namespaces().id(entry.namespace) else { return false };
-        let meta = BlockMeta {
-            facts: Facts {
-                expires_at_ms: entry.expires_at_ms,
-                compute_us: entry.compute_us,
-                ..Facts::raw(entry.key, namespace, entry.payload_bytes())
-            },
-            begins: entry.begins,
-            content: entry.spec.as_ref().map_or(Content::Nothing, |spec| Content::Named(**spec)),
-        };
+        let Some(meta) = self.describe(id) else { return false };
         let mark = match self.gate.as_mut().map(|gate| gate.admits(id)) {
             Some(None) => return false,
             Some(Some(kind)) => kind,
@@ -87,6 +83,21 @@ impl Ledger {
             self.offers.push(Leaving { meta, held, epoch: self.epoch, mark });
         }
         true
+    }
+
+    /// What an entry is. Of a block of tokens it does not know the content: the ledger knows no models.
+    pub(in crate::store) fn describe(&self, id: EntryId) -> Option<BlockMeta> {
+        let entry = self.index.get(id)?;
+        let namespace = self.index.namespaces().id(entry.namespace)?;
+        Some(BlockMeta {
+            facts: Facts {
+                expires_at_ms: entry.expires_at_ms,
+                compute_us: entry.compute_us,
+                ..Facts::raw(entry.key, namespace, entry.payload_bytes())
+            },
+            begins: entry.begins,
+            content: entry.spec.as_ref().map_or(Content::Nothing, |spec| Content::Named(**spec)),
+        })
     }
 
     /// A tier has an entry; since now, if it was offered as a kind.

@@ -216,7 +216,7 @@ pub fn decode_header(header: &[u8], key: &BlockKey, namespace: NamespaceId, payl
     (is_wanted && is_whole && header.cipher == CipherKind::None).then(|| block_meta(header))
 }
 
-fn record_meta(meta: &BlockMeta, stored_at_ms: u64) -> RecordMeta {
+pub(super) fn record_meta(meta: &BlockMeta, stored_at_ms: u64) -> RecordMeta {
     let prefix_bytes = match &meta.content {
         Content::Named(spec) => u32::try_from(spec.prefix_bytes).unwrap_or(u32::MAX),
         Content::Block { .. } | Content::Nothing => 0,
@@ -225,7 +225,7 @@ fn record_meta(meta: &BlockMeta, stored_at_ms: u64) -> RecordMeta {
     RecordMeta { kind, facts: meta.facts, stored_at_ms, prefix_bytes }
 }
 
-fn block_meta(header: RecordHeader) -> BlockMeta {
+pub(super) fn block_meta(header: RecordHeader) -> BlockMeta {
     BlockMeta { facts: header.meta.facts, begins: false, content: header.content }
 }
 

@@ -58,7 +58,9 @@ struct Record {
 }
 
 impl NamespaceUsage {
-    pub(crate) fn none(id: NamespaceId) -> Self {
+    /// Nothing of this namespace.
+    #[must_use]
+    pub fn none(id: NamespaceId) -> Self {
         Self { id, ram_entries: 0, ram_bytes: 0, disk_entries: 0, disk_bytes: 0 }
     }
 }

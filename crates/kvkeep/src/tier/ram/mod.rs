@@ -31,6 +31,7 @@ pub(crate) struct Pages {
 }
 
 /// An arena of at most `capacity_bytes` and the pages in it.
+#[cfg(test)]
 pub(crate) fn reserve(capacity_bytes: u64) -> Result<(Arena, Pages)> {
     reserve_as(capacity_bytes, false)
 }

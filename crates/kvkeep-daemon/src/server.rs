@@ -30,7 +30,6 @@ use crate::hub::Hub;
 use crate::lock;
 use crate::session::Session;
 use crate::tenants::{self, Tenant};
-use crate::wire::Answer;
 
 /// Connections at a time: some five for each client.
 const MAX_CONNECTIONS: usize = 1024;
@@ -236,9 +235,9 @@ fn accept(shared: &Arc<Shared>, listener: &UnixListener) {
 
 /// A thread for a connection, if it may be one.
 fn begin(shared: &Arc<Shared>, number: usize, stream: UnixStream) {
-    let Some((mut channel, copy)) = opened(stream) else { return };
-    if let Some(why) = refusal(shared, &channel) {
-        let _ = channel.send(&Answer::Refused(why).encode());
+    let Some((channel, copy)) = opened(stream) else { return };
+    if shared.connections.load(Ordering::SeqCst) >= MAX_CONNECTIONS {
+        tracing::warn!(MAX_CONNECTIONS, "a client could not connect: so many connections are open already");
         return;
     }
     shared.connections.fetch_add(1, Ordering::SeqCst);
@@ -258,16 +257,6 @@ fn begin(shared: &Arc<Shared>, number: usize, stream: UnixStream) {
 fn opened(stream: UnixStream) -> Option<(Channel, UnixStream)> {
     let copy = stream.try_clone().ok()?;
     Some((Channel::over(stream).ok()?, copy))
-}
-
-/// Why this one is not served.
-fn refusal(shared: &Shared, channel: &Channel) -> Option<String> {
-    let peer = rustix::net::sockopt::socket_peercred(channel).map(|peer| peer.uid);
-    if peer != Ok(rustix::process::geteuid()) {
-        return Some("this daemon serves its own user alone: start one as yours".to_owned());
-    }
-    let is_full = shared.connections.load(Ordering::SeqCst) >= MAX_CONNECTIONS;
-    is_full.then(|| format!("{MAX_CONNECTIONS} connections are open already: close some"))
 }
 
 impl Shared {

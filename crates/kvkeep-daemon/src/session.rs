@@ -81,6 +81,12 @@ impl Session {
             Ok(None) => return Ok(None),
             Err(error) => return refuse(channel, &error).map(|()| None),
         };
+        // After its hello: a socket that is closed with something unread in it loses what was said last.
+        let peer = rustix::net::sockopt::socket_peercred(&*channel).map(|peer| peer.uid);
+        if peer != Ok(rustix::process::geteuid()) {
+            let why = "this daemon serves its own user alone: start one as yours";
+            return refuse(channel, &io::Error::other(why)).map(|()| None);
+        }
         let (purpose, tenant, token) = match Request::decode(&frame) {
             Ok(Request::Hello { version: VERSION, purpose, tenant, token }) => (purpose, tenant, token),
             Ok(Request::Hello { version, .. }) => {
@@ -194,7 +200,7 @@ impl Session {
         for offered in self.region.host.begin(metas) {
             let (fate, room) = match offered {
                 Offered::There => (Fate::There, None),
-                Offered::Room(room) => (Fate::Room, Some(Room { room, filled: 0 })),
+                Offered::Room(room) => (Fate::Room, Some(Room { room: *room, filled: 0 })),
                 _ => (Fate::Refused, None),
             };
             fates.push(fate);

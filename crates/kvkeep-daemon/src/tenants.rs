@@ -37,6 +37,24 @@ impl Tenant {
         Self { name: name.into(), token: Some(token.into()), ram_bytes }
     }
 
+    /// What it is called.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes of its region.
+    #[must_use]
+    pub fn ram_bytes(&self) -> u64 {
+        self.ram_bytes
+    }
+
+    /// Must one know a token to be it?
+    #[must_use]
+    pub fn needs_token(&self) -> bool {
+        self.token.is_some()
+    }
+
     /// Is this the token? Takes as long for a wrong one, whatever it begins with.
     pub(crate) fn knows(&self, token: &str) -> bool {
         let right = self.token.as_deref().unwrap_or_default().as_bytes();

@@ -57,7 +57,7 @@ pub(crate) fn run(shared: &Arc<Shared>) {
         let mut outcomes = outcomes.unwrap_or_default().into_iter();
         let bytes = batch.iter().map(|offer| offer.meta.stored_bytes).sum::<u64>();
         for offer in batch {
-            end(shared, offer, outcomes.next().unwrap_or(Outcome::Dropped));
+            end(shared, &offer, outcomes.next().unwrap_or(Outcome::Dropped));
         }
         let mut writes = lock(&shared.writes);
         writes.bytes -= bytes;
@@ -90,7 +90,7 @@ fn next(shared: &Shared) -> Option<Vec<Offer>> {
     Some(batch)
 }
 
-fn end(shared: &Shared, offer: Offer, outcome: Outcome) {
+fn end(shared: &Shared, offer: &Offer, outcome: Outcome) {
     match outcome {
         Outcome::Written => {
             Counts::add(&shared.counts.stored, 1);

@@ -35,6 +35,8 @@ impl Banner<'_> {
             Some((dir, bytes)) => format!("{} in {}", size(bytes), dir.display()),
             None => "no disk".to_owned(),
         };
+        let daemon =
+            settings.daemon.as_ref().map_or_else(String::new, |socket| format!(", the daemon at {}", socket.display()));
         let keys = match &settings.api_key_file {
             Some(file) => format!("those in {}", file.display()),
             None => "none: everybody on this machine is the operator".to_owned(),
@@ -45,7 +47,7 @@ impl Banner<'_> {
             ("context", format!("{context} tokens{cut}")),
             ("API", format!("http://{address}/v1")),
             ("dashboard", format!("http://{address}/")),
-            ("cache", format!("{} of RAM, {disk}", size(self.ram_bytes))),
+            ("cache", format!("{} of RAM, {disk}{daemon}", size(self.ram_bytes))),
             ("keys", keys),
         ];
         lines.iter().map(|(name, value)| format!("  {name:<10} {value}\n")).collect()

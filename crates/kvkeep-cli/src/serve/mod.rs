@@ -7,12 +7,13 @@ mod settings;
 use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
 use clap::Args;
 use kvkeep::tiers::Codecs;
-use kvkeep::{CacheConfig, DiskConfig, Error as CacheError, KvCache};
+use kvkeep::{CacheConfig, DiskConfig, Error as CacheError, KvCache, Tier};
 use kvkeep_engine::{Engine, user_cache_dir};
 use kvkeep_server::{ApiKeys, Server, ServerConfig};
 use tokio::signal::unix::{SignalKind, signal};
@@ -133,6 +134,8 @@ fn disk_dir(settings: &Settings) -> Result<Option<PathBuf>> {
     match (settings.no_disk, &settings.disk) {
         (Some(true), _) => Ok(None),
         (_, Some(dir)) => Ok(Some(dir.clone())),
+        // The daemon has what is to outlive this server.
+        (_, None) if settings.daemon.is_some() => Ok(None),
         // The models lie beside it.
         (_, None) => Ok(Some(user_cache_dir()?.with_file_name("serve"))),
     }
@@ -152,12 +155,25 @@ fn cache(settings: &Settings, dir: Option<&Path>) -> Result<KvCache> {
         }
         config = config.disk(disk);
     }
+    if let Some(socket) = &settings.daemon {
+        config = config.tier(daemon(socket, settings.daemon_token_file.as_deref(), ram_gib)?);
+    }
     KvCache::new(config).map_err(|error| match error {
         CacheError::DiskLocked { .. } => anyhow::Error::new(error).context(
             "another server keeps its cache there: stop that one, or start this one with --disk DIR or --no-disk",
         ),
         error => error.into(),
     })
+}
+
+#[cfg(target_os = "linux")]
+fn daemon(socket: &Path, token_file: Option<&Path>, ram_gib: f64) -> Result<Arc<dyn Tier>> {
+    Ok(Arc::new(crate::daemon::tier(socket, token_file, ram_gib)?))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn daemon(_: &Path, _: Option<&Path>, _: f64) -> Result<Arc<dyn Tier>> {
+    anyhow::bail!("--daemon needs Linux: leave it out")
 }
 
 fn log(settings: &Settings) {

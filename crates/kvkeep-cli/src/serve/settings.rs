@@ -90,6 +90,13 @@ pub(crate) struct Settings {
     #[arg(long, env = "KVKEEP_SERVE_NO_DISK", value_name = "BOOL", help_heading = "Cache", num_args = 0..=1,
           require_equals = true, default_missing_value = "true")]
     pub(crate) no_disk: Option<bool>,
+    /// RAM that the processes of this host share: the socket of a `kvkeep daemon`; then there is no disk of this server's own
+    /// unless --disk names one
+    #[arg(long, env = "KVKEEP_SERVE_DAEMON", value_name = "SOCKET", help_heading = "Cache")]
+    pub(crate) daemon: Option<PathBuf>,
+    /// Who this server is to the daemon: a file with a line NAME TOKEN, readable by its owner alone [default: everybody]
+    #[arg(long, env = "KVKEEP_SERVE_DAEMON_TOKEN_FILE", value_name = "FILE", help_heading = "Cache")]
+    pub(crate) daemon_token_file: Option<PathBuf>,
     /// Tokens of a cache block; a prompt's last, partial block is computed again [default: 16]
     #[arg(long, env = "KVKEEP_SERVE_BLOCK_TOKENS", value_name = "N", help_heading = "Cache",
           value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -192,6 +199,8 @@ impl Settings {
         disk_key_file,
         disk_codec,
         no_disk,
+        daemon,
+        daemon_token_file,
         block_tokens,
         parallel,
         queue,
@@ -308,6 +317,7 @@ mod tests {
             "--log-format=json",
             "--disk=/x",
             "--disk-codec=lossless",
+            "--daemon=/run/kvkeep.sock",
             "--allow-origin=app://a,http://b:1",
             "--model-alias=c",
         ]);

@@ -21,6 +21,7 @@ class Settings(TypedDict):
     policy: str
     quotas: list[tuple[Namespace, float]]
     disk: _RawDisk | None
+    daemon: tuple[str, str | None] | None
 
 def checksum(address: int, bytes: int, seed: int) -> bytes: ...
 def blake3(address: int, bytes: int) -> bytes: ...

@@ -54,7 +54,7 @@ pub enum Offered {
     /// It is there already.
     There,
     /// Room for it.
-    Room(HostedRoom),
+    Room(Box<HostedRoom>),
     /// There is none, and none to come.
     Refused,
 }
@@ -210,7 +210,7 @@ impl Host {
             self.models.lock().entry(meta.namespace).or_insert_with(|| (*layout, model.clone()));
         }
         let made = self.store.reserve_all(meta.namespace, &[bytes]).ok().and_then(|mut made| made.pop());
-        made.map_or(Offered::Refused, |pending| Offered::Room(HostedRoom { pending, meta, epoch }))
+        made.map_or(Offered::Refused, |pending| Offered::Room(Box::new(HostedRoom { pending, meta, epoch })))
     }
 
     /// Makes written blocks findable; says for each whether it is new. One that was removed meanwhile is not there.
@@ -316,7 +316,7 @@ mod tests {
 
     fn room(host: &Host, meta: BlockMeta) -> HostedRoom {
         match host.begin(vec![meta]).pop() {
-            Some(Offered::Room(room)) => room,
+            Some(Offered::Room(room)) => *room,
             other => panic!("{other:?}"),
         }
     }

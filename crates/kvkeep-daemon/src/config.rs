@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use crate::tenants::Tenant;
 
+/// No client is silent for longer.
+const MAX_LEASE: Duration = Duration::from_secs(24 * 3600);
+
 /// What the daemon has and where it listens.
 #[derive(Debug, Clone)]
 pub struct DaemonConfig {
@@ -41,7 +44,7 @@ impl DaemonConfig {
     /// How long a client may hold blocks, or be writing them, between two signs of life; 10 s unless said otherwise.
     #[must_use]
     pub fn lease(mut self, lease: Duration) -> Self {
-        self.lease = lease;
+        self.lease = lease.min(MAX_LEASE);
         self
     }
 }

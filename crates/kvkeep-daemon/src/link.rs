@@ -67,7 +67,10 @@ pub(crate) fn keep(shared: &Arc<Shared>) {
         if std::mem::take(&mut was_up) {
             tracing::warn!(socket = %shared.config.socket.display(), "the daemon is away: going on without until it is back");
         }
-        if establish(shared).is_err() {
+        if let Err(error) = establish(shared) {
+            if error.kind() == io::ErrorKind::PermissionDenied && pause < LAST_PAUSE {
+                tracing::warn!(%error, "the daemon does not want this client");
+            }
             shared.pause(pause);
             pause = (pause * 2).min(LAST_PAUSE);
         }

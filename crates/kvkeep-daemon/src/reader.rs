@@ -105,7 +105,7 @@ fn copy_one(memory: &Mapping, at: u64, meta: &BlockMeta, read: &mut Read) -> boo
     }
     let range = read.range.clone().unwrap_or(0..usize::try_from(meta.raw_bytes).unwrap_or(usize::MAX));
     let Some((into, behind)) = read.target.bytes_mut().split_at_mut_checked(range.len()) else { return false };
-    if range.end as u64 > meta.raw_bytes || !memory.copy_out(at + range.start as u64, into) {
+    if range.end as u64 > meta.raw_bytes || !memory.copy_out(at.saturating_add(range.start as u64), into) {
         return false;
     }
     behind.fill(0);

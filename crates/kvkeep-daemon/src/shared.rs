@@ -214,11 +214,7 @@ impl Shared {
         if let (None, Request::Forget(gone)) = (&answer, request) {
             let mut untold = lock(&self.untold);
             untold.push(gone);
-            let keys = |gone: &Gone| match gone {
-                Gone::Keys(keys) | Gone::Replaced(keys) => keys.len(),
-                Gone::Namespace(_) | Gone::All => 1,
-            };
-            if untold.iter().map(keys).sum::<usize>() > MAX_UNTOLD_KEYS {
+            if untold.iter().map(|gone| gone.keys().max(1)).sum::<usize>() > MAX_UNTOLD_KEYS {
                 *untold = vec![Gone::All];
             }
         }

@@ -18,7 +18,7 @@ use crate::lock;
 use crate::news;
 use crate::reader::{self, READERS};
 use crate::shared::{Counts, Shared};
-use crate::wire::{Answer, Figures, Gone, Purpose, Request};
+use crate::wire::{Answer, Figures, Gone, MAX_KEYS, Purpose, Request};
 use crate::writer;
 
 /// Its name in statistics and flags.
@@ -158,11 +158,13 @@ impl Tier for DaemonTier {
     }
 
     fn locate(&self, keys: &[BlockKey], deadline: Deadline) -> Vec<Option<Located>> {
-        let none = || vec![None; keys.len()];
-        let answer = self.ask(&Request::Locate(keys.to_vec()), self.shared.config.deadline.min(deadline.left()));
-        let Some(Answer::Located(mut located)) = answer else { return none() };
-        if located.len() != keys.len() {
-            return none();
+        let mut located = Vec::with_capacity(keys.len());
+        for keys in keys.chunks(MAX_KEYS) {
+            let at_most = self.shared.config.deadline.min(deadline.left());
+            match self.ask(&Request::Locate(keys.to_vec()), at_most) {
+                Some(Answer::Located(some)) if some.len() == keys.len() => located.extend(some),
+                _ => located.resize(located.len() + keys.len(), None),
+            }
         }
         let found = keys.iter().zip(&mut located);
         self.shared.marks(found.filter_map(|(key, located)| Some((key, &mut located.as_mut()?.mark))));
@@ -199,9 +201,6 @@ impl Tier for DaemonTier {
 
     fn forget(&self, what: &Forget<'_>, epoch: Epoch) -> Forgotten {
         let mut forgotten = Forgotten::default();
-        if let Forget::Keys(keys) = what {
-            forgotten.found = vec![false; keys.len()];
-        }
         if !self.is_here() {
             return forgotten;
         }
@@ -213,13 +212,18 @@ impl Tier for DaemonTier {
                 what => Gone::of(what),
             }
         };
-        if gone == Gone::Replaced(Vec::new()) {
-            return forgotten;
-        }
-        let is_replaced = matches!(gone, Gone::Replaced(_));
-        let answer = self.shared.ask_to_forget(gone, Deadline::after(FORGET_TIME));
-        if let (Some(Answer::Forgotten { found, entries }), false) = (answer, is_replaced) {
-            (forgotten.found, forgotten.entries) = (found, entries);
+        let deadline = Deadline::after(FORGET_TIME);
+        for gone in gone.in_messages() {
+            let (keys, is_replaced) = (gone.keys(), matches!(gone, Gone::Replaced(_)));
+            match self.shared.ask_to_forget(gone, deadline) {
+                Some(Answer::Forgotten { .. }) if is_replaced => {}
+                Some(Answer::Forgotten { found, entries }) => {
+                    forgotten.found.extend(found);
+                    forgotten.entries += entries;
+                }
+                _ if matches!(what, Forget::Keys(_)) => forgotten.found.resize(forgotten.found.len() + keys, false),
+                _ => {}
+            }
         }
         forgotten
     }

@@ -11,6 +11,8 @@ use kvkeep::{BlockHash, NamespaceId};
 
 /// Both sides must speak the same.
 pub(crate) const VERSION: u32 = 1;
+/// Keys of one message: more of them go in several.
+pub(crate) const MAX_KEYS: usize = 1 << 16;
 /// A frame is at most this long.
 pub(crate) const MAX_FRAME_BYTES: usize = 8 << 20;
 /// A writer's staging memory: so many pieces of so many bytes.
@@ -132,6 +134,23 @@ impl Gone {
             Forget::Replaced(keys) => Self::Replaced(keys.to_vec()),
             Forget::Namespace(id) => Self::Namespace(*id),
             Forget::All => Self::All,
+        }
+    }
+
+    /// The same, as many messages as it takes; none where there is nothing.
+    pub(crate) fn in_messages(self) -> Vec<Self> {
+        match self {
+            Self::Keys(keys) => keys.chunks(MAX_KEYS).map(|keys| Self::Keys(keys.to_vec())).collect(),
+            Self::Replaced(keys) => keys.chunks(MAX_KEYS).map(|keys| Self::Replaced(keys.to_vec())).collect(),
+            whole => vec![whole],
+        }
+    }
+
+    /// Keys that it names.
+    pub(crate) fn keys(&self) -> usize {
+        match self {
+            Self::Keys(keys) | Self::Replaced(keys) => keys.len(),
+            Self::Namespace(_) | Self::All => 0,
         }
     }
 

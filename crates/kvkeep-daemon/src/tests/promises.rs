@@ -297,3 +297,24 @@ fn a_reader_that_is_slower_than_its_lease_has_a_miss_and_never_other_bytes() {
     other.flush().unwrap();
     assert!(!answers.recv_timeout(PATIENCE).unwrap());
 }
+
+/// A question of 233,017 keys was longer than a frame, and the daemon was taken for lost.
+#[test]
+fn a_question_of_any_length_is_answered() {
+    let place = Place::new();
+    let _daemon = Daemon::start(&place.config(16 << 20)).unwrap();
+    let (tier, cache) = (place.tier(), place.cache());
+    store(&cache, 1, 4);
+    cache.flush().unwrap();
+    let unknown = |number: u32| {
+        let mut hash = [0xff; 32];
+        hash[..4].copy_from_slice(&number.to_le_bytes());
+        kvkeep::tiers::BlockKey::new(hash, 0)
+    };
+    let keys: Vec<_> = (0..300_000).map(unknown).chain([key(&chain(1, 4).hashes().next().unwrap())]).collect();
+    let located = tier.locate(&keys, soon());
+    assert_eq!((located.len(), located.iter().flatten().count()), (300_001, 1));
+    let forgotten = tier.forget(&Forget::Keys(&keys), 1);
+    assert_eq!((forgotten.found.len(), forgotten.entries), (300_001, 1));
+    assert!(tier.works() && forgotten.found.ends_with(&[false, true]));
+}

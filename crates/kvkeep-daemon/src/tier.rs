@@ -23,7 +23,7 @@ use crate::writer;
 
 /// Its name in statistics and flags.
 const NAME: &str = "daemon";
-/// What a removal may wait for.
+/// What one message of a removal may wait for.
 const FORGET_TIME: Duration = Duration::from_secs(1);
 /// Figures are not worth waiting for.
 const FIGURES_TIME: Duration = Duration::from_millis(50);
@@ -212,8 +212,9 @@ impl Tier for DaemonTier {
                 what => Gone::of(what),
             }
         };
-        let deadline = Deadline::after(FORGET_TIME);
         for gone in gone.in_messages() {
+            // Each one anew: a daemon that gets on is waited for.
+            let deadline = Deadline::after(FORGET_TIME);
             let (keys, is_replaced) = (gone.keys(), matches!(gone, Gone::Replaced(_)));
             match self.shared.ask_to_forget(gone, deadline) {
                 Some(Answer::Forgotten { .. }) if is_replaced => {}

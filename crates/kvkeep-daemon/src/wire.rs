@@ -12,7 +12,7 @@ use kvkeep::{BlockHash, NamespaceId};
 /// Both sides must speak the same.
 pub(crate) const VERSION: u32 = 1;
 /// Keys of one message: more of them go in several.
-pub(crate) const MAX_KEYS: usize = 1 << 16;
+pub(crate) const MAX_KEYS: usize = 1 << 13;
 /// A frame is at most this long.
 pub(crate) const MAX_FRAME_BYTES: usize = 8 << 20;
 /// A writer's staging memory: so many pieces of so many bytes.

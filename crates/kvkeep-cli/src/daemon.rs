@@ -19,7 +19,7 @@ const GIB: f64 = 1024.0 * 1024.0 * 1024.0;
 #[derive(Debug, Args)]
 #[command(after_help = cli::EXIT_CODES)]
 pub(crate) struct DaemonOptions {
-    /// Where to listen [default: kvkeep.sock in $XDG_RUNTIME_DIR]
+    /// Where to listen [default: kvkeep.sock in the user's folder of sockets, `$XDG_RUNTIME_DIR`]
     #[arg(long, env = "KVKEEP_DAEMON_SOCKET", value_name = "PATH")]
     socket: Option<PathBuf>,
     /// Memory that all tenants together may use, in GiB

@@ -283,7 +283,7 @@ fn a_reader_that_is_slower_than_its_lease_has_a_miss_and_never_other_bytes() {
     store(&other, 1, 1);
     other.flush().unwrap();
     let (sender, answers) = std::sync::mpsc::channel();
-    let engine = KvCache::new(CacheConfig::without_ram().tier(tier)).unwrap();
+    let engine = KvCache::new(CacheConfig::without_ram().tier(Arc::clone(&tier) as Arc<dyn Tier>)).unwrap();
     let read = |waits| {
         let target = Box::new(Slow { bytes: vec![0; BLOCK_BYTES], waits, answer: sender.clone() });
         assert_eq!(engine.read_lent(&chain(1, 1), 0, vec![target]), 1);
@@ -296,6 +296,7 @@ fn a_reader_that_is_slower_than_its_lease_has_a_miss_and_never_other_bytes() {
     (10..50).for_each(|seed| store(&other, seed, 1));
     other.flush().unwrap();
     assert!(!answers.recv_timeout(PATIENCE).unwrap());
+    assert!(tier.works(), "the daemon said so, and is there");
 }
 
 /// A question of 233,017 keys was longer than a frame, and the daemon was taken for lost.

@@ -11,7 +11,6 @@ use std::sync::Arc;
 use super::beliefs::{Beliefs, Short, split};
 use super::{Change, Event, EventSink};
 use crate::block::{BlockKey, BlockMeta};
-use crate::clock::Deadline;
 use crate::key::{BlockHash, NamespaceId, TokenId};
 use crate::sync::{Condvar, Mutex, thread};
 
@@ -102,11 +101,12 @@ impl Announcer {
     /// Waits until everything was told.
     #[cfg(any(test, feature = "contract"))]
     pub(crate) fn settle(&self) {
-        self.settle_until(Deadline::never());
+        self.settle_until(crate::clock::Deadline::never());
     }
 
     /// Waits until everything was told, until the deadline at most.
-    pub(crate) fn settle_until(&self, deadline: Deadline) {
+    #[cfg(any(test, feature = "contract", feature = "disk"))]
+    pub(crate) fn settle_until(&self, deadline: crate::clock::Deadline) {
         let mut state = self.state.lock();
         while (state.is_telling || !state.beliefs.is_settled()) && !deadline.is_over() {
             (state, _) = self.told.wait_timeout(state, deadline.left());

@@ -311,6 +311,7 @@ impl ReadGrant {
     }
 
     /// Where the extent begins in the arena, in bytes.
+    #[cfg(feature = "disk")]
     pub(crate) fn offset(&self) -> usize {
         self.first_page as usize * PAGE_BYTES
     }

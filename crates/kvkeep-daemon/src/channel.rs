@@ -1,6 +1,6 @@
 //! Frames over a socket, and the descriptors that come with the first one. Nothing here waits longer than it is told.
 
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -10,7 +10,7 @@ use std::time::Duration;
 use kvkeep::tiers::Deadline;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-    recvmsg, sendmsg,
+    recvmsg, send, sendmsg,
 };
 
 use crate::wire::{Answer, MAX_FRAME_BYTES, Request};
@@ -51,7 +51,7 @@ impl Channel {
 
     /// One frame.
     pub(crate) fn send(&mut self, body: &[u8]) -> io::Result<()> {
-        self.stream.write_all(&framed(body)?)
+        self.write(&framed(body)?)
     }
 
     /// One frame, with a descriptor.
@@ -62,7 +62,20 @@ impl Channel {
         let mut control = SendAncillaryBuffer::new(&mut space);
         control.push(SendAncillaryMessage::ScmRights(&files));
         let sent = sendmsg(&self.stream, &[IoSlice::new(&frame)], &mut control, SendFlags::NOSIGNAL)?;
-        self.stream.write_all(frame.get(sent..).unwrap_or_default())
+        self.write(frame.get(sent..).unwrap_or_default())
+    }
+
+    /// All of it. A peer that has gone is an error, and no signal: this may be a library of somebody's.
+    fn write(&self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match send(&self.stream, bytes, SendFlags::NOSIGNAL) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(sent) => bytes = bytes.get(sent..).unwrap_or_default(),
+                Err(rustix::io::Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 
     /// The next frame; `None` if none has begun by the deadline.

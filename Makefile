@@ -11,7 +11,7 @@ MINUTES ?= 30
 # And `make fuzz`.
 SECONDS ?= 60
 
-.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize sanitize-python crash-test test-integrations test-vllm test-sglang test-remote test-clients test-events sweep soak load fuzz wheel command release-wheel bench bench-disk bench-foyer bench-python bench-peers book package lint semver fmt clean
+.PHONY: help demo test test-rust test-rust-all test-rust-doc test-rust-shuttle test-python sanitize sanitize-python crash-test test-integrations test-vllm test-sglang test-remote test-clients test-events sweep soak load fuzz wheel command release-wheel bench bench-daemon bench-disk bench-foyer bench-python bench-peers book package lint semver fmt clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
@@ -134,6 +134,9 @@ release-wheel: ## The wheel for every Linux with glibc 2.28 or later (2018): zig
 
 bench-disk: ## The disk tier against fio in DIR (target)
 	$(CARGO) run --release --locked -p kvkeep-cli -- bench --disk $${DIR:-target}
+
+bench-daemon: ## Get and put between two processes through the daemon's memory, beside memcpy in the same run
+	bash benches/daemon/run.sh
 
 bench-foyer: ## foyer's disk cache in DIR (target), for comparison; builds it first
 	cd benches/foyer && $(CARGO) build --release --locked

@@ -33,6 +33,9 @@ pub(crate) enum Command {
     Demo(DemoCommand),
     /// Answer OpenAI's API with a model whose prompts stay warm
     Serve(Box<crate::serve::ServeOptions>),
+    /// Keep KV in RAM that all processes of this host share
+    #[cfg(target_os = "linux")]
+    Daemon(crate::daemon::DaemonOptions),
     /// Show what a running server and its cache are like now
     #[command(after_help = EXIT_CODES)]
     Stats(crate::operate::StatsOptions),

@@ -6,6 +6,8 @@
 mod archive;
 mod bench;
 mod cli;
+#[cfg(target_os = "linux")]
+mod daemon;
 mod demo;
 mod model;
 mod operate;
@@ -33,6 +35,8 @@ fn main() -> ExitCode {
         Command::Unpin(options) => operate::unpin(&options),
         Command::Remove(options) => operate::remove(&options),
         Command::Clear(options) => operate::clear(&options),
+        #[cfg(target_os = "linux")]
+        Command::Daemon(options) => daemon::run(&options),
         Command::Serve(options) => serve::run(*options),
         Command::Bench(options) => bench::run(&options),
         Command::Replay(options) => replay::run(&options),

@@ -6,9 +6,9 @@
 //! What may wait for a disk (opening, flushing, closing) is done by a thread of its own, while the caller's looks
 //! for signals: Ctrl-C ends the call at once, and the work goes on behind it. It borrows nothing of the caller's.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
@@ -42,6 +42,9 @@ pub(crate) struct Settings {
     disk: Option<RawDisk>,
     #[pyo3(item)]
     remote: Option<RawRemote>,
+    /// The socket of a daemon, and the file that says who this is.
+    #[pyo3(item)]
+    daemon: Option<(PathBuf, Option<PathBuf>)>,
 }
 
 /// What waits to be written to a store over a network is at most this part of RAM.
@@ -65,16 +68,20 @@ impl<T: Clone + Send + 'static> Open<T> {
         settings: Settings,
         open: impl FnOnce(CacheConfig) -> kvkeep::Result<T> + Send + 'static,
     ) -> PyResult<Self> {
-        let Settings { max_size_gb, default_ttl_seconds, policy: name, quotas, disk, remote } = settings;
+        let Settings { max_size_gb, default_ttl_seconds, policy: name, quotas, disk, remote, daemon } = settings;
         let ttl = seconds(default_ttl_seconds, "default_ttl_seconds")?;
         let config = CacheConfig::from_gib(max_size_gb).map_err(|error| to_python(&error))?;
         let mut config = config.ttl(ttl).policy(policy(&name)?);
         for (namespace, weight) in quotas {
             config = config.quota(namespace.get().namespace_id(), weight).map_err(|error| to_python(&error))?;
         }
-        let may_wait = disk.is_some() || remote.is_some();
+        let may_wait = disk.is_some() || remote.is_some() || daemon.is_some();
         if let Some(disk) = disk {
             config = config.disk(disk_config(disk)?);
+        }
+        if let Some((socket, token_file)) = daemon {
+            let open = move || daemon_tier(&socket, token_file.as_deref(), max_size_gb);
+            config = config.tier(waiting(py, open)?.map_err(|error| to_python(&error))?);
         }
         if let Some(remote) = remote {
             #[expect(
@@ -145,6 +152,25 @@ pub(crate) fn waiting<R: Send + 'static>(py: Python<'_>, work: impl FnOnce() -> 
 /// Says whether a signal's handler raised; the exception is set. For [`kvkeep::StoreOptions::stop`].
 pub(crate) fn interrupted() -> bool {
     Python::attach(|py| py.check_signals().map_err(|raised| raised.restore(py)).is_err())
+}
+
+/// What waits to be written to it is at most an eighth of the cache's RAM.
+#[cfg(target_os = "linux")]
+fn daemon_tier(socket: &Path, token_file: Option<&Path>, max_size_gb: f64) -> kvkeep::Result<Arc<dyn kvkeep::Tier>> {
+    use kvkeep_daemon::{DaemonTier, DaemonTierConfig, read_token};
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates, and was checked before")]
+    let queue_bytes = (max_size_gb * f64::from(1 << 27)) as u64;
+    let mut config = DaemonTierConfig::new(socket).queue_bytes(queue_bytes);
+    if let Some(file) = token_file {
+        let (name, token) = read_token(file)?;
+        config = config.tenant(name, token);
+    }
+    Ok(Arc::new(DaemonTier::open(&config)?))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn daemon_tier(_: &Path, _: Option<&Path>, _: f64) -> kvkeep::Result<Arc<dyn kvkeep::Tier>> {
+    Err(kvkeep::Error::Config("a daemon needs Linux: leave it out".to_owned()))
 }
 
 fn disk_config((dir, size_gb, write, admission, key_file, flush_timeout, codec): RawDisk) -> PyResult<DiskConfig> {

@@ -38,6 +38,8 @@ pub struct CacheConfig {
     #[cfg(feature = "disk")]
     pub(crate) disk: Option<DiskConfig>,
     pub(crate) tiers: Vec<Arc<dyn Tier>>,
+    /// Other processes will map its memory.
+    pub(crate) is_shared: bool,
     pub(crate) sink: Option<Arc<dyn EventSink>>,
 }
 
@@ -166,6 +168,7 @@ impl CacheConfig {
             #[cfg(feature = "disk")]
             disk: None,
             tiers: Vec::new(),
+            is_shared: false,
             sink: None,
         }
     }

@@ -268,6 +268,12 @@ impl From<&Namespace> for NamespaceId {
 }
 
 impl BlockHash {
+    /// The hash with these bytes, as [`BlockHash::as_bytes`] gives them.
+    #[must_use]
+    pub fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
     /// The 32 bytes of the hash.
     #[must_use]
     pub fn as_bytes(&self) -> &[u8; 32] {

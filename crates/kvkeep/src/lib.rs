@@ -84,6 +84,8 @@ pub mod tiers {
     pub use crate::codec::{Codec, CodecId, Codecs, Lossless, Raw};
     pub use crate::event::Reports;
     pub use crate::layout::{Frame, Side};
+    #[cfg(feature = "disk")]
+    pub use crate::store::{Host, HostedRoom, HostedRun, Offered};
     pub use crate::tier::around::{Fault, Limit, Meter, Metered};
     #[cfg(any(test, feature = "contract"))]
     pub use crate::tier::contract;

@@ -43,6 +43,8 @@ impl Banner<'_> {
             Some(url) => format!(", shared through {}", without_login(url)),
             None => String::new(),
         };
+        let daemon =
+            settings.daemon.as_ref().map_or_else(String::new, |socket| format!(", the daemon at {}", socket.display()));
         let keys = match &settings.api_key_file {
             Some(file) => format!("those in {}", file.display()),
             None => "none: everybody on this machine is the operator".to_owned(),
@@ -53,7 +55,7 @@ impl Banner<'_> {
             ("context", format!("{context} tokens{cut}")),
             ("API", format!("http://{address}/v1")),
             ("dashboard", format!("http://{address}/")),
-            ("cache", format!("{} of RAM, {disk}{remote}", size(self.ram_bytes))),
+            ("cache", format!("{} of RAM, {disk}{daemon}{remote}", size(self.ram_bytes))),
             ("keys", keys),
         ];
         let events = self.events.map(|events| ("KV events", published(events)));

@@ -13,7 +13,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use clap::Args;
 use kvkeep::tiers::Codecs;
-use kvkeep::{CacheConfig, DiskConfig, Error as CacheError, KvCache};
+use kvkeep::{CacheConfig, DiskConfig, Error as CacheError, KvCache, Tier};
 use kvkeep_engine::{Engine, user_cache_dir};
 use kvkeep_remote::{RemoteConfig, RemoteTier};
 use kvkeep_server::{ApiKeys, KvEvents, KvEventsConfig, Server, ServerConfig};
@@ -142,6 +142,8 @@ fn disk_dir(settings: &Settings) -> Result<Option<PathBuf>> {
     match (settings.no_disk, &settings.disk) {
         (Some(true), _) => Ok(None),
         (_, Some(dir)) => Ok(Some(dir.clone())),
+        // The daemon has what is to outlive this server.
+        (_, None) if settings.daemon.is_some() => Ok(None),
         // The models lie beside it.
         (_, None) => Ok(Some(user_cache_dir()?.with_file_name("serve"))),
     }
@@ -175,6 +177,9 @@ fn cache(settings: &Settings, dir: Option<&Path>, events: Option<&KvEvents>) -> 
             disk = disk.codecs(Codecs::named(codec)?);
         }
         config = config.disk(disk);
+    }
+    if let Some(socket) = &settings.daemon {
+        config = config.tier(daemon(socket, settings.daemon_token_file.as_deref(), ram_gib)?);
     }
     if let Some(url) = &settings.remote {
         config = config.tier(Arc::new(remote(settings, url)?));
@@ -215,6 +220,16 @@ fn remote(settings: &Settings, url: &str) -> Result<RemoteTier> {
 #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates, and is above 0")]
 fn bytes_of(gib: f64) -> u64 {
     (gib * f64::from(1 << 30)) as u64
+}
+
+#[cfg(target_os = "linux")]
+fn daemon(socket: &Path, token_file: Option<&Path>, ram_gib: f64) -> Result<Arc<dyn Tier>> {
+    Ok(Arc::new(crate::daemon::tier(socket, token_file, ram_gib)?))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn daemon(_: &Path, _: Option<&Path>, _: f64) -> Result<Arc<dyn Tier>> {
+    anyhow::bail!("--daemon needs Linux: leave it out")
 }
 
 fn log(settings: &Settings) {

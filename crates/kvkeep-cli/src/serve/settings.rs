@@ -114,6 +114,13 @@ pub(crate) struct Settings {
     #[arg(long, env = "KVKEEP_SERVE_REMOTE_CODEC", value_name = "CODEC", help_heading = "Cache",
           value_parser = PossibleValuesParser::new(Codecs::names()))]
     pub(crate) remote_codec: Option<String>,
+    /// RAM that the processes of this host share: the socket of a `kvkeep daemon`; then there is no disk of this server's own
+    /// unless --disk names one
+    #[arg(long, env = "KVKEEP_SERVE_DAEMON", value_name = "SOCKET", help_heading = "Cache")]
+    pub(crate) daemon: Option<PathBuf>,
+    /// Who this server is to the daemon: a file with a line NAME TOKEN, readable by its owner alone [default: everybody]
+    #[arg(long, env = "KVKEEP_SERVE_DAEMON_TOKEN_FILE", value_name = "FILE", help_heading = "Cache")]
+    pub(crate) daemon_token_file: Option<PathBuf>,
     /// Tokens of a cache block; a prompt's last, partial block is computed again [default: 16]
     #[arg(long, env = "KVKEEP_SERVE_BLOCK_TOKENS", value_name = "N", help_heading = "Cache",
           value_parser = clap::value_parser!(u32).range(1..=1024))]
@@ -241,6 +248,8 @@ impl Settings {
         remote_ttl_s,
         remote_key_file,
         remote_codec,
+        daemon,
+        daemon_token_file,
         block_tokens,
         parallel,
         queue,
@@ -370,6 +379,7 @@ mod tests {
             "--disk-codec=lossless",
             "--remote=redis://host:6379",
             "--remote-ttl-s=60",
+            "--daemon=/run/kvkeep.sock",
             "--allow-origin=app://a,http://b:1",
             "--model-alias=c",
             "--kv-events=tcp://*:5557",

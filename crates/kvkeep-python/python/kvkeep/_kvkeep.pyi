@@ -32,6 +32,7 @@ class Settings(TypedDict):
     quotas: list[tuple[Namespace, float]]
     disk: _RawDisk | None
     remote: RawRemote | None
+    daemon: tuple[str, str | None] | None
 
 def checksum(address: int, bytes: int, seed: int) -> bytes: ...
 def blake3(address: int, bytes: int) -> bytes: ...

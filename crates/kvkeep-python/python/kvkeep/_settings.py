@@ -102,11 +102,17 @@ def settings(
     remote: RemoteConfig | str | None,
     options: Mapping[str, Any],
     quotas: Mapping[Any, float] | None = None,
+    daemon: str | os.PathLike[str] | None = None,
+    daemon_token_file: str | os.PathLike[str] | None = None,
 ) -> Settings:
     """What the extension takes.
 
-    Raises `ConfigError` for a disk that is given twice or in part, `TypeError` for an option that there is not.
+    Raises `ConfigError` for a disk that is given twice or in part, or a token for no daemon; `TypeError` for an option that
+    there is not.
     """
+    if daemon is None and daemon_token_file is not None:
+        raise ConfigError("daemon_token_file without daemon: give the daemon's socket, or leave it out")
+    token_file = None if daemon_token_file is None else os.fspath(daemon_token_file)
     whole = disk_config(disk, options)
     return {
         "max_size_gb": max_size_gb,
@@ -115,6 +121,7 @@ def settings(
         "quotas": [(namespace.raw, weight) for namespace, weight in (quotas or {}).items()],
         "disk": None if whole is None else _raw(whole),
         "remote": None if remote is None else _raw_remote(remote),
+        "daemon": None if daemon is None else (os.fspath(daemon), token_file),
     }
 
 

@@ -32,6 +32,8 @@ class SimpleKVCache(NamedCache):
     - `policy`: what goes first when room is needed: `"adaptive"` learns it; or `"lru"`, `"s3fifo"`, `"arc"`, `"lru2"`.
     - `disk`: a disk tier: a `DiskConfig`, or a directory. Or its parts by name: `disk_path`, `disk_size_gb`, `disk_write`,
       `disk_admission`, `disk_key_file`, `disk_flush_timeout_seconds`.
+    - `daemon`: the socket of a `kvkeep daemon`: RAM that the processes of this host share. One that is away costs misses, and is
+      used again when it is back. `daemon_token_file`: a file with a line `NAME TOKEN` that says which tenant this is.
     - `remote`: a store that several nodes share: a `RemoteConfig`, or its URL.
 
     Use it in a `with` statement, or call `close`, so that the disk tier is complete. Safe from many threads.
@@ -47,9 +49,11 @@ class SimpleKVCache(NamedCache):
         policy: Policy = "adaptive",
         disk: DiskConfig | str | os.PathLike[str] | None = None,
         remote: RemoteConfig | str | None = None,
+        daemon: str | os.PathLike[str] | None = None,
+        daemon_token_file: str | os.PathLike[str] | None = None,
         **disk_options: Unpack[DiskOptions],
     ) -> SimpleKVCache:
-        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, remote, disk_options)
+        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, remote, disk_options, None, daemon, daemon_token_file)
         checked_device(device)
         return super().__new__(cls, chosen)
 
@@ -62,6 +66,8 @@ class SimpleKVCache(NamedCache):
         policy: Policy = "adaptive",
         disk: DiskConfig | str | os.PathLike[str] | None = None,
         remote: RemoteConfig | str | None = None,
+        daemon: str | os.PathLike[str] | None = None,
+        daemon_token_file: str | os.PathLike[str] | None = None,
         **disk_options: Unpack[DiskOptions],
     ) -> None:
         self.device = str(device)

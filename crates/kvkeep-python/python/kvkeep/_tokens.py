@@ -293,6 +293,8 @@ class KVCache:
       count as 1 together. What nobody else needs may be used by all.
     - `disk`: a disk tier: a `DiskConfig`, or a directory. Or its parts by name: `disk_path`, `disk_size_gb`, `disk_write`,
       `disk_admission`, `disk_key_file`, `disk_flush_timeout_seconds`.
+    - `daemon`: the socket of a `kvkeep daemon`: RAM that the processes of this host share. One that is away costs misses, and is
+      used again when it is back. `daemon_token_file`: a file with a line `NAME TOKEN` that says which tenant this is.
     - `remote`: a store that several nodes share: a `RemoteConfig`, or its URL.
 
     Token ids are a list of ints, or a numpy array or torch tensor of shape `(n,)` or `(1, n)`. Safe from many
@@ -310,9 +312,11 @@ class KVCache:
         quotas: Mapping[Namespace, float] | None = None,
         disk: DiskConfig | str | os.PathLike[str] | None = None,
         remote: RemoteConfig | str | None = None,
+        daemon: str | os.PathLike[str] | None = None,
+        daemon_token_file: str | os.PathLike[str] | None = None,
         **disk_options: Unpack[DiskOptions],
     ) -> None:
-        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, remote, disk_options, quotas)
+        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, remote, disk_options, quotas, daemon, daemon_token_file)
         self._raw = _kvkeep.TokenCache(chosen)
         self._home = Home(self._raw.ram())
 

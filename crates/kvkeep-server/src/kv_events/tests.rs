@@ -127,7 +127,7 @@ async fn clearing_one_namespace_is_told_as_the_removal_of_its_blocks_and_of_all_
     settled(&events, &mut reader).await;
     let cache = KvCache::new(CacheConfig::new(1 << 20).events(events.sink())).unwrap();
     let layout = KvLayout::new(1, 1, 4, DType::F32).unwrap().with_block_tokens(2).unwrap();
-    let space = |name: &str| Namespace::new(name, layout.clone());
+    let space = |name: &str| Namespace::new(name, layout);
     let (tokens, zeros) = ([1, 2, 3, 4], [0.0_f32; 16]);
     let tensor = TensorView::of(&zeros, &[4, 1, 4]).unwrap();
     for name in ["a", "b"] {

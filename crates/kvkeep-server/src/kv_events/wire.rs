@@ -147,7 +147,7 @@ mod tests {
         }
     }
 
-    /// What vLLM's own encoder makes of the same batch, byte for byte: tests/kv_events.py compares the two again.
+    /// What vLLM's own encoder makes of the same batch, byte for byte: `tests/kv_events.py` compares the two again.
     #[test]
     fn a_batch_has_the_bytes_that_vllm_sends() {
         let events = [

@@ -101,9 +101,15 @@ impl Announcer {
     /// Waits until everything was told.
     #[cfg(any(test, feature = "contract"))]
     pub(crate) fn settle(&self) {
+        self.settle_until(crate::clock::Deadline::never());
+    }
+
+    /// Waits until everything was told, until the deadline at most.
+    #[cfg(any(test, feature = "contract", feature = "disk"))]
+    pub(crate) fn settle_until(&self, deadline: crate::clock::Deadline) {
         let mut state = self.state.lock();
-        while state.is_telling || !state.beliefs.is_settled() {
-            state = self.told.wait(state);
+        while (state.is_telling || !state.beliefs.is_settled()) && !deadline.is_over() {
+            (state, _) = self.told.wait_timeout(state, deadline.left());
         }
     }
 
@@ -169,11 +175,17 @@ impl Reports {
 
     /// This can no longer be found here.
     pub fn went(&self, key: &BlockKey) {
-        self.went_short(split(&key.0.block_hash()).0);
+        self.block_went(&key.0.block_hash());
     }
 
-    pub(crate) fn block_came(&self, block: BlockHash, namespace: NamespaceId) {
+    /// A block of tokens can be found here now.
+    pub fn block_came(&self, block: BlockHash, namespace: NamespaceId) {
         self.announcer.report(|beliefs| beliefs.came(self.tier, namespace, block, None));
+    }
+
+    /// A block of tokens can no longer be found here.
+    pub fn block_went(&self, block: &BlockHash) {
+        self.went_short(split(block).0);
     }
 
     pub(crate) fn went_short(&self, short: Short) {

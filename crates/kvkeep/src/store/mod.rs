@@ -5,6 +5,7 @@
 //! - `ledger` is everything under the one lock: index, policy, free pages. It does no I/O and asks no tier.
 //! - `plan` says what of a chain lies where, and what is worth loading. `fetch` brings it up, `demote` takes it down.
 //! - `storing` makes room for what is missing, and seals it. `remove` takes out what is not to be found any more.
+//! - `host` serves it all by key, for a process that shares its RAM with others.
 //! - `guard` has what callers hold: [`Pending`] to write, [`Pin`] to read. `lease` has pins for holders elsewhere.
 //!
 //! The lock is never held while payload bytes are copied, while a tier is asked, or while something is logged or
@@ -16,6 +17,8 @@ mod fetch;
 pub(crate) mod gate;
 mod give_back;
 mod guard;
+#[cfg(feature = "disk")]
+mod host;
 mod lease;
 pub(crate) mod ledger;
 mod lent;
@@ -55,6 +58,8 @@ use crate::tier::ram::{self, Arena};
 
 use give_back::GiveBack;
 pub(crate) use guard::{Pending, Pin, PrivatePin};
+#[cfg(feature = "disk")]
+pub use host::{Host, HostedRoom, HostedRun, Offered};
 use lease::Leases;
 pub use lease::{Lease, LeaseId, Leased};
 use ledger::{Ledger, News};
@@ -213,7 +218,7 @@ impl Store {
     /// tier below 1 MiB; [`Error::Memory`] if it cannot be reserved; [`Error::Disk`],
     /// [`Error::DiskLocked`], [`Error::DiskRefused`] if the disk tier cannot be opened.
     pub fn new(config: CacheConfig) -> Result<Self> {
-        let (arena, pages) = ram::reserve(config.capacity_bytes)?;
+        let (arena, pages) = ram::reserve_as(config.capacity_bytes, config.is_shared)?;
         let ledger = Ledger::new(pages, config.policy, &config.quotas);
         let clock = Arc::clone(&config.clock);
         let announcer = config.sink.clone().map(Announcer::new);

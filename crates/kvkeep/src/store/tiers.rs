@@ -28,6 +28,9 @@ use crate::sync::Mutex;
 use crate::tier::disk::{DiskTier, Resident};
 use crate::tier::{Epoch, Forget, Forgotten, Tier};
 
+/// What a look at a tier may take where nobody says.
+#[cfg(feature = "disk")]
+pub(super) const LOOK_TIMEOUT: Duration = Duration::from_millis(50);
 /// More namespaces than this are not remembered by name.
 const MAX_MODELS: usize = 4096;
 /// Of runs that are not worth loading, each so many-th is begun, to measure again.

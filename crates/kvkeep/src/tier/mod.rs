@@ -138,6 +138,12 @@ pub struct Located {
 }
 
 impl Located {
+    /// A block of so many bytes as it is, which took so long to compute. Its mark is that of none.
+    #[must_use]
+    pub fn raw(namespace: NamespaceId, raw_bytes: u64, compute_us: u32) -> Self {
+        Self { namespace, raw_bytes, stored_bytes: raw_bytes, codec: CodecId::RAW, compute_us, mark: 0 }
+    }
+
     /// As a block was offered: what it is, and the mark it came with.
     #[must_use]
     pub fn of(meta: &BlockMeta, mark: u8) -> Self {

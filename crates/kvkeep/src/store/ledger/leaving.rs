@@ -73,16 +73,7 @@ impl Ledger {
         if entry.queued {
             return true;
         }
-        let Some(namespace) = self.index.namespaces().id(entry.namespace) else { return false };
-        let meta = BlockMeta {
-            facts: Facts {
-                expires_at_ms: entry.expires_at_ms,
-                compute_us: entry.compute_us,
-                ..Facts::raw(entry.key, namespace, entry.payload_bytes())
-            },
-            begins: entry.begins,
-            content: entry.spec.as_ref().map_or(Content::Nothing, |spec| Content::Named(**spec)),
-        };
+        let Some(meta) = self.describe(id) else { return false };
         let mark = match self.gate.as_mut().map(|gate| gate.admits(id)) {
             Some(None) => return false,
             Some(Some(kind)) => kind,
@@ -92,6 +83,21 @@ impl Ledger {
             self.offers.push(Leaving { meta, held, epoch: self.epoch, mark });
         }
         true
+    }
+
+    /// What an entry is. Of a block of tokens it does not know the content: the ledger knows no models.
+    pub(in crate::store) fn describe(&self, id: EntryId) -> Option<BlockMeta> {
+        let entry = self.index.get(id)?;
+        let namespace = self.index.namespaces().id(entry.namespace)?;
+        Some(BlockMeta {
+            facts: Facts {
+                expires_at_ms: entry.expires_at_ms,
+                compute_us: entry.compute_us,
+                ..Facts::raw(entry.key, namespace, entry.payload_bytes())
+            },
+            begins: entry.begins,
+            content: entry.spec.as_ref().map_or(Content::Nothing, |spec| Content::Named(**spec)),
+        })
     }
 
     /// A tier has an entry; since now, if it was offered as a kind.

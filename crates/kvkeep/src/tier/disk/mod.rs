@@ -17,6 +17,7 @@ mod archive;
 mod coded;
 #[cfg_attr(not(feature = "encryption"), path = "unencrypted.rs")]
 mod crypt;
+mod described;
 mod format;
 mod index;
 mod io;

@@ -72,7 +72,9 @@ unsafe impl Sync for Arena {}
 impl Arena {
     /// Reserves address space for `capacity_bytes`, rounded down to whole pages. Memory is
     /// committed page by page as it is first written.
-    pub(super) fn reserve(capacity_bytes: u64) -> Result<(Self, u32)> {
+    ///
+    /// `is_shared`: other processes will map it, and none of them can write to it, with whatever descriptor.
+    pub(super) fn reserve(capacity_bytes: u64, is_shared: bool) -> Result<(Self, u32)> {
         let pages = capacity_bytes / PAGE_BYTES as u64;
         if pages == 0 {
             return Err(Error::Config(format!(
@@ -84,7 +86,7 @@ impl Arena {
         let bytes = usize::try_from(page_bytes(pages)).map_err(|_| too_large())?;
         let mapped = Mapping::aligned(bytes).and_then(|mapping| {
             let base = mapping.base();
-            Ok((fill(base, bytes)?, base, mapping))
+            Ok((fill(base, bytes, is_shared)?, base, mapping))
         });
         let (memfd, base, mapping) = mapped.map_err(|source| Error::Memory { bytes: page_bytes(pages), source })?;
         let lanes = Lanes::of(memfd.map(|memfd| Source { memfd, bytes }));
@@ -308,6 +310,12 @@ impl ReadGrant {
         self.pages
     }
 
+    /// Where the extent begins in the arena, in bytes.
+    #[cfg(feature = "disk")]
+    pub(crate) fn offset(&self) -> usize {
+        self.first_page as usize * PAGE_BYTES
+    }
+
     /// Where this extent begins in the view that shows it.
     pub(crate) fn address_in(&self, views: &[View]) -> Option<NonNull<u8>> {
         views.iter().find(|view| view.shows(self.first_page)).map(|view| view.address(self.first_page))
@@ -316,24 +324,30 @@ impl ReadGrant {
 
 /// Puts memory behind reserved addresses, which nothing else uses: a memfd, whose beginning is aligned as `base` is.
 #[cfg(target_os = "linux")]
-fn fill(base: NonNull<u8>, bytes: usize) -> io::Result<Option<OwnedFd>> {
+fn fill(base: NonNull<u8>, bytes: usize, is_shared: bool) -> io::Result<Option<OwnedFd>> {
     use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create};
 
     let memfd = memfd_create("kvkeep", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
     ftruncate(&memfd, bytes as u64)?;
     // Whoever gets the descriptor can cut off nothing that somebody reads.
-    fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW)?;
     let (access, flags) =
         (ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED | MapFlags::NORESERVE | MapFlags::FIXED);
     // SAFETY: these addresses were reserved for this. The file is sealed: nobody can
     // shrink it, with this descriptor or another one.
     unsafe { rustix::mm::mmap(base.as_ptr().cast(), bytes, access, flags, &memfd, 0)? };
+    // After this mapping there is no other that can write: the kernel refuses it, and `write` too.
+    let last = if is_shared { SealFlags::FUTURE_WRITE } else { SealFlags::empty() };
+    fcntl_add_seals(&memfd, last | SealFlags::SEAL)?;
     Ok(Some(memfd))
 }
 
 /// Puts memory behind reserved addresses, which nothing else uses.
 #[cfg(not(target_os = "linux"))]
-fn fill(base: NonNull<u8>, bytes: usize) -> io::Result<Option<OwnedFd>> {
+fn fill(base: NonNull<u8>, bytes: usize, is_shared: bool) -> io::Result<Option<OwnedFd>> {
+    if is_shared {
+        return Err(io::Error::new(io::ErrorKind::Unsupported, "memory for other processes needs Linux"));
+    }
     let (access, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED);
     // SAFETY: these addresses were reserved for this.
     unsafe { rustix::mm::mmap_anonymous(base.as_ptr().cast(), bytes, access, flags)? };

@@ -31,8 +31,14 @@ pub(crate) struct Pages {
 }
 
 /// An arena of at most `capacity_bytes` and the pages in it.
+#[cfg(test)]
 pub(crate) fn reserve(capacity_bytes: u64) -> Result<(Arena, Pages)> {
-    let (arena, capacity_pages) = Arena::reserve(capacity_bytes)?;
+    reserve_as(capacity_bytes, false)
+}
+
+/// As [`reserve`]; `is_shared`: other processes will map it, and cannot write to it.
+pub(crate) fn reserve_as(capacity_bytes: u64, is_shared: bool) -> Result<(Arena, Pages)> {
+    let (arena, capacity_pages) = Arena::reserve(capacity_bytes, is_shared)?;
     let free = FreePages::new(capacity_pages);
     Ok((arena, Pages { free, capacity_pages, used_pages: 0 }))
 }

@@ -121,7 +121,7 @@ wheel: command ## The Python wheel with the command kvkeep in it, into dist/: on
 	.venv-build/bin/maturin build --profile $(PROFILE) --locked --manifest-path crates/kvkeep-python/Cargo.toml --out dist
 
 command:
-	$(CARGO) build --profile $(PROFILE) --locked $(if $(filter dev,$(PROFILE)),--workspace,-p kvkeep-cli) --bin kvkeep
+	$(CARGO) build --profile $(PROFILE) --locked $(if $(filter dev,$(PROFILE)),--workspace --tests,-p kvkeep-cli)
 	install -D "$(BUILT)/kvkeep" crates/kvkeep-python/kvkeep.data/scripts/kvkeep
 
 release-wheel: ## The wheel for every Linux with glibc 2.28 or later (2018): zig links it, from the package ziglang

@@ -148,7 +148,7 @@ bench-peers: wheel ## kvkeep in turns with llama-server, a dict, redis, LMCache 
 # mdBook is built into target/tools the first time.
 book: ## The guides as one site, in target/book; links are checked
 	$(PYTHON) tests/docs.py
-	@[ -x target/tools/bin/mdbook ] || $(CARGO) install --quiet --locked mdbook --version 0.5.4 --no-default-features --features search --root target/tools
+	@[ -x target/tools/bin/mdbook ] || $(CARGO) install --quiet --locked --debug mdbook --version 0.5.4 --no-default-features --features search --root target/tools
 	target/tools/bin/mdbook build
 
 package: ## The crates as they would be published, each built from its package

@@ -12,7 +12,7 @@ mkdir -p "$out"
 kvkeep=$(realpath "$1")
 
 part "demo comparison"
-"$kvkeep" demo comparison --json --plot "$out/comparison.svg" >"$out/comparison.json"
+"$kvkeep" demo comparison --requests 14 --json --plot "$out/comparison.svg" >"$out/comparison.json"
 part "demo agent (short)"
 "$kvkeep" demo agent --requests 16 --json --plot "$out/agent.svg" >"$out/agent.json"
 part "demo restart"

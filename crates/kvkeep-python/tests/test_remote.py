@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import layers_of, pair
 
-from kvkeep import ConfigError, KVCache, Namespace, RemoteConfig, SimpleKVCache
+from kvkeep import ConfigError, DiskError, KVCache, Namespace, RemoteConfig, SimpleKVCache
 
 TOKENS = list(range(40))
 
@@ -34,7 +34,7 @@ def test_what_one_cache_has_stored_another_finds_bit_for_bit(remote: RemoteConfi
         one.flush()
         with KVCache(0.05, remote=remote) as two, two.lookup(namespace, TOKENS) as found:
             assert found.cached_tokens == 40
-            for (k, v), (right_k, right_v) in zip(found.layers(), kv, strict=True):
+            for (k, v), (right_k, right_v) in zip(found.to_numpy(), kv, strict=True):
                 assert np.array_equal(k, right_k) and np.array_equal(v, right_v)
             tier = two.get_stats()["tiers"][name_of(remote)]
             assert tier["hits"] == 10 and not tier["failing"]
@@ -98,15 +98,18 @@ def test_a_password_in_a_url_is_not_shown() -> None:
     assert "secret" not in repr(RemoteConfig("redis://:secret@host", variables={"AWS_SECRET_ACCESS_KEY": "secret"}))
 
 
-def test_a_store_that_goes_away_is_a_miss_and_no_error(tmp_path: Path, namespace: Namespace) -> None:
+def test_a_store_that_goes_away_is_a_miss_and_an_error_of_who_flushes_alone(tmp_path: Path, namespace: Namespace) -> None:
     store = tmp_path / "store"
-    with KVCache(0.05, remote=RemoteConfig(f"file://{store}", deadline_seconds=0.5)) as cache:
-        shutil.rmtree(store)
-        store.write_text("no directory any more")
-        cache.store(namespace, TOKENS, layers_of(len(TOKENS), namespace))
-        began = time.monotonic()
-        with cache.lookup(namespace, list(range(100, 140))) as found:
-            assert found.cached_tokens == 0
-        assert time.monotonic() - began < 2
-        with cache.lookup(namespace, TOKENS) as found:
-            assert found.cached_tokens == 40, "RAM has it"
+    cache = KVCache(0.05, remote=RemoteConfig(f"file://{store}", deadline_seconds=0.5))
+    shutil.rmtree(store)
+    store.write_text("no directory any more")
+    cache.store(namespace, TOKENS, layers_of(len(TOKENS), namespace))
+    began = time.monotonic()
+    with cache.lookup(namespace, list(range(100, 140))) as found:
+        assert found.cached_tokens == 0
+    assert time.monotonic() - began < 2
+    with cache.lookup(namespace, TOKENS) as found:
+        assert found.cached_tokens == 40, "RAM has it"
+    # As with a disk that fails: what is closed now is lost to the others, so it is said.
+    with pytest.raises(DiskError, match="10 blocks were not flushed"):
+        cache.close()

@@ -213,6 +213,7 @@ def test_the_cap_holds_as_du_sees_it(model: str, tmp_path: Path, whole: bool) ->
 
 
 @both_ways
+@long_run
 @pytest.mark.skipif(not is_possible(), reason="needs root on x86-64 Linux")
 def test_a_disk_that_hangs_holds_no_request_longer_than_its_deadline(model: str, alone: Engine, tmp_path: Path, whole: bool) -> None:
     asked = prompts(3, 700)

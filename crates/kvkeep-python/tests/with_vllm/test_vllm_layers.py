@@ -154,7 +154,8 @@ def test_a_load_that_a_later_step_reads_is_not_waited_for() -> None:
     assert not lab.waited(2)
 
 
-@pytest.mark.parametrize("prefix_caching", [True, pytest.param(False, marks=long_run)])
+@long_run
+@pytest.mark.parametrize("prefix_caching", [True, False])
 def test_answers_are_the_same_cold_from_ram_by_layer_and_from_disk(model: str, alone: Engine, tmp_path: Path, prefix_caching: bool) -> None:
     asked = prompts(3, 700)
     expected = alone.generate(asked)["tokens"]
@@ -176,7 +177,6 @@ def test_answers_are_the_same_cold_from_ram_by_layer_and_from_disk(model: str, a
 
 
 @long_run
-@long_run
 def test_eight_requests_that_share_prefixes_and_are_loaded_in_one_step(model: str, alone: Engine, tmp_path: Path) -> None:
     """A request finds in the GPU's own cache what another one loads in the same step: each layer of it is there when that layer is read."""
     (shared,) = prompts(1, 512)
@@ -191,7 +191,6 @@ def test_eight_requests_that_share_prefixes_and_are_loaded_in_one_step(model: st
 
 
 @long_run
-@long_run
 def test_a_prompt_that_is_there_as_a_whole_and_one_that_ends_within_a_block_go_vllms_way_or_by_layer(model: str, alone: Engine, tmp_path: Path) -> None:
     """The last token is always computed. In a prompt of whole blocks it lies in a block that is loaded, and its KV would be overwritten by the copy."""
     asked = [*prompts(1, 640, seed=3), *prompts(1, 641, seed=4), *prompts(1, 703, seed=5)]
@@ -204,7 +203,6 @@ def test_a_prompt_that_is_there_as_a_whole_and_one_that_ends_within_a_block_go_v
         assert counted["loads"] == 4, "two of three"
 
 
-@long_run
 @long_run
 def test_requests_that_are_aborted_while_they_load_by_layer_harm_nobody(model: str, alone: Engine, tmp_path: Path) -> None:
     asked = prompts(6, 700)

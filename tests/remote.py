@@ -57,7 +57,8 @@ def shared(binary, url):
             again, warm, _ = ask(two)
             told, names = figures(two)
             checks.check(f"{name}: the answer is the same", said == again, repr(again))
-            enough = warm["disk_tokens"] > 0.9 * tokens
+            # All whole blocks but the one of the last token, which is computed.
+            enough = warm["disk_tokens"] >= (tokens - 1) // 64 * 64
             checks.check(f"{name}: node B takes the prompt from the store", enough, f"{warm['disk_tokens']} of {tokens} tokens")
             checks.check(f"{name}: B has read it there", told["read_bytes_total"] > 0, f"{told['read_bytes_total'] / 1e6:.1f} MB")
             sooner = cold["ttft_ms"] / warm["ttft_ms"]

@@ -74,6 +74,8 @@ pub(crate) struct State {
     taken: [HashSet<BlockKey>; 2],
     /// One more than the highest layer that was written, by namespace.
     layers: HashMap<NamespaceId, u32>,
+    /// What could not be written, though some of it may be there: it is taken again. Was a flush told?
+    lost: HashMap<BlockKey, bool>,
 }
 
 impl State {
@@ -106,7 +108,7 @@ impl State {
             true => self.index.has_written(&meta.key, now_ms),
             false => self.index.contains(&meta.key, now_ms) && !self.is_removed(&Name::of(meta)),
         };
-        if is_known || self.wanted.contains_key(&meta.key) {
+        if (is_known && !self.lost.contains_key(&meta.key)) || self.wanted.contains_key(&meta.key) {
             return Taken::There;
         }
         let bytes = payload.bytes().len() as u64;
@@ -255,8 +257,19 @@ impl State {
         wants
     }
 
+    /// An object could not be written.
+    pub(crate) fn lost(&mut self, write: &Write) {
+        self.lost.insert(write.meta.key, false);
+    }
+
+    /// How many could not be written, for a flush to say; each is said once, unless it fails again.
+    pub(crate) fn tell_lost(&mut self) -> usize {
+        self.lost.values_mut().map(|told| usize::from(!std::mem::replace(told, true))).sum()
+    }
+
     /// An object was written.
     pub(crate) fn written(&mut self, write: &Write, meta: &BlockMeta, bytes: u64) {
+        self.lost.remove(&meta.key);
         let located = Located::of(meta, write.mark);
         self.index.written(meta.key, bytes, located, meta.expires_at_ms);
         self.reports.iter().for_each(|reports| reports.came(meta));
@@ -342,6 +355,7 @@ impl State {
     pub(crate) fn is_gone(&mut self, removed: &[(Name, u64)]) {
         for (Name { key, .. }, bytes) in removed {
             self.moving_bytes -= bytes;
+            self.lost.remove(key);
             if let Some(times) = self.removing.get_mut(key) {
                 *times -= 1;
                 if *times == 0 {

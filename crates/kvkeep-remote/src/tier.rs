@@ -144,7 +144,10 @@ impl RemoteTier {
                 return Err(Error::Tier { tier: self.name().to_owned(), doing, source });
             }
         }
-        Ok(())
+        match state.tell_lost() {
+            0 => Ok(()),
+            blocks => Err(Error::NotTaken { tier: self.name().to_owned(), blocks }),
+        }
     }
 }
 

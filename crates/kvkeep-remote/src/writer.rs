@@ -141,6 +141,9 @@ fn settle(
         (Ok(()), _) => None,
         (Err(error), _) => {
             state.counters.dropped_total += 1;
+            if is_wanted {
+                state.lost(write);
+            }
             if has_room && message.is_some() {
                 state.counters.write_errors_total += 1;
                 // It may be there all the same.

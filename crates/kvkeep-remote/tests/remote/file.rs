@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use crate::common::{BLOCK_TOKENS, Node, namespace, prefix, prompt, until};
 use kvkeep::tiers::contract;
-use kvkeep::{ManualClock, Tier};
+use kvkeep::{Error, ManualClock, Tier};
 use kvkeep_remote::{RemoteConfig, RemoteTier};
 
 /// What lies in a directory: a folder for the prefix, one for each namespace, a file for each block.
@@ -25,6 +25,28 @@ fn a_directory_keeps_what_a_tier_promises() {
         let config = config.deadline(Duration::from_secs(5));
         Arc::new(RemoteTier::open_at(&config, Arc::new(ManualClock::at(1000))).unwrap()) as Arc<dyn Tier>
     });
+}
+
+/// A flush ended well where no block could be written: a write that failed counted as one that may be there, so the block was
+/// not offered again, and a failure while the flush waited was told nobody.
+#[test]
+fn a_flush_says_what_could_not_be_written_and_the_next_one_writes_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let store = dir.path().join("store");
+    let config = RemoteConfig::new(format!("file://{}", store.display())).deadline(Duration::from_secs(5));
+    let (model, tokens) = (namespace("m"), prompt(1, 5));
+    let one = Node::new(&config, 8 << 20);
+    std::fs::remove_dir_all(&store).unwrap();
+    std::fs::write(&store, "no directory any more").unwrap();
+    one.store(&model, &tokens);
+    for _ in 0..3 {
+        let flushed = one.cache.flush();
+        assert!(matches!(flushed, Err(Error::NotTaken { blocks: 5, .. })), "{flushed:?}");
+    }
+    std::fs::remove_file(&store).unwrap();
+    std::fs::create_dir(&store).unwrap();
+    until("the store works again", || one.cache.flush().is_ok());
+    assert_eq!(Node::new(&config, 8 << 20).lookup(&model, &tokens).0, 5 * BLOCK_TOKENS);
 }
 
 #[test]

@@ -162,9 +162,12 @@ def generate(lens: list[int], options: argparse.Namespace) -> None:
             agree += bool(torch.equal(output, expected))
             cached.append(generator.last.cached_tokens), not_worth.append(generator.last.not_worth_tokens)
         medians = {name: round(statistics.median(each), 2) for name, each in rows.items()}
+        (worth,) = generator._worth.values()
+        beside = {"begin_ms": worth._begin.seconds, "behind_ms": worth._behind.seconds}
         say(
             "first token, ms", tokens=tokens, **medians, warm_to_cold=round(medians["warm"] / medians["cold"], 3),
             same=agree, of=options.rounds, cached=cached, not_worth=not_worth, gb_per_s=round(cache.gpu_bytes_per_s / 1e9, 1),
+            **{name: round(value * 1e3, 2) for name, value in beside.items()},
         )  # fmt: skip
     cache.close()
 

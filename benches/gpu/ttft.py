@@ -36,6 +36,9 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 QUESTION_TOKENS = 32
 
+SHAPES = {"8b": (4096, 14336, 32), "70b": (8192, 28672, 64)}
+"""Hidden size, intermediate size and heads of a layer; all have 8 KV heads of 128."""
+
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -47,7 +50,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a block of the tiers; of `native`, vLLM's own default")
     parser.add_argument("--lens", default="2048,8192,32768")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=32, help="32: a Llama of 8B's shape")
+    parser.add_argument("--shape", choices=SHAPES, default="8b", help="of a Llama's layers")
+    parser.add_argument("--layers", type=int, default=32, help="32: all that a Llama of 8B has")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--cpu-gib", type=int, default=24)
     parser.add_argument("--tp", type=int, default=1)
@@ -56,13 +60,14 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def model(layers: int) -> str:
+def model(shape: str, layers: int) -> str:
     """A folder with a configuration and no weights."""
-    folder = Path(f"/tmp/llama-{layers}")
+    folder = Path(f"/tmp/llama-{shape}-{layers}")
     folder.mkdir(exist_ok=True)
+    hidden, intermediate, heads = SHAPES[shape]
     config = {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 4096, "intermediate_size": 14336,
-        "num_hidden_layers": layers, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 32000,
         "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "torch_dtype": "bfloat16", "tie_word_embeddings": False,
         "bos_token_id": 1, "eos_token_id": 2,
     }  # fmt: skip
@@ -96,7 +101,7 @@ class Bench:
         config = transfer_config(given)
         began = time.time()
         self.llm = LLM(
-            model=model(given.layers), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max(self.lens) + 512,
+            model=model(given.shape, given.layers), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=max(self.lens) + 512,
             gpu_memory_utilization=0.85, enforce_eager=True, max_num_batched_tokens=16384, enable_prefix_caching=True, seed=1,
             tensor_parallel_size=given.tp, **({"kv_transfer_config": config} if config else {}),
         )  # fmt: skip
@@ -105,7 +110,7 @@ class Bench:
         time.sleep(given.first_pause)
 
     def say(self, what: dict[str, Any]) -> None:
-        name = self.given.mode if self.given.worth == "measured" else f"{self.given.mode}-{self.given.worth}"
+        name = "-".join([self.given.mode] + [self.given.worth] * (self.given.worth != "measured") + [self.given.shape] * (self.given.shape != "8b"))
         print(json.dumps({"mode": name, "phase": self.given.phase, **what}), flush=True)
 
     def ttft(self, ids: list[int]) -> tuple[float, int, int]:

@@ -52,6 +52,21 @@ def test_the_first_load_which_makes_streams_and_finds_memory_is_no_measure() -> 
     assert worth.pays(4096, 4096 * TOKEN_BYTES, BUS)
 
 
+@pytest.mark.parametrize("loads_before", [1, 2, 5])
+def test_one_slow_load_is_no_measure(loads_before: int) -> None:
+    # The first load of a new length finds memory on the GPU and has kernels chosen. One such reading behind 2,048 tokens kept all others from
+    # being loaded, also 8,192 tokens, which take 22 ms in place of 63.
+    worth = Worth()
+    for tokens, seconds in ((1056, 0.0170), (2080, 0.0179), (4128, 0.0314), (8224, 0.0631)):
+        worth.read(tokens, 0, seconds)
+    for _ in range(loads_before):
+        worth.began(0.0005)
+        worth.read(32, 1024, 0.0185)
+    worth.began(0.3)
+    worth.read(32, 2048, 0.9)
+    assert worth.pays(8192, 8192 * TOKEN_BYTES, BUS)
+
+
 def test_what_was_slow_once_is_tried_again() -> None:
     worth = Worth()
     worth.read(4128, 0, 0.0314)

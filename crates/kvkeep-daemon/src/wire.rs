@@ -17,7 +17,7 @@ pub(crate) const MAX_KEYS: usize = 1 << 13;
 pub(crate) const MAX_FRAME_BYTES: usize = 8 << 20;
 /// A writer's staging memory: so many pieces of so many bytes.
 pub(crate) const PIECE_BYTES: usize = 512 << 10;
-pub(crate) const PIECES: usize = 8;
+pub(crate) const PIECES: usize = 4;
 
 /// What a connection is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

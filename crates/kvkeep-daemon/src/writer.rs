@@ -22,7 +22,7 @@ use crate::link;
 use crate::lock;
 use crate::memory::Mapping;
 use crate::shared::{Counts, Shared};
-use crate::wire::{Answer, Fate, PIECE_BYTES, PIECES, Purpose, Request};
+use crate::wire::{Answer, Fate, Message, PIECE_BYTES, PIECES, Purpose, Request};
 
 /// Threads that write: one alone put 0.47 to 0.84 of what memcpy moves, by where the kernel woke the daemon; two 0.80 to 0.97.
 pub(crate) const WRITERS: usize = 2;

@@ -24,7 +24,7 @@ use crate::memory::Mapping;
 use crate::shared::{Counts, Shared};
 use crate::wire::{Answer, Fate, Message, PIECE_BYTES, PIECES, Purpose, Request};
 
-/// Threads that write: one alone put 0.47 to 0.84 of what memcpy moves, by where the kernel woke the daemon; two 0.80 to 0.97.
+/// Threads that write: one alone put 0.63 to 0.71 of what memcpy moves on two free cores, two 0.80 to 0.97.
 pub(crate) const WRITERS: usize = 2;
 /// Blocks and bytes that are begun at a time; and never more than a part of the region.
 const BATCH_BLOCKS: usize = 128;

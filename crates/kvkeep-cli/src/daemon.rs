@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use kvkeep_daemon::{Daemon, DaemonConfig, DaemonTier, DaemonTierConfig, Tenant};
+use kvkeep_server::{Endpoint, KvEvents, KvEventsConfig};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::cli::{self, gib};
@@ -34,6 +35,18 @@ pub(crate) struct DaemonOptions {
     /// What the directory may use, in GiB
     #[arg(long, alias = "disk-gb", env = "KVKEEP_DAEMON_DISK_GIB", value_name = "GIB", default_value = "8", value_parser = gib)]
     disk_gib: f64,
+    /// Publish which blocks come and go to routers over ZeroMQ, as vLLM does, at this endpoint, such as `tcp://127.0.0.1:5557`; nothing of tenants with a token
+    #[arg(long, env = "KVKEEP_DAEMON_KV_EVENTS", value_name = "ENDPOINT")]
+    kv_events: Option<Endpoint>,
+    /// Where routers ask for events that they missed, such as `tcp://127.0.0.1:5558`
+    #[arg(long, env = "KVKEEP_DAEMON_KV_EVENTS_REPLAY", value_name = "ENDPOINT", requires = "kv_events")]
+    kv_events_replay: Option<Endpoint>,
+    /// The topic that routers subscribe to [default: an empty one]
+    #[arg(long, env = "KVKEEP_DAEMON_KV_EVENTS_TOPIC", value_name = "TOPIC", requires = "kv_events")]
+    kv_events_topic: Option<String>,
+    /// Let whoever reaches the endpoints read: needed where other machines do, as ZeroMQ asks for no key
+    #[arg(long, env = "KVKEEP_DAEMON_KV_EVENTS_ANYONE", requires = "kv_events")]
+    kv_events_anyone: bool,
 }
 
 pub(crate) fn run(options: &DaemonOptions) -> Result<ExitCode> {
@@ -46,6 +59,11 @@ pub(crate) fn run(options: &DaemonOptions) -> Result<ExitCode> {
     let mut config = DaemonConfig::new(&socket, tenants.clone());
     if let Some(dir) = &options.disk {
         config = config.disk(dir, bytes_of(options.disk_gib));
+    }
+    // Ends after the daemon: what it tells last is still told.
+    let events = kv_events(options)?;
+    if let Some(events) = &events {
+        config = config.events(events.sink());
     }
     let daemon = Daemon::start(&config)?;
     keep_memory_private()?;
@@ -67,6 +85,16 @@ pub(crate) fn tier(socket: &Path, token_file: Option<&Path>, ram_gib: f64) -> Re
         config = config.tenant(name, token);
     }
     Ok(DaemonTier::open(&config)?)
+}
+
+/// Where the daemon's events are published, if they are.
+fn kv_events(options: &DaemonOptions) -> Result<Option<KvEvents>> {
+    let Some(endpoint) = &options.kv_events else { return Ok(None) };
+    let mut config = KvEventsConfig::new(endpoint.clone());
+    config.replay.clone_from(&options.kv_events_replay);
+    config.topic = options.kv_events_topic.clone().unwrap_or_default();
+    config.anyone = options.kv_events_anyone;
+    Ok(Some(KvEvents::bind(&config)?))
 }
 
 fn socket(given: Option<&PathBuf>) -> Result<PathBuf> {
@@ -104,7 +132,11 @@ fn banner(options: &DaemonOptions, tenants: &[Tenant]) -> String {
         let whose = if tenant.needs_token() { "with its token" } else { "whoever runs as this user" };
         text += &format!("  {:<10} {} of RAM, {whose}\n", tenant.name(), size(tenant.ram_bytes()));
     }
-    text + &format!("  {:<10} {disk}\n", "disk")
+    text += &format!("  {:<10} {disk}\n", "disk");
+    if let Some(endpoint) = &options.kv_events {
+        text += &format!("  {:<10} {endpoint}, of memory that needs no token\n", "events");
+    }
+    text
 }
 
 /// Other processes of the same user cannot look into this one, nor take its descriptors.

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use kvkeep::{CacheConfig, Chain, KvCache, KvLayout, Namespace, StoreOptions};
 use kvkeep_daemon::{DaemonTier, DaemonTierConfig};
 use rustix::process::{Pid, Signal, kill_process};
+use zeromq::{Socket, SocketRecv, SubSocket};
 
 struct Running {
     child: Child,
@@ -111,4 +112,46 @@ fn tenants_have_what_their_file_says_and_everybody_the_rest() {
         .output()
         .unwrap();
     assert!(String::from_utf8_lossy(&wrong.stderr).contains("give more"));
+}
+
+/// A port that is free now.
+fn port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+#[tokio::test]
+async fn routers_hear_over_zeromq_what_comes_to_everybodys_memory_and_goes_from_it() {
+    let (_dir, socket) = place();
+    let endpoint = format!("tcp://127.0.0.1:{}", port());
+    let args = ["--socket", text(&socket), "--ram-gib", "0.0625", "--kv-events", &endpoint, "--kv-events-topic", "kv"];
+    let running = daemon(&args);
+    assert!(running.said.contains(&format!("{endpoint}, of memory that needs no token")), "{}", running.said);
+    let mut reader = SubSocket::new();
+    reader.subscribe("kv").await.unwrap();
+    reader.connect(&endpoint).await.unwrap();
+    let cache = cache(&DaemonTierConfig::new(&socket));
+    // A subscriber hears nothing that was sent before it was known.
+    let mut said = Vec::new();
+    while said.is_empty() {
+        cache.clear();
+        store(&cache);
+        let heard = tokio::time::timeout(Duration::from_millis(100), reader.recv()).await;
+        said.extend(heard.ok().map(|message| message.unwrap().into_vec().pop().unwrap()));
+    }
+    let mut until = async |word: &[u8]| {
+        while !said.iter().any(|batch| batch.windows(word.len()).any(|part| part == word)) {
+            let message = tokio::time::timeout(Duration::from_secs(20), reader.recv()).await.unwrap().unwrap();
+            said.push(message.into_vec().pop().unwrap());
+        }
+        said.clear();
+    };
+    until(b"BlockStored").await;
+    cache.remove_chain(&chain(), 4);
+    until(b"BlockRemoved").await;
+    cache.clear();
+    until(b"AllBlocksCleared").await;
+
+    let args = ["daemon", "--socket", text(&socket), "--kv-events", "tcp://*:0"];
+    let open = Command::new(env!("CARGO_BIN_EXE_kvkeep")).args(args).output().unwrap();
+    assert!(String::from_utf8_lossy(&open.stderr).contains("--kv-events-anyone"));
 }

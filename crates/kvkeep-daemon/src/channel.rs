@@ -13,7 +13,7 @@ use rustix::net::{
     recvmsg, send, sendmsg,
 };
 
-use crate::wire::{Answer, MAX_FRAME_BYTES, Request};
+use crate::wire::{Answer, MAX_FRAME_BYTES, Message, Request};
 
 /// What is read at once.
 const READ_BYTES: usize = 64 << 10;

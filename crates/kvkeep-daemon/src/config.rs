@@ -1,7 +1,10 @@
 //! Settings of both sides: explicit, checked when they are used, never read from the environment.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
+
+use kvkeep::EventSink;
 
 use crate::tenants::Tenant;
 
@@ -15,6 +18,7 @@ pub struct DaemonConfig {
     pub(crate) tenants: Vec<Tenant>,
     pub(crate) disk: Option<(PathBuf, u64)>,
     pub(crate) lease: Duration,
+    pub(crate) events: Option<Arc<dyn EventSink>>,
 }
 
 /// How a cache uses a daemon.
@@ -30,7 +34,8 @@ pub struct DaemonTierConfig {
 impl DaemonConfig {
     /// A daemon on this socket with a region for each tenant.
     pub fn new(socket: impl AsRef<Path>, tenants: Vec<Tenant>) -> Self {
-        Self { socket: socket.as_ref().to_owned(), tenants, disk: None, lease: Duration::from_secs(10) }
+        let (disk, events) = (None, None);
+        Self { socket: socket.as_ref().to_owned(), tenants, disk, lease: Duration::from_secs(10), events }
     }
 
     /// A directory behind RAM, with a folder for each tenant, which share its bytes as they share RAM: then the daemon is
@@ -38,6 +43,14 @@ impl DaemonConfig {
     #[must_use]
     pub fn disk(mut self, dir: impl AsRef<Path>, capacity_bytes: u64) -> Self {
         self.disk = Some((dir.as_ref().to_owned(), capacity_bytes));
+        self
+    }
+
+    /// Tells a listener which blocks of the tenant without a token come and go, what its disk held included. Of tenants
+    /// with a token it is told nothing, and of no block the tokens or the block before it: the daemon does not know them.
+    #[must_use]
+    pub fn events(mut self, sink: Arc<dyn EventSink>) -> Self {
+        self.events = Some(sink);
         self
     }
 

@@ -1,11 +1,11 @@
-//! Which blocks a region has, told to every client that listens.
+//! Which blocks a region has, told to every client that listens, and to whoever the daemon was given.
 //!
 //! Invariant: who subscribes gets what is there first and then each change, in one order. A listener that does not keep up
 //! is let go of, and begins anew: a queue without end would be memory for whoever is slow.
 
 use std::collections::HashMap;
-use std::sync::Mutex;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::sync::{Arc, Mutex};
 
 use kvkeep::{BlockHash, Event, EventSink, NamespaceId};
 
@@ -21,6 +21,7 @@ const BATCH: usize = 1024;
 #[derive(Debug, Default)]
 pub(crate) struct Hub {
     state: Mutex<State>,
+    listener: Option<Arc<dyn EventSink>>,
 }
 
 #[derive(Debug, Default)]
@@ -31,6 +32,11 @@ struct State {
 }
 
 impl Hub {
+    /// With a listener that is told the same.
+    pub(crate) fn new(listener: Option<Arc<dyn EventSink>>) -> Self {
+        Self { state: Mutex::default(), listener }
+    }
+
     /// What is there now, and what changes from now on.
     pub(crate) fn subscribe(&self) -> (Vec<Answer>, Receiver<Answer>) {
         let (sender, receiver) = sync_channel(QUEUE);
@@ -94,6 +100,10 @@ impl EventSink for Hub {
             if !matches!(&changed, Answer::Changed { came, went } if came.is_empty() && went.is_empty()) {
                 state.tell(&changed);
             }
+        }
+        drop(state);
+        if let Some(listener) = &self.listener {
+            listener.publish(events);
         }
     }
 

@@ -10,7 +10,7 @@ use kvkeep::tiers::Deadline;
 use crate::channel::Channel;
 use crate::config::DaemonTierConfig;
 use crate::shared::Shared;
-use crate::wire::{Answer, Purpose, Request, VERSION};
+use crate::wire::{Answer, Message, Purpose, Request, VERSION};
 
 /// What saying hello may take.
 const HELLO_TIME: Duration = Duration::from_secs(1);

@@ -5,13 +5,14 @@
 
 #![expect(unsafe_code, reason = "the mapping is raw memory; see the rule above")]
 
+use std::hash::Hasher as _;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::ptr::NonNull;
 
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, fcntl_get_seals, fstat, ftruncate, memfd_create};
 use rustix::mm::{MapFlags, ProtFlags};
-use xxhash_rust::xxh3::Xxh3;
+use twox_hash::xxhash3_64::Hasher as Sum;
 
 /// Bytes that are copied and then added to the sum: they are still in the processor's cache.
 const STEP_BYTES: usize = 32 << 10;
@@ -66,29 +67,29 @@ impl Mapping {
 
     /// As [`Mapping::copy_out`], with the sum of what came.
     pub(crate) fn copy_out_summed(&self, at: u64, into: &mut [u8]) -> Option<u64> {
-        let (mut sum, mut at) = (Xxh3::new(), at);
+        let (mut sum, mut at) = (Sum::new(), at);
         for step in into.chunks_mut(STEP_BYTES) {
             if !self.copy_out(at, step) {
                 return None;
             }
-            sum.update(step);
+            sum.write(step);
             at += step.len() as u64;
         }
-        Some(sum.digest())
+        Some(sum.finish())
     }
 
     /// Writes `from` here, and says its sum; `None` if there is no room. For mappings made to be written.
     pub(crate) fn copy_in_summed(&self, at: u64, from: &[u8]) -> Option<u64> {
-        let (mut sum, start) = (Xxh3::new(), self.at(at, from.len())?);
+        let (mut sum, start) = (Sum::new(), self.at(at, from.len())?);
         for (number, step) in from.chunks(STEP_BYTES).enumerate() {
             // SAFETY: `at` has checked the whole range; `from` lies elsewhere.
             unsafe {
                 let to = start.add(number * STEP_BYTES);
                 std::ptr::copy_nonoverlapping(step.as_ptr(), to.as_ptr(), step.len());
             }
-            sum.update(step);
+            sum.write(step);
         }
-        Some(sum.digest())
+        Some(sum.finish())
     }
 
     fn at(&self, at: u64, bytes: usize) -> Option<NonNull<u8>> {

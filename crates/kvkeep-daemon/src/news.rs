@@ -11,7 +11,7 @@ use crate::channel::Channel;
 use crate::link;
 use crate::lock;
 use crate::shared::{News, Shared};
-use crate::wire::{Answer, Purpose};
+use crate::wire::{Answer, Message, Purpose};
 
 /// How often it is looked whether anything is still wanted, and between two tries to connect.
 const TICK: Duration = Duration::from_millis(100);

@@ -31,7 +31,7 @@ use crate::lock;
 use crate::session::Session;
 use crate::tenants::{self, Tenant};
 
-/// Connections at a time: some five for each client.
+/// Connections at a time: some six for each client.
 const MAX_CONNECTIONS: usize = 1024;
 /// Connections that wait to be accepted.
 const BACKLOG: i32 = 128;
@@ -80,10 +80,15 @@ impl Daemon {
     /// Begins to serve.
     ///
     /// # Errors
-    /// [`Error::Config`] for tenants that are not right, a socket that another daemon has, or one that cannot be made;
+    /// [`Error::Config`] for tenants that are not right, events of nobody, a socket that another daemon has, or one that cannot be made;
     /// as [`Host::new`] for memory and disk that cannot be had.
     pub fn start(config: &DaemonConfig) -> Result<Self> {
         tenants::check(&config.tenants)?;
+        if config.events.is_some() && config.tenants.iter().all(Tenant::needs_token) {
+            let why =
+                "events tell of the memory that needs no token, and tenants have all of it: leave some, or tell none";
+            return Err(Error::Config(why.to_owned()));
+        }
         let refused = |error: io::Error| Error::Config(format!("the socket {}: {error}", config.socket.display()));
         let lock = claim(&config.socket).map_err(refused)?;
         let regions = config.tenants.iter().map(|tenant| Region::open(tenant, config).map(Arc::new));
@@ -160,7 +165,9 @@ impl Drop for Daemon {
 
 impl Region {
     fn open(tenant: &Tenant, config: &DaemonConfig) -> Result<Self> {
-        let hub = Arc::new(Hub::default());
+        // Whoever listens shows no token.
+        let listener = config.events.clone().filter(|_| !tenant.needs_token());
+        let hub = Arc::new(Hub::new(listener));
         let mut cache = CacheConfig::new(tenant.ram_bytes).events(Arc::clone(&hub) as Arc<dyn kvkeep::EventSink>);
         if let Some((dir, bytes)) = &config.disk {
             let all: u128 = config.tenants.iter().map(|tenant| u128::from(tenant.ram_bytes)).sum();

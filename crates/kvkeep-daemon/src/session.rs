@@ -18,7 +18,7 @@ use kvkeep::tiers::{BlockKey, BlockMeta, Deadline, HostedRoom, HostedRun, Offere
 use crate::channel::Channel;
 use crate::memory::{Mapping, staging};
 use crate::server::{Region, Shared};
-use crate::wire::{Answer, Fate, Figures, PIECE_BYTES, PIECES, Purpose, Request, VERSION};
+use crate::wire::{Answer, Fate, Figures, Message, PIECE_BYTES, PIECES, Purpose, Request, VERSION};
 
 /// What a client has to say who it is.
 const HELLO_TIME: Duration = Duration::from_secs(5);

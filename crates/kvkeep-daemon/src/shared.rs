@@ -56,7 +56,8 @@ pub(crate) struct Writes {
     pub(crate) queue: VecDeque<Offer>,
     /// Of those in the queue and those being written.
     pub(crate) bytes: u64,
-    pub(crate) is_writing: bool,
+    /// Batches that are being written.
+    pub(crate) writing: usize,
     /// Grows with each batch that has ended.
     pub(crate) done: u64,
 }

@@ -19,7 +19,7 @@ use crate::news;
 use crate::reader::{self, READERS};
 use crate::shared::{Counts, Shared};
 use crate::wire::{Answer, Figures, Gone, MAX_KEYS, Purpose, Request};
-use crate::writer;
+use crate::writer::{self, WRITERS};
 
 /// Its name in statistics and flags.
 const NAME: &str = "daemon";
@@ -50,7 +50,9 @@ impl DaemonTier {
         }
         let tier = Self { shared, process: Process::current() };
         tier.begin("kvkeep-daemon", link::keep).map_err(refused)?;
-        tier.begin("kvkeep-write", writer::run).map_err(refused)?;
+        for _ in 0..WRITERS {
+            tier.begin("kvkeep-write", writer::run).map_err(refused)?;
+        }
         for _ in 0..READERS {
             tier.begin("kvkeep-read", reader::run).map_err(refused)?;
         }
@@ -114,10 +116,10 @@ impl DaemonTier {
     /// Waits until what was offered is written, as long as that gets on.
     fn drain(&self, patience: Duration) -> Result<()> {
         let mut writes = lock(&self.shared.writes);
-        while !writes.queue.is_empty() || writes.is_writing {
+        while !writes.queue.is_empty() || writes.writing > 0 {
             let (done, blocks) = (writes.done, writes.queue.len());
             let waited = self.shared.written.wait_timeout_while(writes, patience, |writes| {
-                writes.done == done && (!writes.queue.is_empty() || writes.is_writing)
+                writes.done == done && (!writes.queue.is_empty() || writes.writing > 0)
             });
             let (now, waited) = waited.unwrap_or_else(PoisonError::into_inner);
             if waited.timed_out() {

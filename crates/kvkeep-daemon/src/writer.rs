@@ -1,6 +1,7 @@
-//! Writes: what is offered waits in a queue, and one thread takes it to the daemon.
+//! Writes: what is offered waits in a queue, and threads take it to the daemon.
 //!
-//! The bytes go through staging memory piece by piece: while the daemon copies one, the next is filled. Staging for whole
+//! Each has a thread of the daemon's for itself, and a pair that shares a core takes turns: a second pair keeps the other
+//! cores at work. The bytes go through staging memory piece by piece: while the daemon copies one, the next is filled. Staging for whole
 //! blocks was the alternative: it takes as much memory as there are blocks under way, and a block goes through RAM twice
 //! instead of through the processor's cache.
 //!
@@ -21,12 +22,14 @@ use crate::link;
 use crate::lock;
 use crate::memory::Mapping;
 use crate::shared::{Counts, Shared};
-use crate::wire::{Answer, Fate, PIECE_BYTES, PIECES, Purpose, Request};
+use crate::wire::{Answer, Fate, Message, PIECE_BYTES, PIECES, Purpose, Request};
 
+/// Threads that write: one alone put 0.63 to 0.71 of what memcpy moves on two free cores, two 0.80 to 0.97.
+pub(crate) const WRITERS: usize = 2;
 /// Blocks and bytes that are begun at a time; and never more than a part of the region.
 const BATCH_BLOCKS: usize = 128;
-const BATCH_BYTES: u64 = 64 << 20;
-const BATCH_DIVISOR: u64 = 8;
+const BATCH_BYTES: u64 = 16 << 20;
+const BATCH_DIVISOR: u64 = 16;
 /// What the daemon may take for one answer, which may have to make room.
 const WRITE_TIME: Duration = Duration::from_secs(5);
 
@@ -61,7 +64,7 @@ pub(crate) fn run(shared: &Arc<Shared>) {
         }
         let mut writes = lock(&shared.writes);
         writes.bytes -= bytes;
-        writes.is_writing = false;
+        writes.writing -= 1;
         writes.done += 1;
         drop(writes);
         shared.written.notify_all();
@@ -86,7 +89,7 @@ fn next(shared: &Shared) -> Option<Vec<Offer>> {
         }
         batch.extend(writes.queue.pop_front());
     }
-    writes.is_writing = true;
+    writes.writing += 1;
     Some(batch)
 }
 

@@ -10,14 +10,14 @@
 
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use xxhash_rust::xxh3::xxh3_128_with_seed;
+use twox_hash::XxHash3_128;
 
 use crate::memory::lent;
 
 /// xxh3 (128 bits, little-endian) of memory that the caller keeps alive. The GIL is released.
 #[pyfunction]
 pub(crate) fn checksum(py: Python<'_>, address: usize, bytes: usize, seed: u64) -> Bound<'_, PyBytes> {
-    let sum = py.detach(|| xxh3_128_with_seed(lent(address, bytes), seed));
+    let sum = py.detach(|| XxHash3_128::oneshot_with_seed(seed, lent(address, bytes)));
     PyBytes::new(py, &sum.to_le_bytes())
 }
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import layers_of, pair
 
-from kvkeep import ConfigError, KVCache, Namespace, SimpleKVCache
+from kvkeep import ConfigError, KVCache, Namespace, QuantizedKVCache, SimpleKVCache
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 BUILT = [REPOSITORY / "target" / profile / "kvkeep" for profile in ("debug", "release")]
@@ -74,6 +74,25 @@ def test_blocks_of_tokens_are_shared_between_caches(socket: Path) -> None:
         one.store(namespace, tokens, layers)
         one.flush()
         assert other.lookup(namespace, tokens).cached_tokens == 16
+
+
+def test_what_a_codec_made_smaller_is_shared_too_and_found_under_no_other_codec(socket: Path) -> None:
+    k, v = pair(0)
+    with QuantizedKVCache(0.01, codec="lossless", daemon=socket) as one:
+        assert one.cache_kv("p", 0, k, v)
+    with QuantizedKVCache(0.01, codec="lossless", daemon=socket) as other:
+        found = other.get_cached_kv("p", 0)
+        assert found is not None
+        assert all(np.array_equal(np.asarray(side), right) for side, right in zip(found, (k, v), strict=True))
+        assert other.get_stats()["tiers"]["daemon"]["hits"] == 1
+    with QuantizedKVCache(0.01, codec="int4", daemon=socket) as foreign, SimpleKVCache(0.01, daemon=socket) as plain:
+        assert foreign.get_cached_kv("p", 0) is None and plain.get_cached_kv("p", 0) is None
+
+
+@pytest.mark.parametrize("door", [SimpleKVCache, KVCache, QuantizedKVCache])
+def test_an_option_of_tiers_that_there_is_not_is_named_beside_those_that_there_are(door: type) -> None:
+    with pytest.raises(TypeError, match="'demon'.*daemon, daemon_token_file, disk"):
+        door(0.01, demon="s")
 
 
 def test_a_daemon_that_dies_costs_misses_and_the_next_one_is_used(tmp_path: Path) -> None:

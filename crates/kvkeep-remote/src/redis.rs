@@ -342,7 +342,7 @@ fn escaped(prefix: &str) -> String {
 }
 
 fn sum_of(keys: &[u8]) -> Vec<u8> {
-    xxhash_rust::xxh3::xxh3_64(keys).to_le_bytes().to_vec()
+    twox_hash::XxHash3_64::oneshot(keys).to_le_bytes().to_vec()
 }
 
 fn to_news(listed: &Listed) -> Vec<u8> {

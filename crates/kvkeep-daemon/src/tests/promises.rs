@@ -11,7 +11,7 @@ use kvkeep::tiers::{Forget, ReadTarget};
 use super::*;
 use crate::link::{Welcomed, connect};
 use crate::memory::Mapping;
-use crate::wire::{Answer, Fate, PIECE_BYTES, PIECES, Purpose, Request};
+use crate::wire::{Answer, Fate, Message, PIECE_BYTES, PIECES, Purpose, Request};
 
 const TOKEN: &str = "0123456789abcdef";
 

@@ -37,6 +37,58 @@ fn what_one_process_stored_another_one_finds_byte_for_byte() {
     drop(daemon);
 }
 
+/// Which blocks are where, for whoever applies every event.
+#[derive(Debug, Default)]
+struct Heard(std::sync::Mutex<Vec<kvkeep::Event>>);
+
+impl kvkeep::EventSink for Heard {
+    fn publish(&self, events: Vec<kvkeep::Event>) {
+        self.0.lock().unwrap().extend(events);
+    }
+}
+
+#[test]
+fn a_listener_hears_of_everybodys_blocks_and_of_none_that_needs_a_token() {
+    use kvkeep::Event;
+    let (place, heard) = (Place::new(), Arc::new(Heard::default()));
+    let tenant = Tenant::new("a", "0123456789abcdef", 16 << 20);
+    let of =
+        |tenants| DaemonConfig::new(&place.socket, tenants).events(Arc::clone(&heard) as Arc<dyn kvkeep::EventSink>);
+    let refused = Daemon::start(&of(vec![tenant.clone()])).unwrap_err().to_string();
+    assert!(refused.contains("leave some"), "{refused}");
+    let _daemon = Daemon::start(&of(vec![tenant, Tenant::without_token(16 << 20)])).unwrap();
+    let theirs = DaemonTier::open(&place.tier_config().tenant("a", "0123456789abcdef")).unwrap();
+    let (theirs, ours) = (super::cache(Arc::new(theirs)), place.cache());
+    for (cache, seed) in [(&theirs, 1), (&ours, 2)] {
+        store(cache, seed, 3);
+        cache.flush().unwrap();
+    }
+    let hashes: Vec<_> = chain(2, 3).hashes().collect();
+    let events = |tells: &dyn Fn(&Event) -> bool| {
+        until("it is told", || heard.0.lock().unwrap().iter().any(tells));
+        std::mem::take(&mut *heard.0.lock().unwrap())
+    };
+    let mut stored = Vec::new();
+    while stored.len() < 3 {
+        for event in events(&|event| matches!(event, Event::Stored { .. })) {
+            let Event::Stored { tier, blocks, block_tokens, parent, tokens, .. } = event else { panic!("{event:?}") };
+            assert_eq!((&*tier, block_tokens, parent, tokens), ("ram", Some(4), None, Vec::new()));
+            stored.extend(blocks);
+        }
+    }
+    stored.sort_unstable();
+    let mut all = hashes.clone();
+    all.sort_unstable();
+    assert_eq!(stored, all);
+    ours.remove_chain(&chain(2, 3), 8);
+    let removed = events(&|event| matches!(event, Event::Removed { .. }));
+    assert!(matches!(&removed[..], [Event::Removed { blocks, .. }] if blocks[..] == hashes[2..]), "{removed:?}");
+    ours.store_handle().clear();
+    let cleared = events(&|event| matches!(event, Event::Cleared { .. }));
+    assert!(matches!(&cleared[..], [Event::Cleared { namespace: None, .. }]), "{cleared:?}");
+    assert_eq!(found(&theirs, 1, 3), 3);
+}
+
 #[test]
 fn a_client_that_is_killed_leaves_no_pin_and_no_half_written_block() {
     let place = Place::new();

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -12,7 +11,7 @@ import numpy as np
 from kvkeep import _kvkeep
 from kvkeep._errors import ConfigError, EmptyTensorError, KvkeepError
 from kvkeep._kvkeep import DTYPES, Outcome
-from kvkeep._settings import Codec, DiskConfig, DiskOptions, Policy, RemoteConfig, settings
+from kvkeep._settings import Codec, Policy, TierOptions, settings
 from kvkeep._simple import SimpleKVCache, checked_device
 from kvkeep._tensors import numpy_dtype, torch_dtype
 from kvkeep._tokens import token_ids
@@ -53,7 +52,7 @@ class QuantizationLoss:
 class QuantizedKVCache(SimpleKVCache):
     """`SimpleKVCache` with a codec in RAM, too: K and V come back within the codec's error, and take fewer bytes.
 
-    A prefix is a text, or token ids. What is kept here no `SimpleKVCache` and no other codec finds, also not in the same directory.
+    A prefix is a text, or token ids. What is kept here no `SimpleKVCache` and no other codec finds, also not in the same directory or daemon.
 
     - `codec`: `"int4"`, `"int8"`, `"k8v4"`, `"fp8"`, `"nf4"`, or exact ones, `"lossless"` and `"raw"` (docs/codecs.md).
     - `token_axis`: which dimension of K and V is the token's: -2 of `[.., heads, tokens, dim]`, as transformers has them,
@@ -73,11 +72,9 @@ class QuantizedKVCache(SimpleKVCache):
         token_axis: int = -2,
         exact_tokens: tuple[int, int] = EXACT_TOKENS,
         policy: Policy = "adaptive",
-        disk: DiskConfig | str | os.PathLike[str] | None = None,
-        remote: RemoteConfig | str | None = None,
-        **disk_options: Unpack[DiskOptions],
+        **tiers: Unpack[TierOptions],
     ) -> QuantizedKVCache:
-        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, remote, disk_options)
+        chosen = settings(max_size_gb, default_ttl_seconds, policy, tiers)
         checked_device(device)
         quantizer = _quantizer(codec, token_axis, exact_tokens)
         return _kvkeep.NamedCache.__new__(cls, chosen, quantizer.cache_name())
@@ -92,9 +89,7 @@ class QuantizedKVCache(SimpleKVCache):
         token_axis: int = -2,
         exact_tokens: tuple[int, int] = EXACT_TOKENS,
         policy: Policy = "adaptive",
-        disk: DiskConfig | str | os.PathLike[str] | None = None,
-        remote: RemoteConfig | str | None = None,
-        **disk_options: Unpack[DiskOptions],
+        **tiers: Unpack[TierOptions],
     ) -> None:
         # Tensors go through the CPU: its parent hands out from there.
         super().__init__()

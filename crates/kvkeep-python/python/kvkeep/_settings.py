@@ -1,10 +1,10 @@
-"""The settings of a cache, as both doors take them."""
+"""The settings of a cache, as its doors take them."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from kvkeep._errors import ConfigError
@@ -24,7 +24,7 @@ class DiskConfig:
     """A disk tier: a directory of its own, and a cap. What RAM has no room for goes there, and what is there is found
     again after a restart.
 
-    Both doors take it as `disk=DiskConfig(...)`, as `disk="directory"`, or in parts as `disk_path=...`, `disk_size_gb=...` and so on.
+    The doors take it as `disk=DiskConfig(...)`, as `disk="directory"`, or in parts as `disk_path=...`, `disk_size_gb=...` and so on.
     """
 
     path: str | os.PathLike[str]
@@ -79,9 +79,10 @@ class RemoteConfig:
         return f"RemoteConfig(prefix={self.prefix!r}, size_gb={self.size_gb}, deadline_seconds={self.deadline_seconds})"
 
 
-class DiskOptions(TypedDict, total=False):
-    """The parts of a `DiskConfig`, as keyword arguments of both doors."""
+class TierOptions(TypedDict, total=False):
+    """What lies behind RAM, as keyword arguments of every door: a disk whole or in the parts of a `DiskConfig`, a daemon, a store."""
 
+    disk: DiskConfig | str | os.PathLike[str] | None
     disk_path: str | os.PathLike[str] | None
     disk_size_gb: float
     disk_write: DiskWrite
@@ -89,6 +90,9 @@ class DiskOptions(TypedDict, total=False):
     disk_key_file: str | os.PathLike[str] | None
     disk_flush_timeout_seconds: float
     disk_codec: DiskCodec
+    daemon: str | os.PathLike[str] | None
+    daemon_token_file: str | os.PathLike[str] | None
+    remote: RemoteConfig | str | None
 
 
 _PREFIX = "disk_"
@@ -98,39 +102,35 @@ def settings(
     max_size_gb: float,
     default_ttl_seconds: float | None,
     policy: str,
-    disk: DiskConfig | str | os.PathLike[str] | None,
-    remote: RemoteConfig | str | None,
-    options: Mapping[str, Any],
+    tiers: TierOptions,
     quotas: Mapping[Any, float] | None = None,
-    daemon: str | os.PathLike[str] | None = None,
-    daemon_token_file: str | os.PathLike[str] | None = None,
 ) -> Settings:
     """What the extension takes.
 
     Raises `ConfigError` for a disk that is given twice or in part, or a token for no daemon; `TypeError` for an option that
     there is not.
     """
-    if daemon is None and daemon_token_file is not None:
+    for name in tiers:
+        if name not in TierOptions.__annotations__:
+            raise TypeError(f"there is no option {name!r}: those of tiers are {', '.join(sorted(TierOptions.__annotations__))}")
+    daemon, token_file, remote = tiers.get("daemon"), tiers.get("daemon_token_file"), tiers.get("remote")
+    if daemon is None and token_file is not None:
         raise ConfigError("daemon_token_file without daemon: give the daemon's socket, or leave it out")
-    token_file = None if daemon_token_file is None else os.fspath(daemon_token_file)
-    whole = disk_config(disk, options)
+    disk = _disk(tiers)
     return {
         "max_size_gb": max_size_gb,
         "default_ttl_seconds": default_ttl_seconds,
         "policy": policy,
         "quotas": [(namespace.raw, weight) for namespace, weight in (quotas or {}).items()],
-        "disk": None if whole is None else _raw(whole),
+        "disk": None if disk is None else _raw_disk(disk),
         "remote": None if remote is None else _raw_remote(remote),
-        "daemon": None if daemon is None else (os.fspath(daemon), token_file),
+        "daemon": None if daemon is None else (os.fspath(daemon), None if token_file is None else os.fspath(token_file)),
     }
 
 
-def disk_config(disk: DiskConfig | str | os.PathLike[str] | None, options: Mapping[str, Any]) -> DiskConfig | None:
+def _disk(tiers: Mapping[str, Any]) -> DiskConfig | None:
     """The disk tier that is meant, or None."""
-    known = {_PREFIX + field.name for field in fields(DiskConfig)}
-    for name in options:
-        if name not in known:
-            raise TypeError(f"there is no option {name!r}: those of a disk are {', '.join(sorted(known))}")
+    disk, options = tiers.get("disk"), {name: value for name, value in tiers.items() if name.startswith(_PREFIX)}
     if disk is not None and options:
         raise ConfigError(f"disk and {', '.join(options)} are both given: give DiskConfig(...) alone, or its parts")
     if isinstance(disk, DiskConfig):
@@ -146,7 +146,7 @@ def disk_config(disk: DiskConfig | str | os.PathLike[str] | None, options: Mappi
     return DiskConfig(**parts)
 
 
-def _raw(disk: DiskConfig) -> tuple[str, float, str, str, str | None, float, str]:
+def _raw_disk(disk: DiskConfig) -> tuple[str, float, str, str, str | None, float, str]:
     key_file = None if disk.key_file is None else os.fspath(disk.key_file)
     path, flush_timeout = os.fspath(disk.path), disk.flush_timeout_seconds
     return path, disk.size_gb, disk.write, disk.admission, key_file, flush_timeout, disk.codec

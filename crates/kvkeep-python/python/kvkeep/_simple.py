@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvkeep._errors import DeviceError
 from kvkeep._gpu import Home, spec
 from kvkeep._kvkeep import NamedCache, Outcome
-from kvkeep._settings import DiskConfig, DiskOptions, Policy, RemoteConfig, settings
+from kvkeep._settings import Policy, TierOptions, settings
 from kvkeep._stats import Stats, html_of, text_of
 
 if TYPE_CHECKING:
@@ -47,13 +46,9 @@ class SimpleKVCache(NamedCache):
         default_ttl_seconds: float | None = 3600.0,
         *,
         policy: Policy = "adaptive",
-        disk: DiskConfig | str | os.PathLike[str] | None = None,
-        remote: RemoteConfig | str | None = None,
-        daemon: str | os.PathLike[str] | None = None,
-        daemon_token_file: str | os.PathLike[str] | None = None,
-        **disk_options: Unpack[DiskOptions],
+        **tiers: Unpack[TierOptions],
     ) -> SimpleKVCache:
-        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, remote, disk_options, None, daemon, daemon_token_file)
+        chosen = settings(max_size_gb, default_ttl_seconds, policy, tiers)
         checked_device(device)
         return super().__new__(cls, chosen)
 
@@ -64,11 +59,7 @@ class SimpleKVCache(NamedCache):
         default_ttl_seconds: float | None = 3600.0,
         *,
         policy: Policy = "adaptive",
-        disk: DiskConfig | str | os.PathLike[str] | None = None,
-        remote: RemoteConfig | str | None = None,
-        daemon: str | os.PathLike[str] | None = None,
-        daemon_token_file: str | os.PathLike[str] | None = None,
-        **disk_options: Unpack[DiskOptions],
+        **tiers: Unpack[TierOptions],
     ) -> None:
         self.device = str(device)
         self._home = Home(self._ram())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,7 +14,7 @@ from kvkeep import _kvkeep
 from kvkeep._errors import LayerCountError, LayoutError, ShapeMismatchError, TokenIdError, UnsupportedTensorError
 from kvkeep._gpu import Gpu, Home, spec
 from kvkeep._kvkeep import DTYPES
-from kvkeep._settings import DiskConfig, DiskOptions, Policy, Priority, RemoteConfig, settings
+from kvkeep._settings import Policy, Priority, TierOptions, settings
 from kvkeep._stats import Stats, html_of, text_of
 from kvkeep._tensors import dtype_code, is_torch, needed, numpy_dtype, torch_dtype
 
@@ -310,13 +309,9 @@ class KVCache:
         default_ttl_seconds: float | None = None,
         policy: Policy = "adaptive",
         quotas: Mapping[Namespace, float] | None = None,
-        disk: DiskConfig | str | os.PathLike[str] | None = None,
-        remote: RemoteConfig | str | None = None,
-        daemon: str | os.PathLike[str] | None = None,
-        daemon_token_file: str | os.PathLike[str] | None = None,
-        **disk_options: Unpack[DiskOptions],
+        **tiers: Unpack[TierOptions],
     ) -> None:
-        chosen = settings(max_size_gb, default_ttl_seconds, policy, disk, remote, disk_options, quotas, daemon, daemon_token_file)
+        chosen = settings(max_size_gb, default_ttl_seconds, policy, tiers, quotas)
         self._raw = _kvkeep.TokenCache(chosen)
         self._home = Home(self._raw.ram())
 

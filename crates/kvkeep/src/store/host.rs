@@ -217,6 +217,9 @@ impl Host {
         }
         if let Content::Block { layout, model } = &meta.content {
             self.models.lock().entry(meta.namespace).or_insert_with(|| (*layout, model.clone()));
+            if let Some(announcer) = self.store.shared.announcer() {
+                announcer.describe(meta.namespace, layout.block_tokens());
+            }
         }
         let made = self.store.reserve_all(meta.namespace, &[bytes]).ok().and_then(|mut made| made.pop());
         made.map_or(Offered::Refused, |pending| Offered::Room(Box::new(HostedRoom { pending, meta, epoch })))

@@ -1,6 +1,6 @@
 //! Pages and numbers: what every part of the format is made of.
 
-use xxhash_rust::xxh3::xxh3_64;
+use twox_hash::XxHash3_64;
 
 /// The unit of everything: what `O_DIRECT` and the arena agree on.
 pub(crate) const PAGE_BYTES: usize = 4096;
@@ -65,7 +65,7 @@ impl Identity {
 
 /// The checksum of payloads, indexes and pages: xxh3, 64 bits, seed 0.
 pub(crate) fn checksum(bytes: &[u8]) -> u64 {
-    xxh3_64(bytes)
+    XxHash3_64::oneshot(bytes)
 }
 
 /// Writes fields one after the other. What does not fit is dropped: sizes are constants.

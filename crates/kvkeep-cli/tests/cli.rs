@@ -642,3 +642,71 @@ fn after_a_restart_the_answer_is_the_same_and_comes_from_the_disk() {
     // The demo leaves a directory that others can look at, and may use it again.
     assert!(kvkeep(&["verify", dir]).status.success());
 }
+
+/// The rows of a replay on many nodes.
+fn on_nodes(arguments: &[&str]) -> Vec<Value> {
+    let output = kvkeep(&[&["replay", "--json"], arguments].concat());
+    assert!(output.status.success(), "{}", stderr(&output));
+    let json: Value = serde_json::from_str(stdout(&output)).unwrap();
+    json["nodes"].as_array().unwrap().clone()
+}
+
+#[test]
+fn one_node_hits_what_the_plain_replay_hits_and_a_store_adds_what_an_unbounded_cache_has() {
+    let chat = ["synthetic:chat", "--capacity", "4000", "--policy", "adaptive"];
+    let rate = replayed(&chat);
+    let rows = on_nodes(&[&chat[..], &["--nodes", "1", "--rate", "5"]].concat());
+    assert_eq!(rows.len(), 3, "three ways to route");
+    let percent = |row: &Value, key: &str| 100.0 * row[key].as_f64().unwrap();
+    for row in &rows {
+        assert_eq!(percent(row, "ram_block_hit_rate"), rate("adaptive", 4000, "block_hit_rate"), "{row}");
+        assert_eq!(percent(row, "ram_token_hit_rate"), rate("adaptive", 4000, "token_hit_rate"), "{row}");
+        assert_eq!(percent(row, "store_block_hit_rate"), rate("adaptive", 4000, "unbounded_block_hit_rate"), "{row}");
+    }
+}
+
+/// A router that also counted a system prompt as a prefix filled some nodes up to the limit, and sent sessions away from theirs.
+#[test]
+fn on_many_nodes_routing_by_events_finds_about_what_sessions_that_stay_find_and_spreads_the_load() {
+    let arguments =
+        ["synthetic:chat", "--nodes", "8", "--requests", "1500", "--capacity", "4000", "--rate", "3", "--store", "1m"];
+    let rows = on_nodes(&arguments);
+    assert_eq!(rows, on_nodes(&arguments), "it is the same in every run");
+    let of =
+        |routing: &str, key: &str| rows.iter().find(|row| row["routing"] == routing).unwrap()[key].as_f64().unwrap();
+    let found = |routing| of(routing, "ram_block_hit_rate");
+    assert!(found("by_events") > found("by_session") - 0.03, "{rows:?}");
+    assert!(found("by_events") > found("round_robin") + 0.05, "{rows:?}");
+    assert!(of("by_events", "busiest_node_requests") < 1.25, "{rows:?}");
+    assert!(of("by_events", "events_bytes_per_s") > 0.0);
+    for routing in ["by_session", "by_events"] {
+        let same = of(routing, "store_block_hit_rate") - of("round_robin", "store_block_hit_rate");
+        assert!(same.abs() < 1e-9, "an unbounded store has the same for all: {rows:?}");
+    }
+}
+
+#[test]
+fn nodes_that_cannot_be_are_refused_with_what_to_do() {
+    for (args, says) in [
+        (&["--nodes", "0", "--capacity", "10"][..], "1..=10000"),
+        (&["--nodes", "two", "--capacity", "10"], "invalid"),
+        (&["--nodes", "2"], "--capacity"),
+        (&["--nodes", "2", "--capacity", "0"], "such as 5000"),
+        (&["--nodes", "2", "--capacity", "10", "--requests", "0"], "above 0"),
+        (&["--nodes", "2", "--capacity", "10", "--load-limit", "0.5"], "1 or more"),
+        (&["--nodes", "2", "--capacity", "10", "--disk-capacity", "10"], "cannot be used with"),
+        (&["--capacity", "10", "--rate", "2"], "--nodes"),
+    ] {
+        let output = kvkeep(&[&["replay", "synthetic:chat"], args].concat());
+        assert_eq!(output.status.code(), Some(2), "{args:?}: {}", stderr(&output));
+        assert!(stderr(&output).contains(says), "{args:?}: {}", stderr(&output));
+    }
+    for (args, says) in [
+        (&["--nodes", "2", "--capacity", "10"][..], "give --rate"),
+        (&["--nodes", "2", "--capacity", "10,20", "--rate", "1"], "give one --capacity"),
+    ] {
+        let output = kvkeep(&[&["replay", "synthetic:chat"], args].concat());
+        assert_eq!(output.status.code(), Some(1), "{args:?}");
+        assert!(stderr(&output).contains(says), "{args:?}: {}", stderr(&output));
+    }
+}

@@ -318,7 +318,8 @@ impl ObjectKey {
         mixed = (mixed ^ (mixed >> 33)).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
         mixed ^= mixed >> 33;
         let mut hash = [0; 32];
-        hash.iter_mut().zip(mixed.to_le_bytes()).for_each(|(to, from)| *to = from);
+        let halves = mixed.to_le_bytes().into_iter().chain(number.to_le_bytes());
+        hash.iter_mut().zip(halves).for_each(|(to, from)| *to = from);
         Self { hash, layer: 0 }
     }
 

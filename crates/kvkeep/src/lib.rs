@@ -69,7 +69,7 @@ pub use quantized::{
     SideLoss,
 };
 pub use record::TraceRecorder;
-pub use simulation::{Hits, Simulation};
+pub use simulation::{Changes, Hits, Simulation};
 pub use stats::{Stats, TierStats};
 pub use store::{Lease, LeaseId, Leased, Ram, Removed, Store};
 pub use tensor::{DType, Element, MAX_RANK, Shape, TensorSpec, TensorView, TensorViewMut};

@@ -13,9 +13,10 @@ use std::ops::Range;
 
 use crate::config::WritePolicy;
 use crate::error::{Error, Result};
+use crate::event::Change;
 use crate::eviction::{Admission, Place, PolicyKind, Priority};
 use crate::index::NEVER;
-use crate::key::{NamespaceId, ObjectKey};
+use crate::key::{BlockHash, NamespaceId, ObjectKey};
 use crate::store::OnPresent;
 use crate::store::gate::Gate;
 use crate::store::ledger::{Held, Leaving, Ledger, Request, Reservation, Shortage, Written, new_entry};
@@ -58,6 +59,15 @@ impl Hits {
     pub fn total(self) -> usize {
         self.ram + self.disk
     }
+}
+
+/// What a listener is told after a request: blocks that came to RAM, and blocks that went from it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Changes {
+    /// In the order of their chain.
+    pub stored: Vec<u64>,
+    /// In the order of their eviction.
+    pub removed: Vec<u64>,
 }
 
 impl Simulation {
@@ -111,6 +121,21 @@ impl Simulation {
     /// everything before them.
     pub fn request(&mut self, blocks: &[u64]) -> Hits {
         self.request_of(0, blocks, Priority::Normal)
+    }
+
+    /// As [`Simulation::request`], with what a listener of RAM is told of it.
+    pub fn request_told(&mut self, blocks: &[u64]) -> (Hits, Changes) {
+        self.ram.keep_journal();
+        let hits = self.request(blocks);
+        let mut told = Changes::default();
+        for change in self.ram.take_changes() {
+            match change {
+                Change::Came { block, .. } => told.stored.extend(number(&block)),
+                Change::Went(block) => told.removed.extend(number(&block)),
+                Change::Cleared(_) => {}
+            }
+        }
+        (hits, told)
     }
 
     /// As [`Simulation::request`], by a tenant, whose blocks have numbers of their own.
@@ -178,6 +203,11 @@ fn state(capacity_blocks: u32, policy: PolicyKind, quotas: &[(NamespaceId, f64)]
 
 fn no_capacity() -> Error {
     Error::Config("a capacity of 0 blocks makes no cache: give at least 1".to_owned())
+}
+
+/// The number that a block was made of.
+fn number(block: &BlockHash) -> Option<u64> {
+    block.as_bytes().get(8..16)?.try_into().ok().map(u64::from_le_bytes)
 }
 
 fn tenant(number: u32) -> NamespaceId {

@@ -2,6 +2,7 @@
 //! payloads: the library's own index and policies on block numbers.
 
 mod codecs;
+mod nodes;
 mod optimum;
 mod plot;
 mod report;
@@ -70,8 +71,10 @@ pub(crate) struct ReplayOptions {
     /// The engine's prefill rate, to show the prefill time that hits save
     #[arg(long, value_name = "TOKENS_PER_S", value_parser = positive)]
     pub(crate) prefill_tokens_per_s: Option<f64>,
+    #[command(flatten)]
+    pub(crate) nodes: nodes::NodesOptions,
     /// Draw hit rate against capacity, one line a policy; with several --admission, hit rate against
-    /// blocks written to disk, one point a rule
+    /// blocks written to disk, one point a rule; with --nodes, against the number of nodes
     #[arg(long, value_name = "FILE.svg", value_parser = crate::cli::svg_file)]
     pub(crate) plot: Option<PathBuf>,
     /// Print one JSON object instead of tables
@@ -155,6 +158,9 @@ impl ReplayOptions {
 pub(crate) fn run(options: &ReplayOptions) -> Result<ExitCode> {
     let traces: Vec<Trace> =
         options.traces.iter().map(|source| Trace::open(source, options.block_tokens)).collect::<Result<_>>()?;
+    if !options.nodes.nodes.is_empty() {
+        return nodes::run(&traces, options);
+    }
     let policies = if options.policy.is_empty() { PolicyKind::ALL.to_vec() } else { options.policy.clone() };
     let limits = in_parallel("the optimum", &traces, |trace| Ok(limits(trace, &capacities(options, trace))))?;
     let mut jobs = Vec::new();

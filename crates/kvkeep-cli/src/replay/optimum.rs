@@ -75,7 +75,7 @@ mod tests {
     fn path(leaf: u64) -> Request {
         let mut blocks: Vec<u64> = std::iter::successors(Some(leaf), |n| (n / 2 > 0).then_some(n / 2)).collect();
         blocks.reverse();
-        Request { tokens: blocks.len() as u64, blocks }
+        Request { at_ms: None, tokens: blocks.len() as u64, blocks }
     }
 
     proptest! {

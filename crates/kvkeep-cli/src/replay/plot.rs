@@ -136,7 +136,7 @@ fn thousands(blocks: u64) -> f64 {
 }
 
 /// 1, 2 and 5 of each decade: the others run into each other.
-fn tick(blocks: f64) -> String {
+pub(super) fn tick(blocks: f64) -> String {
     let text = format!("{blocks:.0}");
     if ["1", "2", "5"].contains(&text.trim_end_matches('0')) { text } else { String::new() }
 }

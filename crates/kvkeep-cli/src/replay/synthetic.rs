@@ -210,7 +210,8 @@ impl Maker {
     }
 
     fn request(&mut self, blocks: &[u64]) {
-        self.requests.push(Request { tokens: blocks.len() as u64 * BLOCK_TOKENS, blocks: blocks.to_vec() });
+        let tokens = blocks.len() as u64 * BLOCK_TOKENS;
+        self.requests.push(Request { at_ms: None, tokens, blocks: blocks.to_vec() });
     }
 
     /// Between `least` and `most` (excluded) blocks that never were before.

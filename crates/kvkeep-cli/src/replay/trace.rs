@@ -24,6 +24,9 @@ pub(crate) struct Trace {
 /// One request.
 #[derive(Debug, Clone, Deserialize)]
 pub(crate) struct Request {
+    /// Milliseconds since the trace began, where it says so.
+    #[serde(rename = "timestamp", default)]
+    pub(crate) at_ms: Option<f64>,
     /// The prompt, in tokens.
     #[serde(rename = "input_length")]
     pub(crate) tokens: u64,
@@ -123,7 +126,7 @@ fn decompressed(mut file: BufReader<File>) -> Result<Box<dyn Read>> {
 /// for a last partial one.
 fn infer_block_tokens(requests: &[Request]) -> Option<u64> {
     let fits = |size: &u64| {
-        requests.iter().all(|Request { tokens, blocks }| {
+        requests.iter().all(|Request { tokens, blocks, .. }| {
             let blocks = blocks.len() as u64;
             blocks == tokens / size || blocks == tokens.div_ceil(*size)
         })

@@ -220,8 +220,13 @@ impl Ledger {
     }
 
     /// Somebody wants to know what comes and goes.
-    pub(super) fn keep_journal(&mut self) {
+    pub(crate) fn keep_journal(&mut self) {
         self.journal.keep();
+    }
+
+    /// What came and went since this was last asked for.
+    pub(crate) fn take_changes(&mut self) -> Vec<Change> {
+        self.journal.take()
     }
 
     /// What was written as this kind was read from a tier.
@@ -270,7 +275,7 @@ impl Ledger {
     /// What has happened since this was last asked for.
     pub(super) fn take_news(&mut self) -> News {
         let freed = std::mem::take(&mut self.freed) && self.waiting > 0;
-        News { freed, has_offers: !self.offers.is_empty(), changes: self.journal.take() }
+        News { freed, has_offers: !self.offers.is_empty(), changes: self.take_changes() }
     }
 
     /// The live entry under a key. One that has expired goes.

@@ -116,14 +116,17 @@ fn draw<'a>(area: &Area<'a>, panel: &Panel) -> Drawn<'a> {
             .label(name)
             .legend(move |(x, y)| Circle::new((x + 8, y), 4, color.filled()));
     }
-    legend(&mut chart)
+    legend(&mut chart, SeriesLabelPosition::LowerRight)
 }
 
 /// Says in the lower right what the lines are.
-pub(crate) fn legend<'a, 'b: 'a, CT: CoordTranslate>(chart: &mut ChartContext<'a, SVGBackend<'b>, CT>) -> Drawn<'b> {
+pub(crate) fn legend<'a, 'b: 'a, CT: CoordTranslate>(
+    chart: &mut ChartContext<'a, SVGBackend<'b>, CT>,
+    position: SeriesLabelPosition,
+) -> Drawn<'b> {
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
+        .position(position)
         .label_font((FONT, 14, &INK))
         .background_style(WHITE.mix(0.9))
         .border_style(INK.mix(0.3))

@@ -76,7 +76,7 @@ fn draw<'a>(area: &Area<'a>, trace: &str, rows: &[&Row]) -> Drawn<'a> {
             .label(name)
             .legend(move |(x, y)| Rectangle::new([(x, y - 2), (x + 14, y + 2)], color.filled()));
     }
-    legend(&mut chart)
+    legend(&mut chart, SeriesLabelPosition::LowerRight)
 }
 
 fn draw_writes<'a>(area: &Area<'a>, trace: &str, rows: &[&Row]) -> Drawn<'a> {
@@ -128,7 +128,7 @@ fn draw_writes<'a>(area: &Area<'a>, trace: &str, rows: &[&Row]) -> Drawn<'a> {
             }
         }
     }
-    legend(&mut chart)
+    legend(&mut chart, SeriesLabelPosition::LowerRight)
 }
 
 fn thousands(blocks: u64) -> f64 {

@@ -10,10 +10,13 @@ use crate::plot::{Area, Drawn, FONT, INK, legend, panels};
 
 const PANEL_HEIGHT: u32 = 420;
 
+/// Name, color, points.
+type Line = (String, RGBColor, Vec<(f64, f64)>);
+
 struct Panel {
     title: String,
     y_desc: String,
-    lines: Vec<(String, RGBColor, Vec<(f64, f64)>)>,
+    lines: Vec<Line>,
 }
 
 pub(super) fn scale(path: &Path, rows: &[Row]) -> Result<()> {
@@ -99,5 +102,5 @@ fn draw<'a>(area: &Area<'a>, panel: &Panel) -> Drawn<'a> {
             .label(name)
             .legend(move |(x, y)| Rectangle::new([(x, y - 2), (x + 14, y + 2)], color.filled()));
     }
-    legend(&mut chart)
+    legend(&mut chart, SeriesLabelPosition::MiddleRight)
 }

@@ -1,6 +1,6 @@
 //! What the tier and its tasks share.
 
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -23,8 +23,9 @@ pub(crate) struct Shared {
     pub(crate) queue_bytes: u64,
     pub(crate) deadline: Duration,
     pub(crate) waits: bool,
-    /// Questions under way that nobody waits for.
+    /// Questions under way that nobody waits for, and whether there was one since somebody wanted to know.
     pub(crate) asking: AtomicUsize,
+    pub(crate) has_asked: AtomicBool,
     pub(crate) refresh: Duration,
     pub(crate) ttl: Option<Duration>,
     pub(crate) hedge: Option<Duration>,
@@ -60,6 +61,7 @@ impl Shared {
             deadline: config.deadline,
             waits: config.waits,
             asking: AtomicUsize::new(0),
+            has_asked: AtomicBool::new(false),
             refresh: config.refresh,
             ttl: config.ttl,
             hedge: config.hedge,

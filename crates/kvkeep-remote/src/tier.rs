@@ -92,11 +92,12 @@ impl RemoteTier {
         self.shared.health.allows()
     }
 
-    /// Is the store being asked what something is, for a lookup that did not wait
-    /// ([`RemoteConfig::never_waits`])? No longer than a deadline.
+    /// Is the store being asked what something is, for a lookup that did not wait ([`RemoteConfig::never_waits`]), or was it
+    /// since this was last called? Then it is worth it to look again. A question takes no longer than a deadline.
     #[must_use]
     pub fn is_asking(&self) -> bool {
-        self.shared.asking.load(Ordering::SeqCst) > 0
+        // In this order: one that ends meanwhile has left its mark.
+        self.shared.asking.load(Ordering::SeqCst) > 0 || self.shared.has_asked.swap(false, Ordering::SeqCst)
     }
 
     /// Is all known that lies in the store? Then what does not lie there costs no question.
@@ -128,6 +129,7 @@ impl RemoteTier {
     /// Asks the store what these are. Who looks again finds what it has said.
     fn ask_behind(&self, unknown: Vec<(usize, Name)>) {
         let shared = Arc::clone(&self.shared);
+        shared.has_asked.store(true, Ordering::SeqCst);
         shared.asking.fetch_add(1, Ordering::SeqCst);
         let until = Instant::now() + shared.deadline;
         self.handle.spawn(async move {

@@ -159,12 +159,14 @@ class KvkeepManager(SchedulerHalf[_Request], OffloadingManager):
         self._fetches[self._fetch] = _Fetch(context_id, time.monotonic(), set(places))
         request.coming, request.fetched = (self._fetch, keys), request.fetched | set(keys)
 
-    def _probe(self, names: list[bytes]) -> None:
-        """How fast is the tier where the first of these is? It may be faster by now, or nobody has measured it yet."""
+    def _probe(self, names: list[bytes]) -> bool:
+        """How fast is the tier where the first of these is? It may be faster by now, or nobody has measured it yet. False if none is anywhere."""
         names = names[:_PROBE_BLOCKS]
         places = self._engine.places(names)
-        if place := next(filter(None, places), None):
+        place = next(filter(None, places), None)
+        if place is not None:
             self._engine.probe(place, [name for name, other in zip(names, places) if other == place])
+        return place is not None
 
     def _span(self, request: _Request, keys: list[bytes]) -> tuple[int, int]:
         """The tokens that are computed if these are not loaded."""
@@ -303,8 +305,7 @@ class KvkeepManager(SchedulerHalf[_Request], OffloadingManager):
         now = time.monotonic()
         if self._written and not self.rates.measured and now - self._probed_at > _PROBE_SECONDS:
             # It is on its way down, or there.
-            self._probe(self._written)
-            self._probed_at = now
+            self._probed_at = now if self._probe(self._written) else self._probed_at
         self._prefills.step(context)
         self._collect()
         asked, self._asked = self._asked, {}

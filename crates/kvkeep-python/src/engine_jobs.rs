@@ -37,7 +37,7 @@ pub(crate) struct Job {
 pub(crate) enum Kind {
     Store,
     Load,
-    /// A load into nowhere, to see how fast the disk is.
+    /// A load into nowhere, to see how fast that is.
     Probe,
 }
 

@@ -1,4 +1,4 @@
-//! RAM, and a disk behind it, for an engine whose workers copy between a device and the cache's own memory: what
+//! RAM, and tiers behind it, for an engine whose workers copy between a device and the cache's own memory: what
 //! `kvkeep.vllm`'s `KvkeepOffloadingSpec` is over.
 //!
 //! Invariant: a row that is being written is found by nobody, and one that is held is neither evicted nor written. Nothing
@@ -18,10 +18,9 @@ use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::convert::{policy, seconds, some_seconds};
-use crate::engine_blocks::{Blocks, RawNews};
+use crate::engine_blocks::{Behind, Blocks, RawNews};
 use crate::engine_jobs::Key;
 use crate::engine_rows::{Page, Pool};
-use crate::engine_tier::{RawDir, disk_config};
 use crate::error::{raise, to_python};
 use crate::fork::{Here, Holding};
 use crate::open::waiting;
@@ -73,7 +72,7 @@ struct Engine {
 struct Work {
     wanted: VecDeque<Fetch>,
     ended: Vec<(u64, Match, Duration)>,
-    probed: Vec<(usize, usize, Duration)>,
+    probed: Vec<(String, usize, usize, Duration)>,
     late: u64,
     closed: bool,
 }
@@ -81,10 +80,18 @@ struct Work {
 /// Blocks that are to come up.
 #[derive(Debug)]
 struct Fetch {
-    /// None if they are read into nowhere, to see how fast the disk is.
-    id: Option<u64>,
+    what: What,
     chain: Chain,
     begun: Instant,
+}
+
+/// What for.
+#[derive(Debug)]
+enum What {
+    /// The request of this number.
+    Load(u64),
+    /// To see how fast this tier is: they are read into nowhere.
+    Probe(String),
 }
 
 /// Where a block is read to that nobody wants.
@@ -114,7 +121,7 @@ impl EngineRam {
         py: Python<'_>,
         namespace: &Namespace,
         ram: (u64, String),
-        disk: Option<RawDir>,
+        behind: Behind,
         times: [f64; 2],
         events: bool,
     ) -> PyResult<Self> {
@@ -126,13 +133,9 @@ impl EngineRam {
         }
         let [load, flush] = times;
         let load_time = some_seconds(load, "load_timeout_s")?;
-        let mut config = CacheConfig::new(rows * row_bytes as u64).policy(policy(&name)?);
-        if let Some(disk) = disk {
-            config = config.disk(disk_config(disk, load_time, some_seconds(flush, "flush_timeout_s")?)?);
-        }
-        let namespace = namespace.0.clone();
-        let opened = waiting(py, move || Blocks::open(config, namespace, events))?;
-        let blocks = opened.map_err(|error| to_python(&error))?;
+        let config = CacheConfig::new(rows * row_bytes as u64).policy(policy(&name)?);
+        let times = (load_time, some_seconds(flush, "flush_timeout_s")?);
+        let blocks = Blocks::open(py, config, behind, times, namespace.0.clone(), events)?;
         let engine = Arc::new(Engine {
             blocks,
             row_bytes,
@@ -162,10 +165,15 @@ impl EngineRam {
         Ok(py.detach(|| engine.blocks.cache.hold_chain(&engine.blocks.chain(&keys)?)).map(|found| engine.held(found)))
     }
 
-    /// Which of these the disk has.
-    fn has(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<Vec<bool>> {
+    /// Where each of these can be brought up from now.
+    fn places(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<Vec<Option<&'static str>>> {
         let engine = self.engine()?;
-        Ok(py.detach(|| engine.blocks.has(&keys)))
+        Ok(py.detach(|| engine.blocks.places(&keys)))
+    }
+
+    /// May more be there than was said, since a store is being asked?
+    fn is_asking(&self) -> PyResult<bool> {
+        Ok(self.engine()?.blocks.is_asking())
     }
 
     /// Begins to store those of these from `first` on that are not in RAM. What comes before them is only known.
@@ -215,20 +223,20 @@ impl EngineRam {
         Ok(())
     }
 
-    /// Begins to bring these up from the disk.
+    /// Begins to bring these up.
     fn fetch(&self, id: u64, keys: Vec<Key>) -> PyResult<()> {
-        self.engine()?.want(Some(id), &keys)
+        self.engine()?.want(What::Load(id), &keys)
     }
 
-    /// Begins to read these from the disk into nowhere, to see how fast it is.
-    fn probe(&self, keys: Vec<Key>) -> PyResult<()> {
-        self.engine()?.want(None, &keys)
+    /// Begins to read these from this tier into nowhere, to see how fast it is.
+    fn probe(&self, tier: String, keys: Vec<Key>) -> PyResult<()> {
+        self.engine()?.want(What::Probe(tier), &keys)
     }
 
-    /// What was read into nowhere since this was last asked: blocks that came, blocks that were wanted, seconds.
-    fn probed(&self) -> PyResult<Vec<(usize, usize, f64)>> {
+    /// What was read into nowhere since this was last asked: the tier, blocks that came, blocks that were wanted, seconds.
+    fn probed(&self) -> PyResult<Vec<(String, usize, usize, f64)>> {
         let probed = std::mem::take(&mut self.engine()?.work().probed);
-        Ok(probed.into_iter().map(|(came, wanted, time)| (came, wanted, time.as_secs_f64())).collect())
+        Ok(probed.into_iter().map(|(tier, came, wanted, time)| (tier, came, wanted, time.as_secs_f64())).collect())
     }
 
     /// What has come up since this was last asked: number, seconds, and the blocks, held.
@@ -244,7 +252,7 @@ impl EngineRam {
         waiting(py, move || engine.blocks.cache.evict_all(time))
     }
 
-    /// What came to RAM and to the disk and went from them since this was last asked, in order: tier, is removed, names.
+    /// What came to RAM and to the tiers and went from them since this was last asked, in order: tier, is removed, names.
     fn take_events<'py>(&self, py: Python<'py>) -> PyResult<RawNews<'py>> {
         Ok(self.engine()?.blocks.take_events(py))
     }
@@ -254,7 +262,7 @@ impl EngineRam {
         waiting(py, move || engine.blocks.cache.flush())?.map_err(|error| to_python(&error))
     }
 
-    /// Of RAM, of the disk, and of what came up.
+    /// Of RAM, of the tiers, and of what came up.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let engine = self.engine()?;
         let dict = stats::to_dict(py, &py.detach(|| engine.blocks.cache.stats()))?;
@@ -328,7 +336,8 @@ impl Engine {
             let thread = thread::Builder::new().name("kvkeep-fetch".to_owned()).spawn(move || {
                 while let Some(engine) = weak.upgrade() {
                     match engine.next() {
-                        Some(Some(fetch)) => engine.bring(&fetch),
+                        Some(Some(Fetch { what: What::Load(id), chain, begun })) => engine.bring(id, &chain, begun),
+                        Some(Some(Fetch { what: What::Probe(tier), chain, .. })) => engine.probe(tier, &chain),
                         Some(None) => {}
                         None => return,
                     }
@@ -343,12 +352,12 @@ impl Engine {
         self.work.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn want(&self, id: Option<u64>, keys: &[Key]) -> PyResult<()> {
+    fn want(&self, what: What, keys: &[Key]) -> PyResult<()> {
         let Some(chain) = self.blocks.chain(keys) else { return Err(raise("ConfigError", "give keys to read")) };
-        if id.is_some() {
+        if matches!(what, What::Load(_)) {
             self.blocks.expect(keys);
         }
-        self.work().wanted.push_back(Fetch { id, chain, begun: Instant::now() });
+        self.work().wanted.push_back(Fetch { what, chain, begun: Instant::now() });
         self.more.notify_one();
         Ok(())
     }
@@ -372,11 +381,10 @@ impl Engine {
     }
 
     /// Brings these blocks up, as many as come in time. What waited for its turn too long gets what is in RAM.
-    fn bring(&self, fetch: &Fetch) {
-        let Some(id) = fetch.id else { return self.probe(&fetch.chain) };
-        let is_late = fetch.begun.elapsed() >= self.load_time;
-        let found = if is_late { None } else { Some(self.blocks.cache.pin_chain(&fetch.chain)) };
-        let time = fetch.begun.elapsed();
+    fn bring(&self, id: u64, chain: &Chain, begun: Instant) {
+        let is_late = begun.elapsed() >= self.load_time;
+        let found = if is_late { None } else { Some(self.blocks.cache.pin_chain(chain)) };
+        let time = begun.elapsed();
         let mut work = self.work();
         work.late += u64::from(is_late || time >= self.load_time);
         match found {
@@ -385,7 +393,7 @@ impl Engine {
         }
     }
 
-    fn probe(&self, chain: &Chain) {
+    fn probe(&self, tier: String, chain: &Chain) {
         let (begun, (came, coming)) = (Instant::now(), mpsc::channel());
         let target = |_| Box::new(Nowhere { page: self.bounce.take(), came: came.clone() }) as Box<dyn ReadTarget>;
         self.blocks.cache.read_lent(chain, 0, (0..chain.blocks()).map(target).collect());
@@ -394,7 +402,7 @@ impl Engine {
         while coming.recv_timeout(self.load_time.saturating_sub(begun.elapsed())).is_ok() {
             blocks += 1;
         }
-        self.work().probed.push((blocks, chain.blocks(), begun.elapsed()));
+        self.work().probed.push((tier, blocks, chain.blocks(), begun.elapsed()));
     }
 
     fn close(self: Arc<Self>) -> kvkeep::Result<()> {

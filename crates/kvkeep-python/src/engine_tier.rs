@@ -1,4 +1,4 @@
-//! A disk behind an engine that keeps KV in RAM of its own: what `kvkeep.vllm` puts under vLLM's tiering.
+//! Tiers behind an engine that keeps KV in RAM of its own: what `kvkeep.vllm` puts under vLLM's tiering.
 //!
 //! Nothing here waits, but [`EngineTier::drain`] and [`EngineTier::close`]. A store is copied out of its row by a thread
 //! of this module and written by the disk's; a load is read and checked by the disk's threads and copied into its row by
@@ -12,14 +12,13 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-use kvkeep::tiers::Codecs;
 use kvkeep::tiers::{Payload, ReadTarget};
-use kvkeep::{CacheConfig, DiskConfig, StoreOptions};
+use kvkeep::{CacheConfig, StoreOptions};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
 use crate::convert::{seconds, some_seconds};
-use crate::engine_blocks::{Blocks, RawNews};
+use crate::engine_blocks::{Behind, Blocks, RawNews};
 use crate::engine_jobs::{Job, Jobs, Key, Kind, Staged, Target};
 use crate::engine_rows::{Pool, Rows};
 use crate::error::{raise, to_python};
@@ -67,9 +66,6 @@ struct Queue {
     closed: bool,
 }
 
-/// What a tier is opened with: directory, bytes, bytes of the queue, key file, codec.
-pub(crate) type RawDir = (std::path::PathBuf, u64, u64, Option<std::path::PathBuf>, String);
-
 #[pymethods]
 impl EngineTier {
     /// `rows` is a writeable array of bytes, `[rows, bytes]`. `times` are seconds: of a load, of a store, of a flush.
@@ -78,7 +74,7 @@ impl EngineTier {
         py: Python<'_>,
         rows: &Bound<'_, PyAny>,
         namespace: &Namespace,
-        disk: RawDir,
+        behind: Behind,
         times: [f64; 3],
         events: bool,
     ) -> PyResult<Self> {
@@ -88,11 +84,9 @@ impl EngineTier {
         }
         let [load, store, flush] = times;
         let (load, store) = (some_seconds(load, "load_timeout_s")?, some_seconds(store, "store_timeout_s")?);
-        let queue_bytes = disk.2;
-        let config = disk_config(disk, load, some_seconds(flush, "flush_timeout_s")?)?;
-        let (config, namespace) = (CacheConfig::without_ram().disk(config), namespace.0.clone());
-        let opened = waiting(py, move || Blocks::open(config, namespace, events))?;
-        let blocks = opened.map_err(|error| to_python(&error))?;
+        let (queue_bytes, flush) = (behind.queue_bytes, some_seconds(flush, "flush_timeout_s")?);
+        let config = CacheConfig::without_ram();
+        let blocks = Blocks::open(py, config, behind, (load, flush), namespace.0.clone(), events)?;
         let row_bytes = rows.row_bytes();
         let staged = usize::try_from(queue_bytes).unwrap_or(usize::MAX) / row_bytes;
         let engine = Arc::new(Engine {
@@ -110,10 +104,15 @@ impl EngineTier {
         Ok(Self { here: Here::new(Mutex::new(Some(engine))) })
     }
 
-    /// Which of these can be loaded now.
-    fn has(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<Vec<bool>> {
+    /// Where each of these can be loaded from now.
+    fn places(&self, py: Python<'_>, keys: Vec<Key>) -> PyResult<Vec<Option<&'static str>>> {
         let engine = self.engine()?;
-        Ok(py.detach(|| engine.blocks.has(&keys)))
+        Ok(py.detach(|| engine.blocks.places(&keys)))
+    }
+
+    /// May more be there than was said, since a store is being asked?
+    fn is_asking(&self) -> PyResult<bool> {
+        Ok(self.engine()?.blocks.is_asking())
     }
 
     /// Begins to store rows; the job ends by itself.
@@ -132,7 +131,7 @@ impl EngineTier {
         begun(py.detach(|| engine.load(id, Kind::Load, &keys, rows)))
     }
 
-    /// Begins to load into nowhere, to see how fast the disk is.
+    /// Begins to load into nowhere, to see how fast that is.
     fn probe(&self, py: Python<'_>, id: u64, keys: Vec<Key>) -> PyResult<()> {
         let engine = self.engine()?;
         begun(py.detach(|| engine.load(id, Kind::Probe, &keys, vec![0; keys.len()])))
@@ -186,7 +185,13 @@ impl EngineTier {
         }))
     }
 
-    /// What came to the disk and went from it since this was last asked, in order: tier, is removed, names.
+    /// Removes all that the namespace has, for everybody who shares it.
+    fn clear(&self, py: Python<'_>) -> PyResult<()> {
+        let engine = self.engine()?;
+        waiting(py, move || engine.blocks.clear())
+    }
+
+    /// What came to the tiers and went from them since this was last asked, in order: tier, is removed, names.
     fn take_events<'py>(&self, py: Python<'py>) -> PyResult<RawNews<'py>> {
         Ok(self.engine()?.blocks.take_events(py))
     }
@@ -196,7 +201,7 @@ impl EngineTier {
         waiting(py, move || engine.blocks.cache.flush())?.map_err(|error| to_python(&error))
     }
 
-    /// Of the disk, and of the jobs.
+    /// Of the tiers, and of the jobs.
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let engine = self.engine()?;
         let dict = stats::to_dict(py, &py.detach(|| engine.blocks.cache.stats()))?;
@@ -294,12 +299,12 @@ impl Engine {
 
     /// Copies what is not there yet out of its rows, and has it written.
     fn write(&self, job: &Job, keys: Vec<Key>, options: &StoreOptions) {
-        let there = self.blocks.has(&keys);
+        let there = self.blocks.places(&keys);
         for (block, (key, there)) in keys.into_iter().zip(there).enumerate() {
             if job.is_over() {
                 break;
             }
-            if there || self.write_one(job, block, key, options) {
+            if there.is_some() || self.write_one(job, block, key, options) {
                 job.came(block);
             }
         }
@@ -336,21 +341,6 @@ impl Engine {
         drop(thread.map(thread::JoinHandle::join));
         self.blocks.cache.flush()
     }
-}
-
-/// # Errors
-/// `ConfigError` for a codec that there is not.
-pub(crate) fn disk_config(disk: RawDir, read_timeout: Duration, flush_timeout: Duration) -> PyResult<DiskConfig> {
-    let (dir, capacity_bytes, queue_bytes, key_file, codec) = disk;
-    let config = DiskConfig::new(dir, capacity_bytes)
-        .queue_bytes(queue_bytes)
-        .codecs(Codecs::named(&codec).map_err(|error| to_python(&error))?)
-        .read_timeout(read_timeout)
-        .flush_timeout(flush_timeout);
-    Ok(match key_file {
-        Some(key_file) => config.key_file(key_file),
-        None => config,
-    })
 }
 
 /// # Errors

@@ -19,7 +19,7 @@ use pyo3::prelude::*;
 use crate::convert::{policy, seconds, some_seconds};
 use crate::error::{raise, to_python};
 use crate::fork::Here;
-use crate::remote::{self, RawRemote};
+use crate::remote::{self, Lookups, RawRemote};
 use crate::tokens::Namespace;
 
 /// Directory, GiB, when it is written (`through` or `back`), what is admitted, key file, seconds to wait for a disk
@@ -42,13 +42,15 @@ pub(crate) struct Settings {
     disk: Option<RawDisk>,
     #[pyo3(item)]
     remote: Option<RawRemote>,
-    /// The socket of a daemon, and the file that says who this is.
     #[pyo3(item)]
-    daemon: Option<(PathBuf, Option<PathBuf>)>,
+    daemon: Option<RawDaemon>,
 }
 
-/// What waits to be written to a store over a network is at most this part of RAM.
-const REMOTE_QUEUE_DIVISOR: u64 = 8;
+/// The socket of a daemon, and the file that says who this is.
+pub(crate) type RawDaemon = (PathBuf, Option<PathBuf>);
+
+/// What waits to be written to a daemon or to a store over a network is at most this part of RAM.
+const QUEUE_DIVISOR: u64 = 8;
 /// How often a thread that waits looks for signals.
 const LOOK_EVERY: Duration = Duration::from_millis(50);
 
@@ -79,19 +81,17 @@ impl<T: Clone + Send + 'static> Open<T> {
         if let Some(disk) = disk {
             config = config.disk(disk_config(disk)?);
         }
-        if let Some((socket, token_file)) = daemon {
-            let open = move || daemon_tier(&socket, token_file.as_deref(), max_size_gb);
-            config = config.tier(waiting(py, open)?.map_err(|error| to_python(&error))?);
+        #[expect(
+            clippy::cast_possible_truncation,
+            clippy::cast_sign_loss,
+            reason = "checked above; of bytes, not exact"
+        )]
+        let queue_bytes = (max_size_gb * f64::from(1 << 30)) as u64 / QUEUE_DIVISOR;
+        if let Some(daemon) = daemon {
+            config = config.tier_before_disk(daemon_tier(py, daemon, queue_bytes)?);
         }
         if let Some(remote) = remote {
-            #[expect(
-                clippy::cast_possible_truncation,
-                clippy::cast_sign_loss,
-                reason = "checked above; of bytes, not exact"
-            )]
-            let queue_bytes = (max_size_gb * f64::from(1 << 30)) as u64 / REMOTE_QUEUE_DIVISOR;
-            let tier = waiting(py, move || remote::open(remote, queue_bytes))??;
-            config = config.tier(tier);
+            config = config.tier(remote::open(py, remote, queue_bytes, Lookups::Wait)?);
         }
         let opened = if may_wait { waiting(py, || open(config))? } else { open(config) };
         let cache = opened.map_err(|error| to_python(&error))?;
@@ -154,12 +154,19 @@ pub(crate) fn interrupted() -> bool {
     Python::attach(|py| py.check_signals().map_err(|raised| raised.restore(py)).is_err())
 }
 
-/// What waits to be written to it is at most an eighth of the cache's RAM.
+/// A daemon's RAM; what waits to be written to it takes `queue_bytes` at most.
+pub(crate) fn daemon_tier(
+    py: Python<'_>,
+    (socket, token_file): RawDaemon,
+    queue_bytes: u64,
+) -> PyResult<Arc<dyn kvkeep::Tier>> {
+    let open = move || connect(&socket, token_file.as_deref(), queue_bytes);
+    waiting(py, open)?.map_err(|error| to_python(&error))
+}
+
 #[cfg(target_os = "linux")]
-fn daemon_tier(socket: &Path, token_file: Option<&Path>, max_size_gb: f64) -> kvkeep::Result<Arc<dyn kvkeep::Tier>> {
+fn connect(socket: &Path, token_file: Option<&Path>, queue_bytes: u64) -> kvkeep::Result<Arc<dyn kvkeep::Tier>> {
     use kvkeep_daemon::{DaemonTier, DaemonTierConfig, read_token};
-    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "saturates, and was checked before")]
-    let queue_bytes = (max_size_gb * f64::from(1 << 27)) as u64;
     let mut config = DaemonTierConfig::new(socket).queue_bytes(queue_bytes);
     if let Some(file) = token_file {
         let (name, token) = read_token(file)?;
@@ -169,7 +176,7 @@ fn daemon_tier(socket: &Path, token_file: Option<&Path>, max_size_gb: f64) -> kv
 }
 
 #[cfg(not(target_os = "linux"))]
-fn daemon_tier(_: &Path, _: Option<&Path>, _: f64) -> kvkeep::Result<Arc<dyn kvkeep::Tier>> {
+fn connect(_: &Path, _: Option<&Path>, _: u64) -> kvkeep::Result<Arc<dyn kvkeep::Tier>> {
     Err(kvkeep::Error::Config("a daemon needs Linux: leave it out".to_owned()))
 }
 

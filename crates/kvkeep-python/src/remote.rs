@@ -12,6 +12,7 @@ use pyo3::prelude::*;
 
 use crate::convert::{seconds, some_seconds};
 use crate::error::{raise, to_python};
+use crate::open::waiting;
 
 /// As the dataclass `RemoteConfig` has it.
 #[derive(Debug, FromPyObject)]
@@ -34,8 +35,25 @@ pub(crate) struct RawRemote {
     variables: HashMap<String, String>,
 }
 
+/// What a lookup does while the store says what it has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Lookups {
+    Wait,
+    /// It looks again.
+    Return,
+}
+
 /// Opens it; what waits to be written takes `queue_bytes` of RAM at most.
-pub(crate) fn open(raw: RawRemote, queue_bytes: u64) -> PyResult<Arc<RemoteTier>> {
+pub(crate) fn open(py: Python<'_>, raw: RawRemote, queue_bytes: u64, lookups: Lookups) -> PyResult<Arc<RemoteTier>> {
+    let mut config = config(raw)?.queue_bytes(queue_bytes);
+    if lookups == Lookups::Return {
+        config = config.never_waits();
+    }
+    let opened = waiting(py, move || RemoteTier::open(&config))?;
+    Ok(Arc::new(opened.map_err(|error| to_python(&error))?))
+}
+
+fn config(raw: RawRemote) -> PyResult<RemoteConfig> {
     let RawRemote { url, prefix, size_gb, deadline_seconds, ttl_seconds, key_file, codec, variables } = raw;
     if !(size_gb.is_finite() && size_gb > 0.0) {
         return Err(raise("ConfigError", &format!("RemoteConfig.size_gb is {size_gb}: give a number above 0")));
@@ -45,7 +63,6 @@ pub(crate) fn open(raw: RawRemote, queue_bytes: u64) -> PyResult<Arc<RemoteTier>
     let mut config = RemoteConfig::new(url)
         .prefix(prefix)
         .capacity_bytes(capacity_bytes)
-        .queue_bytes(queue_bytes)
         .deadline(some_seconds(deadline_seconds, "RemoteConfig.deadline_seconds")?)
         .ttl(seconds(ttl_seconds, "RemoteConfig.ttl_seconds")?)
         .codecs(Codecs::named(&codec).map_err(|error| to_python(&error))?)
@@ -53,5 +70,5 @@ pub(crate) fn open(raw: RawRemote, queue_bytes: u64) -> PyResult<Arc<RemoteTier>
     if let Some(key_file) = key_file {
         config = config.key_file(key_file);
     }
-    Ok(Arc::new(RemoteTier::open(&config).map_err(|error| to_python(&error))?))
+    Ok(config)
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import layers_of, pair
+from daemons import start
 
 from kvkeep import ConfigError, KVCache, Namespace, QuantizedKVCache, SimpleKVCache
-
-REPOSITORY = Path(__file__).resolve().parents[3]
-BUILT = [REPOSITORY / "target" / profile / "kvkeep" for profile in ("debug", "release")]
-COMMAND = shutil.which("kvkeep") or next((str(path) for path in BUILT if path.exists()), None)
 
 STORE = """
 import sys
@@ -33,18 +29,6 @@ cache.close()
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="a daemon needs Linux")
 pytestmark = linux
-
-
-def start(socket: Path) -> subprocess.Popen[str]:
-    if COMMAND is None:
-        pytest.skip("the command kvkeep is not built")
-    daemon = subprocess.Popen(
-        [COMMAND, "daemon", "--socket", str(socket), "--ram-gib", "0.0625"], stderr=subprocess.PIPE, text=True
-    )
-    assert daemon.stderr is not None
-    while "listening at" not in (line := daemon.stderr.readline()):
-        assert line, "the daemon ended"
-    return daemon
 
 
 @pytest.fixture

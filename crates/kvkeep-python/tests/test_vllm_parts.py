@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 
 from kvkeep._engines import weights
+from kvkeep._engines.settings import Settings
 from kvkeep._engines.worth import Rates, RatesFile
 from kvkeep._worth import MARGIN
 from kvkeep.vllm import _hints
@@ -82,17 +84,50 @@ TOKEN_BYTES = 128 << 10
 def test_a_slow_disk_is_never_slower_than_computing(tokens: int) -> None:
     """A tier that loads whatever it has took 687 ms for 8,192 tokens and 2,400 ms for 32,768."""
     rates = h100()
-    rates.loaded(1 << 30, 0.6)
-    assert not rates.pays(0, tokens, tokens * TOKEN_BYTES)
+    rates.loaded("disk", 1 << 30, 0.6)
+    assert not rates.pays(0, tokens, {"disk": tokens * TOKEN_BYTES})
     assert not rates.could_pay(256, 256 * TOKEN_BYTES, 33_000)
 
 
 def test_a_fast_disk_pays_where_its_load_is_shorter() -> None:
     rates = h100()
-    rates.loaded(7 << 30, 1.0)
-    assert rates.pays(0, 32768, 32768 * TOKEN_BYTES)
-    assert rates.load_seconds(32768 * TOKEN_BYTES) < MARGIN * rates.compute_seconds(0, 32768)
-    assert not rates.pays(0, 64, 64 * TOKEN_BYTES), "a step takes its time anyway"
+    rates.loaded("disk", 7 << 30, 1.0)
+    assert rates.pays(0, 32768, {"disk": 32768 * TOKEN_BYTES})
+    assert rates.load_seconds({"disk": 32768 * TOKEN_BYTES}) < MARGIN * rates.compute_seconds(0, 32768)
+    assert not rates.pays(0, 64, {"disk": 64 * TOKEN_BYTES}), "a step takes its time anyway"
+
+
+def test_each_tier_is_judged_by_its_own_rate() -> None:
+    """A daemon's RAM gives ten times what a disk does: by one rate for both, the one is not read where it pays, or the other where it does not."""
+    rates, size = h100(), 32768 * TOKEN_BYTES
+    rates.loaded("disk", 1 << 30, 1.0)
+    rates.loaded("daemon", 10 << 30, 1.0)
+    assert rates.pays(0, 32768, {"daemon": size}) and not rates.pays(0, 32768, {"disk": size})
+    assert rates.pays(0, 32768, {"daemon": size * 15 // 16, "disk": size // 16}), "a little of it from the disk"
+    assert not rates.pays(0, 32768, {"daemon": size // 2, "disk": size // 2})
+    before = rates.bytes_per_s("disk")
+    rates.loaded("daemon", 1 << 30, 10.0)
+    assert rates.bytes_per_s("disk") == before
+
+
+def test_a_place_for_kv_is_given_and_a_folder_of_the_disk_is_not_a_must(tmp_path: Path) -> None:
+    root = str(tmp_path)
+    with pytest.raises(ValueError, match="no place for KV: give capacity_gb for a disk, a daemon's socket"):
+        Settings.read({"root_dir": root})
+    with pytest.raises(ValueError, match="daemon_token_file without daemon"):
+        Settings.read({"root_dir": root, "capacity_gb": 1, "daemon_token_file": "t"})
+    with pytest.raises(ValueError, match="remote has \\['size'\\]"):
+        Settings.read({"root_dir": root, "remote": {"url": "file:///srv", "size": 1}})
+    with pytest.raises(ValueError, match="capacity_gb is 0"):
+        Settings.read({"root_dir": root, "capacity_gb": 0, "daemon": "s"})
+    alone = Settings.read({"root_dir": root, "daemon": "/run/s"})
+    assert alone.behind("kv-0", 5) == {"disk": None, "daemon": ("/run/s", None), "remote": None, "queue_bytes": 5}
+    assert alone.guess.guesses == {"daemon": 5e9} and alone.ask_seconds == 0
+    # What is encrypted on the disk is not written to a store as it is.
+    both = Settings.read({"root_dir": root, "capacity_gb": 1, "remote": "redis://h", "key_file": "k"})
+    remote = both.behind("kv-0", 5)["remote"]
+    assert remote is not None and remote["key_file"] == "k" and both.ask_seconds == 1
+    assert Settings.read({"root_dir": root, "remote": {"url": "s3://b", "deadline_seconds": 3}}).ask_seconds == 3
 
 
 def test_what_lies_far_behind_is_worth_more_than_what_lies_at_the_beginning() -> None:
@@ -134,17 +169,17 @@ def test_a_batch_that_was_slow_once_is_not_believed() -> None:
 
 def test_nonsense_is_no_measure() -> None:
     rates = h100()
-    before = Rates(**vars(rates))
+    before = deepcopy(rates)
     rates.computed(0, 1)
     rates.computed(10, 0)
-    rates.loaded(0, 1)
-    rates.loaded(10, math.nan)
+    rates.loaded("disk", 0, 1)
+    rates.loaded("disk", 10, math.nan)
     assert rates == before
 
 
 def test_rates_are_kept_by_name_and_a_damaged_file_is_a_guess(tmp_path: Path) -> None:
     path, rates = tmp_path / "rates.json", h100()
-    rates.loaded(1 << 30, 0.5)
+    rates.loaded("disk", 1 << 30, 0.5)
     RatesFile(path, "one").write(rates)
     RatesFile(path, "other").write(Rates())
     assert RatesFile(path, "one").read(Rates()) == rates
@@ -153,7 +188,7 @@ def test_rates_are_kept_by_name_and_a_damaged_file_is_a_guess(tmp_path: Path) ->
     for text in ("", "[]", "{}", whole[:-5], whole.replace("1.0", "-1.0"), whole.replace(": ", ": NaN", 3)):
         path.write_text(text)
         read = RatesFile(path, "one").read(Rates())
-        assert read in (Rates(), rates) and 0 < read.disk_bytes_per_s < math.inf
+        assert read in (Rates(), rates) and 0 < read.bytes_per_s("disk") < math.inf
 
 
 def test_hints_that_make_no_sense_are_left_out_and_the_others_hold() -> None:

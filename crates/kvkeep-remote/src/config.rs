@@ -14,6 +14,7 @@ pub struct RemoteConfig {
     pub(crate) capacity_bytes: u64,
     pub(crate) queue_bytes: u64,
     pub(crate) deadline: Duration,
+    pub(crate) waits: bool,
     pub(crate) refresh: Duration,
     pub(crate) ttl: Option<Duration>,
     pub(crate) key_file: Option<PathBuf>,
@@ -39,6 +40,7 @@ impl RemoteConfig {
             capacity_bytes: 10 << 30,
             queue_bytes: 64 << 20,
             deadline: Duration::from_millis(50),
+            waits: true,
             refresh: Duration::from_secs(10),
             ttl: None,
             key_file: None,
@@ -76,6 +78,15 @@ impl RemoteConfig {
     #[must_use]
     pub fn deadline(mut self, deadline: Duration) -> Self {
         self.deadline = deadline;
+        self
+    }
+
+    /// A lookup waits for nothing: what the store has to be asked for is asked in the background, and not there until it has
+    /// answered ([`RemoteTier::is_asking`](crate::RemoteTier::is_asking)). For callers that must not wait, such as an engine's
+    /// scheduler.
+    #[must_use]
+    pub fn never_waits(mut self) -> Self {
+        self.waits = false;
         self
     }
 

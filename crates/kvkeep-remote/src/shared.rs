@@ -1,5 +1,6 @@
 //! What the tier and its tasks share.
 
+use std::sync::atomic::{AtomicBool, AtomicUsize};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -21,6 +22,10 @@ pub(crate) struct Shared {
     pub(crate) capacity_bytes: u64,
     pub(crate) queue_bytes: u64,
     pub(crate) deadline: Duration,
+    pub(crate) waits: bool,
+    /// Questions under way that nobody waits for, and whether there was one since somebody wanted to know.
+    pub(crate) asking: AtomicUsize,
+    pub(crate) has_asked: AtomicBool,
     pub(crate) refresh: Duration,
     pub(crate) ttl: Option<Duration>,
     pub(crate) hedge: Option<Duration>,
@@ -54,6 +59,9 @@ impl Shared {
             capacity_bytes: config.capacity_bytes,
             queue_bytes: config.queue_bytes,
             deadline: config.deadline,
+            waits: config.waits,
+            asking: AtomicUsize::new(0),
+            has_asked: AtomicBool::new(false),
             refresh: config.refresh,
             ttl: config.ttl,
             hedge: config.hedge,

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -91,6 +92,14 @@ impl RemoteTier {
         self.shared.health.allows()
     }
 
+    /// Is the store being asked what something is, for a lookup that did not wait ([`RemoteConfig::never_waits`]), or was it
+    /// since this was last called? Then it is worth it to look again. A question takes no longer than a deadline.
+    #[must_use]
+    pub fn is_asking(&self) -> bool {
+        // In this order: one that ends meanwhile has left its mark.
+        self.shared.asking.load(Ordering::SeqCst) > 0 || self.shared.has_asked.swap(false, Ordering::SeqCst)
+    }
+
     /// Is all known that lies in the store? Then what does not lie there costs no question.
     #[must_use]
     pub fn knows_all(&self) -> bool {
@@ -115,6 +124,18 @@ impl RemoteTier {
                 Err(RecvTimeoutError::Timeout | RecvTimeoutError::Disconnected) => return,
             }
         }
+    }
+
+    /// Asks the store what these are. Who looks again finds what it has said.
+    fn ask_behind(&self, unknown: Vec<(usize, Name)>) {
+        let shared = Arc::clone(&self.shared);
+        shared.has_asked.store(true, Ordering::SeqCst);
+        shared.asking.fetch_add(1, Ordering::SeqCst);
+        let until = Instant::now() + shared.deadline;
+        self.handle.spawn(async move {
+            reader::ask(Arc::clone(&shared), unknown, mpsc::channel().0, until).await;
+            shared.asking.fetch_sub(1, Ordering::SeqCst);
+        });
     }
 
     /// Takes one offer, if there is room in time.
@@ -192,8 +213,10 @@ impl Tier for RemoteTier {
                 }
             }
         }
-        if !unknown.is_empty() {
+        if !unknown.is_empty() && self.shared.waits {
             self.ask(unknown, deadline, &mut places);
+        } else if !unknown.is_empty() {
+            self.ask_behind(unknown);
         }
         places
     }

@@ -37,7 +37,10 @@ pub struct CacheConfig {
     pub(crate) clock: Arc<dyn Clock>,
     #[cfg(feature = "disk")]
     pub(crate) disk: Option<DiskConfig>,
+    /// Those before the disk, and those behind it.
+    pub(crate) near: Vec<Arc<dyn Tier>>,
     pub(crate) tiers: Vec<Arc<dyn Tier>>,
+    pub(crate) timeouts: (Duration, Duration),
     /// Other processes will map its memory.
     pub(crate) is_shared: bool,
     pub(crate) sink: Option<Arc<dyn EventSink>>,
@@ -167,7 +170,9 @@ impl CacheConfig {
             clock: Arc::new(SystemClock::new()),
             #[cfg(feature = "disk")]
             disk: None,
+            near: Vec::new(),
             tiers: Vec::new(),
+            timeouts: (READ_TIMEOUT, FLUSH_TIMEOUT),
             is_shared: false,
             sink: None,
         }
@@ -201,6 +206,21 @@ impl CacheConfig {
     #[must_use]
     pub fn disk(mut self, disk: DiskConfig) -> Self {
         self.disk = Some(disk);
+        self
+    }
+
+    /// A tier that is faster than a disk, such as the RAM of a daemon: behind RAM and those given before, and before the disk.
+    #[must_use]
+    pub fn tier_before_disk(mut self, tier: Arc<dyn Tier>) -> Self {
+        self.near.push(tier);
+        self
+    }
+
+    /// How long a request waits for the tiers, and a flush for one sign of life; 5 s and 30 s unless said otherwise. Where there
+    /// is a disk, its own settings hold for all tiers.
+    #[must_use]
+    pub fn timeouts(mut self, request: Duration, flush: Duration) -> Self {
+        self.timeouts = (request, flush);
         self
     }
 

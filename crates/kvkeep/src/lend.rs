@@ -14,7 +14,7 @@ use crate::tier::{Payload, ReadTarget};
 
 impl KvCache {
     /// Offers blocks that an engine keeps to the tiers behind RAM, past RAM, from block `first_block` of a chain on. Each
-    /// payload has the bytes of a block, and stays readable until it is dropped. Says how many were taken.
+    /// payload has the bytes of a block, and stays readable until it is dropped. Says how many a tier took.
     pub fn write_lent(
         &self,
         chain: &Chain,
@@ -32,10 +32,10 @@ impl KvCache {
         self.store_handle().read_lent(&self.store_handle().own(chain), first_block, targets)
     }
 
-    /// Which of these blocks a tier has and can read now.
+    /// The name of the tier that has each of these blocks and would be read for it now: the first one in their order.
     #[must_use]
-    pub fn has_lent(&self, chain: &Chain) -> Vec<bool> {
-        self.store_handle().has_lent(&self.store_handle().own(chain))
+    pub fn where_lent(&self, chain: &Chain) -> Vec<Option<&str>> {
+        self.store_handle().where_lent(&self.store_handle().own(chain))
     }
 
     /// These blocks were used where no tier saw it, in the engine's own memory: they are kept longer.

@@ -179,7 +179,7 @@ fn cache(settings: &Settings, dir: Option<&Path>, events: Option<&KvEvents>) -> 
         config = config.disk(disk);
     }
     if let Some(socket) = &settings.daemon {
-        config = config.tier(daemon(socket, settings.daemon_token_file.as_deref(), ram_gib)?);
+        config = config.tier_before_disk(daemon(socket, settings.daemon_token_file.as_deref(), ram_gib)?);
     }
     if let Some(url) = &settings.remote {
         config = config.tier(Arc::new(remote(settings, url)?));

@@ -25,6 +25,17 @@ class RawRemote(TypedDict):
     codec: str
     variables: dict[str, str]
 
+class Behind(TypedDict):
+    """What is behind an engine's RAM."""
+
+    disk: tuple[str, int, str | None, str] | None
+    """Folder, bytes, key file, codec."""
+    daemon: tuple[str, str | None] | None
+    """Socket, and a file with a tenant's token."""
+    remote: RawRemote | None
+    queue_bytes: int
+    """What may wait to be written to all of them."""
+
 class Settings(TypedDict):
     max_size_gb: float
     default_ttl_seconds: float | None
@@ -248,13 +259,13 @@ class EngineBegun:
         """They will not be written, and nothing writes them any more."""
 
 class EngineRam:
-    """RAM and a disk behind it, for an engine whose workers copy between a device and this memory. `ram`: bytes and the policy's name;
-    `disk`: as for `EngineTier`, or none; `times`: seconds of a load and a flush. Keys are the engine's."""
+    """RAM and tiers behind it, for an engine whose workers copy between a device and this memory. `ram`: bytes and the policy's name;
+    `times`: seconds of a load and a flush. Keys are the engine's."""
     def __new__(
         cls,
         namespace: Namespace,
         ram: tuple[int, str],
-        disk: tuple[str, int, int, str | None, str] | None,
+        behind: Behind,
         times: tuple[float, float],
         events: bool,
     ) -> Self: ...
@@ -262,8 +273,10 @@ class EngineRam:
         """The descriptor of the memory, for `/proc/<pid>/fd`, and how many rows it has."""
     def hold(self, keys: Sequence[bytes]) -> EngineHeld | None:
         """All of these, if they are all in RAM."""
-    def has(self, keys: Sequence[bytes]) -> list[bool]:
-        """Which of these the disk has."""
+    def places(self, keys: Sequence[bytes]) -> list[str | None]:
+        """Where each of these would be brought up from, `daemon`, `disk` or `remote`; None of what is in none of them."""
+    def is_asking(self) -> bool:
+        """May more be there than was said, since a store over a network is being asked?"""
     def begin(self, keys: Sequence[bytes], first: int, ttl: float | None, is_kept: bool) -> EngineBegun:
         """Begins to store what is not in RAM of these, from `first` on. What comes before them is only known."""
     def note(self, keys: Sequence[bytes]) -> None:
@@ -271,13 +284,13 @@ class EngineRam:
     def retain(self, keys: Sequence[bytes], time: float | None) -> int: ...
     def release(self, keys: Sequence[bytes]) -> None: ...
     def fetch(self, id: int, keys: Sequence[bytes]) -> None:
-        """Begins to bring these up from the disk."""
+        """Begins to bring these up."""
     def fetched(self) -> list[tuple[int, float, EngineHeld]]:
         """What has come up since: number, seconds, and the blocks, held: the first ones of those that were wanted."""
-    def probe(self, keys: Sequence[bytes]) -> None:
-        """Begins to read these from the disk into nowhere, to see how fast it is."""
-    def probed(self) -> list[tuple[int, int, float]]:
-        """What was read so since: blocks that came, blocks that were wanted, seconds."""
+    def probe(self, tier: str, keys: Sequence[bytes]) -> None:
+        """Begins to read these from this tier into nowhere, to see how fast it is."""
+    def probed(self) -> list[tuple[str, int, int, float]]:
+        """What was read so since: the tier, blocks that came, blocks that were wanted, seconds."""
     def evict_all(self, time: float) -> int:
         """Empties RAM of what is not held, and waits for its writes so long at most."""
     def take_events(self) -> list[tuple[str, bool, list[bytes]]]:
@@ -287,21 +300,22 @@ class EngineRam:
     def close(self) -> None: ...
 
 class EngineTier:
-    """A disk behind an engine that keeps KV in RAM of its own. `rows`: a writeable array of bytes, [rows, bytes]; `disk`: folder, bytes,
-    bytes that may wait, key file, codec; `times`: seconds of a load, a store, a flush. Jobs are begun and later asked for; keys are the engine's."""
+    """Tiers behind an engine that keeps KV in RAM of its own. `rows`: a writeable array of bytes, [rows, bytes]; `times`: seconds of a
+    load, a store, a flush. Jobs are begun and later asked for; keys are the engine's."""
     def __new__(
         cls,
         rows: np.ndarray[Any, np.dtype[np.uint8]],
         namespace: Namespace,
-        disk: tuple[str, int, int, str | None, str],
+        behind: Behind,
         times: tuple[float, float, float],
         events: bool,
     ) -> Self: ...
-    def has(self, keys: Sequence[bytes]) -> list[bool]: ...
+    def places(self, keys: Sequence[bytes]) -> list[str | None]: ...
+    def is_asking(self) -> bool: ...
     def store(self, id: int, keys: Sequence[bytes], rows: Sequence[int], ttl: float | None) -> None: ...
     def load(self, id: int, keys: Sequence[bytes], rows: Sequence[int]) -> None: ...
     def probe(self, id: int, keys: Sequence[bytes]) -> None:
-        """Begins to load into nowhere, to see how fast the disk is."""
+        """Begins to load into nowhere, to see how fast that is."""
     def ended(self) -> list[tuple[int, str, list[int], int, float]]:
         """Number, `store`, `load` or `probe`, positions that are done, blocks, seconds."""
     def drain(self) -> None: ...
@@ -309,6 +323,8 @@ class EngineTier:
     def retain(self, keys: Sequence[bytes], time: float | None) -> int: ...
     def release(self, keys: Sequence[bytes]) -> None: ...
     def remove(self, keys: Sequence[bytes]) -> int: ...
+    def clear(self) -> None:
+        """Removes all that the namespace has, everywhere."""
     def take_events(self) -> list[tuple[str, bool, list[bytes]]]:
         """What came and what went since, in order: tier, is removed, keys."""
     def flush(self) -> None: ...

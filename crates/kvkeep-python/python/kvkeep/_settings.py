@@ -123,7 +123,7 @@ def settings(
         "policy": policy,
         "quotas": [(namespace.raw, weight) for namespace, weight in (quotas or {}).items()],
         "disk": None if disk is None else _raw_disk(disk),
-        "remote": None if remote is None else _raw_remote(remote),
+        "remote": None if remote is None else raw_remote(remote),
         "daemon": None if daemon is None else (os.fspath(daemon), None if token_file is None else os.fspath(token_file)),
     }
 
@@ -152,7 +152,8 @@ def _raw_disk(disk: DiskConfig) -> tuple[str, float, str, str, str | None, float
     return path, disk.size_gb, disk.write, disk.admission, key_file, flush_timeout, disk.codec
 
 
-def _raw_remote(remote: RemoteConfig | str) -> RawRemote:
+def raw_remote(remote: RemoteConfig | str) -> RawRemote:
+    """As the extension takes it."""
     whole = RemoteConfig(remote) if isinstance(remote, str) else remote
     if not isinstance(whole, RemoteConfig):
         raise ConfigError(f"remote is {type(whole).__name__}: give RemoteConfig(...), or a URL such as 'file:///srv/kvkeep'")

@@ -23,7 +23,7 @@ class Ram:
         vllm_config = engine_config(root.parent / "model", **config or {})
         namespace, identity = _identity.namespace(made, vllm_config, offloading_spec(), ROW_BYTES)
         times = (made.load_timeout_s, made.flush_timeout_s)
-        self.engine = _kvkeep.EngineRam(namespace, (rows * ROW_BYTES, made.eviction_policy), made.disk(vllm_config, rows * ROW_BYTES), times, events)
+        self.engine = _kvkeep.EngineRam(namespace, (rows * ROW_BYTES, made.eviction_policy), made.tiers(vllm_config, rows * ROW_BYTES), times, events)
         descriptor, count = self.engine.memory()
         assert count == rows
         place = _rows.publish(root, "lab", descriptor, rows)

@@ -20,6 +20,7 @@ from typing import Any
 
 import models
 import pytest
+from daemons import hold, start
 from slow_disk import SlowDisk, is_possible
 
 ENGINE = str(Path(__file__).with_name("engine.py"))
@@ -198,6 +199,80 @@ def test_after_kill_9_a_new_engine_is_warm(model: str, alone: Engine, tmp_path: 
         assert min(warm["cached"]) >= 640, warm["cached"]
 
 
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    running = start(tmp_path / "s", ram_gib=0.5)
+    yield running
+    running.kill()
+    running.wait(30)
+
+
+def at_daemon(root: Path, **settings: Any) -> dict[str, Any]:
+    """An engine without a disk: what it has outlives it in the daemon."""
+    return {"type": "kvkeep", "root_dir": str(root / "kv"), "daemon": str(root / "s"), "queue_mb": 64, "worth": "always", **settings}
+
+
+@both_ways
+def test_an_engine_that_was_killed_leaves_its_successor_warm_in_the_daemon(model: str, alone: Engine, tmp_path: Path, daemon: Any, whole: bool) -> None:
+    asked = prompts(2, 900)
+    expected = alone.generate(asked, tokens=1)
+    with Engine(model, at_daemon(tmp_path), whole=whole) as first:
+        cold = first.generate(asked)["tokens"]  # of a few tokens: with the last step's end nothing is stored any more
+        assert [tokens[:1] for tokens in cold] == expected["tokens"]
+        first.ask("flush")
+        first.kill()
+    with Engine(model, at_daemon(tmp_path), whole=whole) as second:
+        second.generate(prompts(1, 300, seed=9), tokens=1)  # as the first one, it has compiled what there is to compile
+        warm = second.generate(asked, tokens=1)
+        counters = second.ask("counters")
+        assert warm["tokens"] == expected["tokens"] and warm["cached"] == [896] * 2, counters
+        assert counters["hits"] == 28
+    assert not list((tmp_path / "kv").glob("kv-*")), "nothing of KV on a disk of its own"
+    print(f"\nprefill of two prompts of 900 tokens: {expected['seconds']:.3f} s cold, {warm['seconds']:.3f} s from the daemon")
+    assert warm["seconds"] < expected["seconds"]
+    assert daemon.poll() is None
+
+
+@long_run
+def test_two_engines_at_the_same_time_share_through_the_daemon_and_go_on_without_it(model: str, alone: Engine, tmp_path: Path, daemon: Any) -> None:
+    asked, later = prompts(2, 700), prompts(2, 700, seed=8)
+    expected, expected_later = alone.generate(asked)["tokens"], alone.generate(later)["tokens"]
+    with Engine(model, at_daemon(tmp_path)) as tier, Engine(model, at_daemon(tmp_path), whole=True) as other, Engine(model, at_daemon(tmp_path)) as third:
+        assert tier.generate(asked)["tokens"] == expected
+        tier.ask("flush")
+        # One as a tier below vLLM's RAM, one with kvkeep's RAM: a row is the same row.
+        for engine in (other, third):
+            found = engine.generate(asked)
+            assert found["tokens"] == expected and found["cached"] == [640] * 2, "what the first one has computed"
+        assert other.generate(later)["tokens"] == expected_later
+        other.ask("flush")
+        daemon.kill()
+        daemon.wait(30)
+        for engine in (tier, other, third):
+            engine.ask("drop_ram")
+            began = time.monotonic()
+            answered = engine.generate(asked + later)
+            assert answered["tokens"] == expected + expected_later and answered["cached"] == [0] * 4
+            assert time.monotonic() - began < 60
+        assert third.ask("counters")["damaged"] == 0
+
+
+@both_ways
+@long_run
+def test_a_daemon_that_hangs_holds_no_request(model: str, alone: Engine, tmp_path: Path, daemon: Any, whole: bool) -> None:
+    asked = prompts(2, 700)
+    expected = alone.generate(asked)
+    with Engine(model, at_daemon(tmp_path), whole=whole) as engine:
+        assert engine.generate(asked)["tokens"] == expected["tokens"]
+        engine.ask("flush")
+        engine.ask("drop_ram")
+        hold(daemon)
+        hung = engine.generate(asked)
+        assert hung["tokens"] == expected["tokens"] and hung["cached"] == [0, 0]
+        assert hung["seconds"] < expected["seconds"] + 5
+        daemon.send_signal(signal.SIGCONT)
+
+
 @both_ways
 @long_run
 def test_the_cap_holds_as_du_sees_it(model: str, tmp_path: Path, whole: bool) -> None:
@@ -279,8 +354,8 @@ def test_what_is_computed_faster_is_not_loaded_and_the_answer_is_the_same(model:
     rates = tmp_path / "kv" / "rates.json"
     for disk, known in ((1e3, False), (1e12, True)):
         (measured,) = json.loads(rates.read_text()).items()
-        assert measured[1]["seconds_by_length"] and measured[1]["disk_is_measured"], measured
-        rates.write_text(json.dumps({measured[0]: measured[1] | {"disk_bytes_per_s": disk, "step_seconds": 0.001}}))
+        assert measured[1]["seconds_by_length"] and measured[1]["bytes_per_s"]["disk"], measured
+        rates.write_text(json.dumps({measured[0]: measured[1] | {"bytes_per_s": {"disk": disk}, "step_seconds": 0.001}}))
         with Engine(model, tier_at(tmp_path / "kv", worth="measured"), whole=whole) as engine:
             found = engine.generate(asked)
             assert found["tokens"] == expected

@@ -82,7 +82,7 @@ def test_never_wrong__what_expires_after_it_was_a_hit_is_still_loaded(tmp_path: 
 
 def test_never_wrong__a_flipped_byte_is_a_miss_that_is_counted_and_the_rest_is_kept(tmp_path: Path) -> None:
     with Ram(tmp_path / "kv") as ram:
-        ram.manager.rates.disk_is_measured = True  # a probe would read the damaged block, too, and it would count twice
+        ram.manager.rates.measured["disk"] = 1e9  # a probe would read the damaged block, too, and it would count twice
         ram.store(KEYS)
         ram.on_disk()
         (segment,) = (tmp_path / "kv" / "kv-0").glob("segment-*")
@@ -218,14 +218,14 @@ def test_worth_it__the_disk_is_measured_before_anything_was_loaded(tmp_path: Pat
         ram.store(KEYS)
         ram.engine.flush()
         end = time.monotonic() + 20
-        while not ram.manager.rates.disk_is_measured:
+        while not ram.manager.rates.measured:
             assert time.monotonic() < end
             ram.step()
             time.sleep(0.01)
         assert ram.manager.counters()["hits"] == 0
-        measured = ram.manager.rates.disk_bytes_per_s
+        measured = dict(ram.manager.rates.measured)
     with Ram(tmp_path / "kv", worth="measured") as ram:
-        assert ram.manager.rates.disk_bytes_per_s == measured
+        assert ram.manager.rates.measured == measured
 
 
 def test_worth_it__what_is_computed_behind_a_load_is_no_measure(tmp_path: Path) -> None:

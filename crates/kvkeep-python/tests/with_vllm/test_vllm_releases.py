@@ -123,7 +123,7 @@ for what, worth, expected in (("comes", "always", {{6}}), ("slow", "measured", {
         if what == "damaged":
             lab.tier._engine.remove(keys[3:4])
         if what == "slow":
-            lab.tier.rates.disk_bytes_per_s, lab.tier.rates.disk_is_measured = 1e3, True
+            lab.tier.rates.measured["disk"] = 1e3
         manager, context = manager_over(lab), tier.request("asks", keys)
         manager.on_new_request(context)
         assert found(manager, keys, context) in expected, what

@@ -310,10 +310,10 @@ def test_soft_failure__a_disk_smaller_than_the_cap_goes_on(tmp_path: Path) -> No
 def test_worth_it__a_prefix_that_is_computed_faster_is_a_miss_as_a_whole_and_counted(tmp_path: Path) -> None:
     with Lab(tmp_path / "kv", worth="measured") as lab:
         lab.store(KEYS)
-        lab.tier.rates.disk_bytes_per_s, lab.tier.rates.disk_is_measured = ROW_BYTES / 1.0, True
+        lab.tier.rates.measured["disk"] = ROW_BYTES / 1.0
         assert not any(lab.hits(KEYS, request("impatient", KEYS)))
         assert lab.tier.counters()["not_worth"] == 40
-        lab.tier.rates.disk_bytes_per_s = 1e12
+        lab.tier.rates.measured["disk"] = 1e12
         lab.tier.rates.prefill_tokens_per_s = 10
         assert all(lab.hits(KEYS, request("patient", KEYS)))
 
@@ -322,11 +322,11 @@ def test_worth_it__where_vllm_does_not_say_what_follows_the_load_itself_is_judge
     with Lab(tmp_path / "kv", worth="measured", prefill_tokens_per_s=1000) as lab:
         lab.store(KEYS)
         # One block is worth it, and so may be forty; a guess that long prompts pay is what lets a load begin.
-        lab.tier.rates.disk_bytes_per_s, lab.tier.rates.disk_is_measured = 1e12, True
+        lab.tier.rates.measured["disk"] = 1e12
         context = request("of an older release")
         lab.tier.on_new_request(context)
         assert all(lab.hits(KEYS, context))
-        lab.tier.rates.disk_bytes_per_s = ROW_BYTES
+        lab.tier.rates.measured["disk"] = ROW_BYTES
         result = lab.ended(lab.begin_load(KEYS, list(range(40)), context), at_most=0.5)
         assert not result.success and not lab.tier._jobs
         assert not any(lab.hits(KEYS, context)), "it is not asked for again"
@@ -336,7 +336,7 @@ def test_worth_it__where_vllm_does_not_say_what_follows_the_load_itself_is_judge
 def test_worth_it__where_no_load_can_pay_a_request_is_told_so_at_its_first_block_and_it_is_counted_once(tmp_path: Path) -> None:
     with Lab(tmp_path / "kv", worth="measured", prefill_tokens_per_s=1e9) as lab:
         lab.store(KEYS)
-        lab.tier.rates.disk_bytes_per_s, lab.tier.rates.disk_is_measured = 1.0, True
+        lab.tier.rates.measured["disk"] = 1.0
         for count in (1, 2):
             context = request(f"of an older release {count}")
             lab.tier.on_new_request(context)
@@ -349,7 +349,7 @@ def test_worth_it__where_no_load_can_pay_a_request_is_told_so_at_its_first_block
 def test_worth_it__a_request_that_prefetches_for_others_loads_anyway(tmp_path: Path) -> None:
     with Lab(tmp_path / "kv", worth="measured") as lab:
         lab.store(KEYS)
-        lab.tier.rates.disk_bytes_per_s, lab.tier.rates.disk_is_measured = 1.0, True
+        lab.tier.rates.measured["disk"] = 1.0
         context = request("ahead", KEYS, kv_transfer_params={"kvkeep": {"prefetch": True}})
         assert all(lab.hits(KEYS, context))
 
@@ -402,11 +402,11 @@ def test_worth_it__both_rates_are_measured_and_known_after_a_restart(tmp_path: P
         lab.store(KEYS, context=context)
         assert lab.load(KEYS).success
         rates = lab.tier.rates
-        assert rates.disk_is_measured
+        assert rates.measured["disk"] > 0
         assert 0.2 < rates.compute_seconds(0, 40 * CHUNK_TOKENS) + (rates.step_seconds or 0) < 1
-        measured = rates.disk_bytes_per_s
+        measured = dict(rates.measured)
     with Lab(tmp_path / "kv", worth="measured") as lab:
-        assert lab.tier.rates.disk_bytes_per_s == measured
+        assert lab.tier.rates.measured == measured
         assert lab.tier.rates.seconds_by_length == rates.seconds_by_length
 
 
@@ -421,7 +421,7 @@ def test_worth_it__a_prefill_alone_is_kept_for_the_next_engine(tmp_path: Path) -
         lab.tier.on_schedule_end(ScheduleEndContext(new_req_ids=[], preempted_req_ids=[]))
         lab.tier._prefills.stored(context, KEYS)
         measured = dict(lab.tier.rates.seconds_by_length)
-        assert measured and not lab.tier.rates.disk_is_measured and lab.tier.rates.step_seconds is None
+        assert measured and not lab.tier.rates.measured and lab.tier.rates.step_seconds is None
     with Lab(tmp_path / "kv", worth="measured") as lab:
         assert lab.tier.rates.seconds_by_length == measured
 

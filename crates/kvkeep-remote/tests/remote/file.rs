@@ -63,6 +63,25 @@ fn what_one_node_writes_into_a_directory_another_finds_after_its_next_list() {
     assert_eq!(two.lookup(&namespace("other"), &prompt(1, 3)).0, 0);
 }
 
+/// An engine's scheduler looks up in its own thread: all requests waited while a store said what one of them may load.
+#[test]
+fn a_lookup_that_never_waits_finds_what_the_store_has_said_meanwhile() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = RemoteConfig::new(format!("file://{}", dir.path().display())).deadline(Duration::from_secs(5));
+    let (model, tokens) = (namespace("m"), prompt(1, 3));
+    let one = Node::new(&config, 8 << 20);
+    one.store(&model, &tokens);
+    one.cache.flush().unwrap();
+    let two = Node::new(&config.never_waits(), 8 << 20);
+    two.know_all();
+    assert!(!two.tier.is_asking(), "nobody has looked");
+    assert_eq!(two.lookup(&model, &tokens).0, 0, "a name alone is known of them");
+    until("the store has said what they are", || !two.tier.is_asking());
+    assert_eq!(two.lookup(&model, &tokens).0, 3 * BLOCK_TOKENS);
+    assert_eq!(two.lookup(&model, &prompt(9, 3)).0, 0);
+    assert!(!two.tier.is_asking(), "what is not there costs no question");
+}
+
 #[test]
 fn a_file_of_which_a_byte_is_wrong_or_that_is_another_s_is_a_miss() {
     let dir = tempfile::tempdir().unwrap();

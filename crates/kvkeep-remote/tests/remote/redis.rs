@@ -66,6 +66,27 @@ fn what_one_node_stores_another_finds_and_no_other_namespace_or_prefix_does() {
     assert_eq!(three.lookup(&model, &tokens).0, 5 * BLOCK_TOKENS);
 }
 
+/// An engine's scheduler looks up in its own thread: a store that was silent kept all of its requests waiting.
+#[test]
+#[ignore = "needs redis-server: make test-remote"]
+fn a_lookup_that_never_waits_waits_for_no_silent_server() {
+    let server = RedisServer::start(&[]);
+    let config = RemoteConfig::new(server.url()).prefix(prefix()).deadline(Duration::from_secs(1));
+    let (model, tokens) = (namespace("m"), prompt(1, 5));
+    let one = Node::new(&config, RAM_BYTES);
+    one.store(&model, &tokens);
+    one.cache.flush().unwrap();
+    let two = Node::new(&config.never_waits(), RAM_BYTES);
+    two.know_all();
+    server.ask(&["client", "pause", "4000", "all"]);
+    for _ in 0..50 {
+        let (found, took) = two.lookup(&model, &tokens);
+        assert!(found == 0 && took < Duration::from_millis(100), "{found} tokens after {took:?}");
+    }
+    until("it has waited in the background, for a deadline", || !two.tier.is_asking());
+    until("the server speaks again", || two.lookup(&model, &tokens).0 == 5 * BLOCK_TOKENS);
+}
+
 #[test]
 #[ignore = "needs redis-server: make test-remote"]
 fn a_namespace_that_is_cleared_is_gone_from_the_store_and_others_are_not() {

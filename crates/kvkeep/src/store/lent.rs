@@ -4,6 +4,7 @@
 //! Invariant: the engine's memory is used for as long as its owner value lives, and no longer. Borrowing it was the
 //! alternative: a disk that hangs would then hang the engine.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,10 +15,10 @@ use crate::clock::{Deadline, Moment, duration_ms};
 use crate::config::StoreOptions;
 use crate::index::NEVER;
 use crate::key::ObjectKey;
-use crate::tier::{Offer, Payload, Read, ReadTarget, Tier};
+use crate::tier::{Offer, Payload, Read, ReadTarget};
 
 impl Store {
-    /// Offers these blocks of a chain to every tier; says how many the first tier took.
+    /// Offers these blocks of a chain to every tier; says how many any of them took.
     pub(crate) fn write_lent(
         &self,
         chain: &Chain,
@@ -48,7 +49,7 @@ impl Store {
         });
         // What is shorter than a block is none.
         let offers: Vec<Offer> = offers.filter(|offer| offer.payload.bytes().len() as u64 >= block_bytes).collect();
-        tiers.offer_lent(offers)
+        tiers.offer_lent(&offers)
     }
 
     /// Begins to read these blocks of a chain into lent memory; each is completed exactly once. Says how many of
@@ -59,21 +60,14 @@ impl Store {
             targets.into_iter().for_each(|target| target.complete(None));
             return 0;
         };
-        let (mut places, deadline) = (vec![None::<&Arc<dyn Tier>>; keys.len()], tiers.deadline());
-        let names: Vec<BlockKey> = keys.iter().copied().map(BlockKey).collect();
-        let began = Moment::now();
-        for tier in tiers.each() {
-            for (place, located) in places.iter_mut().zip(tier.locate(chain.namespace().id(), &names, deadline)) {
-                *place = place.or(located.map(|_| tier));
-            }
-        }
+        let (namespace, began) = (chain.namespace().id(), Moment::now());
+        let places = tiers.where_each(namespace, &keys);
         let found = places.iter().take_while(|place| place.is_some()).count();
-        let (mut places, waited) = (places.into_iter(), began.elapsed());
-        for (target, name) in targets.into_iter().zip(names.iter().map(Some).chain(std::iter::repeat(None))) {
-            match (places.next().flatten(), name) {
-                (Some(tier), Some(key)) => {
-                    let namespace = chain.namespace().id();
-                    tier.read(vec![Read { key: *key, namespace, range: None, waited, target }]);
+        let (waited, mut places) = (began.elapsed(), keys.into_iter().zip(places));
+        for target in targets {
+            match places.next() {
+                Some((key, Some(tier))) => {
+                    tier.read(vec![Read { key: BlockKey(key), namespace, range: None, waited, target }]);
                 }
                 _ => target.complete(None),
             }
@@ -83,10 +77,13 @@ impl Store {
 }
 
 impl Store {
-    /// Which of these a tier has.
-    pub(crate) fn has_lent(&self, chain: &Chain) -> Vec<bool> {
-        let tiers = self.here().ok().and_then(|store| store.tiers.as_ref());
-        tiers.map_or_else(|| vec![false; chain.blocks()], |tiers| tiers.has_each(chain.namespace().id(), chain.keys()))
+    /// The tier that would be read for each of these.
+    pub(crate) fn where_lent(&self, chain: &Chain) -> Vec<Option<&str>> {
+        let Some(tiers) = self.here().ok().and_then(|store| store.tiers.as_ref()) else {
+            return vec![None; chain.blocks()];
+        };
+        let places = tiers.where_each(chain.namespace().id(), chain.keys());
+        places.into_iter().map(|place| place.map(|tier| tier.name())).collect()
     }
 
     /// These were used in the engine's own memory.
@@ -121,13 +118,16 @@ pub(super) fn expires_at_ms(shared: &Shared, options: &StoreOptions) -> u64 {
 }
 
 impl super::tiers::Tiers {
-    /// Says how many the first tier took.
-    fn offer_lent(&self, offers: Vec<Offer>) -> usize {
-        let offered = offers.len();
-        let Some((first, others)) = self.all().split_first() else { return 0 };
-        for tier in others {
-            drop(tier.offer(super::demote::copies(&offers), Deadline::over()));
+    /// Says how many any tier took. Those over a network come last and are not waited for: they may be slower than all else.
+    fn offer_lent(&self, offers: &[Offer]) -> usize {
+        let mut left: HashSet<BlockKey> = offers.iter().map(|offer| offer.meta.key).collect();
+        let deadline = self.deadline();
+        for (number, tier) in self.each().enumerate() {
+            let deadline = if number < self.local() { deadline } else { Deadline::over() };
+            let back = tier.offer(super::demote::copies(offers), deadline);
+            let back: HashSet<BlockKey> = back.iter().map(|offer| offer.meta.key).collect();
+            left.retain(|key| back.contains(key));
         }
-        offered - first.offer(offers, self.deadline()).len()
+        offers.iter().filter(|offer| !left.contains(&offer.meta.key)).count()
     }
 }

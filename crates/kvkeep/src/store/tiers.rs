@@ -17,7 +17,7 @@ use super::meter::LoadRate;
 use super::patience::Patience;
 use crate::block::BlockKey;
 use crate::clock::Deadline;
-use crate::config::{CacheConfig, FLUSH_TIMEOUT, READ_TIMEOUT, WritePolicy};
+use crate::config::{CacheConfig, WritePolicy};
 use crate::error::Result;
 use crate::eviction::Admission;
 use crate::key::{Namespace, NamespaceId, ObjectKey};
@@ -39,6 +39,8 @@ const PROBE_EVERY: u64 = 16;
 /// The tiers, and what connects them with RAM.
 pub(super) struct Tiers {
     tiers: Vec<Arc<dyn Tier>>,
+    /// Lent blocks wait for room in the first so many: those of this machine.
+    local: usize,
     shared: Arc<Shared>,
     timeouts: Timeouts,
     patience: Patience,
@@ -70,14 +72,14 @@ pub(super) struct Timeouts {
 }
 
 impl Terms {
-    #[cfg_attr(not(feature = "disk"), expect(unused_variables, reason = "only a disk has settings"))]
     fn of(config: &CacheConfig) -> Self {
         #[cfg(feature = "disk")]
         if let Some(disk) = &config.disk {
             let timeouts = Timeouts { request: disk.read_timeout, flush: disk.flush_timeout };
             return Self { admission: disk.admission, write_policy: disk.write_policy, timeouts };
         }
-        let timeouts = Timeouts { request: READ_TIMEOUT, flush: FLUSH_TIMEOUT };
+        let (request, flush) = config.timeouts;
+        let timeouts = Timeouts { request, flush };
         Self { admission: Admission::default(), write_policy: WritePolicy::default(), timeouts }
     }
 }
@@ -98,17 +100,20 @@ impl Tiers {
             disk.set_resident(resident_of(shared));
             tiers.push(Arc::new(disk));
         }
-        for tier in config.tiers {
-            if let Some(announcer) = shared.announcer() {
-                tier.report_to(announcer.reports(tier.name()));
-            }
-            tiers.push(tier);
+        if let Some(announcer) = shared.announcer() {
+            let others = config.near.iter().chain(&config.tiers);
+            others.for_each(|tier| tier.report_to(announcer.reports(tier.name())));
         }
+        let local = config.near.len() + tiers.len();
+        tiers.splice(0..0, config.near);
+        tiers.extend(config.tiers);
         if tiers.is_empty() {
             return Ok(None);
         }
         let gate = Gate::new(admission, write_policy);
-        Ok(Some(Self::over(tiers, gate, timeouts, write_policy, shared)))
+        let mut tiers = Self::over(tiers, gate, timeouts, write_policy, shared);
+        tiers.local = local.max(1);
+        Ok(Some(tiers))
     }
 
     pub(super) fn over(
@@ -126,6 +131,7 @@ impl Tiers {
             rates: tiers.iter().map(|_| LoadRate::default()).collect(),
             not_worth_tokens: tiers.iter().map(|_| AtomicU64::new(0)).collect(),
             tiers,
+            local: 1,
             shared: Arc::clone(shared),
             timeouts,
             patience: Patience::new(timeouts.request),
@@ -155,6 +161,10 @@ impl Tiers {
 
     pub(super) fn models(&self) -> &Arc<Models> {
         &self.models
+    }
+
+    pub(super) fn local(&self) -> usize {
+        self.local
     }
 
     pub(super) fn rate(&self, tier: usize) -> Option<&LoadRate> {
@@ -212,22 +222,29 @@ impl Tiers {
 
     /// Which of these keys are not in RAM, and in a tier.
     pub(super) fn has_each(&self, namespace: NamespaceId, keys: &[ObjectKey]) -> Vec<bool> {
-        let resident = self.shared.with(|ledger| ledger.resident(keys));
-        let mut has = vec![false; keys.len()];
-        if resident.iter().all(|resident| *resident) {
-            return has;
-        }
-        let missing = keys.iter().zip(&resident).enumerate().filter(|(_, (_, resident))| !**resident);
-        let (positions, names): (Vec<usize>, Vec<BlockKey>) =
-            missing.map(|(position, (key, _))| (position, BlockKey(*key))).unzip();
-        for tier in &self.tiers {
-            for (position, located) in positions.iter().zip(tier.locate(namespace, &names, self.deadline())) {
-                if let Some(has) = has.get_mut(*position) {
-                    *has |= located.is_some();
-                }
-            }
-        }
+        let mut has = self.shared.with(|ledger| ledger.resident(keys));
+        let missing = keys.iter().zip(&has).filter(|(_, resident)| !**resident);
+        let missing: Vec<ObjectKey> = missing.map(|(key, _)| *key).collect();
+        let mut places = self.where_each(namespace, &missing).into_iter();
+        has.iter_mut().for_each(|has| *has = !*has && places.next().flatten().is_some());
         has
+    }
+
+    /// The first tier that has each of these keys.
+    pub(super) fn where_each(&self, namespace: NamespaceId, keys: &[ObjectKey]) -> Vec<Option<&Arc<dyn Tier>>> {
+        let mut places = vec![None; keys.len()];
+        let mut missing: Vec<usize> = (0..keys.len()).collect();
+        for tier in &self.tiers {
+            let names: Vec<BlockKey> = missing.iter().filter_map(|at| keys.get(*at).copied().map(BlockKey)).collect();
+            if names.is_empty() {
+                break;
+            }
+            for (position, located) in missing.iter().zip(tier.locate(namespace, &names, self.deadline())) {
+                places.iter_mut().skip(*position).take(1).for_each(|place| *place = located.map(|_| tier));
+            }
+            missing.retain(|position| places.get(*position).is_some_and(Option::is_none));
+        }
+        places
     }
 
     /// These were used outside.

@@ -8,30 +8,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from kvkeep._engines.worth import GUESSES, Rates
+
 GAUGES = {
-    "used_bytes": "Bytes of the disk that kvkeep takes now, as du counts them.",
-    "capacity_bytes": "The cap of kvkeep's directory.",
-    "entries": "Blocks that can be found on the disk.",
+    "used_bytes": "Bytes that blocks take now behind RAM: on the disk, as du counts them, in the daemon and in the remote store.",
+    "capacity_bytes": "The caps of these, together.",
+    "entries": "Blocks that can be found there.",
     "queued_bytes": "Bytes that wait to be written, in memory.",
-    "failing": "1 while the disk fails or does not answer: then everything is a miss.",
+    "failing": "1 while one of these fails or does not answer: then everything there is a miss.",
+    "daemon_bytes_per_s": "How fast the daemon is read, as measured.",
     "disk_bytes_per_s": "How fast the disk is read, as measured.",
+    "remote_bytes_per_s": "How fast the remote store is read, as measured.",
 }
 
 COUNTERS = {
-    "hits": "Blocks that were loaded from the disk.",
-    "not_worth": "Blocks that were on the disk and not loaded, since computing them is faster.",
+    "hits": "Blocks that were loaded from behind RAM.",
+    "not_worth": "Blocks that were there and not loaded, since computing them is faster.",
     "damaged": "Records or segments that were not what they should be: each a miss.",
-    "read_errors": "Reads that the disk failed.",
-    "write_errors": "Writes that the disk failed.",
+    "read_errors": "Reads that a tier failed.",
+    "write_errors": "Writes that a tier failed.",
     "timeouts": "Reads and writes that took longer than anybody waits.",
-    "dropped": "Blocks that were not written: the queue was full, or the disk failed.",
+    "dropped": "Blocks that a tier did not write: its queue was full, or it failed.",
     "evictions": "Blocks that went to make room.",
     "written": "Blocks that were written.",
     "late_jobs": "Jobs that were ended by their deadline.",
     "refused_jobs": "Jobs that were refused, since too many waited.",
 }
 
-_OF_DISK = {
+_OF_TIERS = {
     "damaged": "damaged_total",
     "read_errors": "read_errors_total",
     "write_errors": "write_errors_total",
@@ -42,13 +46,16 @@ _OF_DISK = {
 }
 
 
-def gauges(engine: Mapping[str, Any], disk_bytes_per_s: float) -> dict[str, float]:
+def gauges(engine: Mapping[str, Any], rates: Rates) -> dict[str, float]:
     """All gauges as of now."""
-    return {name: disk_bytes_per_s if name == "disk_bytes_per_s" else float(engine["disk"][name]) for name in GAUGES}
+    tiers = engine["tiers"].values()
+    read = {f"{tier}_bytes_per_s": rates.bytes_per_s(tier) if tier in rates.guesses else 0.0 for tier in GUESSES}
+    of_all = {name: sum(float(tier[name]) for tier in tiers) for name in GAUGES if name not in read}
+    return of_all | read | {"failing": min(1.0, of_all["failing"])}
 
 
 def counters(engine: Mapping[str, Any], own: Mapping[str, int]) -> dict[str, int]:
     """All counters as of now."""
-    disk = {name: int(engine["disk"][theirs]) for name, theirs in _OF_DISK.items()}
+    behind = {name: sum(int(tier[theirs]) for tier in engine["tiers"].values()) for name, theirs in _OF_TIERS.items()}
     jobs = {"late_jobs": int(engine["jobs_late_total"]), "refused_jobs": int(engine["jobs_refused_total"])}
-    return disk | jobs | {name: own.get(name, 0) for name in ("hits", "not_worth")}
+    return behind | jobs | {name: own.get(name, 0) for name in ("hits", "not_worth")}

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from kvkeep._engines.worth import GUESSES, Rates
+from kvkeep._settings import RemoteConfig, raw_remote
+
+if TYPE_CHECKING:
+    from kvkeep._kvkeep import Behind
 
 _GIB, _MIB = 1 << 30, 1 << 20
 
@@ -15,6 +22,9 @@ _NUMBERS = (
     "capacity_gb", "queue_mb", "load_timeout_s", "store_timeout_s", "flush_timeout_s", "ttl_s", "prefill_tokens_per_s", "disk_gb_per_s",
 )  # fmt: skip
 
+_REMOTE_SECONDS = 1.0
+"""How long a load waits for a store's next block, unless `remote` says so itself: an engine's blocks are megabytes."""
+
 _Kind = TypeVar("_Kind", bound="Settings")
 
 
@@ -24,8 +34,15 @@ class Settings:
 
     root_dir: str
     """A folder of kvkeep's own, on a local disk."""
-    capacity_gb: float
-    """GiB that the folder may take, as `du` counts them. For each process that keeps KV."""
+    capacity_gb: float | None = None
+    """GiB that the folder may take, as `du` counts them. For each process that keeps KV. Without it nothing of KV is written there: then
+    there must be a daemon or a remote store."""
+    daemon: str | None = None
+    """The socket of `kvkeep daemon`: RAM that the engines of this machine share, and that outlives them."""
+    daemon_token_file: str | None = None
+    """Says which tenant of the daemon this is: a file with `NAME TOKEN`, readable by its owner alone."""
+    remote: str | Mapping[str, Any] | None = None
+    """A store that nodes share: a URL, or the settings of `kvkeep.RemoteConfig` by their names."""
     queue_mb: float = 1024
     """MiB of memory that may wait to be written; what comes then keeps its place in the engine's RAM until `store_timeout_s`."""
     load_timeout_s: float = 10
@@ -33,7 +50,7 @@ class Settings:
     store_timeout_s: float = 30
     """A store that takes longer has failed: its place in RAM is free again."""
     flush_timeout_s: float = 5
-    """How long an engine that ends waits for a disk that gets nothing done."""
+    """How long an engine that ends waits for a tier that gets nothing done."""
     ttl_s: float | None = None
     """What is written is gone after so long."""
     key_file: str | None = None
@@ -53,6 +70,11 @@ class Settings:
     """How fast the disk is read, in GiB/s, until it is measured."""
 
     def __post_init__(self) -> None:
+        if self.capacity_gb is None and self.daemon is None and self.remote is None:
+            raise ValueError("kvkeep: there is no place for KV: give capacity_gb for a disk, a daemon's socket, or a remote store's URL")
+        if self.daemon is None and self.daemon_token_file is not None:
+            raise ValueError("kvkeep: daemon_token_file without daemon: give the daemon's socket, or leave it out")
+        self._remote()
         if self.worth not in ("measured", "always"):
             raise ValueError(f"kvkeep: worth is {self.worth!r}: give 'measured' or 'always'")
         for field in fields(self):
@@ -66,7 +88,7 @@ class Settings:
         """Raises ValueError for what is missing or not known."""
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(given) - known)
-        missing = sorted({"root_dir", "capacity_gb"} - set(given))
+        missing = ["root_dir"] if "root_dir" not in given else []
         if unknown or missing:
             what = f"unknown settings {unknown}" if unknown else f"missing settings {missing}"
             raise ValueError(f"kvkeep: {what}; there are {sorted(known)}")
@@ -77,12 +99,39 @@ class Settings:
         return Path(self.root_dir).expanduser()
 
     @property
-    def capacity_bytes(self) -> int:
-        return max(int(self.capacity_gb * _GIB) - _BESIDE_BYTES, 0)
-
-    @property
     def queue_bytes(self) -> int:
         return int(self.queue_mb * _MIB)
+
+    def behind(self, folder: str, queue_bytes: int) -> Behind:
+        """What is behind the engine's RAM, with this folder of the disk."""
+        disk = None
+        if self.capacity_gb is not None:
+            disk = str(self.root / folder), max(int(self.capacity_gb * _GIB) - _BESIDE_BYTES, 0), self.key_file, self.codec
+        daemon = None if self.daemon is None else (str(Path(self.daemon).expanduser()), self.daemon_token_file)
+        remote = self._remote()
+        return {"disk": disk, "daemon": daemon, "remote": None if remote is None else raw_remote(remote), "queue_bytes": queue_bytes}
+
+    def _remote(self) -> RemoteConfig | None:
+        if self.remote is None:
+            return None
+        given = {"url": self.remote} if isinstance(self.remote, str) else dict(self.remote)
+        unknown = sorted(set(given) - {field.name for field in fields(RemoteConfig)})
+        if unknown or "url" not in given:
+            raise ValueError(f"kvkeep: remote has {unknown or 'no url'}: give a URL, or the settings of kvkeep.RemoteConfig")
+        return RemoteConfig(**{"deadline_seconds": _REMOTE_SECONDS, "key_file": self.key_file, **given})
+
+    @property
+    def ask_seconds(self) -> float:
+        """For so long a request waits for a store to say what it has."""
+        remote = self._remote()
+        return 0.0 if remote is None else remote.deadline_seconds
+
+    @property
+    def guess(self) -> Rates:
+        """What is taken for true until it is measured."""
+        there = {"daemon": self.daemon is not None, "disk": self.capacity_gb is not None, "remote": self.remote is not None}
+        guesses = {**GUESSES, "disk": self.disk_gb_per_s * _GIB}
+        return Rates(self.prefill_tokens_per_s or 0.0, guesses={tier: rate for tier, rate in guesses.items() if there[tier]})
 
 
 def is_above_0(value: Any) -> bool:

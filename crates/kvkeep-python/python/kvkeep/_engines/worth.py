@@ -1,9 +1,10 @@
-"""Is it worth it to load a prefix from the disk? Pure arithmetic over measured times.
+"""Is it worth it to load a prefix from the tiers behind RAM? Pure arithmetic over measured times.
 
 Invariant: a load is worth it only if it is expected to take clearly less time than computing the same tokens. What was not measured
 yet is a first guess that somebody can state. A table of rates by device was the alternative: it knows neither the model nor the disk.
+Each tier has a rate of its own: a daemon's RAM is ten times as fast as a disk. What came from several tiers measures none of them.
 
-Both rates are kept in a file beside the cache, so that an engine that was just started knows what the last one measured.
+All rates are kept in a file beside the cache, so that an engine that was just started knows what the last one measured.
 """
 
 from __future__ import annotations
@@ -11,44 +12,56 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from kvkeep._worth import MARGIN, Prefill
 
 STEP_SECONDS = 0.010
-"""What a load costs beside the disk: the scheduler looks at it once more, and a copy to the device begins."""
+"""What a load costs beside the tier: the scheduler looks at it once more, and a copy to the device begins."""
 
 DEVICE_BYTES_PER_SECOND = 20e9
 """From RAM to the device: PCIe 4, or a slow core's memcpy."""
 
+GUESSES = {"daemon": 5e9, "disk": 1e9, "remote": 1e9}
+"""Bytes a second of each kind of tier, until they are measured."""
+
+
 @dataclass
 class Rates(Prefill):
-    """What is known of one model on one machine, and of the disk."""
+    """What is known of one model on one machine, and of the tiers that there are."""
 
-    disk_bytes_per_s: float = 1e9
-    disk_is_measured: bool = False
+    guesses: dict[str, float] = field(default_factory=lambda: {"disk": GUESSES["disk"]})
+    """Each tier, and how fast it is taken to be read."""
+    measured: dict[str, float] = field(default_factory=dict)
+    """How fast tiers are read: bytes a second."""
 
-    def loaded(self, size: int, seconds: float) -> None:
-        """A load of so many bytes took so long."""
+    def loaded(self, tier: str, size: int, seconds: float) -> None:
+        """A load of so many bytes from this tier took so long."""
         if size <= 0 or not seconds > 0:
             return
         rate = size / seconds
-        self.disk_bytes_per_s = rate if not self.disk_is_measured else 0.7 * self.disk_bytes_per_s + 0.3 * rate
-        self.disk_is_measured = True
+        known = self.measured.get(tier)
+        self.measured[tier] = rate if known is None else 0.7 * known + 0.3 * rate
 
-    def load_seconds(self, size: int) -> float:
-        return STEP_SECONDS + size / self.disk_bytes_per_s + size / DEVICE_BYTES_PER_SECOND
+    def bytes_per_s(self, tier: str) -> float:
+        return self.measured.get(tier) or self.guesses.get(tier, GUESSES[tier])
 
-    def pays(self, first: int, end: int, size: int) -> bool:
-        """Is loading `size` bytes better than computing tokens `first` to `end`?"""
-        return self.load_seconds(size) <= MARGIN * self.compute_seconds(first, end)
+    def load_seconds(self, sizes: Mapping[str, int]) -> float:
+        """A load of so many bytes from each tier, one after the other."""
+        return STEP_SECONDS + sum(size / self.bytes_per_s(tier) + size / DEVICE_BYTES_PER_SECOND for tier, size in sizes.items())
+
+    def pays(self, first: int, end: int, sizes: Mapping[str, int]) -> bool:
+        """Is loading so many bytes from each tier better than computing tokens `first` to `end`?"""
+        return self.load_seconds(sizes) <= MARGIN * self.compute_seconds(first, end)
 
     def could_pay(self, chunk_tokens: int, chunk_bytes: int, longest: int) -> bool:
         """Is there any prefix for which it pays? The longer, the likelier: attention costs more than tokens in proportion."""
+        tier = max(self.guesses, key=self.bytes_per_s)
         chunks = max(1, longest // max(1, chunk_tokens))
-        return self.pays(0, chunks * chunk_tokens, chunks * chunk_bytes) or self.pays(0, chunk_tokens, chunk_bytes)
+        return self.pays(0, chunks * chunk_tokens, {tier: chunks * chunk_bytes}) or self.pays(0, chunk_tokens, {tier: chunk_bytes})
 
 
 class RatesFile:
@@ -62,14 +75,13 @@ class RatesFile:
         try:
             known = json.loads(self._path.read_text())[self._name]
             by_length = {int(length): float(seconds) for length, seconds in known["seconds_by_length"].items()}
-            step, disk = known["step_seconds"], float(known["disk_bytes_per_s"])
+            step, measured = known["step_seconds"], {str(tier): float(rate) for tier, rate in known["bytes_per_s"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return guess
-        numbers = [*by_length.values(), disk, *([] if step is None else [step])]
+        numbers = [*by_length.values(), *measured.values(), *([] if step is None else [step])]
         if not all(isinstance(number, (int, float)) and 0 < number < math.inf for number in numbers):
             return guess
-        measured = bool(known.get("disk_is_measured"))
-        return Rates(guess.prefill_tokens_per_s, by_length, step, disk_bytes_per_s=disk, disk_is_measured=measured)
+        return Rates(guess.prefill_tokens_per_s, by_length, step, guess.guesses, measured)
 
     def write(self, rates: Rates) -> None:
         """Takes the old file's place at once. Raises OSError."""
@@ -82,8 +94,7 @@ class RatesFile:
         all_rates[self._name] = {
             "seconds_by_length": rates.seconds_by_length,
             "step_seconds": rates.step_seconds,
-            "disk_bytes_per_s": rates.disk_bytes_per_s,
-            "disk_is_measured": rates.disk_is_measured,
+            "bytes_per_s": rates.measured,
         }
         new = self._path.with_suffix(f".{os.getpid()}.new")
         new.write_text(json.dumps(all_rates))

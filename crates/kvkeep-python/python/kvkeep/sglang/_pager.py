@@ -67,29 +67,44 @@ class _Call:
 
 
 class Pager:
-    """One folder of records. Callers may be several threads."""
+    """Records of one process. Callers may be several threads."""
 
-    def __init__(self, folder: str, record: int, namespace: Any, settings: Settings, measured: Callable[[int, float], None]) -> None:
+    def __init__(self, folder: str, record: int, namespace: Any, settings: Settings, measured: Callable[[str, int, float], None]) -> None:
         self.record_bytes, self._measured = record, measured
         each = max(2, min(1024, settings.buffer_bytes // record))
         self._rows = np.zeros((2 * each, record), np.uint8)
         # A job is begun in the first half of a call's time, and has the other half to end in.
         times = (settings.load_timeout_s / 2, settings.store_timeout_s / 2, settings.flush_timeout_s)
-        disk = (folder, settings.capacity_bytes, settings.queue_bytes, settings.key_file, settings.codec)
-        self._engine = _kvkeep.EngineTier(self._rows, namespace, disk, times, False)
+        behind = settings.behind(folder, settings.queue_bytes)
+        self._engine = _kvkeep.EngineTier(self._rows, namespace, behind, times, False)
+        self._ask_seconds = settings.ask_seconds
         self._times = {"load": times[0], "store": times[1]}
         self._ttl_s = settings.ttl_s
         self._lock = threading.Lock()
         # Apart: a disk that writes nothing holds up no read.
         self._free = {"load": list(range(each)), "store": list(range(each, 2 * each))}
         self._ended: dict[int, bool] = {}
+        self._probes: dict[int, str] = {}
         self._numbers = 0
 
     def has(self, pages: Sequence[tuple[bytes, int]]) -> list[bool]:
-        """Of pages by name and size: which are there? Asks memory alone."""
-        there = iter(self._engine.has(self._names(pages)))
+        """Of pages by name and size: which are there? Asks memory alone, and the daemon. A store over a network that has to be asked is
+        waited for."""
+        names, until = self._names(pages), time.monotonic() + self._ask_seconds
+        while None in (places := self._engine.places(names)) and self._engine.is_asking() and time.monotonic() < until:
+            time.sleep(_POLL_SECONDS)
+        there = iter(places)
         # Not `all` of a generator: it would leave the rest of a page's answers to the next one.
-        return [all([next(there) for _ in range(self._count(size))]) for _, size in pages]
+        return [all([next(there) is not None for _ in range(self._count(size))]) for _, size in pages]
+
+    def sizes(self, pages: Sequence[tuple[bytes, int]]) -> dict[str, int]:
+        """How many bytes of these pages each tier would be read for."""
+        sizes: dict[str, int] = {}
+        parts = (min(self.record_bytes, size - at * self.record_bytes) for _, size in pages for at in range(self._count(size)))
+        for place, part in zip(self._engine.places(self._names(pages)), parts):
+            if place is not None:
+                sizes[place] = sizes.get(place, 0) + part
+        return sizes
 
     def touch(self, pages: Sequence[tuple[bytes, int]]) -> None:
         """These are in use."""
@@ -107,7 +122,7 @@ class Pager:
         taken = self._run("store", pages, [not is_there for is_there in there])
         # They are written behind. What is said to be stored is found from then on, so that is waited for.
         while not all(there := self.has(names)) and any(map(operator.gt, taken, there)) and time.monotonic() < until:
-            if not self._engine.stats()["disk"]["queued_bytes"]:
+            if not any(tier["queued_bytes"] for tier in self._engine.stats()["tiers"].values()):
                 return self.has(names)  # dropped, or evicted already
             time.sleep(_POLL_SECONDS_AT_MOST)
         return there
@@ -176,17 +191,21 @@ class Pager:
     def _collect(self) -> None:
         for number, kind, done, blocks, seconds in self._engine.ended():
             if kind == "probe":
-                if len(done) == blocks:
-                    self._measured(blocks * self.record_bytes, seconds)
+                tier = self._probes.pop(number, None)
+                if tier is not None and len(done) == blocks:
+                    self._measured(tier, blocks * self.record_bytes, seconds)
             else:
                 self._ended[number] = bool(done)
 
     def probe(self, pages: Sequence[tuple[bytes, int]]) -> None:
-        """Begins to read these into nowhere, to see how fast the disk is."""
-        with self._lock:
-            self._numbers += 1
-            number = self._numbers
-        self._engine.probe(number, self._names(pages))
+        """Begins to read what of these is where the first one is into nowhere, to see how fast that is."""
+        names = self._names(pages)
+        places = self._engine.places(names)
+        if place := next(filter(None, places), None):
+            with self._lock:
+                self._numbers += 1
+                self._probes[self._numbers] = place
+                self._engine.probe(self._numbers, [name for name, other in zip(names, places) if other == place])
 
     def take_probes(self) -> None:
         """Looks at what probes have measured."""
@@ -225,6 +244,10 @@ class Pager:
         if not out:
             # Nothing of the page that was here before.
             self._rows[row, at - start :] = 0
+
+    def clear(self) -> None:
+        """All that this namespace has is gone, for everybody who shares it."""
+        self._engine.clear()
 
     def flush(self) -> None:
         self._engine.flush()

@@ -22,7 +22,7 @@ from sglang.srt.mem_cache.hicache_storage import HiCacheStorage, PoolHitPolicy, 
 from kvkeep import KvkeepError, _kvkeep
 from kvkeep._engines import figures
 from kvkeep._engines.identity import digest
-from kvkeep._engines.worth import Rates, RatesFile
+from kvkeep._engines.worth import RatesFile
 from kvkeep.sglang import _engine, _identity, _settings
 from kvkeep.sglang._metrics import Metrics
 from kvkeep.sglang._pager import Pager, record_bytes
@@ -35,7 +35,7 @@ _PROBE_EVERY, _PROBE_PAGES = 16, 16
 
 
 class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
-    """kvkeep's disk under SGLang's HiCache. Settings: `kvkeep.sglang._settings.Settings`."""
+    """kvkeep's tiers under SGLang's HiCache. Settings: `kvkeep.sglang._settings.Settings`."""
 
     def __init__(self, storage_config: Any, kwargs: Any = None) -> None:
         extra = dict(storage_config.extra_config or {})
@@ -51,9 +51,8 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
         if storage_config.is_mla_model:
             # All ranks have the same KV, and SGLang has the first one alone write it. Here each rank reads a folder of its own.
             storage_config.is_mla_model = False
-        guess = Rates(self.settings.prefill_tokens_per_s or 0.0, disk_bytes_per_s=self.settings.disk_gb_per_s * (1 << 30))
         self._file = RatesFile(self.settings.root / "rates.json", f"{self.identity} {self._place}")
-        self.rates = self._file.read(guess)
+        self.rates = self._file.read(self.settings.guess)
         self._metrics = Metrics(storage_config)
         self._own = {"hits": 0, "not_worth": 0}
         self._skipped = 0
@@ -90,9 +89,9 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
         dims = (1, 1, record // 2, record // 2, 1)
         code = _kvkeep.DTYPES.index("u8")
         namespace = _kvkeep.Namespace(self._model, dims, code, False, (self.identity, "sglang", "", self.settings.salt))
-        pager = Pager(str(self._folder), record, namespace, self.settings, self.rates.loaded)
-        entries = pager.stats()["disk"]["entries"]
-        _log.info("kvkeep: %s, %d records of %d bytes on the disk", self._folder, entries, record)
+        pager = Pager(f"kv-{self._place}", record, namespace, self.settings, self.rates.loaded)
+        there = ", ".join(f"{tier['entries']} records in {name}" for name, tier in pager.stats()["tiers"].items())
+        _log.info("kvkeep: %s; records have %d bytes", there, record)
         return pager
 
     def _known_pools(self) -> list[Pool]:
@@ -113,10 +112,6 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
                 return None
             self._pools[name] = Pool(name, host_pool, self._is_flat and name == PoolName.KV)
         return self._pools[name]
-
-    @property
-    def _folder(self) -> Any:
-        return self.settings.root / f"kv-{self._place}"
 
     # What is there.
 
@@ -166,7 +161,7 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
         page_tokens = self.mem_pool_host.page_size
         before = len(getattr(extra_info, "prefix_keys", None) or ()) * page_tokens
         pager.take_probes()
-        if self._pays(before, before + len(keys) * page_tokens, sum(size for _, size in pages)):
+        if self._pays(pager, before, before + len(keys) * page_tokens, pages):
             pager.touch(pages)
             return found
         self._own["not_worth"] += len(keys)
@@ -175,11 +170,13 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
             pager.probe(pages[:_PROBE_PAGES])
         return PoolTransferResult(0, found.extra_pool_hit_pages, [])
 
-    def _pays(self, first: int, end: int, size: int) -> bool:
+    def _pays(self, pager: Pager, first: int, end: int, pages: Sequence[tuple[bytes, int]]) -> bool:
         """Where nobody has said how fast the engine computes, every load is made: SGLang's own policy says how long it waits."""
-        if self.settings.worth == "always" or self.settings.prefill_tokens_per_s is None:
-            return True
-        return self.rates.pays(first, end, size)
+        return not self._is_judging or self.rates.pays(first, end, pager.sizes(pages))
+
+    @property
+    def _is_judging(self) -> bool:
+        return self.settings.worth != "always" and self.settings.prefill_tokens_per_s is not None
 
     # What is read and written: pages where SGLang has them.
 
@@ -243,14 +240,15 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
 
     def _transfer(self, pager: Pager, kind: str, pool: Pool, pages: Sequence[Page]) -> list[bool]:
         move: Callable[[Sequence[Page]], list[bool]] = pager.read if kind == "prefetch" else pager.write
+        sizes = pager.sizes([(page.name, pool.page_bytes) for page in pages]) if kind == "prefetch" and self._is_judging else {}
         began = time.monotonic()
         moved = move(pages)
         seconds, count = time.monotonic() - began, sum(moved)
         self._metrics.transferred(kind, count, count * pool.page_bytes, seconds)
         if kind == "prefetch":
             self._own["hits"] += count
-            if count == len(pages):
-                self.rates.loaded(count * pool.page_bytes, seconds)
+            if count == len(pages) and len(sizes) == 1:
+                self.rates.loaded(*sizes, count * pool.page_bytes, seconds)
         return moved
 
     # Figures, and the end.
@@ -260,17 +258,19 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
 
     def _figures(self) -> tuple[dict[str, float], dict[str, int]]:
         engine = self._opened().stats()
-        return figures.gauges(engine, self.rates.disk_bytes_per_s), figures.counters(engine, self._own)
+        return figures.gauges(engine, self.rates), figures.counters(engine, self._own)
 
     def counters(self) -> dict[str, int]:
         """All counters as of now, for tests and logs."""
         return self._figures()[1]
 
     def clear(self) -> None:
-        """All pages of this process are gone, also for the next one."""
+        """All pages of this process are gone, also for the next one, and for those that share them."""
         with self._opening:
+            if self._pager is not None:
+                self._pager.clear()
             self._let_go()
-            shutil.rmtree(self._folder, ignore_errors=True)
+            shutil.rmtree(self.settings.root / f"kv-{self._place}", ignore_errors=True)
             self._pager = self._open()
 
     def close(self) -> None:
@@ -289,7 +289,7 @@ class KvkeepStorage(HiCacheStorage):  # type: ignore[misc]
             try:
                 pager.close()
             except KvkeepError as error:
-                _log.warning("kvkeep: the disk was not closed cleanly: %s", error)
+                _log.warning("kvkeep: a tier was not closed cleanly: %s", error)
 
     # Names.
 

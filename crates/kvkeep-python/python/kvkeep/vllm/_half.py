@@ -6,7 +6,10 @@ Invariant: a request that vLLM has not announced is known only while it is asked
 from __future__ import annotations
 
 import logging
+import time
+from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
 from vllm.v1.kv_offload.base import RequestOffloadingContext
@@ -20,8 +23,17 @@ from kvkeep.vllm._settings import Settings
 
 _log = logging.getLogger(__name__)
 
-Request = TypeVar("Request")
+Request = TypeVar("Request", bound="OneRequest")
 """What is known of a request while it lives; made with its hints."""
+
+
+@dataclass
+class OneRequest:
+    """What is known of a request while it lives."""
+
+    hints: _hints.Hints
+    asked_at: float | None = None
+    """When it first waited for a store over a network to say what it has."""
 
 
 class SchedulerHalf(Generic[Request]):
@@ -34,6 +46,7 @@ class SchedulerHalf(Generic[Request]):
         self.settings, self.identity = settings, identity
         self._row_bytes, self._chunk_tokens = row_bytes, chunk_tokens
         self.rates = file.read(settings.guess)
+        self._ask_seconds = settings.ask_seconds
         self._prefills = Prefills(config, self.rates, file, self._tokens_of)
         self._requests: dict[str, Request] = {}
         self._own = {"hits": 0, "not_worth": 0}
@@ -70,6 +83,21 @@ class SchedulerHalf(Generic[Request]):
         made: Request = self._request_kind(_hints.read(_compat.actions_of(context), self.settings.ttl_s))
         return made
 
+    def _waits_for_answer(self, request: Request) -> bool:
+        """Is a store over a network being asked what it has? A request waits for that once, and no longer than a load of it may take."""
+        if not self._engine.is_asking():
+            return False
+        now = time.monotonic()
+        if request.asked_at is None:
+            request.asked_at = now
+        return now - request.asked_at < self._ask_seconds
+
+    def _pays(self, request: Request, first: int, end: int, places: Iterable[str]) -> bool:
+        """Is it worth it to load one block from each of these places?"""
+        if self.settings.worth == "always" or request.hints.always_load:
+            return True
+        return self.rates.pays(first, end, {tier: count * self._row_bytes for tier, count in Counter(places).items()})
+
     def _name(self, key: bytes) -> bytes:
         return self._generation + key
 
@@ -83,4 +111,4 @@ class SchedulerHalf(Generic[Request]):
         try:
             self._engine.close()
         except KvkeepError as error:
-            _log.warning("kvkeep: the disk was not closed cleanly: %s", error)
+            _log.warning("kvkeep: a tier was not closed cleanly: %s", error)

@@ -20,8 +20,8 @@ from vllm.v1.kv_offload.base import LookupResult, OffloadingManager, PrepareStor
 
 from kvkeep import _kvkeep
 from kvkeep._engines.worth import RatesFile
-from kvkeep.vllm import _compat, _hints
-from kvkeep.vllm._half import SchedulerHalf
+from kvkeep.vllm import _compat
+from kvkeep.vllm._half import OneRequest, SchedulerHalf
 from kvkeep.vllm._settings import Settings
 
 _PROBE_BLOCKS = 16
@@ -29,32 +29,40 @@ _PROBE_EVERY = 16
 """Of the loads that are not worth it, the first and each so many-th has a few blocks read into nowhere."""
 
 _PROBE_SECONDS = 0.5
-"""As long as the disk is not measured, it is tried so often."""
+"""As long as no tier is measured, it is tried so often."""
 
 _KEPT_SECONDS = 1.0
 """For so long what came up for a request stays in RAM whatever happens. Then it is like everything else there."""
 
 
 @dataclass
-class _Request:
-    """What is known of a request while it lives."""
-
-    hints: _hints.Hints
+class _Request(OneRequest):
     known: dict[bytes, None] = field(default_factory=dict)
     """Its blocks as far as vLLM has named them, in order."""
     is_noted: bool = False
     """Has the policy heard of it?"""
     hits: dict[bytes, _kvkeep.EngineHeld] = field(default_factory=dict)
     """What was said to be there in this step."""
-    wanted: dict[bytes, None] = field(default_factory=dict)
-    """What is on the disk, in order, and was asked for in this step."""
+    places: dict[bytes, str | None] = field(default_factory=dict)
+    """Where its blocks are behind RAM, as of this step."""
+    wanted: dict[bytes, str] = field(default_factory=dict)
+    """What is behind RAM, in order, and was asked for in this step."""
     coming: tuple[int, list[bytes]] | None = None
     """What is on its way up: number and blocks."""
     came: tuple[_kvkeep.EngineHeld, float] | None = None
     fetched: set[bytes] = field(default_factory=set)
     """What was on its way once: a second time it is computed."""
     declined: bool = False
-    """What is on the disk is not worth it."""
+    """What is behind RAM is not worth it."""
+
+
+@dataclass
+class _Fetch:
+    """Blocks on their way up."""
+
+    req_id: str
+    since: float
+    places: set[str]
 
 
 @dataclass
@@ -86,7 +94,7 @@ class KvkeepManager(SchedulerHalf[_Request], OffloadingManager):
         self._begin(settings, config, row_bytes, chunk_tokens, file, identity)
         self._asked: dict[str, _Request] = {}
         """Those that were asked for in this step."""
-        self._fetches: dict[int, tuple[str, float]] = {}
+        self._fetches: dict[int, _Fetch] = {}
         self._fetch = 0
         self._loads: dict[str, list[tuple[frozenset[bytes], list[Any]]]] = {}
         self._stores: dict[bytes, _Store] = {}
@@ -115,35 +123,50 @@ class KvkeepManager(SchedulerHalf[_Request], OffloadingManager):
         if held is not None:
             request.hits[key] = held
             return LookupResult.HIT
-        is_known = req_context.req_id in self._requests
-        if not is_known or request.declined or key in request.fetched or not self._engine.has([name])[0]:
+        if req_context.req_id not in self._requests or request.declined or key in request.fetched:
             return LookupResult.MISS
-        request.wanted[key] = None
+        place = self._place(request, key, positions or ())
+        if place is not None:
+            request.wanted[key] = place
+        elif not self._waits_for_answer(request):
+            return LookupResult.MISS
         return LookupResult.RETRY
+
+    def _place(self, request: _Request, key: bytes, positions: Collection[bytes]) -> str | None:
+        """Where a block is behind RAM. The first question is one for all of its request: a daemon is asked once a step."""
+        if key not in request.places:
+            keys = list(dict.fromkeys([key, *positions]))
+            request.places = dict(zip(keys, self._engine.places([self._name(other) for other in keys])))
+        return request.places[key]
 
     def get_load_source(self, key: Any, req_context: Any) -> Any:
         return _compat.source(from_disk=key in self._request(req_context).fetched)
 
     def _decide(self, request: _Request, context_id: str) -> None:
         """Begins to bring up what is on the disk, if that is faster than computing it."""
-        keys, request.wanted = list(request.wanted), {}
+        wanted, request.wanted = request.wanted, {}
+        keys, places = list(wanted), list(wanted.values())
         first, end = self._span(request, keys)
-        always = self.settings.worth == "always" or request.hints.always_load
-        if not always and not self.rates.pays(first, end, len(keys) * self._row_bytes):
+        if not self._pays(request, first, end, places):
             request.declined = True
             self._own["not_worth"] += len(keys)
             if self._declined % _PROBE_EVERY == 0:
-                self._probe(keys)
+                self._probe([self._name(key) for key in keys])
             self._declined += 1
             return
         self._fetch += 1
         self._engine.fetch(self._fetch, [self._name(key) for key in keys])
-        self._fetches[self._fetch] = context_id, time.monotonic()
+        self._fetches[self._fetch] = _Fetch(context_id, time.monotonic(), set(places))
         request.coming, request.fetched = (self._fetch, keys), request.fetched | set(keys)
 
-    def _probe(self, keys: list[bytes]) -> None:
-        """How fast is the disk? It may be faster by now, or nobody has measured it yet."""
-        self._engine.probe([self._name(key) for key in keys[:_PROBE_BLOCKS]])
+    def _probe(self, names: list[bytes]) -> bool:
+        """How fast is the tier where the first of these is? It may be faster by now, or nobody has measured it yet. False if none is anywhere."""
+        names = names[:_PROBE_BLOCKS]
+        places = self._engine.places(names)
+        place = next(filter(None, places), None)
+        if place is not None:
+            self._engine.probe(place, [name for name, other in zip(names, places) if other == place])
+        return place is not None
 
     def _span(self, request: _Request, keys: list[bytes]) -> tuple[int, int]:
         """The tokens that are computed if these are not loaded."""
@@ -159,19 +182,19 @@ class KvkeepManager(SchedulerHalf[_Request], OffloadingManager):
             return
         now = time.monotonic()
         for number, seconds, held in self._engine.fetched():
-            request = self._requests.get(self._fetches.pop(number, ("", 0.0))[0])
-            blocks = len(held.rows)
-            if request is None or request.coming is None or request.coming[0] != number:
+            fetch, blocks = self._fetches.pop(number, None), len(held.rows)
+            request = self._requests.get(fetch.req_id) if fetch is not None else None
+            if fetch is None or request is None or request.coming is None or request.coming[0] != number:
                 continue
             self._own["hits"] += blocks
-            if blocks == len(request.coming[1]):
-                self.rates.loaded(blocks * self._row_bytes, seconds)
+            if blocks == len(request.coming[1]) and len(fetch.places) == 1:
+                self.rates.loaded(*fetch.places, blocks * self._row_bytes, seconds)
             request.coming, request.came = None, (held, now)
-        for number, (req_id, since) in list(self._fetches.items()):
-            if now - since > self.settings.load_timeout_s:
+        for number, fetch in list(self._fetches.items()):
+            if now - fetch.since > self.settings.load_timeout_s:
                 self._late += 1
                 del self._fetches[number]
-                request = self._requests.get(req_id)
+                request = self._requests.get(fetch.req_id)
                 if request is not None and request.coming is not None and request.coming[0] == number:
                     request.coming = None
 
@@ -276,19 +299,18 @@ class KvkeepManager(SchedulerHalf[_Request], OffloadingManager):
 
     def on_schedule_end(self, context: Any) -> None:
         self._steps += 1
-        for came, wanted, seconds in self._engine.probed():
+        for tier, came, wanted, seconds in self._engine.probed():
             if came == wanted:
-                self.rates.loaded(came * self._row_bytes, seconds)
+                self.rates.loaded(tier, came * self._row_bytes, seconds)
         now = time.monotonic()
-        if self._written and not self.rates.disk_is_measured and now - self._probed_at > _PROBE_SECONDS:
-            # It is on its way to the disk, or there.
-            self._engine.probe(self._written)
-            self._probed_at = now
+        if self._written and not self.rates.measured and now - self._probed_at > _PROBE_SECONDS:
+            # It is on its way down, or there.
+            self._probed_at = now if self._probe(self._written) else self._probed_at
         self._prefills.step(context)
         self._collect()
         asked, self._asked = self._asked, {}
         for req_id, request in asked.items():
-            request.hits = {}
+            request.hits, request.places = {}, {}
             if request.wanted and req_id in self._requests:
                 self._decide(request, req_id)
         for request in self._requests.values():
@@ -313,13 +335,13 @@ class KvkeepManager(SchedulerHalf[_Request], OffloadingManager):
         self._forgotten.append((self._steps + self._steps_in_flight, handles))
         self._loads, self._stores, self._fetches, self._asked = {}, {}, {}, {}
         for request in self._requests.values():
-            request.hits, request.wanted, request.coming, request.came = {}, {}, None, None
+            request.hits, request.places, request.wanted, request.coming, request.came = {}, {}, {}, None, None
         self._engine.evict_all(self.settings.flush_timeout_s)
         if self._may_change:
             self._generation = secrets.token_bytes(16)
 
     def get_stats(self) -> Any:
-        return self._figures.tell(self._stats(), self._own, self.rates.disk_bytes_per_s, ram=True)
+        return self._figures.tell(self._stats(), self._own, self.rates, ram=True)
 
     def _stats(self) -> dict[str, Any]:
         stats = self._engine.stats()

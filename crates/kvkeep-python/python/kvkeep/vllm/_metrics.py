@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvkeep._engines import figures
+from kvkeep._engines.worth import Rates
 
 
 def name_of(figure: str) -> str:
@@ -37,12 +38,12 @@ class Figures:
     def __init__(self) -> None:
         self._told: dict[str, int] = {}
 
-    def tell(self, engine: Mapping[str, Any], own: Mapping[str, int], disk_bytes_per_s: float, ram: bool = False) -> Any:
+    def tell(self, engine: Mapping[str, Any], own: Mapping[str, int], rates: Rates, ram: bool = False) -> Any:
         """vLLM's form of them."""
         from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 
         told = OffloadingConnectorStats()
-        for name, value in figures.gauges(engine, disk_bytes_per_s).items():
+        for name, value in figures.gauges(engine, rates).items():
             told.set_gauge(name_of(name), value)
         for name in OF_RAM if ram else ():
             told.set_gauge(name_of(name), float(engine[name.removeprefix("ram_")]))

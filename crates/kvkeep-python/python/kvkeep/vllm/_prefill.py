@@ -1,4 +1,4 @@
-"""How long vLLM takes to compute a prompt: what a load has to be faster than. And the disk's rate beside it, kept over a restart.
+"""How long vLLM takes to compute a prompt: what a load has to be faster than. And the tiers' rates beside it, kept over a restart.
 
 Invariant: only a prefill that began at its prompt's first token and was not interrupted is a measure. A step's end is seen when the next one is
 scheduled, or when a request ends with it. To time what comes back from the GPU was the alternative: blocks of a request come to be stored behind
@@ -110,7 +110,7 @@ class Prefills:
 
 
 def _copy(rates: Rates) -> Rates:
-    return replace(rates, seconds_by_length=dict(rates.seconds_by_length))
+    return replace(rates, seconds_by_length=dict(rates.seconds_by_length), measured=dict(rates.measured))
 
 
 def _write(file: RatesFile, rates: Rates) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kvkeep._engines import settings
-from kvkeep._engines.worth import Rates
+
+if TYPE_CHECKING:
+    from kvkeep._kvkeep import Behind
 
 
 @dataclass(frozen=True)
@@ -20,21 +22,15 @@ class Settings(settings.Settings):
     locality: str | None = None
     """`LOCAL` or `REMOTE`, for those events."""
 
-    @property
-    def guess(self) -> Rates:
-        """What is taken for true until it is measured."""
-        return Rates(self.prefill_tokens_per_s, disk_bytes_per_s=self.disk_gb_per_s * (1 << 30))
-
     def tells(self, spec: Any) -> bool:
         """Are events wanted, here and in vLLM?"""
         return bool(self.enable_kv_events and spec.kv_events_config.enable_kv_cache_events)
 
-    def disk(self, config: Any, ram_bytes: int | None = None) -> tuple[str, int, int, str | None, str]:
-        """The folder of this replica of an engine, and what else a disk is opened with."""
+    def tiers(self, config: Any, ram_bytes: int | None = None) -> Behind:
+        """What is behind RAM. A folder is this replica's own; a daemon and a remote store are everybody's."""
         replica = int(getattr(config.parallel_config, "data_parallel_index", 0) or 0)
         # What waits to be written is a copy beside the engine's RAM, or stays where it is in ours.
-        queue = self.queue_bytes if ram_bytes is None else ram_bytes // 2
-        return str(self.root / f"kv-{replica}"), self.capacity_bytes, queue, self.key_file, self.codec
+        return self.behind(f"kv-{replica}", self.queue_bytes if ram_bytes is None else ram_bytes // 2)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`KvkeepOffloadingSpec`: vLLM's GPU worker over kvkeep's RAM, with kvkeep's eviction in charge of it and a disk below.
+"""`KvkeepOffloadingSpec`: vLLM's GPU worker over kvkeep's RAM, with kvkeep's eviction in charge of it, and a disk, a daemon or a remote store below.
 
     --kv-transfer-config '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config":
       {"spec_name": "KvkeepOffloadingSpec", "spec_module_path": "kvkeep.vllm", "cpu_bytes_to_use": 34359738368, "block_size": 256,
@@ -26,12 +26,12 @@ from kvkeep.vllm._settings import RamSettings
 
 
 class KvkeepOffloadingSpec(TieringOffloadingSpec):
-    """RAM and disk as one cache. Settings under `kvkeep`: `kvkeep.vllm._settings.RamSettings`."""
+    """RAM and what is below it as one cache. Settings under `kvkeep`: `kvkeep.vllm._settings.RamSettings`."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         if self.extra_config.get("secondary_tiers"):
-            raise ValueError("kvkeep: KvkeepOffloadingSpec has its disk below RAM already: give it no secondary_tiers")
+            raise ValueError("kvkeep: KvkeepOffloadingSpec has its tiers below RAM already: give it no secondary_tiers")
         self.settings = RamSettings.read(dict(self.extra_config.get("kvkeep") or {}))
         self.layers = 0
         """So many layers are loaded one after the other; 0: all at once. Set by a connector that waits for each."""
@@ -54,8 +54,8 @@ class KvkeepOffloadingSpec(TieringOffloadingSpec):
             raise ValueError("kvkeep: RAM has no room for a single block: raise cpu_bytes_to_use")
         namespace, identity = _identity.namespace(settings, config, self, row_bytes)
         times = (settings.load_timeout_s, settings.flush_timeout_s)
-        ram, disk = (rows * row_bytes, settings.eviction_policy), settings.disk(config, rows * row_bytes)
-        engine = _kvkeep.EngineRam(namespace, ram, disk, times, settings.tells(self))
+        ram, behind = (rows * row_bytes, settings.eviction_policy), settings.tiers(config, rows * row_bytes)
+        engine = _kvkeep.EngineRam(namespace, ram, behind, times, settings.tells(self))
         descriptor, _ = engine.memory()
         place = publish(settings.root, self.config.engine_id, descriptor, rows)
         tokens = [tokens * self.blocks_per_chunk for tokens in self.tokens_per_block]

@@ -21,8 +21,8 @@ from vllm.v1.kv_offload.tiering.base import JobResult, SecondaryTierManager
 
 from kvkeep import _kvkeep
 from kvkeep._engines.worth import RatesFile
-from kvkeep.vllm import _compat, _hints, _identity, _metrics
-from kvkeep.vllm._half import SchedulerHalf
+from kvkeep.vllm import _compat, _identity, _metrics
+from kvkeep.vllm._half import OneRequest, SchedulerHalf
 from kvkeep.vllm._settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -39,14 +39,11 @@ _PLAN_SECONDS = 1.0
 
 
 @dataclass
-class _Request:
-    """What is known of a request while it lives."""
-
-    hints: _hints.Hints
+class _Request(OneRequest):
     failed: set[bytes] = field(default_factory=set)
     """Blocks whose load failed: not asked for again."""
-    run: set[bytes] | None = None
-    """Blocks that are there and worth it, once that is known."""
+    run: dict[bytes, str] | None = None
+    """Blocks that are there and worth it, and where, once that is known."""
     planned_at: float = 0.0
     could_pay: bool | None = None
     """Where its blocks are not known: is there any load that is worth it?"""
@@ -59,12 +56,13 @@ class _Request:
 @dataclass
 class _Job:
     keys: list[bytes]
-    is_load: bool
     req_id: str
+    places: set[str] | None = None
+    """Where a load reads; None of a store."""
 
 
 class KvkeepTier(SchedulerHalf[_Request], SecondaryTierManager):
-    """kvkeep's disk under vLLM's `TieringOffloadingSpec`. Settings: `kvkeep.vllm._settings.Settings`."""
+    """kvkeep's tiers under vLLM's `TieringOffloadingSpec`. Settings: `kvkeep.vllm._settings.Settings`."""
 
     _request_kind = _Request
     _engine: _kvkeep.EngineTier
@@ -92,17 +90,17 @@ class KvkeepTier(SchedulerHalf[_Request], SecondaryTierManager):
         self._begin(self.settings, config, row_bytes, tokens, RatesFile(self.settings.root / "rates.json", identity), identity)
         self._jobs: dict[int, _Job] = {}
         self._refused: list[JobResult] = []
-        self._probes, self._skipped = _PROBE_FIRST, 0
+        self._probes: dict[int, str] = {}
+        self._probe_number, self._skipped = _PROBE_FIRST, 0
 
     def _open(self, rows: Any, namespace: _kvkeep.Namespace, config: Any, spec: Any) -> None:
         settings = self.settings
-        disk = settings.disk(config)
+        behind = settings.tiers(config)
         times = (settings.load_timeout_s, settings.store_timeout_s, settings.flush_timeout_s)
-        self._engine = _kvkeep.EngineTier(rows, namespace, disk, times, settings.tells(spec))
+        self._engine = _kvkeep.EngineTier(rows, namespace, behind, times, settings.tells(spec))
         _log.info(
-            "kvkeep: %s, %d blocks on the disk, %d rows of %d bytes in RAM",
-            disk[0],
-            self._engine.stats()["disk"]["entries"],
+            "kvkeep: %s; %d rows of %d bytes in RAM",
+            ", ".join(f"{tier['entries']} blocks in {name}" for name, tier in self._engine.stats()["tiers"].items()),
             rows.shape[0],
             rows.shape[1],
         )
@@ -116,14 +114,21 @@ class KvkeepTier(SchedulerHalf[_Request], SecondaryTierManager):
         if request.run is None or time.monotonic() - request.planned_at > _PLAN_SECONDS:
             self._plan(request, key, req_context)
         if request.run is not None:
-            return LookupResult.HIT if key in request.run else LookupResult.MISS
+            return LookupResult.HIT if key in request.run else self._missing(request)
         name = self._name(key)
-        if not self._engine.has([name])[0]:
-            return LookupResult.MISS
+        if self._engine.places([name])[0] is None:
+            return self._missing(request)
         if not self._could_pay(request):
             self._decline(request, [name])
             return LookupResult.MISS
         return LookupResult.HIT
+
+    def _missing(self, request: _Request) -> LookupResult:
+        """A miss, unless a store may still say that it is there: then all is looked up again."""
+        if not self._waits_for_answer(request):
+            return LookupResult.MISS
+        request.run = None
+        return LookupResult.RETRY
 
     def _plan(self, request: _Request, key: bytes, context: Any) -> None:
         """Looks up all that this request may ask for from this block on, and judges it."""
@@ -133,28 +138,22 @@ class KvkeepTier(SchedulerHalf[_Request], SecondaryTierManager):
         group, first = key[-4:], positions[key]
         tokens = self._tokens_of(key)
         keys = [other for other, end in positions.items() if other[-4:] == group and end >= first]
-        there = self._engine.has([self._name(other) for other in keys])
-        run = there.index(False) if False in there else len(there)
+        places = self._engine.places([self._name(other) for other in keys])
+        run = places.index(None) if None in places else len(places)
         # A window is asked for from its end: then one block stands for all before it.
         is_window = len(keys) == 1 and first > tokens
         begin = 0 if is_window else first - tokens
         request.planned_at = time.monotonic()
-        request.run = {other for other, is_there in zip(positions, self._all_there(positions, keys, there)) if is_there}
-        if run and not self._pays(request, begin, first + (run - 1) * tokens, run):
-            request.run = set()
+        request.run = self._there(positions, dict(zip(keys, places)))
+        if run and not self._pays(request, begin, first + (run - 1) * tokens, (place for place in places[:run] if place)):
+            request.run = {}
             self._decline(request, [self._name(other) for other in keys[:run]])
 
-    def _all_there(self, positions: Any, keys: list[bytes], there: list[bool]) -> list[bool]:
+    def _there(self, positions: Any, known: dict[bytes, str | None]) -> dict[bytes, str]:
         """Of all blocks of a request, also those of other groups of layers."""
-        known = dict(zip(keys, there))
         rest = [other for other in positions if other not in known]
-        known.update(zip(rest, self._engine.has([self._name(other) for other in rest]) if rest else []))
-        return [known[other] for other in positions]
-
-    def _pays(self, request: _Request, first: int, end: int, blocks: int) -> bool:
-        if self.settings.worth == "always" or request.hints.always_load:
-            return True
-        return self.rates.pays(first, end, blocks * self._row_bytes)
+        known.update(zip(rest, self._engine.places([self._name(other) for other in rest]) if rest else []))
+        return {key: place for key, place in known.items() if place is not None}
 
     def _could_pay(self, request: _Request) -> bool:
         if request.could_pay is None:
@@ -172,8 +171,14 @@ class KvkeepTier(SchedulerHalf[_Request], SecondaryTierManager):
                 self._probe(names)
 
     def _probe(self, names: list[bytes]) -> None:
-        self._probes += 1
-        self._engine.probe(self._probes, names[:_PROBE_BLOCKS])
+        """Reads a few of these into nowhere, as many from the first on as are in one place."""
+        names = names[:_PROBE_BLOCKS]
+        places = self._engine.places(names)
+        place = places[0]
+        if place is not None:
+            self._probe_number += 1
+            self._probes[self._probe_number] = place
+            self._engine.probe(self._probe_number, [name for name, other in zip(names, places) if other == place])
 
     def submit_store(self, job_metadata: Any) -> None:
         keys, rows = list(job_metadata.keys), _compat.rows_of(job_metadata)
@@ -184,47 +189,49 @@ class KvkeepTier(SchedulerHalf[_Request], SecondaryTierManager):
             return
         names = [self._name(key) for key in keys]
         self._keep(request, names)
-        self._jobs[job_metadata.job_id] = _Job(keys, False, job_metadata.req_context.req_id)
+        self._jobs[job_metadata.job_id] = _Job(keys, job_metadata.req_context.req_id)
         self._engine.store(job_metadata.job_id, names, rows, request.hints.ttl_s)
 
     def submit_load(self, job_metadata: Any) -> None:
         keys, rows = list(job_metadata.keys), _compat.rows_of(job_metadata)
         request = self._request(job_metadata.req_context)
         names = [self._name(key) for key in keys]
-        if request.run is None and not self._pays(request, 0, len(keys) * self._chunk_tokens[0], len(keys)):
+        known = request.run if request.run is not None else self._there(keys, {})
+        places = [place for key in keys if (place := known.get(key)) is not None]
+        if request.run is None and not self._pays(request, 0, len(keys) * self._chunk_tokens[0], places):
             request.declined = True
             self._decline(request, names)
             self._refused.append(_compat.result(job_metadata.job_id, (), keys, True, 0.0, self._row_bytes))
             return
         self._prefills.loaded(job_metadata.req_context.req_id)
-        self._jobs[job_metadata.job_id] = _Job(keys, True, job_metadata.req_context.req_id)
+        self._jobs[job_metadata.job_id] = _Job(keys, job_metadata.req_context.req_id, set(places))
         self._engine.load(job_metadata.job_id, names, rows)
 
     def get_finished_jobs(self) -> Iterable[JobResult]:
         finished, self._refused = self._refused, []
         for job_id, kind, done, blocks, seconds in self._engine.ended():
             if kind == "probe":
-                self._loaded(len(done), blocks, seconds)
+                self._loaded({self._probes.pop(job_id)}, len(done), blocks, seconds)
             elif (job := self._jobs.pop(job_id, None)) is not None:
                 finished.append(self._ended(job_id, job, done, seconds))
         return finished
 
     def _ended(self, job_id: int, job: _Job, done: list[int], seconds: float) -> JobResult:
         came = [job.keys[position] for position in done]
-        if job.is_load:
+        if job.places is not None:
             self._own["hits"] += len(came)
-            self._loaded(len(came), len(job.keys), seconds)
+            self._loaded(job.places, len(came), len(job.keys), seconds)
             request = self._requests.get(job.req_id)
             if request is not None:
                 request.failed.update(set(job.keys).difference(came))
-        elif came and not self.rates.disk_is_measured:
+        elif came and not self.rates.measured:
             self._probe([self._name(key) for key in came])
-        return _compat.result(job_id, came, job.keys, job.is_load, seconds, self._row_bytes)
+        return _compat.result(job_id, came, job.keys, job.places is not None, seconds, self._row_bytes)
 
-    def _loaded(self, came: int, blocks: int, seconds: float) -> None:
-        """A measure of the disk, if all of it came."""
-        if came == blocks:
-            self.rates.loaded(came * self._row_bytes, seconds)
+    def _loaded(self, places: set[str], came: int, blocks: int, seconds: float) -> None:
+        """A measure of a tier, if all of it came from there."""
+        if came == blocks and len(places) == 1:
+            self.rates.loaded(*places, came * self._row_bytes, seconds)
 
     def touch(self, keys: Collection[Any], req_context: Any) -> None:
         """These are used, wherever they are. Asked at each step for as long as a request waits: once is enough."""
@@ -263,7 +270,7 @@ class KvkeepTier(SchedulerHalf[_Request], SecondaryTierManager):
         return _metrics.definitions()
 
     def get_stats(self) -> Any:
-        return self._figures.tell(self._stats(), self._own, self.rates.disk_bytes_per_s)
+        return self._figures.tell(self._stats(), self._own, self.rates)
 
     def shutdown(self) -> None:
         """Gives vLLM its memory back, and writes what was taken."""

@@ -3,9 +3,11 @@
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use super::*;
-use crate::Chain;
 use crate::block::BlockMeta;
-use crate::tier::{Payload, ReadTarget};
+use crate::tier::around::Fault;
+use crate::tier::memory::MemoryTier;
+use crate::tier::{Payload, ReadTarget, Tier};
+use crate::{CacheConfig, Chain};
 
 struct Row(Vec<u8>);
 
@@ -39,6 +41,10 @@ fn rooms(count: usize) -> (Vec<Box<dyn ReadTarget>>, Receiver<Came>) {
     let (sender, receiver) = channel();
     let room = |number| Box::new(Room(vec![0; PAGE as usize], number, sender.clone())) as Box<dyn ReadTarget>;
     ((0..count).map(room).collect(), receiver)
+}
+
+fn has_lent(cache: &KvCache, chain: &Chain) -> Vec<bool> {
+    cache.where_lent(chain).iter().map(Option::is_some).collect()
 }
 
 /// An engine with RAM of its own wants the disk alone.
@@ -76,17 +82,17 @@ fn an_engine_asks_what_is_there_without_loading_it() {
     let cache = lab.open(1);
     let hashes: Vec<Vec<u8>> = (0..6u8).map(|number| vec![number; 12 + usize::from(number)]).collect();
     let chain = Chain::external(&namespace(), &hashes).unwrap();
-    assert_eq!(cache.has_lent(&chain), [false; 6]);
+    assert_eq!(has_lent(&cache, &chain), [false; 6]);
     let even = |number: &usize| number.is_multiple_of(2);
     for number in (0..6).filter(even) {
         let one = Chain::external(&namespace(), &hashes[number..=number]).unwrap();
         assert_eq!(cache.write_lent(&one, 0, vec![Arc::new(Row(row(number)))], &plain()), 1);
     }
     cache.flush().unwrap();
-    assert_eq!(cache.has_lent(&chain), [true, false, true, false, true, false]);
+    assert_eq!(has_lent(&cache, &chain), [true, false, true, false, true, false]);
     assert_eq!(disk(&cache).hits, 0);
     cache.remove_chain(&Chain::external(&namespace(), &hashes[2..3]).unwrap(), 0);
-    assert_eq!(cache.has_lent(&chain), [true, false, false, false, true, false]);
+    assert_eq!(has_lent(&cache, &chain), [true, false, false, false, true, false]);
 }
 
 /// What an engine uses in its own memory is never read from the disk, and went first from there.
@@ -121,12 +127,38 @@ fn what_was_touched_or_retained_outlives_what_was_not() {
     while evicted(&cache) < 500 {
         fill(4, true);
     }
-    assert_eq!((cache.has_lent(&retained), cache.has_lent(&touched)), (vec![true; 2], vec![true; 2]));
-    assert_eq!(cache.has_lent(&others), [false; 2]);
+    assert_eq!((has_lent(&cache, &retained), has_lent(&cache, &touched)), (vec![true; 2], vec![true; 2]));
+    assert_eq!(has_lent(&cache, &others), [false; 2]);
     cache.release_lent(&retained);
     let before = evicted(&cache);
     while evicted(&cache) < before + 1_500 {
         fill(4, false);
     }
-    assert_eq!((cache.has_lent(&retained), cache.has_lent(&touched)), (vec![false; 2], vec![false; 2]));
+    assert_eq!((has_lent(&cache, &retained), has_lent(&cache, &touched)), (vec![false; 2], vec![false; 2]));
+}
+
+/// An engine's blocks counted as lost when the first tier refused them, though the second one had taken them; and with a daemon
+/// behind the disk all came at the disk's pace.
+#[test]
+fn what_any_tier_took_is_taken_and_is_read_from_the_first_tier_that_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let clock: Arc<dyn Clock> = Arc::new(ManualClock::at(1_000));
+    let memory = |name: &str| Arc::new(MemoryTier::new(name, MIB, Arc::clone(&clock))) as Arc<dyn Tier>;
+    let near = Arc::new(Fault::new(memory("near")));
+    let config = CacheConfig::without_ram().clock(Arc::clone(&clock)).tier(memory("far"));
+    let config = config.disk(DiskConfig::new(dir.path(), 4 * MIB).queue_bytes(MIB)).tier_before_disk(near.clone());
+    let cache = KvCache::new(config).unwrap();
+    let chain = |number: u8| Chain::external(&namespace(), &[[number; 8]]).unwrap();
+    let write = |number: u8| cache.write_lent(&chain(number), 0, vec![Arc::new(Row(row(number.into())))], &plain());
+    assert_eq!(cache.stats().tiers.iter().map(|tier| tier.name.as_str()).collect::<Vec<_>>(), ["near", "disk", "far"]);
+    assert_eq!(write(1), 1);
+    near.fail_offers(true);
+    assert_eq!(write(2), 1, "the disk took it");
+    cache.flush().unwrap();
+    assert_eq!((cache.where_lent(&chain(1)), cache.where_lent(&chain(2))), (vec![Some("near")], vec![Some("disk")]));
+    near.go_away(true);
+    assert_eq!((cache.where_lent(&chain(1)), cache.where_lent(&chain(3))), (vec![Some("disk")], vec![None]));
+    let (targets, answers) = rooms(1);
+    assert_eq!(cache.read_lent(&chain(1), 0, targets), 1);
+    assert_eq!(answers.recv().unwrap().1, Some(row(1)));
 }

@@ -183,10 +183,13 @@ impl Tiers {
             (blocks, next) = (blocks + awaited, more);
             self.offer_patiently(&mut not_taken);
         }
-        let flush = |(tier, blocks): (&Arc<dyn Tier>, usize)| {
-            // What it did take is made durable in any case, and its own error says more.
-            tier.flush(self.timeouts().flush)?;
-            if blocks > 0 { Err(Error::NotTaken { tier: tier.name().to_owned(), blocks }) } else { Ok(()) }
+        // What it did take is made durable in any case, and its own error says more. Blocks that it took and lost are others than it
+        // did not take.
+        let flush = |(tier, blocks): (&Arc<dyn Tier>, usize)| match tier.flush(self.timeouts().flush) {
+            Ok(()) if blocks == 0 => Ok(()),
+            Ok(()) => Err(Error::NotTaken { tier: tier.name().to_owned(), blocks }),
+            Err(Error::NotTaken { tier, blocks: lost }) => Err(Error::NotTaken { tier, blocks: blocks + lost }),
+            Err(error) => Err(error),
         };
         self.each().zip(not_taken).map(flush).fold(Ok(()), Result::and)?;
         Ok(blocks)

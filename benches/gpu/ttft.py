@@ -8,6 +8,7 @@
     ttft.py kvkeep --dir /data/kvkeep            # kvkeep's tier, as docs/vllm.md says
     ttft.py kvkeep --dir /data/kvkeep --phase restart
     ttft.py lossless --dir /data/kvkeep          # the same, with that codec
+    ttft.py daemon --dir /data/kvkeep --socket S # kvkeep's tier over `kvkeep daemon --socket S`, without a disk
     ttft.py ram --dir /data/kvkeep               # kvkeep's RAM as well: KvkeepOffloadingSpec
     ttft.py layers --dir /data/kvkeep            # and loads layer by layer: KvkeepConnector
 
@@ -36,15 +37,16 @@ os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 QUESTION_TOKENS = 32
 
-SHAPES = {"8b": (4096, 14336, 32), "70b": (8192, 28672, 64)}
+SHAPES = {"8b": (4096, 14336, 32), "70b": (8192, 28672, 64), "405b": (16384, 53248, 128)}
 """Hidden size, intermediate size and heads of a layer; all have 8 KV heads of 128."""
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=["none", "native", "tiering", "fs", "kvkeep", "lossless", "ram", "layers"])
+    parser.add_argument("mode", choices=["none", "native", "tiering", "fs", "kvkeep", "lossless", "daemon", "ram", "layers"])
     parser.add_argument("--phase", choices=["first", "restart"], default="first")
     parser.add_argument("--dir", help="where a tier keeps its files")
+    parser.add_argument("--socket", help="of a daemon")
     parser.add_argument("--worth", choices=["measured", "always"], default="measured", help="kvkeep: also load what is slower than computing?")
     parser.add_argument("--capacity-gb", type=float, default=40.0)
     parser.add_argument("--chunk", type=int, default=256, help="tokens of a block of the tiers; of `native`, vLLM's own default")
@@ -87,6 +89,8 @@ def transfer_config(given: argparse.Namespace) -> dict[str, Any] | None:
     if given.mode in ("kvkeep", "lossless"):
         codec = {"codec": "lossless"} if given.mode == "lossless" else {}
         extra["secondary_tiers"] = [{"type": "kvkeep", **ours, **codec}]
+    if given.mode == "daemon":
+        extra["secondary_tiers"] = [{"type": "kvkeep", "root_dir": given.dir, "daemon": given.socket, "worth": given.worth}]
     if given.mode in ("ram", "layers"):
         extra |= {"spec_name": "KvkeepOffloadingSpec", "spec_module_path": "kvkeep.vllm", "kvkeep": ours}
     connector = {"kv_connector": "KvkeepConnector", "kv_connector_module_path": "kvkeep.vllm"} if given.mode == "layers" else {"kv_connector": "OffloadingConnector"}

@@ -1,6 +1,6 @@
 //! Bytes a second through a remote tier, written and read: blocks of 2 MiB straight from and to memory, past RAM.
 //!
-//! Usage: throughput URL [BLOCKS]   (256 blocks). Prints `set` and `get`, in MB/s, of the median of five rounds, and `miss`:
+//! Usage: rates URL [BLOCKS]   (256 blocks). Prints `set` and `get`, in MB/s, of the median of five rounds, and `miss`:
 //! nanoseconds of a lookup of one block that is nowhere, by a node that knows the store.
 //! `benches/remote/run.sh` runs it in turns with redis-benchmark.
 

@@ -176,23 +176,25 @@ impl Tiers {
     /// `again`: what a flush waits for still, and nothing else. Says how many blocks that were.
     fn flush_once(&self, again: bool) -> Result<usize> {
         let mut not_taken = vec![0; self.all().len()];
-        let (mut blocks, mut next) = (0, Some(0));
+        let (mut awaited, mut next) = (0, Some(0));
         while let Some(from) = next {
             // In slices: between two of them others get the lock.
-            let (awaited, more) = self.shared().with(|ledger| ledger.flush_some(from, SLICE, again));
-            (blocks, next) = (blocks + awaited, more);
+            let (blocks, more) = self.shared().with(|ledger| ledger.flush_some(from, SLICE, again));
+            (awaited, next) = (awaited + blocks, more);
             self.offer_patiently(&mut not_taken);
         }
-        // What it did take is made durable in any case, and its own error says more. Blocks that it took and lost are others than it
-        // did not take.
+        // What it did take is made durable in any case, and its own error says more. What it lost it may have been offered again, and not
+        // have taken: that is one block.
         let flush = |(tier, blocks): (&Arc<dyn Tier>, usize)| match tier.flush(self.timeouts().flush) {
             Ok(()) if blocks == 0 => Ok(()),
             Ok(()) => Err(Error::NotTaken { tier: tier.name().to_owned(), blocks }),
-            Err(Error::NotTaken { tier, blocks: lost }) => Err(Error::NotTaken { tier, blocks: blocks + lost }),
+            Err(Error::NotTaken { tier, blocks: lost }) => {
+                Err(Error::NotTaken { tier, blocks: lost.max(awaited.min(blocks + lost)) })
+            }
             Err(error) => Err(error),
         };
         self.each().zip(not_taken).map(flush).fold(Ok(()), Result::and)?;
-        Ok(blocks)
+        Ok(awaited)
     }
 }
 

@@ -202,6 +202,10 @@ impl Tier for DaemonTier {
         given_up.len()
     }
 
+    fn deadline(&self) -> Option<Duration> {
+        Some(self.shared.config.deadline)
+    }
+
     fn forget(&self, what: &Forget<'_>, epoch: Epoch) -> Forgotten {
         let mut forgotten = Forgotten::default();
         if !self.is_here() {

@@ -108,7 +108,7 @@ impl Redis {
         let answered =
             asked.unwrap_or_else(|_| Err(RedisError::from(std::io::Error::from(std::io::ErrorKind::TimedOut))));
         let answered = self.settle(lane, &connection, answered.and_then(|value| Ok(T::from_redis_value(value)?)));
-        if at_most == PATIENCE && matches!(answered, Err(StoreError::Late)) {
+        if matches!(answered, Err(StoreError::Late)) {
             self.give_up(lane);
         }
         answered
@@ -281,7 +281,8 @@ impl Store for Redis {
         if let Some(ttl) = ttl {
             command.arg("PX").arg(u64::try_from(ttl.as_millis()).unwrap_or(u64::MAX >> 1).max(1));
         }
-        Box::pin(async move { self.ask::<Value>(Lane::Write, &command, PATIENCE).await.map(drop) })
+        // How long that may take depends on more than this block: the writer says it.
+        Box::pin(async move { self.ask::<Value>(Lane::Write, &command, Duration::MAX).await.map(drop) })
     }
 
     fn remove<'a>(&'a self, names: &'a [Name]) -> Reply<'a, ()> {

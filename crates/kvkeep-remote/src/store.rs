@@ -42,7 +42,6 @@ pub enum StoreError {
 pub(crate) enum Lane {
     Ask,
     Read,
-    #[cfg_attr(not(feature = "redis"), expect(dead_code, reason = "Redis alone has lanes"))]
     Write,
     #[cfg_attr(not(feature = "redis"), expect(dead_code, reason = "Redis alone has lanes"))]
     Follow,

@@ -257,6 +257,10 @@ impl Tier for RemoteTier {
         given_up.len()
     }
 
+    fn deadline(&self) -> Option<Duration> {
+        Some(self.shared.deadline)
+    }
+
     fn forget(&self, what: &Forget<'_>, epoch: Epoch) -> Forgotten {
         let now_ms = self.shared.clock.now_ms();
         let forgotten = self.shared.lock().forget(what, epoch, now_ms, Instant::now());

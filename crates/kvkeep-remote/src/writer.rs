@@ -12,7 +12,7 @@ use kvkeep::tiers::Message;
 
 use crate::shared::Shared;
 use crate::state::{Op, Write};
-use crate::store::{Listed, Name, StoreError};
+use crate::store::{Lane, Listed, Name, StoreError};
 
 /// Written at once, at most; and this part of the cap.
 const BATCH_BYTES: u64 = 16 << 20;
@@ -22,8 +22,11 @@ const BATCH_WRITES: usize = 256;
 const BATCH_KEYS: usize = 1000;
 /// Before something that has to be done is tried again.
 const PAUSE: Duration = Duration::from_millis(100);
-/// What one write may take.
-const PATIENCE: Duration = Duration::from_secs(5);
+/// What moving so many bytes may take: so long, and a second for each so many. They hold memory that others need.
+const PATIENCE: Duration = Duration::from_secs(1);
+const SLOWEST_BYTES_PER_S: u64 = 4 << 20;
+/// What removing may take.
+const REMOVAL: Duration = Duration::from_secs(5);
 
 /// Does what there is to do, for as long as this is awaited.
 pub(crate) async fn run(shared: Arc<Shared>) {
@@ -78,12 +81,13 @@ async fn write(shared: &Shared, writes: Vec<Write>) {
         }));
         let sizes: Vec<u64> = messages.iter().map(|message| message.as_ref().map_or(0, size)).collect();
         let total = sizes.iter().sum();
+        let patience = patience(total);
         let made = if shared.health.allows() { make_room(shared, total).await } else { Err(StoreError::Away) };
         let mut writing: FuturesUnordered<_> = FuturesUnordered::new();
         for (number, message) in messages.iter().enumerate() {
             let made = made.is_ok();
             writing.push(async move {
-                (number, if made { put(shared, message.as_ref()).await } else { Err(StoreError::Away) })
+                (number, if made { put(shared, message.as_ref(), patience).await } else { Err(StoreError::Away) })
             });
         }
         while let Some((number, put)) = writing.next().await {
@@ -107,13 +111,21 @@ fn size(message: &Message<'_>) -> u64 {
     (message.header.len() + message.payload.len()) as u64
 }
 
-async fn put(shared: &Shared, message: Option<&Message<'_>>) -> Result<(), StoreError> {
+fn patience(bytes: u64) -> Duration {
+    PATIENCE + Duration::from_millis(bytes * 1000 / SLOWEST_BYTES_PER_S)
+}
+
+async fn put(shared: &Shared, message: Option<&Message<'_>>, patience: Duration) -> Result<(), StoreError> {
     let Some(message) = message else { return Err(StoreError::Refused("a block that no header describes".into())) };
     let left = message.meta.expires_at_ms.saturating_sub(shared.clock.now_ms());
     let ttl = (message.meta.expires_at_ms != u64::MAX).then(|| Duration::from_millis(left));
     let name = Name::of(&message.meta);
     let put = shared.store.put(&name, [&message.header, &message.payload], ttl);
-    tokio::time::timeout(PATIENCE, put).await.unwrap_or(Err(StoreError::Late))
+    tokio::time::timeout(patience, put).await.unwrap_or_else(|_| {
+        // What is still to come over its connection would be in the way.
+        shared.store.give_up(Lane::Write);
+        Err(StoreError::Late)
+    })
 }
 
 /// What became of a write; gives what others are told.
@@ -184,7 +196,7 @@ async fn make_room(shared: &Shared, bytes: u64) -> Result<(), StoreError> {
 async fn remove_from_store(shared: &Shared, removed: &[(Name, u64)]) -> Result<(), StoreError> {
     for part in removed.chunks(BATCH_KEYS) {
         let names: Vec<Name> = part.iter().map(|(name, _)| *name).collect();
-        let removed = tokio::time::timeout(PATIENCE, shared.store.remove(&names)).await;
+        let removed = tokio::time::timeout(REMOVAL, shared.store.remove(&names)).await;
         removed.unwrap_or(Err(StoreError::Late)).inspect_err(|error| shared.health.fails(error))?;
     }
     Ok(())

@@ -19,6 +19,15 @@ use crate::tier::{Offer, Payload, Tier};
 /// How often a store tries again after it has given up what was queued, because what it evicts is queued too.
 const LAST_TRIES: usize = 4;
 
+/// What becomes of it where no room has come in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Late {
+    /// What is queued is given up, and its room taken.
+    GivesUp,
+    /// What is queued stays, and the lookup does without the block.
+    IsAMiss,
+}
+
 /// The pages of an entry that was offered.
 struct Leaver {
     shared: Arc<Shared>,
@@ -119,11 +128,11 @@ impl Tiers {
         Some(Offer { meta, epoch, mark, payload: Arc::new(leaver) })
     }
 
-    /// Tries again, as often as pages come, until the request's time is over; then without what is queued.
+    /// Tries again, as often as pages come, until the deadline. What is queued in a tier that is stuck is given up at once.
     pub(super) fn wait_for_room<T>(
         &self,
         made: T,
-        deadline: Deadline,
+        (deadline, late): (Deadline, Late),
         attempt: impl Fn(&mut Ledger) -> T,
         shortage: impl Fn(&T) -> Option<Shortage>,
     ) -> T {
@@ -135,6 +144,10 @@ impl Tiers {
             let is_stuck = self.each().any(|tier| tier.is_stuck());
             self.offer(if is_stuck { Deadline::over() } else { deadline });
             if is_stuck || self.shared().wait_for_room(deadline) {
+                if late == Late::IsAMiss && !is_stuck {
+                    made = self.shared().with(&attempt);
+                    break;
+                }
                 let waited = if is_stuck { Duration::ZERO } else { self.patience().full() };
                 self.give_up(waited);
                 tries -= 1;

@@ -172,7 +172,7 @@ impl Tiers {
         if shortage(&room) == Some(Shortage::Coming) {
             // What waits to be written needs no reads; but others may wait for what is in the batch.
             batch.send();
-            room = self.wait_for_room(room, deadline, attempt, shortage);
+            room = self.wait_for_room(room, self.room_deadline(deadline), attempt, shortage);
         }
         match room {
             Room::Pages(pending) => {

@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::demote::Late;
 use super::guard::{Pending, Pin};
 use super::ledger::{self, Gone, Ledger, OnPresent, Reservation, Shortage, Terms, Wanted, Written};
 use super::tiers::Tiers;
@@ -195,7 +196,7 @@ impl Store {
         }
         match &self.tiers {
             Some(tiers) if shortage(&made) == Some(Shortage::Coming) => {
-                let wait = |deadline| tiers.wait_for_room(made, deadline, attempt, shortage);
+                let wait = |deadline| tiers.wait_for_room(made, (deadline, Late::GivesUp), attempt, shortage);
                 if terms == Terms::AtOnce { wait(Deadline::over()) } else { tiers.patience().wait(wait) }
             }
             Some(tiers) => {

@@ -66,6 +66,23 @@ impl Lab {
         self.open_with(ram_pages, None)
     }
 
+    /// With this tier in place of the disk.
+    fn open_over(&self, ram_pages: u64, tier: Arc<dyn crate::tier::Tier>) -> KvCache {
+        let (arena, pages) = ram::reserve(ram_pages * PAGE).unwrap();
+        let ledger = Ledger::new(pages, self.policy, &[]);
+        let shared = Arc::new(Shared::new(ledger, arena, self.clock.clone(), None, None, None));
+        self.over(shared, tier, ram_pages)
+    }
+
+    fn over(&self, shared: Arc<Shared>, tier: Arc<dyn crate::tier::Tier>, ram_pages: u64) -> KvCache {
+        let timeouts = Timeouts { request: self.config.read_timeout, flush: self.config.flush_timeout };
+        let gate = Gate::new(self.config.admission, self.config.write_policy);
+        let tiers = Tiers::over(vec![tier], gate, timeouts, self.config.write_policy, &shared);
+        let leases = Arc::new(Leases::new(0, ram_pages * PAGE));
+        shared.announcer().into_iter().for_each(Announcer::start);
+        KvCache::over(Store { shared, tiers: Some(Arc::new(tiers)), leases })
+    }
+
     fn open_with(&self, ram_pages: u64, sink: Option<Arc<dyn crate::event::EventSink>>) -> KvCache {
         let (arena, pages) = ram::reserve(ram_pages * PAGE).unwrap();
         let clock: Arc<dyn Clock> = self.clock.clone();
@@ -77,12 +94,7 @@ impl Lab {
         let disk = sim::open(&self.sim, &options, None, clock).unwrap();
         let disk = DiskTier::over(disk, self.config.read_timeout);
         disk.set_resident(resident_of(&shared));
-        let timeouts = Timeouts { request: self.config.read_timeout, flush: self.config.flush_timeout };
-        let gate = Gate::new(self.config.admission, self.config.write_policy);
-        let tiers = Tiers::over(vec![Arc::new(disk)], gate, timeouts, self.config.write_policy, &shared);
-        let leases = Arc::new(Leases::new(0, ram_pages * PAGE));
-        shared.announcer().into_iter().for_each(Announcer::start);
-        KvCache::over(Store { shared, tiers: Some(Arc::new(tiers)), leases })
+        self.over(shared, Arc::new(disk), ram_pages)
     }
 }
 

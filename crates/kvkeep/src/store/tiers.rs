@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::Shared;
+use super::demote::Late;
 use super::gate::Gate;
 use super::loads::Loads;
 use super::meter::LoadRate;
@@ -178,6 +179,15 @@ impl Tiers {
     /// When a request that begins now waits no longer.
     pub(super) fn deadline(&self) -> Deadline {
         Deadline::after(self.timeouts.request)
+    }
+
+    /// When a lookup waits no longer for memory that writes hold, and what it does then. A tier with a deadline makes no
+    /// lookup later than that, and loses nothing by it.
+    pub(super) fn room_deadline(&self, request: Deadline) -> (Deadline, Late) {
+        match self.tiers.iter().filter_map(|tier| tier.deadline()).min() {
+            Some(deadline) if deadline < request.left() => (Deadline::after(deadline), Late::IsAMiss),
+            _ => (request, Late::GivesUp),
+        }
     }
 
     /// Is this run that is not worth loading one of those that are tried all the same?

@@ -30,6 +30,9 @@ macro_rules! pass_on {
         fn give_up(&self, waited: Duration) -> usize {
             self.inner.give_up(waited)
         }
+        fn deadline(&self) -> Option<Duration> {
+            self.inner.deadline()
+        }
         fn forget(&self, what: &Forget<'_>, epoch: Epoch) -> Forgotten {
             self.inner.forget(what, epoch)
         }

@@ -59,6 +59,11 @@ pub trait Tier: Send + Sync + fmt::Debug {
         0
     }
 
+    /// How long a lookup waits for one block, and for memory that a write holds; `None`: as long as the request may.
+    fn deadline(&self) -> Option<Duration> {
+        None
+    }
+
     /// These are gone, at once for every reader. Says for each key whether it was there, and how many were.
     fn forget(&self, what: &Forget<'_>, epoch: Epoch) -> Forgotten;
 

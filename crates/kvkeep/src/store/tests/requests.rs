@@ -4,8 +4,11 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Instant;
 
 use super::*;
+use crate::block::BlockKey;
 use crate::eviction::PolicyKind;
 use crate::named::SimpleKvCache;
+use crate::tier::{Epoch, Forget, Forgotten, Located, Offer, Read, Tier};
+use crate::tiers::MemoryTier;
 
 fn big(lab: Lab) -> Lab {
     Lab { config: DiskConfig { capacity_bytes: 64 * MIB, ..lab.config }, ..lab }
@@ -519,4 +522,82 @@ fn what_is_on_the_disk_is_not_written_again() {
     cache.flush().unwrap();
     cache.flush().unwrap();
     assert_eq!(disk(&cache).stored_total, 6);
+}
+
+/// A tier with a deadline, which holds what it is to write for as long as it is told to.
+#[derive(Debug)]
+struct Holding {
+    inner: MemoryTier,
+    deadline: Duration,
+    holds: AtomicBool,
+    held: Mutex<Vec<Offer>>,
+}
+
+impl Holding {
+    fn let_go(&self) {
+        self.holds.store(false, Ordering::SeqCst);
+        let held = std::mem::take(&mut *self.held.lock());
+        assert!(self.inner.offer(held, Deadline::over()).is_empty());
+    }
+}
+
+impl Tier for Holding {
+    fn name(&self) -> &str {
+        self.inner.name()
+    }
+    fn locate(&self, namespace: NamespaceId, keys: &[BlockKey], deadline: Deadline) -> Vec<Option<Located>> {
+        self.inner.locate(namespace, keys, deadline)
+    }
+    fn read(&self, reads: Vec<Read>) {
+        self.inner.read(reads);
+    }
+    fn offer(&self, offers: Vec<Offer>, deadline: Deadline) -> Vec<Offer> {
+        if self.holds.load(Ordering::SeqCst) {
+            self.held.lock().extend(offers);
+            return Vec::new();
+        }
+        self.inner.offer(offers, deadline)
+    }
+    fn deadline(&self) -> Option<Duration> {
+        Some(self.deadline)
+    }
+    fn forget(&self, what: &Forget<'_>, epoch: Epoch) -> Forgotten {
+        self.inner.forget(what, epoch)
+    }
+    fn flush(&self, patience: Duration) -> crate::Result<()> {
+        self.inner.flush(patience)
+    }
+    fn close(&self) -> crate::Result<()> {
+        self.let_go();
+        self.inner.close()
+    }
+    fn stats(&self) -> crate::TierStats {
+        self.inner.stats()
+    }
+}
+
+/// A store over a network held the memory of a write whose answer never came, for five seconds; a lookup that needed room
+/// waited for it, where the tier promises 50 ms.
+#[test]
+fn a_lookup_does_not_wait_for_a_write_longer_than_its_tier_lets_it_wait() {
+    let lab = Lab { policy: PolicyKind::Lru, ..Lab::new().back() };
+    let tier = Arc::new(Holding {
+        inner: MemoryTier::new("away", MIB, lab.clock.clone()),
+        deadline: Duration::from_millis(20),
+        holds: AtomicBool::new(false),
+        held: Mutex::default(),
+    });
+    let cache = lab.open_over(8, tier.clone());
+    let (away, here) = (prompt(0, 4), prompt(1000, 8));
+    store(&cache, &away, &plain());
+    cache.flush().unwrap();
+    assert_eq!(store(&cache, &here, &plain()).stored_blocks, 8);
+    tier.holds.store(true, Ordering::SeqCst);
+    // All of RAM is still to be written. What is away is a miss, soon; what is here stays, and is not given up.
+    let begin = Instant::now();
+    assert_eq!(look(&cache, &away), 0);
+    assert!(begin.elapsed() < Duration::from_secs(1), "{:?} of a request's two seconds", begin.elapsed());
+    assert_eq!(look(&cache, &here), here.len());
+    tier.let_go();
+    assert_eq!((look(&cache, &away), look(&cache, &here)), (away.len(), here.len()));
 }

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""KV events of a real `kvkeep serve`, read with vLLM's own classes, and by Dynamo's indexer where that is installed.
+"""KV events of a real `kvkeep serve` and a real `kvkeep daemon`, read with vLLM's own classes, and the server's by Dynamo's indexer where that is installed.
 
 Usage: kv_events.py BINARY   (with vLLM, pyzmq and msgspec; KVKEEP_DYNAMO_PYTHON names a Python with ai-dynamo-runtime)
 """
 import contextlib
 import json
 import os
+import pathlib
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -304,6 +306,51 @@ def evicted_and_restarted(binary):
             second.stop()
 
 
+@contextlib.contextmanager
+def daemon(binary, socket_path, *words):
+    process = subprocess.Popen([binary, "daemon", f"--socket={socket_path}", "--ram-gib=0.05", *words])
+    try:
+        if not waits(lambda: pathlib.Path(socket_path).exists()):
+            raise RuntimeError("the daemon did not start")
+        yield process
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def shared(binary):
+    """What a daemon tells of the memory that two servers share. Of a server without events of its own."""
+    events, missed = endpoints()
+    with tempfile.TemporaryDirectory(prefix="kvkeep-daemon-") as folder:
+        path = f"{folder}/daemon.sock"
+        with daemon(binary, path, *flags(events, missed)), Server(binary, f"--daemon={path}", "--no-disk") as first:
+            reader = Reader(events)
+            connected(reader, first)
+            blocks = chat(first, "Who wrote Faust?")["usage"]["prompt_tokens"] // 16
+            told = reader.until(lambda held: len(held.of("CPU")) >= blocks)
+            check("a daemon tells what a server stored in it", told and set(reader.filled()) == {"CPU"}, f"{len(reader.of('CPU'))} blocks")
+            check("and of no tokens", not any(event.token_ids for event in reader.stored), len(reader.stored))
+            before = len(reader.of("CPU"))
+            with Server(binary, f"--daemon={path}", "--no-disk") as second:
+                usage = chat(second, "Who wrote Faust?")["usage"]
+                cached = usage["prompt_tokens_details"]["cached_tokens"]
+                check("another server finds what was told", cached >= 16 * (blocks - 1), f"{cached} of {usage['prompt_tokens']} tokens")
+                for number in range(60):
+                    chat(second, f"{number}: tell me about a book, its author, its year, its country and its language. " * 3, 1)
+                    if reader.kinds.get(BlockRemoved):
+                        break
+            told = reader.until(lambda held: held.kinds.get(BlockRemoved))
+            check("a daemon tells what it evicts", told, f"{before} blocks before, {len(reader.of('CPU'))} after")
+            command(binary, first, "clear", "--yes")
+            check("and that nothing is left", reader.until(lambda held: not held.filled()), reader.kinds)
+            late = Held()
+            batches, ended = replay(missed, 0)
+            for number in sorted(batches):
+                late.apply(batches[number])
+            check("who comes late to a daemon knows the same", ended and late.filled() == reader.filled(), len(batches))
+            reader.close()
+
+
 def refused(binary):
     for words, says in [
         (["--kv-events", "tcp://*:0"], "--kv-events-anyone"),
@@ -318,6 +365,7 @@ def main(binary):
     refused(binary)
     stored_and_removed(binary)
     evicted_and_restarted(binary)
+    shared(binary)
     return checks.end()
 
 

@@ -179,6 +179,32 @@ fn a_daemon_that_hangs_is_waited_for_once_and_then_not_any_more() {
     until("hits again", || found(&cache, 1, 8) == 8);
 }
 
+/// What a daemon that hangs was to take held its memory for five seconds, and lookups that needed room waited for it.
+#[test]
+fn a_lookup_does_not_wait_for_a_write_to_a_daemon_that_hangs() {
+    let place = Place::new();
+    let daemon = Process::start("daemon", &place.socket);
+    let disk = tempfile::tempdir().unwrap();
+    let tier = Arc::new(DaemonTier::open(&place.tier_config().deadline(Duration::from_millis(100))).unwrap());
+    let config = CacheConfig::new(40 * BLOCK_BYTES as u64)
+        .tier_before_disk(tier)
+        .disk(kvkeep::DiskConfig::new(disk.path(), 1 << 30));
+    let cache = KvCache::new(config).unwrap();
+    store(&cache, 1, 40);
+    cache.flush().unwrap();
+    store(&cache, 2, 1);
+    daemon.signal(Signal::STOP);
+    // All of RAM waits for the daemon, or for room in its queue.
+    (3..8).for_each(|seed| store(&cache, seed, 20));
+    let begin = Instant::now();
+    let hits = found(&cache, 1, 40);
+    let took = begin.elapsed();
+    println!("a lookup of {hits} blocks from the disk while the daemon hangs took {took:?}");
+    assert!(took < Duration::from_secs(2), "{took:?}");
+    daemon.signal(Signal::CONT);
+    until("it is all found", || found(&cache, 1, 40) == 40);
+}
+
 #[test]
 fn what_was_removed_while_the_daemon_hung_is_gone_when_it_is_back() {
     let place = Place::new();

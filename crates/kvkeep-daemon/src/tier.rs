@@ -202,18 +202,6 @@ impl Tier for DaemonTier {
         given_up.len()
     }
 
-    fn give_up(&self, _waited: Duration) -> usize {
-        let given_up = {
-            let mut writes = lock(&self.shared.writes);
-            let given_up = std::mem::take(&mut writes.queue);
-            writes.bytes -= given_up.iter().map(|offer| offer.meta.stored_bytes).sum::<u64>();
-            given_up
-        };
-        Counts::add(&self.shared.counts.dropped, given_up.len() as u64);
-        self.shared.written.notify_all();
-        given_up.len()
-    }
-
     fn deadline(&self) -> Option<Duration> {
         Some(self.shared.config.deadline)
     }

@@ -36,6 +36,8 @@ pub(crate) struct Shared {
     pub(crate) room: Condvar,
     /// There is something to do.
     pub(crate) work: Notify,
+    /// Memory of what is being written is needed.
+    pub(crate) needed: Notify,
     /// When a block last came.
     came: Mutex<Instant>,
     pub(crate) reading: Semaphore,
@@ -69,6 +71,7 @@ impl Shared {
             state: Mutex::default(),
             room: Condvar::new(),
             work: Notify::new(),
+            needed: Notify::new(),
             came: Mutex::new(Instant::now()),
             reading: Semaphore::new(READS_AT_ONCE),
         }

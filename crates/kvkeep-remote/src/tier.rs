@@ -253,7 +253,14 @@ impl Tier for RemoteTier {
     }
 
     fn give_up(&self, _waited: Duration) -> usize {
-        let given_up = self.shared.lock().give_up();
+        let (given_up, is_busy) = {
+            let mut state = self.shared.lock();
+            (state.give_up(), state.is_busy)
+        };
+        if is_busy {
+            // The writer decides whether what is under way had its time.
+            self.shared.needed.notify_one();
+        }
         given_up.len()
     }
 

@@ -3,9 +3,11 @@
 //! Invariant: room is made in the store before anything is written there. A task for each write was the alternative:
 //! then a removal may overtake what it removes.
 
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use futures_util::future::FutureExt;
 use futures_util::stream::{FuturesUnordered, StreamExt};
 use kvkeep::NamespaceId;
 use kvkeep::tiers::Message;
@@ -22,8 +24,10 @@ const BATCH_WRITES: usize = 256;
 const BATCH_KEYS: usize = 1000;
 /// Before something that has to be done is tried again.
 const PAUSE: Duration = Duration::from_millis(100);
-/// What moving so many bytes may take: so long, and a second for each so many. They hold memory that others need.
-const PATIENCE: Duration = Duration::from_secs(1);
+/// What writing together may take, and what it may take where a store needs the memory: so long, and a second for each so
+/// many bytes.
+const PATIENCE: Duration = Duration::from_secs(5);
+const NEEDED: Duration = Duration::from_secs(1);
 const SLOWEST_BYTES_PER_S: u64 = 4 << 20;
 /// What removing may take.
 const REMOVAL: Duration = Duration::from_secs(5);
@@ -81,20 +85,38 @@ async fn write(shared: &Shared, writes: Vec<Write>) {
         }));
         let sizes: Vec<u64> = messages.iter().map(|message| message.as_ref().map_or(0, size)).collect();
         let total = sizes.iter().sum();
-        let patience = patience(total);
+        let moving = Duration::from_millis(total * 1000 / SLOWEST_BYTES_PER_S);
         let made = if shared.health.allows() { make_room(shared, total).await } else { Err(StoreError::Away) };
         let mut writing: FuturesUnordered<_> = FuturesUnordered::new();
         for (number, message) in messages.iter().enumerate() {
             let made = made.is_ok();
             writing.push(async move {
-                (number, if made { put(shared, message.as_ref(), patience).await } else { Err(StoreError::Away) })
+                (
+                    number,
+                    if made { put(shared, message.as_ref(), PATIENCE + moving).await } else { Err(StoreError::Away) },
+                )
             });
         }
-        while let Some((number, put)) = writing.next().await {
-            let (Some(write), Some(bytes)) = (wanted.get(number), sizes.get(number)) else { continue };
-            let message = messages.get(number).and_then(Option::as_ref);
-            written.extend(settle(shared, write, message, *bytes, made.is_ok(), &put));
+        let mut left: Vec<_> = wanted.iter().zip(&messages).zip(&sizes).map(Some).collect();
+        let mut end = |number: usize, put: &Result<(), StoreError>| {
+            let Some(((write, message), bytes)) = left.get_mut(number).and_then(Option::take) else { return };
+            written.extend(settle(shared, write, message.as_ref(), *bytes, made.is_ok(), put));
+        };
+        // What was needed of an earlier one is no matter.
+        let _ = shared.needed.notified().now_or_never();
+        let mut needed = pin!(is_needed(shared, NEEDED + moving));
+        loop {
+            tokio::select! {
+                Some((number, put)) = writing.next() => end(number, &put),
+                () = &mut needed, if !writing.is_empty() => {
+                    shared.store.give_up(Lane::Write);
+                    break;
+                }
+                else => break,
+            }
         }
+        drop(writing);
+        (0..wanted.len()).for_each(|number| end(number, &Err(StoreError::Late)));
     }
     {
         let mut state = shared.lock();
@@ -111,8 +133,10 @@ fn size(message: &Message<'_>) -> u64 {
     (message.header.len() + message.payload.len()) as u64
 }
 
-fn patience(bytes: u64) -> Duration {
-    PATIENCE + Duration::from_millis(bytes * 1000 / SLOWEST_BYTES_PER_S)
+/// Ends when somebody needs the memory, and not sooner than this.
+async fn is_needed(shared: &Shared, at_least: Duration) {
+    tokio::time::sleep(at_least).await;
+    shared.needed.notified().await;
 }
 
 async fn put(shared: &Shared, message: Option<&Message<'_>>, patience: Duration) -> Result<(), StoreError> {

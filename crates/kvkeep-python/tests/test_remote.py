@@ -3,6 +3,7 @@ have it; a directory needs none."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import time
@@ -15,12 +16,14 @@ from conftest import layers_of, pair
 from kvkeep import ConfigError, DiskError, KVCache, Namespace, RemoteConfig, SimpleKVCache
 
 TOKENS = list(range(40))
+NUMBERS = itertools.count()
 
 
 @pytest.fixture
 def remote(tmp_path: Path) -> RemoteConfig:
     url = os.environ.get("KVKEEP_TEST_REMOTE") or f"file://{tmp_path}/store"
-    return RemoteConfig(url, prefix=f"python-{os.getpid()}-{tmp_path.name}", size_gb=0.1, deadline_seconds=5)
+    # Short: the S3 server of these tests makes a file's name of it, and of a block's two hashes.
+    return RemoteConfig(url, prefix=f"py-{os.getpid()}-{next(NUMBERS)}", size_gb=0.1, deadline_seconds=5)
 
 
 def name_of(remote: RemoteConfig) -> str:

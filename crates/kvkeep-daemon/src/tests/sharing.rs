@@ -192,10 +192,12 @@ fn a_lookup_does_not_wait_for_a_write_to_a_daemon_that_hangs() {
     let cache = KvCache::new(config).unwrap();
     store(&cache, 1, 40);
     cache.flush().unwrap();
-    store(&cache, 2, 1);
     daemon.signal(Signal::STOP);
-    // All of RAM waits for the daemon, or for room in its queue.
-    (3..8).for_each(|seed| store(&cache, seed, 20));
+    // All of RAM waits for the daemon. A store for which that leaves no room is refused.
+    let block = content(2, 0);
+    for seed in 2..6 {
+        cache.store_blocks(&chain(seed, 20), 0, &[block.as_slice(); 20], &StoreOptions::default()).unwrap();
+    }
     let begin = Instant::now();
     let hits = found(&cache, 1, 40);
     let took = begin.elapsed();

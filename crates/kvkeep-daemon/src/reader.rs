@@ -16,8 +16,8 @@ use crate::shared::{Counts, Shared};
 use crate::wire::{Answer, Purpose, Request};
 
 /// Threads that copy: a core moves only a part of what memory gives.
-pub(crate) const READERS: usize = 2;
-/// Blocks and bytes that are held at a time.
+pub(crate) const READERS: usize = 4;
+/// Blocks and bytes that are held at a time: what one thread takes, no other one copies.
 const BATCH_BLOCKS: usize = 256;
 const BATCH_BYTES: usize = 16 << 20;
 /// What the daemon may take, which may have to read its disk.
@@ -32,12 +32,13 @@ struct Region {
 
 /// One thread's work.
 pub(crate) fn run(shared: &Arc<Shared>) {
-    let mut region = None;
+    // Of a whole block nobody says the size; they are alike.
+    let (mut region, mut block_bytes) = (None, BATCH_BYTES);
     loop {
         let (mut blocks, mut bytes) = (0, 0);
         let batch = shared.reads.pop(|read| {
             blocks += 1;
-            bytes += read.range.as_ref().map_or(BATCH_BYTES / 8, ExactSizeIterator::len);
+            bytes += read.range.as_ref().map_or(block_bytes, ExactSizeIterator::len);
             blocks <= BATCH_BLOCKS && bytes <= BATCH_BYTES
         });
         let Some(mut batch) = batch else { return };
@@ -49,6 +50,7 @@ pub(crate) fn run(shared: &Arc<Shared>) {
         for read in batch {
             let came = came.next().flatten();
             if let Some(meta) = &came {
+                block_bytes = usize::try_from(meta.raw_bytes).unwrap_or(BATCH_BYTES);
                 let bytes = read.range.as_ref().map_or(meta.raw_bytes, |range| range.len() as u64);
                 Counts::add(&shared.counts.hits, 1);
                 Counts::add(&shared.counts.read_bytes, bytes);
@@ -104,10 +106,12 @@ fn copy_one(memory: &Mapping, at: u64, meta: &BlockMeta, read: &mut Read) -> boo
         return false;
     }
     let range = read.range.clone().unwrap_or(0..usize::try_from(meta.raw_bytes).unwrap_or(usize::MAX));
-    let Some((into, behind)) = read.target.bytes_mut().split_at_mut_checked(range.len()) else { return false };
-    if range.end as u64 > meta.raw_bytes || !memory.copy_out(at.saturating_add(range.start as u64), into) {
+    if range.end as u64 > meta.raw_bytes {
         return false;
     }
-    behind.fill(0);
-    true
+    read.target.fill(&mut |bytes| {
+        let Some((into, behind)) = bytes.split_at_mut_checked(range.len()) else { return false };
+        behind.fill(0);
+        memory.copy_out(at.saturating_add(range.start as u64), into)
+    })
 }

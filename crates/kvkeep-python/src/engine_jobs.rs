@@ -203,7 +203,8 @@ impl Job {
     }
 }
 
-/// Where a block is read to: memory of our own, and from there, checked, into its row.
+/// Where a block is read to: memory of our own, and from there, checked, into its row; or straight into its row, if that is one
+/// copy. A row that was filled by what turned out to be no block is not said to have come.
 pub(crate) struct Target {
     pub(crate) jobs: Arc<Jobs>,
     pub(crate) job: Arc<Job>,
@@ -217,11 +218,27 @@ impl ReadTarget for Target {
         self.page.get_or_insert_with(|| jobs.bounce.take()).bytes_mut()
     }
 
-    fn complete(self: Box<Self>, read: Option<BlockMeta>) {
-        let (Some(page), Some(_)) = (&self.page, read) else { return };
-        let arrived = match self.job.kind {
-            Kind::Probe => true,
-            _ => self.jobs.with_row(&self.job, self.block, |rows, row| rows.copy_in(row, page.bytes())),
+    fn fill(&mut self, copy: &mut dyn FnMut(&mut [u8]) -> bool) -> bool {
+        match self.job.kind {
+            Kind::Probe => copy(self.jobs.bounce.take().bytes_mut()),
+            _ => self.jobs.with_row(&self.job, self.block, |rows, row| rows.fill(row, copy)),
+        }
+    }
+
+    fn complete(mut self: Box<Self>, read: Option<BlockMeta>) {
+        if read.is_none() {
+            return;
+        }
+        let arrived = match (self.page.take(), self.job.kind) {
+            (Some(page), Kind::Load) => self.fill(&mut |row| {
+                let from = page.bytes();
+                let fits = row.len() == from.len();
+                if fits {
+                    row.copy_from_slice(from);
+                }
+                fits
+            }),
+            _ => true,
         };
         if arrived {
             self.job.came(self.block);

@@ -1,9 +1,9 @@
 //! An engine's rows of KV in mapped memory, and page-aligned memory beside them.
 //!
 //! Invariant: a row is touched only under the lock that [`Rows`] is behind, and nobody waits for a disk while that is
-//! held. So an engine that wants its rows back waits for a copy at most. Reading from the disk straight into rows was the
-//! alternative: a read that the kernel has begun cannot be called back, and one that ends late would write over what the
-//! engine keeps there by then.
+//! held. So an engine that wants its rows back waits for a copy at most. What is in memory already (a daemon's) is copied straight
+//! into rows. Reading from the disk straight into them was the alternative: a read that the kernel has begun cannot be called back, and one
+//! that ends late would write over what the engine keeps there by then.
 
 #![expect(unsafe_code, reason = "memory that an engine maps")]
 
@@ -56,12 +56,11 @@ impl Rows {
         true
     }
 
-    /// Copies a row in; says whether there is such a row.
-    pub(crate) fn copy_in(&self, row: usize, from: &[u8]) -> bool {
-        let Some(into) = self.row(row).filter(|_| from.len() == self.row_bytes) else { return false };
-        // SAFETY: as above; the array was lent to be written, and the row is this job's.
-        unsafe { into.copy_from_nonoverlapping(from.as_ptr(), self.row_bytes) };
-        true
+    /// Has a row filled; says whether there is such a row, and it was.
+    pub(crate) fn fill(&self, row: usize, copy: &mut dyn FnMut(&mut [u8]) -> bool) -> bool {
+        let Some(into) = self.row(row) else { return false };
+        // SAFETY: the array, which is held, has so many bytes there; it was lent to be written, and the row is this job's.
+        copy(unsafe { std::slice::from_raw_parts_mut(into, self.row_bytes) })
     }
 }
 
@@ -86,6 +85,18 @@ pub(crate) struct Pool {
 impl Pool {
     pub(crate) fn new(row_bytes: usize, kept: usize) -> Arc<Self> {
         Arc::new(Self { free: Mutex::default(), row_bytes, kept })
+    }
+
+    /// Has one more row ready, and the system has cleared it: memory that nobody has touched yet is read into at a tenth of the rate. Says
+    /// whether more may be kept.
+    pub(crate) fn make_ready(&self) -> bool {
+        let mut bytes = vec![0; self.row_bytes + PAGE_BYTES];
+        bytes.iter_mut().step_by(PAGE_BYTES).for_each(|byte| *std::hint::black_box(byte) = 0);
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        if free.len() < self.kept {
+            free.push(bytes);
+        }
+        free.len() < self.kept
     }
 
     pub(crate) fn take(self: &Arc<Self>) -> Page {

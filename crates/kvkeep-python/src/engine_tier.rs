@@ -2,7 +2,7 @@
 //!
 //! Nothing here waits, but [`EngineTier::drain`] and [`EngineTier::close`]. A store is copied out of its row by a thread
 //! of this module and written by the disk's; a load is read and checked by the disk's threads and copied into its row by
-//! them. So a row is held for a copy and for as long as the queue is full, and no longer than the job's deadline.
+//! them, a daemon's straight from its memory. So a row is held for a copy and for as long as the queue is full, and no longer than the job's deadline.
 
 #![expect(clippy::needless_pass_by_value, reason = "arguments from Python are owned")]
 
@@ -233,6 +233,7 @@ impl Engine {
     fn start(self: &Arc<Self>) -> PyResult<()> {
         let weak = Arc::downgrade(self);
         let thread = thread::Builder::new().name("kvkeep-store".to_owned()).spawn(move || {
+            while weak.upgrade().is_some_and(|engine| engine.is_open() && engine.jobs.bounce.make_ready()) {}
             while let Some(engine) = weak.upgrade() {
                 match engine.next_store() {
                     Some(Some((job, keys, options))) => engine.write(&job, keys, &options),
@@ -283,6 +284,11 @@ impl Engine {
         };
         self.blocks.cache.read_lent(&chain, 0, (0..keys.len()).map(target).collect());
         true
+    }
+
+    fn is_open(&self) -> bool {
+        let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        !queue.closed && queue.stores.is_empty()
     }
 
     /// The next store; `Some(None)` if there is none and it is time to look around; `None` at the end.

@@ -141,6 +141,10 @@ impl ReadTarget for MeteredTarget {
         self.inner.bytes_mut()
     }
 
+    fn fill(&mut self, copy: &mut dyn FnMut(&mut [u8]) -> bool) -> bool {
+        self.inner.fill(copy)
+    }
+
     fn complete(mut self: Box<Self>, read: Option<BlockMeta>) {
         self.counts.reads.fetch_add(1, Ordering::Relaxed);
         match &read {
@@ -233,6 +237,10 @@ impl Limit {
 impl ReadTarget for LimitedTarget {
     fn bytes_mut(&mut self) -> &mut [u8] {
         self.inner.as_mut().map_or(&mut [], |inner| inner.bytes_mut())
+    }
+
+    fn fill(&mut self, copy: &mut dyn FnMut(&mut [u8]) -> bool) -> bool {
+        self.inner.as_mut().is_some_and(|inner| inner.fill(copy))
     }
 
     fn complete(mut self: Box<Self>, read: Option<BlockMeta>) {

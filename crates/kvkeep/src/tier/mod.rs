@@ -180,6 +180,11 @@ pub trait ReadTarget: Send {
     /// behind them becomes zero. Exactly the block's whole pages of 4 KiB, at the beginning of a page, are read into
     /// without a copy.
     fn bytes_mut(&mut self) -> &mut [u8];
+    /// As [`ReadTarget::bytes_mut`], for a tier whose bytes are in memory: `copy` fills the memory at once and says whether it could.
+    /// Memory that somebody may want back is lent for a copy, not for a read. `false` if it is wanted no more, or by what `copy` says.
+    fn fill(&mut self, copy: &mut dyn FnMut(&mut [u8]) -> bool) -> bool {
+        copy(self.bytes_mut())
+    }
     /// The end of the read: what the block is if its bytes are there, `None` for a miss.
     fn complete(self: Box<Self>, read: Option<BlockMeta>);
 }

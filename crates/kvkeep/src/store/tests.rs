@@ -459,6 +459,7 @@ fn a_match_says_what_was_in_ram_and_what_was_loaded() {
     assert_eq!((found.cached_tokens(), found.ram_tokens()), (tokens.len(), in_ram));
     found.truncate(in_ram + BLOCK_TOKENS);
     assert_eq!((found.cached_tokens(), found.ram_tokens()), (in_ram + BLOCK_TOKENS, in_ram));
+    assert_eq!(found.tiers(), [("ram".to_owned(), in_ram), ("disk".to_owned(), BLOCK_TOKENS)]);
     found.truncate(0);
     assert_eq!(found.ram_tokens(), 0);
     assert_eq!(cache.lookup(&namespace(), &tokens).unwrap().ram_tokens(), tokens.len());

@@ -213,7 +213,7 @@ impl Disk {
             state.moved(now_ms);
         }
         let codec = self.shared.codecs.writing_what(meta.namespace, content.may_be_lossy());
-        let depends = self.shared.codecs.depends(meta.namespace);
+        let depends = self.shared.codecs.depends(Some(meta.namespace));
         let codec = codec.filter(|_| !depends || self.shared.pace.pays()).cloned();
         let draft = Draft::new(meta, content, codec, self.cipher.is_none()).begins(said.begins).must_pay(depends);
         state.queue.push(draft, said.mark, self.shared.counted(payload()));
@@ -404,7 +404,7 @@ impl Disk {
     /// Of what is written now, where no namespace says otherwise.
     fn codec_name(&self) -> &'static str {
         let codecs = &self.shared.codecs;
-        if codecs.mostly_depend() && !self.shared.pace.pays() { "raw" } else { codecs.name() }
+        if codecs.depends(None) && !self.shared.pace.pays() { "raw" } else { codecs.name() }
     }
 
     pub(crate) fn stats(&self) -> TierStats {

@@ -126,8 +126,8 @@ def restart(binary):
             check("restart: one line of log for each request", len(first.events("served")) == 2, len(first.events("served")))
         with Server(binary, disk=directory) as after:
             warm = client(after).chat.completions.create(**body)
-            took = warm.model_extra["kvkeep"]
-            check("restart: the prompt comes from the disk", took["disk_tokens"] > 0 and took["ram_tokens"] == 0, took)
+            took = {tier["name"]: tier["tokens"] for tier in warm.model_extra["kvkeep"]["tiers"]}
+            check("restart: the prompt comes from the disk", took["disk"] > 0 and took["ram"] == 0, took)
             check("restart: the answer is the same", warm.choices[0].message.content == cold.choices[0].message.content, "same")
             after.stop()
             modes = {oct(stat.S_IMODE(path.stat().st_mode)) for path in after.disk.iterdir()}

@@ -77,8 +77,8 @@ test("a request made elsewhere appears without a reload, in figures, charts, lis
   await page.waitForFunction(() => document.querySelectorAll("#requests tr").length === 2);
   const { requests } = await server.get("cache/requests");
   const newest = page.locator("#requests tr").first();
-  assert.ok(requests[1].ram_tokens > 0.8 * requests[1].prompt_tokens, "the second prompt was found");
-  assert.match(await newest.locator(".bar").getAttribute("aria-label"), new RegExp(`^${requests[1].ram_tokens.toLocaleString("en")} tokens from RAM, 0 from disk`));
+  assert.ok(requests[1].cached_tokens > 0.8 * requests[1].prompt_tokens, "the second prompt was found");
+  assert.match(await newest.locator(".bar").getAttribute("aria-label"), new RegExp(`^${requests[1].cached_tokens.toLocaleString("en")} tokens from RAM, [0-9]+ computed`));
   assert.match(await newest.innerText(), new RegExp(requests[1].prompt_tokens.toLocaleString("en")));
   await page.waitForSelector('[role="treeitem"]');
   assert.equal(await page.locator('[role="treeitem"][aria-level="1"]').count(), 1, "what both share is one branch");
@@ -111,7 +111,7 @@ test("an answer streams, and the next turn finds the conversation in the cache",
   assert.ok(Number(cached.replace(",", "")) > 0, `${cached} of ${prompt}`);
   assert.equal(ram, cached);
   const newest = (await server.get("cache/requests")).requests.at(-1);
-  assert.equal(newest.ram_tokens.toLocaleString("en"), ram);
+  assert.equal(newest.tiers[0].tokens.toLocaleString("en"), ram);
   assert.match(await facts.innerText(), /First token after [\d.,]+ m?s/);
   assert.match(await page.locator("#chat-status").textContent(), /^Answered/);
   await page.locator("#chat-clear").click();
@@ -309,9 +309,9 @@ test("a server that goes is missed, and found again with what its disk kept", ()
   await page.waitForFunction(() => document.querySelectorAll("#requests tr").length === 0);
   await server.chat(question);
   await page.waitForFunction(() => document.querySelectorAll("#requests tr").length === 1);
-  const { disk_tokens } = (await server.get("cache/requests")).requests.at(-1);
-  assert.ok(disk_tokens > 0, "its prompt came from the disk");
-  assert.match(await page.locator("#requests .bar").first().getAttribute("aria-label"), new RegExp(`${disk_tokens.toLocaleString("en")} from disk`));
+  const { tokens } = (await server.get("cache/requests")).requests.at(-1).tiers.find((tier) => tier.name === "disk");
+  assert.ok(tokens > 0, "its prompt came from the disk");
+  assert.match(await page.locator("#requests .bar").first().getAttribute("aria-label"), new RegExp(`${tokens.toLocaleString("en")} from disk`));
 }, { allowed: /ERR_CONNECTION_REFUSED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE|ERR_SOCKET_NOT_CONNECTED/ }));
 
 test("with keys: none, a wrong one, a tenant's and the operator's", async () => {

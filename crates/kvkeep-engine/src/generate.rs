@@ -81,8 +81,8 @@ pub struct Generation {
     pub prompt_tokens: usize,
     /// Of these, tokens whose KV came from the cache.
     pub cached_tokens: usize,
-    /// Of these, tokens whose KV was in RAM: the others came from the disk.
-    pub ram_tokens: usize,
+    /// Those by the tier that gave them: its name, `ram` first, and its tokens.
+    pub tiers: Vec<(String, usize)>,
     /// The answer, without a token that ends it.
     pub tokens: Vec<u32>,
     /// The answer as text.
@@ -107,7 +107,7 @@ struct Computed {
     /// `None` if it was cancelled.
     logits: Option<Logits>,
     cached_tokens: usize,
-    ram_tokens: usize,
+    tiers: Vec<(String, usize)>,
     /// Computing what was not cached.
     prefill: Duration,
     /// Copying what was.
@@ -219,7 +219,7 @@ impl Generator {
         let mut generation = Generation {
             prompt_tokens: prompt.len(),
             cached_tokens: computed.cached_tokens,
-            ram_tokens: computed.ram_tokens,
+            tiers: computed.tiers,
             tokens: Vec::new(),
             text: String::new(),
             ttft: begin.elapsed(),
@@ -351,8 +351,8 @@ fn compute(
     let (logits, load) = engine.read(found, prompt.get(cached_tokens..).unwrap_or_default(), cancel, kv)?;
     let prefill = begin.elapsed().saturating_sub(load);
     engine.prefill_rate().measured(kv.len().saturating_sub(cached_tokens), prefill);
-    let (ram_tokens, spared) = found.map_or((0, Duration::ZERO), |found| (found.ram_tokens(), found.compute_time()));
-    Ok(Computed { logits, cached_tokens, ram_tokens, prefill, load, spared })
+    let (tiers, spared) = found.map(|found| (found.tiers(), found.compute_time())).unwrap_or_default();
+    Ok(Computed { logits, cached_tokens, tiers, prefill, load, spared })
 }
 
 fn check_namespace(engine: &Engine, namespace: &Namespace) -> Result<()> {

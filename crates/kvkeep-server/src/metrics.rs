@@ -18,7 +18,7 @@ use prometheus_client::registry::Registry;
 
 use crate::kv_events::KvEventsCounts;
 use crate::recent::is_warm;
-use crate::served::{Endpoint, Outcome, Served};
+use crate::served::{Endpoint, Outcome, Served, TokensIn};
 
 pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
@@ -26,13 +26,18 @@ pub(crate) const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0
 const TTFT_SECONDS: [f64; 14] = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
 const QUEUE_SECONDS: [f64; 11] = [0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 60.0, 300.0];
 
+/// Beside the names of tiers: what no tier gave.
+const COMPUTED: &str = "computed";
+
 type Label = (&'static str, &'static str);
 type Counters<const N: usize> = Family<[Label; N], Counter>;
 
 /// What requests did since the start.
 #[derive(Debug, Clone)]
 pub(crate) struct Metrics {
-    prompt_tokens: Counters<1>,
+    prompt_tokens: Family<[(&'static str, String); 1], Counter>,
+    /// The names of the cache's tiers, RAM's first.
+    tiers: Vec<String>,
     completion_tokens: Counter,
     requests: Counters<2>,
     ttft: Family<[Label; 1], Histogram>,
@@ -41,10 +46,9 @@ pub(crate) struct Metrics {
 }
 
 /// Tokens of prompts, by what gave their KV.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct TokenTotals {
-    pub(crate) ram: u64,
-    pub(crate) disk: u64,
+    pub(crate) tiers: Vec<TokensIn>,
     pub(crate) computed: u64,
 }
 
@@ -65,15 +69,21 @@ pub(crate) struct Now<'a> {
 }
 
 impl TokenTotals {
+    pub(crate) fn cached(&self) -> u64 {
+        self.tiers.iter().map(|tier| tier.tokens).sum()
+    }
+
     pub(crate) fn requested(&self) -> u64 {
-        self.ram + self.disk + self.computed
+        self.cached() + self.computed
     }
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
+impl Metrics {
+    /// Of a cache with tiers of these names, RAM's among them.
+    pub(crate) fn new(tiers: impl Iterator<Item = String>) -> Self {
         let metrics = Self {
             prompt_tokens: Family::default(),
+            tiers: tiers.collect(),
             completion_tokens: Counter::default(),
             requests: Family::default(),
             ttft: Family::new_with_constructor(|| Histogram::new(TTFT_SECONDS)),
@@ -81,8 +91,8 @@ impl Default for Metrics {
             prefill: Histogram::new(TTFT_SECONDS),
         };
         // All series are there from the start: a rate needs a first value.
-        for tier in ["ram", "disk", "computed"] {
-            drop(metrics.prompt_tokens.get_or_create(&[("tier", tier)]));
+        for tier in metrics.tiers.iter().map(String::as_str).chain([COMPUTED]) {
+            drop(metrics.tokens_of(tier));
         }
         for (endpoint, outcome) in pairs() {
             drop(metrics.requests.get_or_create(&request_labels(endpoint, outcome)));
@@ -92,15 +102,13 @@ impl Default for Metrics {
         }
         metrics
     }
-}
 
-impl Metrics {
     /// Counts a request that has ended.
     pub(crate) fn observe(&self, served: &Served) {
-        let tokens = [("ram", served.ram_tokens), ("disk", served.disk_tokens), ("computed", served.computed_tokens())];
-        for (tier, tokens) in tokens {
-            self.prompt_tokens.get_or_create(&[("tier", tier)]).inc_by(tokens as u64);
+        for (tier, tokens) in &served.tiers {
+            self.tokens_of(tier).inc_by(*tokens as u64);
         }
+        self.tokens_of(COMPUTED).inc_by(served.computed_tokens() as u64);
         self.completion_tokens.inc_by(served.completion_tokens as u64);
         self.requests.get_or_create(&request_labels(served.endpoint, served.outcome)).inc();
         self.queue_time.observe(served.queued.as_secs_f64());
@@ -108,14 +116,19 @@ impl Metrics {
             self.prefill.observe(served.prefill.as_secs_f64());
         }
         if let Some(ttft) = served.ttft.filter(|_| served.endpoint != Endpoint::Warm) {
-            let warm = is_warm(served.ram_tokens + served.disk_tokens, served.prompt.len());
+            let warm = is_warm(served.cached_tokens(), served.prompt.len());
             self.ttft.get_or_create(&prompt_label(warm)).observe(ttft.as_secs_f64());
         }
     }
 
     pub(crate) fn tokens(&self) -> TokenTotals {
-        let of = |tier| self.prompt_tokens.get_or_create(&[("tier", tier)]).get();
-        TokenTotals { ram: of("ram"), disk: of("disk"), computed: of("computed") }
+        let of = |name: &String| TokensIn { name: name.clone(), tokens: self.tokens_of(name).get() };
+        TokenTotals { tiers: self.tiers.iter().map(of).collect(), computed: self.tokens_of(COMPUTED).get() }
+    }
+
+    /// Tokens of prompts whose KV this tier gave, or that were computed.
+    fn tokens_of(&self, tier: &str) -> impl std::ops::Deref<Target = Counter> {
+        self.prompt_tokens.get_or_create(&[("tier", tier.to_owned())])
     }
 
     /// Requests that ended in one of these ways.
@@ -141,10 +154,10 @@ impl Metrics {
     }
 
     fn register(&self, registry: &mut Registry) {
-        let Self { prompt_tokens, completion_tokens, requests, ttft, queue_time, prefill } = self.clone();
+        let Self { prompt_tokens, completion_tokens, requests, ttft, queue_time, prefill, tiers: _ } = self.clone();
         registry.register(
             "prompt_tokens",
-            "Tokens of prompts by what gave their KV: ram, disk, or computed",
+            "Tokens of prompts by what gave their KV: a tier, or computed",
             prompt_tokens,
         );
         registry.register("completion_tokens", "Tokens answered", completion_tokens);
@@ -304,17 +317,19 @@ mod tests {
 
     #[test]
     fn what_requests_did_is_on_the_page() {
-        let metrics = Metrics::default();
+        let metrics = metrics_of(&["ram", "disk", "redis"]);
         metrics.observe(&served(32, 16, 5));
         metrics.observe(&Served { outcome: Outcome::Cancelled, ttft: None, ..served(32, 0, 0) });
         let totals = metrics.tokens();
-        assert_eq!(totals, TokenTotals { ram: 16, disk: 5, computed: 11 });
-        assert_eq!(totals.requested(), 32);
+        let given: Vec<_> = totals.tiers.iter().map(|tier| (tier.name.as_str(), tier.tokens)).collect();
+        assert_eq!((given, totals.computed), (vec![("ram", 16), ("disk", 5), ("redis", 0)], 11));
+        assert_eq!((totals.cached(), totals.requested()), (21, 32));
         assert_eq!(metrics.requests(&[Outcome::Stop, Outcome::Length]), 1);
         assert_eq!(metrics.requests(&[Outcome::Cancelled]), 1);
         let text = metrics.text(&now(Stats::default())).unwrap();
         for line in [
             "kvkeep_prompt_tokens_total{tier=\"ram\"} 16",
+            "kvkeep_prompt_tokens_total{tier=\"redis\"} 0",
             "kvkeep_prompt_tokens_total{tier=\"computed\"} 11",
             "kvkeep_completion_tokens_total 6",
             "kvkeep_requests_total{endpoint=\"chat\",outcome=\"stop\"} 1",
@@ -330,6 +345,20 @@ mod tests {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }
         assert!(text.contains("kvkeep_build_info{version="), "{text}");
+    }
+
+    fn metrics_of(tiers: &[&str]) -> Metrics {
+        Metrics::new(tiers.iter().map(|name| (*name).to_owned()))
+    }
+
+    /// What a store elsewhere gave was counted as the disk's.
+    #[test]
+    fn tokens_are_counted_under_the_name_of_the_tier_that_gave_them() {
+        let metrics = metrics_of(&["ram", "redis"]);
+        metrics.observe(&Served { tiers: vec![("ram".to_owned(), 8), ("redis".to_owned(), 16)], ..served(32, 0, 0) });
+        let text = metrics.text(&now(Stats::default())).unwrap();
+        assert!(text.contains("kvkeep_prompt_tokens_total{tier=\"redis\"} 16"), "{text}");
+        assert!(!text.contains("kvkeep_prompt_tokens_total{tier=\"disk\"}"), "{text}");
     }
 
     fn with_tiers(names: &[&str]) -> Stats {
@@ -348,7 +377,7 @@ mod tests {
     /// The page knew a tier called disk, and no other.
     #[test]
     fn every_tier_is_on_the_page_under_its_name_and_no_other() {
-        let text = Metrics::default().text(&now(with_tiers(&["disk", "redis"]))).unwrap();
+        let text = metrics_of(&["ram"]).text(&now(with_tiers(&["disk", "redis"]))).unwrap();
         for line in [
             "kvkeep_tier_entries{tier=\"ram\"} 0",
             "kvkeep_tier_entries{tier=\"disk\"} 7",
@@ -357,13 +386,13 @@ mod tests {
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is not in\n{text}");
         }
-        let without = Metrics::default().text(&now(Stats::default())).unwrap();
+        let without = metrics_of(&["ram"]).text(&now(Stats::default())).unwrap();
         assert!(!without.contains("kvkeep_tier_entries{tier=\"disk\"}"), "{without}");
     }
 
     /// Names of all series on a page with a disk tier.
     fn series() -> BTreeSet<String> {
-        let text = Metrics::default().text(&now(with_tiers(&["disk"]))).unwrap();
+        let text = metrics_of(&["ram"]).text(&now(with_tiers(&["disk"]))).unwrap();
         let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
         let named = types.map(|(name, kind)| match kind {
             "counter" => format!("{name}_total"),

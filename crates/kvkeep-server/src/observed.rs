@@ -19,17 +19,16 @@ pub(crate) struct Observed {
     prefixes: Mutex<PrefixTree>,
 }
 
-impl Default for Observed {
-    fn default() -> Self {
+impl Observed {
+    /// Of a cache with tiers of these names, RAM's among them.
+    pub(crate) fn new(tiers: impl Iterator<Item = String>) -> Self {
         Self {
-            metrics: Metrics::default(),
+            metrics: Metrics::new(tiers),
             recent: Mutex::default(),
             prefixes: Mutex::new(PrefixTree::new(Limits::default())),
         }
     }
-}
 
-impl Observed {
     /// A request has ended.
     pub(crate) fn observe(&self, served: &Served) {
         self.metrics.observe(served);

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, SystemTime};
 
 use crate::auth::Tenant;
-use crate::served::{Endpoint, Outcome, Served};
+use crate::served::{Endpoint, Outcome, Served, TokensIn};
 
 /// Requests that are kept.
 const KEPT: usize = 500;
@@ -26,8 +26,8 @@ pub(crate) struct Ended {
     pub(crate) tenant: Tenant,
     pub(crate) at: SystemTime,
     pub(crate) prompt_tokens: usize,
-    pub(crate) ram_tokens: usize,
-    pub(crate) disk_tokens: usize,
+    pub(crate) tiers: Vec<TokensIn>,
+    pub(crate) cached_tokens: usize,
     pub(crate) computed_tokens: usize,
     pub(crate) completion_tokens: usize,
     pub(crate) queued: Duration,
@@ -58,8 +58,8 @@ impl Recent {
             tenant: served.tenant.clone(),
             at: served.arrived + served.total,
             prompt_tokens: served.prompt.len(),
-            ram_tokens: served.ram_tokens,
-            disk_tokens: served.disk_tokens,
+            tiers: TokensIn::sum(&served.tiers),
+            cached_tokens: served.cached_tokens(),
             computed_tokens: served.computed_tokens(),
             completion_tokens: served.completion_tokens,
             queued: served.queued,
@@ -97,7 +97,7 @@ impl Recent {
 
 impl Ended {
     fn is_warm(&self) -> bool {
-        is_warm(self.ram_tokens + self.disk_tokens, self.prompt_tokens)
+        is_warm(self.cached_tokens, self.prompt_tokens)
     }
 }
 

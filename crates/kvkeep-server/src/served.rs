@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use kvkeep::{BlockHash, Chain, Namespace};
+use serde::Serialize;
+use utoipa::ToSchema;
 
 use crate::auth::Tenant;
 
@@ -18,10 +20,8 @@ pub(crate) struct Served {
     pub(crate) namespace: Namespace,
     pub(crate) arrived: SystemTime,
     pub(crate) prompt: Arc<[u32]>,
-    /// Tokens of the prompt whose KV was in RAM.
-    pub(crate) ram_tokens: usize,
-    /// Tokens behind those whose KV was loaded from the disk.
-    pub(crate) disk_tokens: usize,
+    /// Tokens of the prompt whose KV was cached, by the name of the tier that gave it.
+    pub(crate) tiers: Vec<(String, usize)>,
     pub(crate) completion_tokens: usize,
     /// From its arrival until a thread took it.
     pub(crate) queued: Duration,
@@ -59,11 +59,38 @@ pub(crate) enum Outcome {
     Failed,
 }
 
+/// Tokens that a tier has, or gave.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+pub(crate) struct TokensIn {
+    /// The tier's name.
+    pub(crate) name: String,
+    pub(crate) tokens: u64,
+}
+
+impl TokensIn {
+    /// Adds up what each tier gave.
+    pub(crate) fn sum<'a>(all: impl IntoIterator<Item = &'a (String, usize)>) -> Vec<Self> {
+        let mut sums: Vec<Self> = Vec::new();
+        for (name, tokens) in all {
+            let tokens = *tokens as u64;
+            match sums.iter_mut().find(|sum| sum.name == *name) {
+                Some(sum) => sum.tokens += tokens,
+                None => sums.push(Self { name: name.clone(), tokens }),
+            }
+        }
+        sums
+    }
+}
+
 impl Served {
+    /// Tokens of the prompt whose KV was cached.
+    pub(crate) fn cached_tokens(&self) -> usize {
+        self.tiers.iter().map(|(_, tokens)| tokens).sum()
+    }
+
     /// Tokens of the prompt that were computed: none if it did not come to that.
     pub(crate) fn computed_tokens(&self) -> usize {
-        let cached = self.ram_tokens + self.disk_tokens;
-        if self.was_read() { self.prompt.len().saturating_sub(cached) } else { 0 }
+        if self.was_read() { self.prompt.len().saturating_sub(self.cached_tokens()) } else { 0 }
     }
 
     /// What the cache can hold of the prompt: its last token is always computed.
@@ -135,8 +162,7 @@ pub(crate) mod tests {
             namespace: Namespace::new("m", layout),
             arrived: SystemTime::now(),
             prompt: (0..prompt_tokens).collect(),
-            ram_tokens,
-            disk_tokens,
+            tiers: vec![("ram".to_owned(), ram_tokens), ("disk".to_owned(), disk_tokens)],
             completion_tokens: 3,
             queued: Duration::from_millis(2),
             ttft: Some(Duration::from_millis(20)),

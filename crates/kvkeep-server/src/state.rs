@@ -46,7 +46,9 @@ impl AppState {
         let model = config.model_name.clone().unwrap_or_else(|| engine.model_name().to_owned());
         let mut aliases = config.model_aliases.clone();
         aliases.retain(|alias| *alias != model && !alias.is_empty());
-        let (started, observed, scheduler) = (Instant::now(), Observed::default(), Scheduler::default());
+        let tiers = cache.stats().tiers.into_iter().map(|tier| tier.name);
+        let observed = Observed::new(std::iter::once("ram".to_owned()).chain(tiers));
+        let (started, scheduler) = (Instant::now(), Scheduler::default());
         let shared = Shared { engine, cache, config, namespace, started, observed, scheduler, model, aliases };
         Ok(Self { shared: Arc::new(shared) })
     }
@@ -67,13 +69,15 @@ impl AppState {
             tracing::info!(id = served.id, prompt, "asked");
         }
         let ms = |time: Duration| time.as_millis();
+        let gave = served.tiers.iter().filter(|(_, tokens)| *tokens > 0);
+        let tiers = gave.map(|(name, tokens)| format!("{name} {tokens}")).collect::<Vec<_>>().join(", ");
         tracing::info!(
             id = served.id,
             endpoint = ?served.endpoint,
             tenant = served.tenant.name(),
             prompt_tokens = served.prompt.len(),
-            ram_tokens = served.ram_tokens,
-            disk_tokens = served.disk_tokens,
+            cached_tokens = served.cached_tokens(),
+            tiers,
             completion_tokens = served.completion_tokens,
             queued_ms = ms(served.queued),
             ttft_ms = served.ttft.map(|ttft| u64::try_from(ms(ttft)).unwrap_or(u64::MAX)),

@@ -125,8 +125,7 @@ fn served(job: &Job, generation: &Generation, queued: Duration, stopped: bool, t
     };
     let answered = generation.finish == FinishReason::Stop || !generation.tokens.is_empty();
     Served {
-        ram_tokens: generation.ram_tokens,
-        disk_tokens: generation.cached_tokens - generation.ram_tokens,
+        tiers: generation.tiers.clone(),
         // A prompt that is only warmed gets no answer.
         completion_tokens: if job.endpoint == Endpoint::Warm { 0 } else { generation.tokens.len() },
         queued,

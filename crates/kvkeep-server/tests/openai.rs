@@ -51,7 +51,7 @@ fn a_stream_ends_with_its_usage_if_that_is_asked_for() {
     assert_eq!(last["choices"], json!([]));
     assert_eq!(last["usage"]["completion_tokens"], whole["usage"]["completion_tokens"]);
     assert_eq!(last["usage"]["prompt_tokens"], whole["usage"]["prompt_tokens"]);
-    assert_eq!(last["kvkeep"]["ram_tokens"].as_u64().unwrap(), cached(last));
+    assert_eq!(last["kvkeep"]["tiers"], json!([{"name": "ram", "tokens": cached(last)}]));
     assert!(cached(last) > 0 && last["kvkeep"]["ttft_ms"].as_f64().unwrap() > 0.0);
 }
 

@@ -85,15 +85,17 @@ fn figures_add_up_over_stats_requests_and_metrics() {
         .answer("/cache/warm", &json!({"prompt": "Warm this text, which is longer than one block of tokens, please."}));
     let (stats, rows) = (get(&server, "/cache/stats"), get(&server, "/cache/requests")["requests"].clone());
     let tokens = |name: &str| stats["tokens"][name].as_u64().unwrap();
-    assert_eq!(tokens("requested"), tokens("ram") + tokens("disk") + tokens("computed"));
-    for (name, field) in [("ram", "ram_tokens"), ("disk", "disk_tokens"), ("computed", "computed_tokens")] {
+    // This server has RAM alone.
+    assert_eq!(stats["tokens"]["tiers"], json!([{"name": "ram", "tokens": cached(&again)}]));
+    assert_eq!(tokens("requested"), cached(&again) + tokens("computed"));
+    for (name, field) in [("requested", "prompt_tokens"), ("computed", "computed_tokens")] {
         assert_eq!(tokens(name), sum(&rows, field), "{name}");
     }
-    assert_eq!(tokens("requested"), sum(&rows, "prompt_tokens"));
-    assert_eq!((tokens("ram"), tokens("disk")), (cached(&again), 0));
+    assert_eq!(cached(&again), sum(&rows, "cached_tokens"));
+    assert_eq!(rows[1]["tiers"], stats["tokens"]["tiers"]);
     assert_eq!(cached(&again), reusable(prompt_tokens(&again)));
     let rate = stats["token_hit_rate"].as_f64().unwrap();
-    assert!((rate - tokens("ram") as f64 / tokens("requested") as f64).abs() < 1e-9);
+    assert!((rate - cached(&again) as f64 / tokens("requested") as f64).abs() < 1e-9);
     assert!(stats["prefill_seconds_saved"].as_f64().unwrap() > 0.0);
     // A warmed prompt is no answer: it has no time to the first token.
     assert_eq!((&stats["ttft_ms"]["cold"]["count"], &stats["ttft_ms"]["warm"]["count"]), (&json!(2), &json!(1)));
@@ -106,8 +108,8 @@ fn figures_add_up_over_stats_requests_and_metrics() {
     assert_eq!(seqs, [1, 2, 3, 4]);
     assert_eq!(get(&server, "/cache/requests?after=3")["requests"].as_array().unwrap().len(), 1);
     let metrics = server.get("/metrics").text();
-    for tier in ["ram", "disk", "computed"] {
-        assert!(metrics.contains(&format!("kvkeep_prompt_tokens_total{{tier=\"{tier}\"}} {}\n", tokens(tier))));
+    for (tier, tokens) in [("ram", cached(&again)), ("computed", tokens("computed"))] {
+        assert!(metrics.contains(&format!("kvkeep_prompt_tokens_total{{tier=\"{tier}\"}} {}\n", tokens)));
     }
 }
 
@@ -145,7 +147,8 @@ fn bytes_of_namespaces_are_those_in_use_and_known_or_not_after_a_restart() {
     assert_eq!(of(&server).len(), 1);
     let again = server.answer(COMPLETIONS, &words(1, 30));
     assert_eq!(cached(&again), reusable(prompt_tokens(&again)));
-    assert_eq!(get(&server, "/cache/stats")["tokens"]["disk"], cached(&again));
+    let given = json!([{"name": "ram", "tokens": 0}, {"name": "disk", "tokens": cached(&again)}]);
+    assert_eq!(get(&server, "/cache/stats")["tokens"]["tiers"], given);
 }
 
 /// What a namespace takes of a tier.

@@ -3,6 +3,7 @@
 
 import { el, svg, say, set } from "./dom.js";
 import { milliseconds, percent } from "./format.js";
+import { tierFrom } from "./storage.js";
 
 const HEIGHT = 208;
 const MARGIN = { top: 10, right: 2, bottom: 24, left: 52 };
@@ -59,17 +60,17 @@ export class HitsChart {
     if (!frame.begin(shares, range)) return;
     const y = (share) => frame.bottom - share * (frame.bottom - MARGIN.top);
     frame.add("rect", { class: "computed", x: MARGIN.left, y: MARGIN.top, width: frame.width, height: frame.bottom - MARGIN.top });
-    frame.add("path", { class: "disk", d: steps(frame, shares, (share) => y(share.ram + share.disk), frame.bottom) });
+    frame.add("path", { class: "disk", d: steps(frame, shares, (share) => y(share.cached), frame.bottom) });
     frame.add("path", { class: "ram", d: steps(frame, shares, (share) => y(share.ram), frame.bottom) });
     [0, 0.25, 0.5, 0.75, 1].forEach((share) => frame.line(y(share), `${100 * share}%`));
     const last = shares.at(-1);
     frame.end(
       shares.map((share) => ({
         x: frame.x(share.at),
-        y: y(share.ram + share.disk),
-        text: `${percent(share.ram + share.disk)}: ${percent(share.ram)} from RAM, ${percent(share.disk)} from disk`,
+        y: y(share.cached),
+        text: `${percent(share.cached)}: ${sources(share)}`,
       })),
-      `Hit rate over time. Over the last requests ${percent(last.ram)} of prompt tokens came from RAM and ${percent(last.disk)} from the disk.`,
+      `Hit rate over time. Of prompt tokens of the last requests: ${sources(last)}.`,
     );
   }
 }
@@ -178,15 +179,19 @@ class Frame {
 
 function rolling(requests) {
   return requests.map((request, last) => {
-    const sum = { ram: 0, disk: 0, prompt: 0 };
+    const tiers = { ram: 0 };
+    const sum = { cached: 0, prompt: 0 };
     for (const one of requests.slice(Math.max(0, last + 1 - WINDOW), last + 1)) {
-      sum.ram += one.ram_tokens;
-      sum.disk += one.disk_tokens;
+      for (const { name, tokens } of one.tiers) tiers[name] = (tiers[name] ?? 0) + tokens;
+      sum.cached += one.cached_tokens;
       sum.prompt += one.prompt_tokens;
     }
-    return { at: request.at, ram: sum.ram / sum.prompt, disk: sum.disk / sum.prompt };
+    const shares = Object.entries(tiers).map(([name, tokens]) => [name, tokens / sum.prompt]);
+    return { at: request.at, ram: tiers.ram / sum.prompt, cached: sum.cached / sum.prompt, tiers: shares };
   });
 }
+
+const sources = ({ tiers }) => tiers.map(([name, share]) => `${percent(share)} from ${tierFrom(name)}`).join(", ");
 
 /** The area under a share that holds until the next request changes it. */
 function steps(frame, shares, y, bottom) {

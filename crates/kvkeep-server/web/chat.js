@@ -4,6 +4,7 @@
 import { Refused, events, get } from "./api.js";
 import { bar, byId, el, say } from "./dom.js";
 import { count, milliseconds, plural } from "./format.js";
+import { tierFrom, whatGave } from "./storage.js";
 
 /** Enough for an answer, and a small model that does not come to an end stops. */
 const MOST_TOKENS = 256;
@@ -97,11 +98,12 @@ export class Chat {
     const { usage, kvkeep } = last;
     const prompt = usage.prompt_tokens;
     const cached = usage.prompt_tokens_details?.cached_tokens ?? 0;
-    const ram = kvkeep?.ram_tokens ?? cached;
-    const disk = kvkeep?.disk_tokens ?? 0;
-    const words = `${count(cached)} of ${plural(prompt, "prompt token")} cached (RAM ${count(ram)}, disk ${count(disk)})`;
+    const tiers = kvkeep?.tiers ?? [{ name: "ram", tokens: cached }];
+    const given = tiers.map((tier) => `${tierFrom(tier.name)} ${count(tier.tokens)}`).join(", ");
+    const words = `${count(cached)} of ${plural(prompt, "prompt token")} cached (${given})`;
+    const gave = whatGave(tiers, prompt - cached);
     facts.replaceChildren(
-      bar([["ram", ram], ["disk", disk], ["computed", prompt - cached]], prompt, `${count(ram)} tokens from RAM, ${count(disk)} from disk, ${count(prompt - cached)} computed`),
+      bar(gave.parts, prompt, gave.text),
       el("span", {}, `First token after ${milliseconds(kvkeep?.ttft_ms)} · ${words} · ${plural(usage.completion_tokens, "token")} answered`),
     );
     say(byId("chat-status"), `Answered. First token after ${milliseconds(kvkeep?.ttft_ms)}, ${words}.`);

@@ -11,7 +11,7 @@ import { byId, say } from "./dom.js";
 import { count, milliseconds, percent, span, times } from "./format.js";
 import { PrefixTree } from "./prefixes.js";
 import { History, RequestList } from "./requests.js";
-import { Storage } from "./storage.js";
+import { Storage, tierFrom } from "./storage.js";
 
 const POLL_MS = 1000;
 const LONGEST_PAUSE_MS = 5000;
@@ -80,10 +80,11 @@ function show() {
 function showFigures() {
   const { tokens, requests, ttft_ms: { total, total_if_cold: ifCold } } = stats;
   const some = tokens.requested > 0;
+  const given = tokens.tiers.map((tier) => `${tierFrom(tier.name)} ${count(tier.tokens)}`).join(", ");
   say(byId("hit-rate"), some ? percent(stats.token_hit_rate) : "–");
-  say(byId("hit-rate-of"), some ? `RAM ${count(tokens.ram)}, disk ${count(tokens.disk)} of ${count(tokens.requested)}` : "no prompt yet");
+  say(byId("hit-rate-of"), some ? `${given} of ${count(tokens.requested)}` : "no prompt yet");
   say(byId("saved"), some ? span(stats.prefill_seconds_saved) : "–");
-  say(byId("saved-of"), some ? `${count(tokens.ram + tokens.disk)} tokens not computed again` : "of computing, since the start");
+  say(byId("saved-of"), some ? `${count(tokens.requested - tokens.computed)} tokens not computed again` : "of computing, since the start");
   say(byId("ratio"), total > 0 ? `${times(ifCold / total)} sooner` : "–");
   say(byId("ratio-of"), total > 0 ? `${span(total / 1000)} in all, ${span(ifCold / 1000)} if all were cold` : "no answer yet");
   say(byId("running"), `${count(requests.running)} running`);

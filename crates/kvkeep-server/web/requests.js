@@ -3,6 +3,7 @@
 
 import { bar, byId, el, say } from "./dom.js";
 import { ago, count, milliseconds, percent, plural } from "./format.js";
+import { whatGave } from "./storage.js";
 
 /** As many as the server remembers. */
 const KEPT = 500;
@@ -25,8 +26,8 @@ export class History {
     for (const request of fresh) {
       if (request.seq <= this.last) continue;
       this.last = request.seq;
-      const cached = request.ram_tokens + request.disk_tokens;
-      this.requests.push({ ...request, at: now - 1000 * request.seconds_ago, cached, cold: 2 * cached < request.prompt_tokens });
+      const cold = 2 * request.cached_tokens < request.prompt_tokens;
+      this.requests.push({ ...request, at: now - 1000 * request.seconds_ago, cold });
     }
     this.requests = this.requests.slice(-KEPT);
   }
@@ -67,17 +68,16 @@ export class RequestList {
 }
 
 function rowOf(request) {
-  const { prompt_tokens, ram_tokens, disk_tokens, computed_tokens, completion_tokens } = request;
-  const parts = [["ram", ram_tokens], ["disk", disk_tokens], ["computed", computed_tokens]];
-  const name = `${count(ram_tokens)} tokens from RAM, ${count(disk_tokens)} from disk, ${count(computed_tokens)} computed`;
+  const { prompt_tokens, cached_tokens, completion_tokens } = request;
+  const gave = whatGave(request.tiers, request.computed_tokens);
   const [end, why] = ENDS[request.outcome] ?? [request.outcome, ""];
   const waited = request.queued_ms >= 1 ? `, ${milliseconds(request.queued_ms)} of it in the queue` : "";
   return el("tr", {},
     el("td", { class: "number quiet when" }),
     el("td", { class: "wide clip" }, request.tenant ?? "operator"),
-    el("td", { class: "prompt" }, bar(parts, prompt_tokens, name)),
+    el("td", { class: "prompt" }, bar(gave.parts, prompt_tokens, gave.text)),
     el("td", { class: "number right" }, count(prompt_tokens)),
-    el("td", { class: "number right" }, prompt_tokens > 0 ? percent(request.cached / prompt_tokens) : "–"),
+    el("td", { class: "number right" }, prompt_tokens > 0 ? percent(cached_tokens / prompt_tokens) : "–"),
     el("td", { class: "number right", title: `${milliseconds(request.ttft_ms)} to the first token${waited}; if nothing had been cached: ${milliseconds(request.ttft_if_cold_ms)}` }, milliseconds(request.ttft_ms)),
     el("td", { class: "number right wide", title: `${plural(completion_tokens, "token")} in ${milliseconds(request.total_ms)}` }, count(completion_tokens)),
     el("td", { class: `end ${request.outcome}`, title: why || null }, request.endpoint === "warm" && end === "done" ? "warmed" : end),

@@ -11,7 +11,17 @@ export function namespaceName(namespace) {
 
 /** What people call a tier, and where something is that it has. */
 export const tierName = (name) => ({ ram: "RAM", disk: "Disk" })[name] ?? name;
+export const tierFrom = (name) => ({ ram: "RAM" })[name] ?? name;
 export const tierPlace = (name) => ({ ram: "in RAM", disk: "on disk" })[name] ?? `in ${name}`;
+
+/** Tokens of a prompt by what gave them, as parts of a bar and in words. */
+export function whatGave(tiers, computed) {
+  const ram = tiers.find((tier) => tier.name === "ram")?.tokens ?? 0;
+  const cached = tiers.reduce((sum, tier) => sum + tier.tokens, 0);
+  const given = tiers.map((tier) => [tier.tokens, `from ${tierFrom(tier.name)}`]).filter(([n]) => n > 0);
+  const words = [...given, [computed, "computed"]].map(([n, how], i) => `${count(n)}${i === 0 ? " tokens" : ""} ${how}`);
+  return { parts: [["ram", ram], ["disk", cached - ram], ["computed", computed]], text: words.join(", ") };
+}
 
 function factsOf(tier) {
   return [

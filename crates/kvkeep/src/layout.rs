@@ -10,10 +10,18 @@
 //! Layers may differ in shape, have one tensor instead of two, or none; and a payload may be opaque: bytes of an
 //! engine's own, without layers. A list of shapes of any length was the alternative: a record's header has no room for it.
 
+mod checks;
+mod frames;
+mod shapes;
+
 use std::ops::Range;
 
-use crate::error::{Error, Result};
-use crate::tensor::{DType, PairSpec, Shape, TensorSpec, TensorView, TensorViewMut};
+use crate::error::Result;
+use crate::tensor::{DType, Shape, TensorView, TensorViewMut};
+
+pub use frames::Frame;
+pub use shapes::LayerShape;
+pub(crate) use shapes::{Kinds, SHAPES};
 
 /// Tokens in a block unless said otherwise.
 pub const DEFAULT_BLOCK_TOKENS: u32 = 64;
@@ -41,80 +49,6 @@ pub struct KvLayout {
     order: TokenOrder,
     /// Are blocks bytes without layers, as many as `k_head_dim` says?
     is_opaque: bool,
-}
-
-/// What one layer keeps of a token.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub struct LayerShape {
-    /// Key/value heads.
-    pub kv_heads: u32,
-    /// Elements of one head's K.
-    pub k_head_dim: u32,
-    /// Elements of one head's V; 0 where there is one tensor only, which counts as K.
-    pub v_head_dim: u32,
-}
-
-/// Shapes that a layout can have.
-pub(crate) const SHAPES: usize = 3;
-/// Layers of a layout in which they differ, at most.
-const MAX_MIXED_LAYERS: u32 = 128;
-
-/// Which shape each layer has, 2 bits a layer: a number, or [`Kinds::NONE`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
-pub(crate) struct Kinds(pub(crate) [u64; 4]);
-
-impl Kinds {
-    /// Of a layer that keeps nothing.
-    const NONE: u64 = 3;
-    const LAYERS_A_WORD: usize = 32;
-
-    fn is_uniform(&self) -> bool {
-        self.0 == [0; 4]
-    }
-
-    fn of(&self, layer: usize) -> u64 {
-        let word = self.0.get(layer / Self::LAYERS_A_WORD).copied().unwrap_or(0);
-        word >> (layer % Self::LAYERS_A_WORD * 2) & 3
-    }
-
-    fn set(&mut self, layer: usize, kind: u64) {
-        if let Some(word) = self.0.get_mut(layer / Self::LAYERS_A_WORD) {
-            let at = layer % Self::LAYERS_A_WORD * 2;
-            *word = *word & !(3 << at) | kind << at;
-        }
-    }
-
-    /// Layers of a kind before this one.
-    fn count_before(&self, layer: usize, kind: u64) -> usize {
-        let word = |(number, word): (usize, &u64)| {
-            let layers = layer.saturating_sub(number * Self::LAYERS_A_WORD).min(Self::LAYERS_A_WORD);
-            let bits = u32::try_from(2 * layers).unwrap_or(u64::BITS);
-            let inside = u64::MAX.checked_shr(u64::BITS - bits).unwrap_or(0) & LOW_BITS;
-            let other = word ^ (kind * LOW_BITS);
-            (!(other | other >> 1) & inside).count_ones() as usize
-        };
-        self.0.iter().enumerate().map(word).sum()
-    }
-}
-
-/// The lower bit of each pair.
-const LOW_BITS: u64 = u64::MAX / 3;
-
-impl LayerShape {
-    /// Of a layer that keeps nothing.
-    pub const NONE: Self = Self { kv_heads: 0, k_head_dim: 0, v_head_dim: 0 };
-
-    fn dim(&self, side: Side) -> u32 {
-        match side {
-            Side::K => self.k_head_dim,
-            Side::V => self.v_head_dim,
-        }
-    }
-
-    /// Elements of one token; `None` if that overflows.
-    fn elements(&self) -> Option<u64> {
-        (u64::from(self.k_head_dim) + u64::from(self.v_head_dim)).checked_mul(u64::from(self.kv_heads))
-    }
 }
 
 /// K and V of one layer, each `[tokens, kv_heads, head_dim]` or
@@ -169,38 +103,6 @@ pub enum Side {
     V,
 }
 
-/// A part of a block that codecs encode by itself: K or V of one layer.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Frame {
-    /// Where it lies in the block. Frames are in order, without overlap, and have bytes.
-    pub range: Range<usize>,
-    /// Its layer; 0 for opaque bytes.
-    pub layer: u32,
-    /// What of its layer it is; `None` for opaque bytes.
-    pub side: Option<Side>,
-    /// Its elements.
-    pub dtype: DType,
-    /// Its dimensions: all of the range.
-    pub shape: Shape,
-    /// Which dimension is the token's; `None` where nobody said.
-    pub order: Option<TokenOrder>,
-    /// So many tokens at its beginning and at its end are to come back exactly, whatever the codec.
-    pub exact_tokens: [u32; 2],
-}
-
-impl Frame {
-    /// Of a named pair, which has a layer of its own.
-    pub(crate) fn of_pair(pair: &PairSpec) -> Vec<Self> {
-        let at = [(Side::K, Some(0), pair.k), (Side::V, pair.v_start(), pair.v)];
-        let frame = |(side, start, (dtype, shape)): (Side, Option<usize>, (DType, Shape))| {
-            let range = start?..start?.checked_add(shape.size_bytes(dtype)?)?;
-            Some(Self { range, layer: 0, side: Some(side), dtype, shape, order: None, exact_tokens: [0; 2] })
-        };
-        at.into_iter().filter_map(frame).filter(|frame| !frame.range.is_empty()).collect()
-    }
-}
-
 impl KvLayout {
     /// A layout with K and V of the same `head_dim`, [`DEFAULT_BLOCK_TOKENS`] tokens a
     /// block and [`TokenOrder::TokenHeadDim`].
@@ -241,38 +143,6 @@ impl KvLayout {
     /// As [`KvLayout::new`].
     pub fn with_v_head_dim(mut self, v_head_dim: u32) -> Result<Self> {
         self.usual_mut().v_head_dim = v_head_dim;
-        self.checked()
-    }
-
-    /// The same with another shape for these layers: of models whose layers differ. [`LayerShape::NONE`] for layers that keep
-    /// nothing of a token.
-    ///
-    /// # Errors
-    /// [`Error::Layout`] for layers that the layout does not have or beyond the 128th, for a third shape besides the
-    /// usual one, and for a shape with heads and without elements; and as [`KvLayout::new`].
-    pub fn with_layers(mut self, layers: impl IntoIterator<Item = u32>, shape: LayerShape) -> Result<Self> {
-        let refuse = |text: String| Err(Error::Layout(text));
-        let kind = match self.shapes.iter().position(|other| *other == shape) {
-            _ if shape == LayerShape::NONE => Kinds::NONE,
-            Some(kind) => kind as u64,
-            None => {
-                let free = self.shapes.iter().position(|other| *other == LayerShape::NONE);
-                let Some((kind, slot)) = free.and_then(|free| Some((free, self.shapes.get_mut(free)?))) else {
-                    return refuse(format!("layers of more than {SHAPES} shapes: keep such blocks as opaque ones"));
-                };
-                *slot = shape;
-                kind as u64
-            }
-        };
-        for layer in layers {
-            if layer >= self.layers.min(MAX_MIXED_LAYERS) || self.is_opaque {
-                let (all, most) = (self.layers(), MAX_MIXED_LAYERS);
-                return refuse(format!(
-                    "no shape of its own for layer {layer}: it has {all} layers, the first {most} may"
-                ));
-            }
-            self.kinds.set(layer as usize, kind);
-        }
         self.checked()
     }
 
@@ -407,89 +277,6 @@ impl KvLayout {
         }
     }
 
-    /// The parts of a block that codecs encode by themselves: each layer's K and V, as far as they have bytes, or all of an
-    /// opaque block.
-    #[must_use]
-    pub fn frames(&self) -> Vec<Frame> {
-        let (dtype, all, exact_tokens) = (self.dtype, 0..self.block_bytes(), [0; 2]);
-        if self.is_opaque {
-            let shape = Shape::new(&[all.end]).into_iter();
-            let frame =
-                |shape| Frame { range: all.clone(), layer: 0, side: None, dtype, shape, order: None, exact_tokens };
-            return shape.map(frame).collect();
-        }
-        let sides = (0..self.layers()).flat_map(|layer| [(layer, Side::K), (layer, Side::V)]);
-        let frame = |(layer, side)| {
-            let shape = self.shape(layer, side, self.block_tokens()).ok()?;
-            let (range, number) = (self.range(layer, side), u32::try_from(layer).ok()?);
-            let order = Some(self.order);
-            Some(Frame { range, layer: number, side: Some(side), dtype, shape, order, exact_tokens })
-        };
-        sides.filter_map(frame).filter(|frame| !frame.range.is_empty()).collect()
-    }
-
-    /// Is it known what is K and V, of floats of 16 or 32 bits? Nothing else is for a lossy codec.
-    pub(crate) fn may_be_lossy(&self) -> bool {
-        !self.is_opaque && matches!(self.dtype, DType::BF16 | DType::F16 | DType::F32)
-    }
-
-    /// Refuses a layer range that the layout does not have.
-    pub(crate) fn check_layers(&self, layers: &Range<usize>) -> Result<()> {
-        if self.is_opaque {
-            let text = "blocks of this layout are opaque and have no layers: store them whole and read them whole";
-            return Err(Error::Layout(text.into()));
-        }
-        if layers.is_empty() {
-            return Err(Error::ZeroLayers);
-        }
-        if layers.end > self.layers() {
-            return Err(Error::LayerOutOfRange { layer: layers.end - 1, layers: self.layers() });
-        }
-        Ok(())
-    }
-
-    /// Refuses K and V of layers, from `first_layer` on, that are not of at least `min_tokens` tokens: each one's element
-    /// types and shapes. Says how many tokens each K and V has.
-    ///
-    /// # Errors
-    /// [`Error::ZeroLayers`], [`Error::LayerOutOfRange`], [`Error::DTypeMismatch`], [`Error::ShapeMismatch`].
-    pub fn check_pairs(
-        &self,
-        first_layer: usize,
-        pairs: &[(TensorSpec, TensorSpec)],
-        min_tokens: usize,
-    ) -> Result<Vec<(usize, usize)>> {
-        self.check_layers(&(first_layer..first_layer.saturating_add(pairs.len())))?;
-        let check = |(layer, (k, v)): (usize, &(TensorSpec, TensorSpec))| {
-            let tokens_of_k = self.check_tensor(*k, Side::K, layer, min_tokens)?;
-            Ok((tokens_of_k, self.check_tensor(*v, Side::V, layer, min_tokens)?))
-        };
-        (first_layer..).zip(pairs).map(check).collect()
-    }
-
-    /// Refuses a tensor that is not one layer's K or V of at least `min_tokens` tokens;
-    /// says how many tokens it has.
-    fn check_tensor(&self, (dtype, shape): TensorSpec, side: Side, layer: usize, min_tokens: usize) -> Result<usize> {
-        let tensor = || format!("{} of layer {layer}", if side == Side::K { "k" } else { "v" });
-        if dtype != self.dtype {
-            let (expected, got) = (self.dtype, dtype);
-            return Err(Error::DTypeMismatch { tensor: tensor(), expected, got });
-        }
-        let of = self.layer_shape(layer);
-        let tokens = match (self.order, shape.dims()) {
-            (TokenOrder::TokenHeadDim, &[tokens, heads, dim]) | (TokenOrder::HeadTokenDim, &[heads, tokens, dim])
-                if heads == of.kv_heads as usize && dim == of.dim(side) as usize && tokens >= min_tokens =>
-            {
-                tokens
-            }
-            _ => {
-                let expected = format!("{} with at least {min_tokens} tokens", self.expected(of, side));
-                return Err(Error::ShapeMismatch { tensor: tensor(), expected, got: shape });
-            }
-        };
-        Ok(tokens)
-    }
-
     /// Copies one block's slice of this layer's K or V between the payload and an engine
     /// tensor: `tensor_tokens` is that tensor's own number of tokens (its stride),
     /// `at_token` where the block begins in it. `copy` gets (range in the payload slice,
@@ -564,65 +351,12 @@ impl KvLayout {
     fn layer_bytes(&self, of: LayerShape) -> usize {
         self.side_bytes(of, Side::K) + self.side_bytes(of, Side::V)
     }
-
-    fn expected(&self, of: LayerShape, side: Side) -> String {
-        let (heads, dim) = (of.kv_heads, of.dim(side));
-        match self.order {
-            TokenOrder::TokenHeadDim => format!("[tokens, {heads}, {dim}]"),
-            TokenOrder::HeadTokenDim => format!("[{heads}, tokens, {dim}]"),
-        }
-    }
-
-    fn checked(self) -> Result<Self> {
-        let usual = self.usual();
-        for (name, value) in [
-            ("layers", self.layers),
-            ("kv_heads", usual.kv_heads),
-            ("k_head_dim", usual.k_head_dim),
-            ("block_tokens", self.block_tokens),
-        ] {
-            if value == 0 {
-                return Err(Error::Layout(format!("{name} is 0: it must be at least 1")));
-            }
-        }
-        let half = |shape: &&LayerShape| **shape != LayerShape::NONE && (shape.kv_heads == 0 || shape.k_head_dim == 0);
-        if let Some(shape) = self.shapes.iter().find(half) {
-            return Err(Error::Layout(format!(
-                "{shape:?} keeps nothing: give heads and elements, or LayerShape::NONE"
-            )));
-        }
-        if !self.is_uniform()
-            && (self.layers > MAX_MIXED_LAYERS || self.kinds.count_before(self.layers(), Kinds::NONE) >= self.layers())
-        {
-            return Err(Error::Layout(format!(
-                "layers that differ must be {MAX_MIXED_LAYERS} at most, and one of them keep something"
-            )));
-        }
-        self.checked_bytes()
-            .and_then(|bytes| u32::try_from(bytes).ok())
-            .filter(|bytes| *bytes > 0)
-            .map(|_| self)
-            .ok_or(Error::SizeOverflow("the size of a block (at most 4 GiB)"))
-    }
-
-    /// As [`KvLayout::block_bytes`]; `None` if that overflows.
-    fn checked_bytes(&self) -> Option<u64> {
-        if self.is_opaque {
-            return Some(u64::from(self.usual().k_head_dim));
-        }
-        let mixed = |kind| self.kinds.count_before(self.layers(), kind) as u64;
-        let mut elements = 0u64;
-        for (kind, shape) in (0..).zip(&self.shapes) {
-            let layers = if self.is_uniform() { u64::from(self.layers) * u64::from(kind == 0) } else { mixed(kind) };
-            elements = elements.checked_add(shape.elements()?.checked_mul(layers)?)?;
-        }
-        elements.checked_mul(u64::from(self.block_tokens))?.checked_mul(self.dtype.size_bytes() as u64)
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::error::Error;
 
     #[test]
     fn a_layout_without_size_or_beyond_4_gib_a_block_is_refused() {

@@ -86,6 +86,18 @@ struct Usage {
     bytes: u64,
 }
 
+/// What a tier has of a branch, or gave of prompts.
+#[derive(Debug, Deserialize)]
+struct TokensIn {
+    name: String,
+    tokens: u64,
+}
+
+/// What people call a tier.
+fn tier_name(name: &str) -> &str {
+    if name == "ram" { "RAM" } else { name }
+}
+
 impl Client {
     fn new(options: &ServerOptions) -> Result<Self> {
         let config = Agent::config_builder().http_status_as_error(false).proxy(None);

@@ -8,7 +8,7 @@ use clap::Args;
 use comfy_table::{Cell, CellAlignment};
 use serde::Deserialize;
 
-use super::{Client, ServerOptions};
+use super::{Client, ServerOptions, TokensIn, tier_name};
 use crate::style::{self, count};
 
 /// Characters of a branch's text in the table.
@@ -44,13 +44,6 @@ struct Branch {
     text: String,
 }
 
-/// What a tier has of a branch.
-#[derive(Debug, Deserialize)]
-struct TokensIn {
-    name: String,
-    tokens: u64,
-}
-
 pub(crate) fn run(options: &PrefixesOptions) -> Result<ExitCode> {
     let client = Client::new(&options.server)?;
     let path = format!("/cache/prefixes?limit={}", options.limit);
@@ -71,7 +64,7 @@ impl Tree {
         }
         let mut table = style::table();
         let tiers = self.tiers();
-        let names = tiers.iter().map(|name| if *name == "ram" { "RAM" } else { *name });
+        let names = tiers.iter().map(|name| tier_name(name));
         table.set_header(["prefix", "requests", "tokens"].into_iter().chain(names).chain(["whose", "text"]));
         // Depth first, with a stack: a tree may be deeper than a thread's own.
         let mut open: Vec<(usize, &Branch)> =

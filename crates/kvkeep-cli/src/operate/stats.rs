@@ -8,7 +8,7 @@ use comfy_table::{Cell, CellAlignment};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{Client, Namespace, Namespaces, ServerOptions};
+use super::{Client, Namespace, Namespaces, ServerOptions, TokensIn, tier_name};
 use crate::stats::{float, ratio};
 use crate::style::{self, count, size, span};
 
@@ -34,8 +34,7 @@ struct Stats {
 #[derive(Debug, Deserialize)]
 struct Tokens {
     requested: u64,
-    ram: u64,
-    disk: u64,
+    tiers: Vec<TokensIn>,
     computed: u64,
 }
 
@@ -126,13 +125,9 @@ impl Stats {
 impl Tokens {
     fn words(&self) -> String {
         let percent = |part| 100.0 * ratio(wide(part), wide(self.requested));
-        format!(
-            "{} asked for: {:.1}% from RAM, {:.1}% from disk, {:.1}% computed",
-            count(self.requested),
-            percent(self.ram),
-            percent(self.disk),
-            percent(self.computed)
-        )
+        let from = |tier: &TokensIn| format!("{:.1}% from {}, ", percent(tier.tokens), tier_name(&tier.name));
+        let tiers: String = self.tiers.iter().map(from).collect();
+        format!("{} asked for: {tiers}{:.1}% computed", count(self.requested), percent(self.computed))
     }
 }
 
@@ -194,7 +189,7 @@ impl Namespaces {
     fn table(&self) -> String {
         let mut table = style::table();
         let tiers = self.namespaces.first().map_or(&[][..], |namespace| &namespace.tiers);
-        let columns = tiers.iter().flat_map(|tier| [if tier.name == "ram" { "RAM" } else { &tier.name }, "blocks"]);
+        let columns = tiers.iter().flat_map(|tier| [tier_name(&tier.name), "blocks"]);
         table.set_header(["namespace", "whose"].into_iter().chain(columns));
         for namespace in &self.namespaces {
             let right = |text: String| Cell::new(text).set_alignment(CellAlignment::Right);

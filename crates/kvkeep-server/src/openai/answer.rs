@@ -21,7 +21,7 @@ use utoipa::ToSchema;
 use super::params::{PromptDetails, StreamOptions, Usage};
 use crate::error::ApiError;
 use crate::scheduler::{Arrived, Event, Job, Piece, Ticket};
-use crate::served::Served;
+use crate::served::{Served, TokensIn};
 use crate::state::AppState;
 
 const TTFT_HEADER: HeaderName = HeaderName::from_static("x-kvkeep-ttft-ms");
@@ -74,14 +74,12 @@ pub(super) struct Answer<C> {
 }
 
 /// What the cache did for an answer.
-#[derive(Debug, Clone, Copy, Serialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, ToSchema)]
 pub(super) struct Warmth {
     /// From the request's arrival to its first token.
     ttft_ms: Option<f64>,
-    /// Tokens of the prompt whose KV was in RAM.
-    ram_tokens: usize,
-    /// Tokens behind those whose KV was loaded from the disk.
-    disk_tokens: usize,
+    /// Tokens of the prompt whose KV was cached, by the tier that gave it: `ram`, `disk`, and others by their names.
+    tiers: Vec<TokensIn>,
 }
 
 /// What all events of an answer have in common.
@@ -145,14 +143,14 @@ impl Ended {
 
     /// Of each prompt the answer that found least: the others found what that one had read.
     fn coldest(&self) -> impl Iterator<Item = &Served> {
-        let cached = |served: &&Served| served.ram_tokens + served.disk_tokens;
+        let cached = |served: &&Served| served.cached_tokens();
         self.served.chunks(self.n).filter_map(move |same| same.iter().flatten().map(Box::as_ref).min_by_key(cached))
     }
 
     fn usage(&self) -> Usage {
         let prompt_tokens = self.coldest().map(|served| served.prompt.len()).sum();
         let completion_tokens = self.served.iter().flatten().map(|served| served.completion_tokens).sum();
-        let cached_tokens = self.coldest().map(|served| served.ram_tokens + served.disk_tokens).sum();
+        let cached_tokens = self.coldest().map(Served::cached_tokens).sum();
         Usage {
             prompt_tokens,
             completion_tokens,
@@ -162,11 +160,7 @@ impl Ended {
     }
 
     fn warmth(&self) -> Warmth {
-        Warmth {
-            ttft_ms: self.ttft().map(ms),
-            ram_tokens: self.coldest().map(|served| served.ram_tokens).sum(),
-            disk_tokens: self.coldest().map(|served| served.disk_tokens).sum(),
-        }
+        Warmth { ttft_ms: self.ttft().map(ms), tiers: TokensIn::sum(self.coldest().flat_map(|served| &served.tiers)) }
     }
 
     /// From the request's arrival to the first token of any answer.

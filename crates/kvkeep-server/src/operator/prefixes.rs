@@ -14,6 +14,7 @@ use crate::describe::{BodyErrors, OperatorErrors};
 use crate::error::{ApiError, ErrorBody};
 use crate::extract::JsonBody;
 use crate::prefixes::{BranchView, Path};
+use crate::served::TokensIn;
 use crate::state::{AppState, Operator};
 
 /// The text of a branch begins in so many of its tokens, and is cut to so many characters.
@@ -60,14 +61,6 @@ struct PrefixInfo {
     pinned: bool,
     /// How its text begins.
     text: String,
-}
-
-/// Tokens that a tier has.
-#[derive(Debug, Serialize, ToSchema)]
-struct TokensIn {
-    /// The tier's name.
-    name: String,
-    tokens: usize,
 }
 
 /// A branch of the tree.
@@ -236,7 +229,10 @@ fn info(state: &AppState, view: &BranchView, residencies: &HashMap<BlockHash, Ar
     let residency = residencies.get(&view.id).cloned().unwrap_or_default();
     let block_tokens = state.shared.namespace.layout().block_tokens();
     let blocks = view.first_token / block_tokens..(view.first_token + view.tokens) / block_tokens;
-    let in_tier = |name: &str| TokensIn { name: name.to_owned(), tokens: residency.tokens_in(name, blocks.clone()) };
+    let in_tier = |name: &str| {
+        let tokens = residency.tokens_in(name, blocks.clone()) as u64;
+        TokensIn { name: name.to_owned(), tokens }
+    };
     let text = state.shared.engine.tokenizer().decode(&view.begin);
     PrefixInfo {
         id: view.id.to_string(),

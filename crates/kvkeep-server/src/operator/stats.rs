@@ -14,7 +14,7 @@ use crate::auth::{ApiKeys, Tenant};
 use crate::describe::OperatorErrors;
 use crate::error::{ApiError, ErrorBody};
 use crate::recent::{Ended, Times};
-use crate::served::Outcome;
+use crate::served::{Outcome, TokensIn};
 use crate::state::{AppState, Operator};
 
 /// The server and its cache as of now.
@@ -44,8 +44,8 @@ pub(super) struct CacheStats {
 struct Tokens {
     /// All of them.
     requested: u64,
-    ram: u64,
-    disk: u64,
+    /// Those whose KV was cached: all tiers, `ram` first.
+    tiers: Vec<TokensIn>,
     computed: u64,
 }
 
@@ -184,8 +184,9 @@ struct RequestInfo {
     /// `chat`, `completion`, or `warm`.
     endpoint: &'static str,
     prompt_tokens: usize,
-    ram_tokens: usize,
-    disk_tokens: usize,
+    /// Those whose KV was cached, by the tier that gave it.
+    tiers: Vec<TokensIn>,
+    cached_tokens: usize,
     computed_tokens: usize,
     completion_tokens: usize,
     queued_ms: f64,
@@ -217,8 +218,8 @@ pub(super) async fn stats(_: Operator, State(state): State<AppState>) -> Json<Ca
         uptime_seconds: shared.started.elapsed().as_secs_f64(),
         block_tokens: shared.config.block_tokens,
         context_tokens: shared.config.context_tokens,
-        token_hit_rate: ratio(tokens.ram + tokens.disk, tokens.requested()),
-        tokens: Tokens { requested: tokens.requested(), ram: tokens.ram, disk: tokens.disk, computed: tokens.computed },
+        token_hit_rate: ratio(tokens.cached(), tokens.requested()),
+        tokens: Tokens { requested: tokens.requested(), tiers: tokens.tiers, computed: tokens.computed },
         prefill_seconds_saved: stats.time_saved.as_secs_f64(),
         ttft_ms: Ttft { cold: cold.into(), warm: warm.into(), total: ms(total), total_if_cold: ms(total_if_cold) },
         ram: Ram {
@@ -333,8 +334,8 @@ impl From<Ended> for RequestInfo {
             tenant: ended.tenant.name().map(str::to_owned),
             endpoint: ended.endpoint.name(),
             prompt_tokens: ended.prompt_tokens,
-            ram_tokens: ended.ram_tokens,
-            disk_tokens: ended.disk_tokens,
+            tiers: ended.tiers,
+            cached_tokens: ended.cached_tokens,
             computed_tokens: ended.computed_tokens,
             completion_tokens: ended.completion_tokens,
             queued_ms: ms(ended.queued),

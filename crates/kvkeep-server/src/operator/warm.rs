@@ -95,7 +95,7 @@ pub(super) async fn warm(
     }
     Ok(Json(WarmAnswer {
         prompt_tokens: served.prompt.len(),
-        cached_tokens: served.ram_tokens + served.disk_tokens,
+        cached_tokens: served.cached_tokens(),
         computed_tokens: served.computed_tokens(),
         seconds: served.total.as_secs_f64(),
         prefix: prefix.map(|id| id.to_string()),

@@ -11,7 +11,7 @@ use super::{KvCache, Match, StoreReport, request};
 use crate::chain::Chain;
 use crate::clock::Deadline;
 use crate::config::StoreOptions;
-use crate::store::{Pending, Pin, Terms};
+use crate::store::{Loaded, Pending, Pin, Terms};
 
 /// Blocks that a device is writing. Dropped without [`Begun::end`], they were never there.
 #[derive(Debug)]
@@ -46,7 +46,7 @@ impl KvCache {
     pub fn hold_chain(&self, chain: &Chain) -> Option<Match> {
         let chain = self.store.own(chain);
         let pin = self.store.pin_in_ram(chain.keys())?;
-        Some(Match { pin, loaded: 0..0, layout: *chain.namespace().layout() })
+        Some(Match { pin, loaded: Loaded::default(), layout: *chain.namespace().layout() })
     }
 
     /// Counts a request for a chain, as [`KvCache::lookup_chain`] does, of what is in RAM of it. Asks no tier and holds

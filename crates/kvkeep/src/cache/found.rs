@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::tensors::{check_targets, copy_block};
 use crate::error::{Error, Result};
 use crate::layout::{KvLayout, LayerView, LayerViewMut, Side};
-use crate::store::Pin;
+use crate::store::{Loaded, Pin};
 use crate::tensor::TensorView;
 
 /// The longest resident prefix of a prompt, pinned: its blocks stay readable and are not
@@ -17,8 +17,8 @@ use crate::tensor::TensorView;
 #[derive(Debug)]
 pub struct Match {
     pub(super) pin: Pin,
-    /// Blocks that were not in RAM, or in RAM behind such.
-    pub(super) loaded: Range<usize>,
+    /// Where what was not in RAM came from, and what was behind such.
+    pub(super) loaded: Loaded,
     pub(super) layout: KvLayout,
 }
 
@@ -42,11 +42,19 @@ impl Match {
     }
 
     /// Of [`Match::cached_tokens`], those whose blocks were in RAM when they were looked for. The
-    /// others were loaded from the disk, or lay in RAM behind such. Blocks that
+    /// others were loaded from a tier, or lay in RAM behind such. Blocks that
     /// [`KvCache::get_or_prefill`](crate::KvCache::get_or_prefill) had computed count as in RAM.
     #[must_use]
     pub fn ram_tokens(&self) -> usize {
-        (self.blocks() - self.loaded.len()) * self.layout.block_tokens()
+        (self.blocks() - self.loaded.blocks()) * self.layout.block_tokens()
+    }
+
+    /// [`Match::cached_tokens`] by the tier that gave them: its name, `ram` first, and its tokens. What lay in RAM behind what
+    /// was loaded counts as RAM's here.
+    #[must_use]
+    pub fn tiers(&self) -> Vec<(String, usize)> {
+        let by_tier = self.loaded.by_tier(self.blocks()).into_iter();
+        by_tier.map(|(tier, blocks)| (tier, blocks * self.layout.block_tokens())).collect()
     }
 
     /// What computing these blocks took, as those said who stored them: what whoever uses them is
@@ -59,8 +67,7 @@ impl Match {
     /// Lets go of the blocks behind the first `tokens` tokens, rounded down to whole blocks.
     pub fn truncate(&mut self, tokens: usize) {
         self.pin.truncate(tokens / self.layout.block_tokens());
-        let blocks = self.blocks();
-        self.loaded = self.loaded.start.min(blocks)..self.loaded.end.min(blocks);
+        self.loaded.truncate(self.pin.len());
     }
 
     /// K and V of one layer of one block, without copying: `[block_tokens, kv_heads,

@@ -205,15 +205,10 @@ impl Codecs {
     }
 
     /// Is it for the tier's measured rates to say whether blocks of this namespace go through the codec of [`Codecs::writing`]?
+    /// Without one: those of all that have no codec of their own.
     #[must_use]
-    pub fn depends(&self, namespace: NamespaceId) -> bool {
-        self.if_it_pays && self.by_namespace.iter().all(|(other, _)| *other != namespace)
-    }
-
-    /// Is it so for all that no namespace says otherwise?
-    #[cfg(feature = "disk")]
-    pub(crate) fn mostly_depend(&self) -> bool {
-        self.if_it_pays
+    pub fn depends(&self, namespace: Option<NamespaceId>) -> bool {
+        self.if_it_pays && self.by_namespace.iter().all(|(other, _)| Some(*other) != namespace)
     }
 
     /// Does every block pass as it is?

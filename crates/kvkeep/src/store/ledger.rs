@@ -12,48 +12,29 @@
 //! The ledger says what is to be offered to the tiers ([`Ledger::take_offers`]); whoever holds the lock offers it
 //! after unlocking. Asking the tiers from in here was the alternative: then a tier that is slow stops everybody.
 
+mod held;
 mod leaving;
+mod removals;
 mod room;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use super::Removed;
 use super::gate::Gate;
-use crate::block::BlockKey;
 use crate::event::{Change, Journal};
 use crate::eviction::{Arrival, Departure, EntryId, Place, PolicyKind, Priority, ShareId, Shares};
 use crate::index::{Entry, Index};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::stats::Stats;
 use crate::tensor::PairSpec;
-use crate::tier::ram::{Arena, Extent, PAGE_BYTES, Pages, ReadGrant, page_bytes};
-use crate::tier::{Epoch, Forget, Forgets};
+use crate::tier::ram::{Arena, Extent, PAGE_BYTES, Pages, page_bytes};
+use crate::tier::{Epoch, Forgets};
 
+pub(crate) use held::{Held, Request};
 pub(crate) use leaving::Leaving;
+pub(super) use removals::Gone;
 pub(super) use room::SLICE;
-pub(crate) use room::Shortage;
-
-/// What a lookup counts as.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Request {
-    /// A request by prefix text: a hit or a miss.
-    Named,
-    /// A request for so many tokens in blocks of so many: also counted in tokens.
-    Tokens { requested: usize, block_tokens: usize },
-    /// Not a request of a user: counts nothing.
-    Uncounted,
-}
-
-/// One pinned object.
-#[derive(Debug)]
-pub(crate) struct Held {
-    pub(super) id: EntryId,
-    /// Held for a queued write: no use, and no pin.
-    queued: bool,
-    pub(super) grant: ReadGrant,
-    pub(super) spec: Option<Arc<PairSpec>>,
-}
+pub(crate) use room::{Reservation, Shortage, Terms, Wanted};
 
 /// One object whose payload is written, to be made findable.
 #[derive(Debug)]
@@ -64,25 +45,6 @@ pub(crate) struct Written {
     pub(crate) place: Place,
 }
 
-/// What room is made for.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Wanted {
-    pub(crate) bytes_each: usize,
-    /// The first position that can be written.
-    pub(crate) first_given: usize,
-    pub(crate) priority: Priority,
-    pub(crate) terms: Terms,
-}
-
-/// How a store deals with what it does not get.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Terms {
-    /// It waits for writes under way that have its pages, and wants nothing without what comes before it.
-    Patient,
-    /// It waits for nothing, gives up writes that have not begun instead, and what comes before it is somebody else's business.
-    AtOnce,
-}
-
 /// What happens to an object that is already there under the same key.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum OnPresent {
@@ -90,20 +52,6 @@ pub(crate) enum OnPresent {
     Replace,
     /// It stays; equal keys mean equal bytes.
     Keep,
-}
-
-/// What [`Ledger::reserve`] found and made of a run of keys.
-#[derive(Debug, Default)]
-pub(crate) struct Reservation {
-    /// Those that are there, pinned.
-    pub(crate) present: Vec<Held>,
-    /// Position and pages of each that is missing, up to the first one without room.
-    pub(crate) missing: Vec<(usize, Extent)>,
-    /// Those that are in a tier and were not given.
-    pub(crate) below: usize,
-    /// The first position without room.
-    pub(crate) refused_from: Option<usize>,
-    pub(crate) shortage: Option<Shortage>,
 }
 
 #[derive(Debug)]
@@ -147,24 +95,6 @@ pub(super) struct News {
     pub(super) freed: bool,
     pub(super) has_offers: bool,
     pub(super) changes: Vec<Change>,
-}
-
-/// What a removal names, kept until it has reached every tier.
-#[derive(Debug, Clone)]
-pub(super) enum Gone {
-    Keys(NamespaceId, Vec<BlockKey>),
-    Namespace(NamespaceId),
-    All,
-}
-
-impl Gone {
-    fn as_forget(&self) -> Forget<'_> {
-        match self {
-            Self::Keys(namespace, keys) => Forget::Keys(*namespace, keys),
-            Self::Namespace(id) => Forget::Namespace(*id),
-            Self::All => Forget::All,
-        }
-    }
 }
 
 pub(crate) fn new_entry(
@@ -289,75 +219,6 @@ impl Ledger {
         None
     }
 
-    /// Holds the longest unbroken run of live entries from the first key on.
-    pub(crate) fn hold_run(&mut self, keys: &[ObjectKey], now_ms: u64, request: Request) -> Vec<Held> {
-        let mut run = Vec::with_capacity(keys.len());
-        for key in keys {
-            match self.hold_key(key, now_ms, &run) {
-                Some(held) => run.push(held),
-                None => break,
-            }
-        }
-        self.count(request, &run, run.len());
-        run
-    }
-
-    /// Holds those of these entries that are there, each with its position.
-    pub(crate) fn hold_each(&mut self, keys: &[ObjectKey], now_ms: u64) -> Vec<(usize, Held)> {
-        let held = |(position, key)| Some((position, self.hold_key(key, now_ms, &[])?));
-        keys.iter().enumerate().filter_map(held).collect()
-    }
-
-    /// Holds the live entry under a key, which stands behind `run` in its chain.
-    pub(crate) fn hold_key(&mut self, key: &ObjectKey, now_ms: u64, run: &[Held]) -> Option<Held> {
-        let id = self.find_live(key, now_ms)?;
-        let (held, departing) = self.hold(id)?;
-        // It was chosen to go: the policy has to be told of it anew.
-        if departing {
-            self.stay(id, run.last().map(|before| before.id));
-        }
-        Some(held)
-    }
-
-    /// Holds the entries of all keys, or none of them.
-    pub(super) fn hold_all(&mut self, keys: &[ObjectKey], now_ms: u64, request: Request) -> Option<Vec<Held>> {
-        let mut run = self.hold_run(keys, now_ms, Request::Uncounted);
-        let complete = run.len() == keys.len();
-        if !complete {
-            self.release(std::mem::take(&mut run));
-        }
-        self.count(request, &run, run.len());
-        complete.then_some(run)
-    }
-
-    /// Ends the reading of entries. Goes from the tail to the head, so that the head of a
-    /// chain is the most recently used.
-    pub(crate) fn release(&mut self, run: Vec<Held>) {
-        for Held { id, grant, queued, .. } in run.into_iter().rev() {
-            let Some(entry) = self.index.get_mut(id) else { continue };
-            entry.extent.revoke(grant);
-            let is_over = |entry: &Entry| !entry.linked && !entry.extent.is_read();
-            let goes = if queued {
-                entry.queued = false;
-                self.is_written(id);
-                self.index.get(id).is_some_and(is_over)
-            } else {
-                let goes = is_over(entry);
-                if !entry.is_pinned() {
-                    self.held_pages -= entry.extent.pages();
-                    self.freed = true;
-                    if entry.linked {
-                        self.policy.release(id);
-                    }
-                }
-                goes
-            };
-            if goes {
-                self.free(id);
-            }
-        }
-    }
-
     /// Pages that were reserved and will not be sealed.
     pub(crate) fn abandon(&mut self, extent: Extent) {
         self.held_pages -= extent.pages();
@@ -440,40 +301,6 @@ impl Ledger {
         true
     }
 
-    /// Was it neither removed nor replaced since, and is it not being removed now?
-    pub(super) fn may_come_up(&self, key: &ObjectKey, namespace: NamespaceId, epoch: Epoch) -> bool {
-        let key = BlockKey(*key);
-        let going = self.forgetting.iter().any(|(_, gone)| gone.as_forget().covers(&key, namespace));
-        !going && self.forgets.allow(&key, namespace, epoch)
-    }
-
-    /// A removal begins: until [`Ledger::has_forgotten`] nothing of it comes up.
-    pub(super) fn forget(&mut self, gone: Gone) -> Epoch {
-        self.epoch += 1;
-        self.forgets.record(&gone.as_forget(), self.epoch);
-        self.forgetting.push((self.epoch, gone));
-        self.epoch
-    }
-
-    /// It has reached every tier. What was asked of a tier before is out of date.
-    pub(super) fn has_forgotten(&mut self, epoch: Epoch) {
-        let Some(at) = self.forgetting.iter().position(|(begun, _)| *begun == epoch) else { return };
-        let (_, gone) = self.forgetting.swap_remove(at);
-        self.epoch += 1;
-        self.forgets.record(&gone.as_forget(), self.epoch);
-    }
-
-    /// What was asked of a tier so far is older than this.
-    pub(super) fn next_epoch(&mut self) -> Epoch {
-        self.epoch += 1;
-        self.epoch
-    }
-
-    /// Goes with whatever is asked of a tier from now on.
-    pub(crate) fn epoch(&self) -> Epoch {
-        self.epoch
-    }
-
     /// Makes a written entry findable; the policy has yet to hear of it. The id is another's if
     /// one is there already and stays.
     fn seal(&mut self, namespace: NamespaceId, mut entry: Entry, on_present: OnPresent) -> (EntryId, bool) {
@@ -507,44 +334,6 @@ impl Ledger {
         self.index.find(key).and_then(|id| self.index.get(id)).map(|entry| entry.compute_us)
     }
 
-    /// How long a held entry took to compute.
-    pub(super) fn compute_us(&self, held: &Held) -> u32 {
-        self.index.get(held.id).map_or(0, |entry| entry.compute_us)
-    }
-
-    /// What computing all of these took.
-    pub(super) fn compute_time(&self, run: &[Held]) -> std::time::Duration {
-        std::time::Duration::from_micros(run.iter().map(|held| u64::from(self.compute_us(held))).sum())
-    }
-
-    pub(super) fn remove(&mut self, keys: &[ObjectKey], now_ms: u64) -> (Removed, Vec<bool>) {
-        let mut removed = Removed::default();
-        let found = keys.iter().map(|key| {
-            let id = self.find_live(key, now_ms);
-            if let Some(id) = id {
-                self.remove_entry(id, &mut removed);
-            }
-            id.is_some()
-        });
-        let found = found.collect();
-        (removed, found)
-    }
-
-    /// Removes what satisfies `condition` of the next `slots` slots; says where to go on, if there is more.
-    pub(super) fn remove_some(
-        &mut self,
-        from: EntryId,
-        slots: usize,
-        condition: impl Fn(&Entry) -> bool,
-        removed: &mut Removed,
-    ) -> Option<EntryId> {
-        let (ids, next) = self.index.select_some(from, slots, condition);
-        for id in ids {
-            self.remove_entry(id, removed);
-        }
-        next
-    }
-
     /// A namespace has the share of this one, too.
     pub(super) fn is_also(&mut self, namespace: NamespaceId, other: NamespaceId) {
         if let Some(share) = self.quotas.get(&namespace).copied() {
@@ -556,93 +345,9 @@ impl Ledger {
         self.quotas.get(&namespace).copied().unwrap_or(0)
     }
 
-    /// What comes before must be kept as long as what is stored behind it.
-    fn raise(&mut self, id: EntryId, keys: &[ObjectKey], position: usize, priority: Priority) {
-        if self.policy.priority(id) >= priority {
-            return;
-        }
-        let (Some(key), Some(entry)) = (keys.get(position), self.index.get(id)) else { return };
-        let pages = entry.extent.pages();
-        let parent = position.checked_sub(1).and_then(|before| keys.get(before));
-        let parent = parent.and_then(|key| self.in_order(key));
-        let place = Place::of(position, keys.len(), keys.len());
-        let arrival = Arrival { fingerprint: key.table_hash(), parent, place };
-        self.policy.raise(id, &arrival, pages, priority);
-    }
-
-    /// Says too whether it was chosen to go.
-    fn hold(&mut self, id: EntryId) -> Option<(Held, bool)> {
-        let entry = self.index.get_mut(id)?;
-        if std::mem::take(&mut entry.ahead) {
-            self.ahead_pages -= entry.extent.pages();
-        }
-        if !entry.is_pinned() {
-            self.held_pages += entry.extent.pages();
-            if !entry.departing {
-                self.policy.hold(id);
-            }
-        }
-        let held = Held { id, queued: false, grant: entry.extent.grant(), spec: entry.spec.clone() };
-        Some((held, entry.departing))
-    }
-
-    /// A request begins that holds none of its blocks while it is served: [`Ledger::touch`],
-    /// [`Ledger::seal_all`], and then [`Ledger::shrink_to`].
-    pub(crate) fn tick(&mut self) {
-        self.policy.tick();
-    }
-
-    /// Uses one entry of such a request, if it is there.
-    pub(crate) fn touch(&mut self, key: &ObjectKey, place: Place) -> bool {
-        let Some((held, _)) = self.index.find(key).and_then(|id| self.hold(id)) else { return false };
-        self.policy.touch(held.id, place);
-        self.release(vec![held]);
-        true
-    }
-
     /// Evicts until there are so many entries.
     pub(crate) fn shrink_to(&mut self, entries: usize) {
         while self.index.len() > entries && self.evict_one(0, 0, 0).is_ok() {}
-    }
-
-    /// Counts a request that found so many blocks, of which it holds these.
-    pub(crate) fn count(&mut self, request: Request, run: &[Held], found: usize) {
-        if request == Request::Uncounted {
-            return;
-        }
-        self.policy.tick();
-        let mut blocks = found;
-        if let Request::Tokens { requested, block_tokens } = request {
-            self.counters.requested_tokens_total += requested as u64;
-            self.counters.cached_tokens_total += (found * block_tokens) as u64;
-            blocks = requested / block_tokens.max(1);
-        }
-        if found == 0 {
-            self.counters.misses += 1;
-            return;
-        }
-        self.counters.hits += 1;
-        let blocks = u32::try_from(blocks).unwrap_or(u32::MAX);
-        let blocks_found = u32::try_from(found).unwrap_or(u32::MAX);
-        let mut may_go = true;
-        for (depth, held) in (0..).zip(run) {
-            let place = Place { depth, blocks, found: blocks_found };
-            self.policy.touch(held.id, place);
-            let compute_us = self.index.get(held.id).map_or(0, |entry| entry.compute_us);
-            self.time_saved_us += u64::from(compute_us);
-            // Used again, it may be worth a write now; but not behind a block that is kept off.
-            if self.gate.as_mut().is_some_and(|gate| gate.touched(held.id, place)) && may_go {
-                may_go = self.offer_entry(held.id);
-            }
-        }
-    }
-
-    fn remove_entry(&mut self, id: EntryId, removed: &mut Removed) {
-        let pages = self.index.get(id).map_or(0, |entry| entry.extent.pages());
-        removed.entries += 1;
-        removed.bytes += page_bytes(pages);
-        self.counters.removals += 1;
-        self.drop_entry(id, Departure::Removed);
     }
 
     /// Makes an entry unfindable and frees it, now or with its last reader.

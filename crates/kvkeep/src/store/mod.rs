@@ -65,6 +65,7 @@ pub use lease::{Lease, LeaseId, Leased};
 use ledger::{Ledger, News};
 pub(crate) use ledger::{OnPresent, Request, Terms, Wanted};
 pub use memory::Ram;
+pub(crate) use plan::Loaded;
 use retained::Retained;
 pub(crate) use storing::{Reserved, Sealing};
 use tiers::Tiers;

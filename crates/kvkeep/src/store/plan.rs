@@ -64,7 +64,61 @@ pub(crate) struct Overview {
     pub(crate) by_tier: Vec<(String, usize)>,
 }
 
+/// Blocks of a run that were not all in RAM, from the first that was not: whole stretches of it, each with the name of the
+/// tier that gave it, RAM among them.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Loaded(Vec<(String, Range<usize>)>);
+
+impl Loaded {
+    fn add(&mut self, tier: &str, position: usize) {
+        match self.0.last_mut() {
+            Some((last, blocks)) if last == tier => blocks.end = position + 1,
+            _ => self.0.push((tier.to_owned(), position..position + 1)),
+        }
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(crate) fn blocks(&self) -> usize {
+        self.0.iter().map(|(_, blocks)| blocks.len()).sum()
+    }
+
+    /// Lets go of what is behind so many blocks of the run.
+    pub(crate) fn truncate(&mut self, blocks: usize) {
+        self.0.iter_mut().for_each(|(_, stretch)| stretch.end = stretch.end.min(blocks));
+        self.0.retain(|(_, stretch)| !stretch.is_empty());
+    }
+
+    /// What each tier gave of a run of so many blocks; RAM first.
+    pub(crate) fn by_tier(&self, blocks: usize) -> Vec<(String, usize)> {
+        let mut tiers = vec![(super::RAM.to_owned(), blocks - self.blocks())];
+        for (name, stretch) in &self.0 {
+            match tiers.iter_mut().find(|(tier, _)| tier == name) {
+                Some((_, blocks)) => *blocks += stretch.len(),
+                None => tiers.push((name.clone(), stretch.len())),
+            }
+        }
+        tiers
+    }
+}
+
 impl Plan {
+    /// Where the blocks from `first` to `end` come from.
+    fn loaded(&self, tiers: &Tiers, first: usize, end: usize) -> Loaded {
+        let mut loaded = Loaded::default();
+        for (position, place) in self.places.iter().enumerate().take(end).skip(first) {
+            match place {
+                Whereabouts::Tier(number, _) => {
+                    loaded.add(tiers.tier(*number).map_or("", |tier| tier.name()), position)
+                }
+                _ => loaded.add(super::RAM, position),
+            }
+        }
+        loaded
+    }
+
     /// Blocks from the first one on that are in RAM.
     pub(super) fn in_ram(&self) -> usize {
         self.places.iter().take_while(|place| matches!(place, Whereabouts::Ram(_))).count()
@@ -73,19 +127,19 @@ impl Plan {
 
 impl Store {
     /// Pins the longest run of objects from the first key on; what is in a tier and worth
-    /// it is loaded first. Says which positions were not in RAM, or in RAM behind such.
-    pub(crate) fn pin_run(&self, namespace: NamespaceId, keys: &[ObjectKey], request: Request) -> (Pin, Range<usize>) {
+    /// it is loaded first. Says where what is behind the first one that was not in RAM came from.
+    pub(crate) fn pin_run(&self, namespace: NamespaceId, keys: &[ObjectKey], request: Request) -> (Pin, Loaded) {
         if self.here().is_err() {
-            return (Pin::new(Arc::clone(&self.shared), Vec::new()), 0..0);
+            return (Pin::new(Arc::clone(&self.shared), Vec::new()), Loaded::default());
         }
         let now_ms = self.shared.now_ms();
         let Some(tiers) = &self.tiers else {
             let held = self.shared.with(|ledger| ledger.hold_run(keys, now_ms, request));
-            return (Pin::new(Arc::clone(&self.shared), held), 0..0);
+            return (Pin::new(Arc::clone(&self.shared), held), Loaded::default());
         };
         let deadline = tiers.deadline();
         let plan = match self.hold_or_plan(tiers, (namespace, keys), request, deadline) {
-            Ok(held) => return (Pin::new(Arc::clone(&self.shared), held), 0..0),
+            Ok(held) => return (Pin::new(Arc::clone(&self.shared), held), Loaded::default()),
             Err(plan) => plan,
         };
         // What is to be loaded needs room.
@@ -93,10 +147,11 @@ impl Store {
         let first = plan.in_ram();
         let worth = tiers.judge(&plan, first, None);
         tiers.count_skipped(&plan, worth, request);
+        let mut loaded = plan.loaded(tiers, first, worth.blocks);
         let run = tiers.fetch(keys, plan, worth.blocks, deadline);
         self.shared.with(|ledger| ledger.count(request, run.held(), run.len()));
         self.offer();
-        let loaded = first..run.len().max(first);
+        loaded.truncate(run.len());
         (run, loaded)
     }
 

@@ -3,9 +3,11 @@
 #![allow(clippy::cast_possible_truncation, clippy::allow_attributes, reason = "a test that panics fails")]
 
 mod events;
+mod failing;
 mod leases;
 mod lent;
 mod requests;
+mod written;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -142,66 +144,6 @@ fn disk(cache: &KvCache) -> crate::TierStats {
     cache.stats().tier("disk").unwrap().clone()
 }
 
-#[test]
-fn what_ram_evicts_is_found_on_the_disk_with_either_policy() {
-    for lab in [Lab::new(), Lab::new().back()] {
-        let cache = lab.open(16);
-        let prompts: Vec<_> = (0..10).map(|number| prompt(number * 1000, 4)).collect();
-        for tokens in &prompts {
-            assert_eq!(store(&cache, tokens, &plain()).stored_blocks, 4);
-            // Not part of the promise: it gives the writer time, so that nothing is dropped.
-            cache.store_handle().flush().unwrap();
-        }
-        for tokens in &prompts {
-            assert_eq!(look(&cache, tokens), tokens.len(), "{:?}", disk(&cache));
-        }
-        let stats = cache.stats();
-        assert!(stats.used_bytes <= 16 * PAGE && disk(&cache).hits >= 24, "{stats}");
-        drop(cache);
-        let cache = lab.open(16);
-        assert!(prompts.iter().all(|tokens| look(&cache, tokens) == tokens.len()), "warm after a restart");
-    }
-}
-
-#[test]
-fn write_back_writes_nothing_before_it_is_evicted_or_flushed() {
-    let lab = Lab::new().back();
-    let cache = lab.open(64);
-    store(&cache, &prompt(0, 4), &plain());
-    assert_eq!((disk(&cache).stored_total, disk(&cache).queued_bytes), (0, 0));
-    cache.store_handle().flush().unwrap();
-    assert_eq!(disk(&cache).stored_total, 4);
-    cache.store_handle().flush().unwrap();
-    assert_eq!(disk(&cache).stored_total, 4, "what is there is not written again");
-}
-
-#[test]
-fn what_admission_keeps_off_the_disk_is_not_written_evicted_flushed_or_closed_there() {
-    for (lab, through) in [(Lab::new(), true), (Lab::new().back(), false)] {
-        let lab = Lab { config: lab.config.admission(Admission::SecondUse), ..lab };
-        let cache = lab.open(16);
-        let (once, twice) = (prompt(0, 4), prompt(1000, 4));
-        store(&cache, &once, &plain());
-        store(&cache, &twice, &plain());
-        assert_eq!(
-            disk(&cache).not_admitted_total,
-            if through { 2 } else { 0 },
-            "a chain is asked about up to its gap"
-        );
-        assert_eq!(look(&cache, &twice), 16);
-        // RAM still serves what is not admitted, and a flush is no use of it.
-        (0..5).for_each(|_| cache.flush().unwrap());
-        assert_eq!((disk(&cache).stored_total, disk(&cache).not_admitted_total), (4, if through { 5 } else { 4 }));
-        // RAM evicts everything.
-        (0..8).for_each(|number| _ = store(&cache, &prompt(5000 + number * 100, 4), &plain()));
-        assert_eq!((look(&cache, &once), look(&cache, &twice)), (0, 16));
-        drop(cache);
-        let cache = lab.open(16);
-        assert_eq!((look(&cache, &once), look(&cache, &twice)), (0, 16));
-        assert_eq!(disk(&cache).entries, 4);
-    }
-}
-
 /// It is not on the disk itself; its predecessor must not be found there instead.
 #[test]
 fn a_replaced_value_does_not_come_back_when_its_successor_is_not_admitted() {
@@ -222,27 +164,6 @@ fn a_replaced_value_does_not_come_back_when_its_successor_is_not_admitted() {
         let simple = SimpleKvCache::over(lab.open(8).store_handle().clone(), "s");
         assert_eq!(get(&simple), None);
     }
-}
-
-/// Flushing offers everything each time: one in 16 of what is denied would pass each time.
-#[test]
-fn a_kind_of_blocks_that_is_never_read_from_the_disk_is_soon_written_rarely_and_not_by_flushing() {
-    let written = |read: bool| {
-        let mut lab = Lab::new();
-        lab.config = lab.config.admission(Admission::Worth(0.5));
-        let cache = lab.open(16);
-        for number in 0..100 {
-            store(&cache, &prompt(number * 1000, 4), &plain());
-            (0..20).for_each(|_| cache.flush().unwrap());
-            if read && number > 4 {
-                // RAM holds four prompts: this one comes from the disk.
-                look(&cache, &prompt((number - 5) * 1000, 4));
-            }
-        }
-        disk(&cache).stored_total
-    };
-    let (never, read) = (written(false), written(true));
-    assert!((100..200).contains(&never) && read > 300, "{never} never read, {read} read");
 }
 
 #[test]
@@ -397,104 +318,7 @@ fn named_pairs_come_back_from_the_disk_with_shapes_and_are_found_as_prefixes() {
 
 // Promise 3: never stuck.
 
-#[test]
-fn queued_writes_give_their_pages_up_when_a_store_needs_them() {
-    let mut lab = Lab::new();
-    lab.config = lab.config.queue_bytes(MIB);
-    let cache = lab.open(8);
-    lab.sim.hang(true);
-    store(&cache, &prompt(0, 8), &plain());
-    assert_eq!(disk(&cache).queued_bytes, 8 * PAGE, "all of it waits for the disk");
-    while lab.sim.waiting() == 0 {
-        std::thread::yield_now();
-    }
-    // One write is under way and keeps its page.
-    let report = store(&cache, &prompt(1000, 7), &plain());
-    assert_eq!(report.stored_blocks, 7, "{report:?}");
-    assert!(disk(&cache).failing && disk(&cache).dropped_total > 0);
-    lab.sim.hang(false);
-    cache.store_handle().flush().unwrap();
-    assert_eq!(cache.stats().held_bytes, 0);
-    assert_eq!(store(&cache, &prompt(2000, 8), &plain()).stored_blocks, 8);
-}
-
 // Promise 7: soft failure.
-
-#[test]
-fn a_disk_that_hangs_is_given_up_and_asked_again_when_it_is_back() {
-    let lab = Lab::new();
-    let cache = lab.open(64);
-    let (tokens, other) = (prompt(0, 8), prompt(1000, 4));
-    store(&cache, &tokens, &plain());
-    store(&cache, &other, &plain());
-    drop(cache);
-    let cache = lab.open(64);
-    lab.sim.hang(true);
-    assert_eq!(look(&cache, &tokens), 0, "the request goes on and computes");
-    let stats = disk(&cache);
-    assert!(stats.failing && stats.timeouts_total == 1, "{stats:?}");
-    assert_eq!(look(&cache, &other), 0, "and nobody else waits for it");
-    assert_eq!(disk(&cache).timeouts_total, 1);
-    store(&cache, &prompt(2000, 2), &plain());
-    assert_eq!(look(&cache, &prompt(2000, 2)), 8, "RAM serves on");
-    lab.sim.hang(false);
-    while disk(&cache).failing {
-        std::thread::yield_now();
-    }
-    assert_eq!(look(&cache, &other), other.len());
-    assert_eq!(look(&cache, &tokens), tokens.len());
-}
-
-/// Dropping the last handle waited for ever for a disk that began to hang.
-#[test]
-fn a_cache_can_be_flushed_closed_and_dropped_while_its_disk_hangs() {
-    for close in [false, true] {
-        let mut lab = Lab::new();
-        lab.config = lab.config.flush_timeout(Duration::from_millis(40));
-        let cache = lab.open(64);
-        store(&cache, &prompt(0, 8), &plain());
-        cache.flush().unwrap();
-        lab.sim.hang(true);
-        store(&cache, &prompt(1000, 8), &plain());
-        let error = cache.flush().unwrap_err();
-        assert!(error.to_string().contains("flush") && disk(&cache).failing, "{error}");
-        assert_eq!(look(&cache, &prompt(1000, 8)), 32, "RAM serves on");
-        let store = cache.store_handle().clone();
-        drop(cache);
-        if close {
-            assert!(matches!(store.close(), Err(Error::Disk { .. })));
-        } else {
-            drop(store);
-        }
-        lab.sim.hang(false);
-    }
-}
-
-#[test]
-fn a_failing_or_full_disk_turns_into_misses_and_ram_serves_on() {
-    let lab = Lab::new();
-    let cache = lab.open(16);
-    let first = prompt(0, 4);
-    store(&cache, &first, &plain());
-    cache.store_handle().flush().unwrap();
-    lab.sim.fail_writes(true);
-    lab.sim.fail_reads(true);
-    for number in 1..20 {
-        let tokens = prompt(number * 1000, 4);
-        assert_eq!(store(&cache, &tokens, &plain()).stored_blocks, 4);
-        assert_eq!(look(&cache, &tokens), tokens.len());
-    }
-    assert_eq!(look(&cache, &first), 0);
-    assert!(disk(&cache).failing && cache.store_handle().flush().is_err());
-    lab.sim.fail_writes(false);
-    lab.sim.fail_reads(false);
-    lab.clock.advance(Duration::from_secs(100));
-    cache.store_handle().flush().unwrap();
-    assert_eq!(look(&cache, &first), first.len());
-    store(&cache, &prompt(90_000, 4), &plain());
-    cache.store_handle().flush().unwrap();
-    assert!(!disk(&cache).failing);
-}
 
 // Promise 8: worth it.
 
@@ -647,6 +471,7 @@ fn a_match_says_what_was_in_ram_and_what_was_loaded() {
     assert_eq!((found.cached_tokens(), found.ram_tokens()), (tokens.len(), in_ram));
     found.truncate(in_ram + BLOCK_TOKENS);
     assert_eq!((found.cached_tokens(), found.ram_tokens()), (in_ram + BLOCK_TOKENS, in_ram));
+    assert_eq!(found.tiers(), [("ram".to_owned(), in_ram), ("disk".to_owned(), BLOCK_TOKENS)]);
     found.truncate(0);
     assert_eq!(found.ram_tokens(), 0);
     assert_eq!(cache.lookup(&namespace(), &tokens).unwrap().ram_tokens(), tokens.len());

@@ -3,9 +3,9 @@
 //! Invariant: a request that cannot fit is refused before anything is evicted for it. Only what a quota refuses may
 //! have cost entries before: its own share's, and what others had beyond theirs.
 
-use super::{Ledger, Reservation, Terms, Wanted};
+use super::{Held, Ledger};
 use crate::error::Rejection;
-use crate::eviction::{Departure, EntryId, ShareId};
+use crate::eviction::{Arrival, Departure, EntryId, Place, Priority, ShareId};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::tier::ram::{Extent, PAGE_BYTES, page_bytes, pages_for};
 
@@ -15,6 +15,39 @@ const SWEEP_INTERVAL_MS: u64 = 1000;
 pub(crate) const SLICE: usize = 1024;
 /// What was prefetched and not used yet takes at most this part of RAM.
 const AHEAD_DIVISOR: u32 = 4;
+
+/// What room is made for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wanted {
+    pub(crate) bytes_each: usize,
+    /// The first position that can be written.
+    pub(crate) first_given: usize,
+    pub(crate) priority: Priority,
+    pub(crate) terms: Terms,
+}
+
+/// How a store deals with what it does not get.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Terms {
+    /// It waits for writes under way that have its pages, and wants nothing without what comes before it.
+    Patient,
+    /// It waits for nothing, gives up writes that have not begun instead, and what comes before it is somebody else's business.
+    AtOnce,
+}
+
+/// What [`Ledger::reserve`] found and made of a run of keys.
+#[derive(Debug, Default)]
+pub(crate) struct Reservation {
+    /// Those that are there, pinned.
+    pub(crate) present: Vec<Held>,
+    /// Position and pages of each that is missing, up to the first one without room.
+    pub(crate) missing: Vec<(usize, Extent)>,
+    /// Those that are in a tier and were not given.
+    pub(crate) below: usize,
+    /// The first position without room.
+    pub(crate) refused_from: Option<usize>,
+    pub(crate) shortage: Option<Shortage>,
+}
 
 /// There is no room.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -166,6 +199,20 @@ impl Ledger {
             }
         }
         made
+    }
+
+    /// What comes before must be kept as long as what is stored behind it.
+    fn raise(&mut self, id: EntryId, keys: &[ObjectKey], position: usize, priority: Priority) {
+        if self.policy.priority(id) >= priority {
+            return;
+        }
+        let (Some(key), Some(entry)) = (keys.get(position), self.index.get(id)) else { return };
+        let pages = entry.extent.pages();
+        let parent = position.checked_sub(1).and_then(|before| keys.get(before));
+        let parent = parent.and_then(|key| self.in_order(key));
+        let place = Place::of(position, keys.len(), keys.len());
+        let arrival = Arrival { fingerprint: key.table_hash(), parent, place };
+        self.policy.raise(id, &arrival, pages, priority);
     }
 
     /// Free extents behind each other in one run of pages, so that a reader of all of them

@@ -1,6 +1,6 @@
 //! What requests may cost each other: waiting, room, and work under the lock.
 
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
 
 use super::*;
@@ -236,115 +236,6 @@ fn a_log_that_asks_the_cache_for_its_counters_gets_them() {
     cache.flush().unwrap();
     assert_eq!(look(&cache, &tokens), tokens.len());
     *ASKED.lock().unwrap() = None;
-}
-
-/// A flush said that all was well while the disk paused between two tries and took nothing: what was stored then was in
-/// RAM alone.
-#[test]
-fn a_flush_that_leaves_blocks_in_ram_alone_says_so() {
-    let lab = Lab::new();
-    let cache = lab.open(64);
-    lab.sim.fail_writes(true);
-    store(&cache, &prompt(0, 4), &plain());
-    assert!(matches!(cache.flush(), Err(Error::Disk { .. })));
-    for more in 1..4 {
-        store(&cache, &prompt(1000 * more, 4), &plain());
-        match cache.flush() {
-            Err(Error::NotTaken { tier, blocks }) => {
-                assert_eq!((tier.as_str(), blocks), ("disk", 4 * (more as usize + 1)));
-            }
-            other => panic!("{other:?}"),
-        }
-    }
-    lab.sim.fail_writes(false);
-    lab.clock.advance(Duration::from_secs(100));
-    cache.flush().unwrap();
-    drop(cache);
-    let cache = lab.open(64);
-    for more in 0..4 {
-        let tokens = prompt(1000 * more, 4);
-        assert_eq!(look(&cache, &tokens), tokens.len());
-    }
-}
-
-/// A store had waited a second for a slow disk and called it silent; a flush, which may wait for 30 seconds, then did not wait
-/// at all, and gave back what did not fit the queue.
-#[test]
-fn a_flush_waits_for_a_disk_that_is_slower_than_a_store_waits() {
-    let mut lab = Lab::new().back();
-    // A store waits 100 ms.
-    lab.config = lab.config.read_timeout(Duration::from_millis(100)).queue_bytes(2 * PAGE);
-    let cache = lab.open(8);
-    let prompts: Vec<_> = (0..4).map(|number| prompt(1000 * number, 4)).collect();
-    store(&cache, &prompts[0], &plain());
-    lab.sim.hang(true);
-    prompts[1..].iter().for_each(|tokens| _ = store(&cache, tokens, &plain()));
-    assert!(disk(&cache).failing && disk(&cache).dropped_total > 0, "{:?}", disk(&cache));
-    std::thread::scope(|scope| {
-        let flush = scope.spawn(|| cache.flush());
-        std::thread::sleep(Duration::from_millis(500));
-        assert!(!flush.is_finished(), "{:?}", flush.join());
-        lab.sim.hang(false);
-        flush.join().unwrap().unwrap();
-    });
-    assert!(!disk(&cache).failing);
-    let after = lab.after_a_crash().open(16);
-    let found: Vec<(usize, usize)> =
-        prompts.iter().map(|tokens| (look(&cache, tokens), look(&after, tokens))).collect();
-    assert!(found.iter().all(|(now, then)| now == then) && found[1..].iter().any(|(now, _)| *now > 0), "{found:?}");
-}
-
-/// A flush had queued its blocks when a store that needed room gave up all that was queued: the flush ended well, and
-/// the blocks were in RAM alone.
-#[test]
-fn a_flush_queues_again_what_stores_gave_up_meanwhile() {
-    let mut lab = Lab::new().back();
-    lab.config = lab.config.read_timeout(Duration::from_millis(100)).queue_bytes(64 * PAGE);
-    let cache = lab.open(32);
-    let (early, late) = (prompt(0, 32), prompt(1000, 4));
-    store(&cache, &early, &plain());
-    lab.sim.hang(true);
-    std::thread::scope(|scope| {
-        let flush = scope.spawn(|| cache.flush());
-        while disk(&cache).queued_bytes < 32 * PAGE {
-            std::thread::yield_now();
-        }
-        assert_eq!(store(&cache, &late, &plain()).stored_blocks, 4);
-        assert!(disk(&cache).dropped_total > 0, "{:?}", disk(&cache));
-        lab.sim.hang(false);
-        flush.join().unwrap().unwrap();
-    });
-    let kept = look(&cache, &early);
-    assert!(kept >= early.len() - late.len(), "{kept}");
-    assert!(look(&lab.after_a_crash().open(64), &early) >= kept);
-}
-
-/// Under a load that gave up queued writes all the time, a flush ended with an error after three times, though the disk got on:
-/// it counted what stores gave up of their own, which came long after the flush began.
-#[test]
-fn a_flush_under_a_load_that_never_ends_waits_for_what_was_there_before_it() {
-    let mut lab = Lab::new();
-    // A store waits no time at all.
-    lab.config = lab.config.read_timeout(Duration::from_micros(1)).queue_bytes(64 * PAGE);
-    let cache = lab.open(32);
-    let is_over = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        for first in [1_000_000, 2_000_000] {
-            let (cache, is_over) = (&cache, &is_over);
-            scope.spawn(move || {
-                for number in 0.. {
-                    if is_over.load(Ordering::Relaxed) {
-                        break;
-                    }
-                    store(cache, &prompt(first + 100 * number, 8), &plain());
-                }
-            });
-        }
-        let flushed: Vec<_> = (0..20).map(|_| cache.flush()).collect();
-        is_over.store(true, Ordering::Relaxed);
-        assert!(flushed.iter().all(Result::is_ok), "{flushed:?}");
-    });
-    assert!(disk(&cache).dropped_total > 0, "{:?}", disk(&cache));
 }
 
 /// A sweep looked at every entry, under the lock: 134 ms at a million.

@@ -3,7 +3,7 @@
 //!
 //! - `format` says what every byte means and does no I/O; docs/format.md describes it.
 //! - `io` makes the system calls, behind a trait that tests put a simulated disk behind.
-//! - `segment` reads and checks records, `coded` takes them through codecs; `records` says what is in a segment, `survey` what is in a directory.
+//! - `reading` finds and reads for callers. `segment` reads and checks records, `coded` takes them through codecs; `records` says what is in a segment, `survey` what is in a directory.
 //! - `active` writes one segment, `log` all of them within `room`, and evicts; `recover` opens a directory.
 //! - `shared` is what callers, readers and the writer share, `queue` what is to be written; `writer` is the one thread
 //!   that writes.
@@ -28,6 +28,7 @@ mod pace;
 mod pages;
 mod queue;
 mod readers;
+mod reading;
 mod records;
 mod recover;
 mod refusal;
@@ -43,7 +44,6 @@ mod tests;
 pub(crate) mod tier;
 mod writer;
 
-use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -60,25 +60,21 @@ use crate::sync::{Mutex, thread};
 use crate::tier::Payload;
 
 pub use archive::{Archive, Contents, RecordInfo, RecordState, Verified};
-use coded::{At, Decoder, Draft};
+use coded::Draft;
 pub(crate) use crypt::Cipher;
 use format::PAGE_BYTES;
 #[cfg(feature = "fuzzing")]
 pub(crate) use format::decode_anything;
-use format::{Content, RecordHeader, RecordMeta};
+use format::{Content, RecordMeta};
 pub(crate) use index::Found;
 use io::{Access, Backend, Directory, OpenError, Opener};
 pub use message::{Message, Messages};
 use queue::{Op, Reply};
 use refusal::{open_error, refused};
-use segment::{Expected, ReadError};
 pub(crate) use shared::Resident;
 use shared::Shared;
 pub use survey::ManifestState;
 pub(crate) use tier::DiskTier;
-
-/// Failed reads in a row that make the disk a failing one.
-const BAD_READS: u32 = 3;
 
 /// The open tier. Dropping it closes it.
 #[derive(Debug)]
@@ -217,7 +213,7 @@ impl Disk {
             state.moved(now_ms);
         }
         let codec = self.shared.codecs.writing_what(meta.namespace, content.may_be_lossy());
-        let depends = self.shared.codecs.depends(meta.namespace);
+        let depends = self.shared.codecs.depends(Some(meta.namespace));
         let codec = codec.filter(|_| !depends || self.shared.pace.pays()).cloned();
         let draft = Draft::new(meta, content, codec, self.cipher.is_none()).begins(said.begins).must_pay(depends);
         state.queue.push(draft, said.mark, self.shared.counted(payload()));
@@ -288,115 +284,6 @@ impl Disk {
         state.counters.dropped_total += writes.len() as u64;
         drop(state);
         writes.len()
-    }
-
-    /// The record of a key, if it is on the disk and the disk can be read.
-    pub(crate) fn find(&self, key: &ObjectKey) -> Option<Found> {
-        let now_ms = self.shared.now_ms();
-        let mut state = self.shared.state.lock();
-        if state.hung_reads > 0 || !state.reads.allows(now_ms) {
-            return None;
-        }
-        state.index.find(key, now_ms)
-    }
-
-    /// As [`Disk::find`], of many with one look.
-    fn find_each(&self, keys: &[ObjectKey]) -> Vec<Option<Found>> {
-        let now_ms = self.shared.now_ms();
-        let mut state = self.shared.state.lock();
-        if state.hung_reads > 0 || !state.reads.allows(now_ms) {
-            return vec![None; keys.len()];
-        }
-        keys.iter().map(|key| state.index.find(key, now_ms)).collect()
-    }
-
-    /// These were used without being read.
-    fn heat_each(&self, keys: &[ObjectKey]) {
-        let mut state = self.shared.state.lock();
-        keys.iter().for_each(|key| state.index.heat(key));
-    }
-
-    /// Reads a record into exactly its pages. `None` is a miss: the disk failed, or the record
-    /// is not what it should be and is forgotten.
-    pub(crate) fn read(&self, key: &ObjectKey, found: &Found, into: &mut [u8]) -> Option<RecordHeader> {
-        let result = self.decoder().read(at(key, found), into);
-        self.settle(key, found, found.slot.payload_pages as usize * PAGE_BYTES, result)
-    }
-
-    /// Reads these bytes of a block into as many.
-    pub(crate) fn read_part(
-        &self,
-        key: &ObjectKey,
-        found: &Found,
-        range: &Range<usize>,
-        into: &mut [u8],
-    ) -> Option<RecordHeader> {
-        let result = self.decoder().read_part(at(key, found), range, into);
-        self.settle(key, found, range.len(), result)
-    }
-
-    fn decoder(&self) -> Decoder<'_> {
-        Decoder { codecs: &self.shared.codecs, cipher: self.cipher.as_deref() }
-    }
-
-    /// Counts a read, and learns from a failed one.
-    fn settle<T>(&self, key: &ObjectKey, found: &Found, bytes: usize, result: Result<T, ReadError>) -> Option<T> {
-        use std::sync::atomic::Ordering::Relaxed;
-        let now_ms = self.shared.now_ms();
-        let mut state = self.shared.state.lock();
-        let error = match result {
-            Ok(read) => {
-                self.bad_reads.store(0, Relaxed);
-                state.counters.hits += 1;
-                state.counters.read_bytes_total += bytes as u64;
-                state.index.heat(key);
-                let is_back = state.reads.heal();
-                drop(state);
-                if is_back {
-                    tracing::info!(dir = %self.shared.dir.display(), "the disk tier can be read again");
-                }
-                return Some(read);
-            }
-            Err(ReadError::NoRoom) => return None,
-            Err(ReadError::Damaged | ReadError::UnknownCodec(_)) => {
-                state.counters.damaged_total += 1;
-                state.index.remove_at(key, &found.slot);
-                return None;
-            }
-            Err(ReadError::Io(error)) => error,
-        };
-        state.counters.read_errors_total += 1;
-        let is_new = self.bad_reads.fetch_add(1, Relaxed) + 1 >= BAD_READS && state.reads.fail(now_ms);
-        drop(state);
-        if is_new {
-            tracing::warn!(dir = %self.shared.dir.display(), %error, "the disk tier cannot be read: going on without");
-        }
-        None
-    }
-
-    /// A read has run out of time: the disk is not asked again until it comes back.
-    pub(crate) fn read_hangs(&self) {
-        let is_new = {
-            let mut state = self.shared.state.lock();
-            state.counters.timeouts_total += 1;
-            state.hung_reads += 1;
-            state.hung_reads == 1
-        };
-        if is_new {
-            tracing::warn!(dir = %self.shared.dir.display(), "the disk tier does not answer: going on without");
-        }
-    }
-
-    /// A read that had run out of time came back.
-    pub(crate) fn read_returns(&self) {
-        let is_back = {
-            let mut state = self.shared.state.lock();
-            state.hung_reads = state.hung_reads.saturating_sub(1);
-            state.hung_reads == 0
-        };
-        if is_back {
-            tracing::info!(dir = %self.shared.dir.display(), "the disk tier answers again");
-        }
     }
 
     /// Removes keys, at once for every reader, and on the disk before the next flush returns.
@@ -517,7 +404,7 @@ impl Disk {
     /// Of what is written now, where no namespace says otherwise.
     fn codec_name(&self) -> &'static str {
         let codecs = &self.shared.codecs;
-        if codecs.mostly_depend() && !self.shared.pace.pays() { "raw" } else { codecs.name() }
+        if codecs.depends(None) && !self.shared.pace.pays() { "raw" } else { codecs.name() }
     }
 
     pub(crate) fn stats(&self) -> TierStats {
@@ -532,13 +419,6 @@ impl Disk {
             ..state.counters.clone()
         }
     }
-}
-
-/// Where a record stands, and what it must be.
-fn at<'a>(key: &ObjectKey, found: &'a Found) -> At<'a> {
-    let Found { segment, namespace, slot } = found;
-    let expected = Expected { key: *key, namespace: *namespace, codec: slot.codec() };
-    At { segment, page: slot.page, payload_pages: slot.payload_pages, expected }
 }
 
 impl Drop for Disk {

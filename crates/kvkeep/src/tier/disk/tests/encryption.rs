@@ -1,7 +1,7 @@
 //! Encryption at rest: what a directory shows without its key, and what opens with it.
 
-use super::super::RecordHeader;
 use super::super::format::CipherKind;
+use super::super::format::RecordHeader;
 use super::recovery::segments;
 use super::*;
 use crate::error::Error;

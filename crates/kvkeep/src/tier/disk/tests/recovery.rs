@@ -1,8 +1,9 @@
 //! Opening what is not as it was left.
 
+use super::super::Archive;
+use super::super::format::RecordHeader;
 use super::super::manifest;
 use super::super::segment::segment_name;
-use super::super::{Archive, RecordHeader};
 use super::*;
 use crate::error::{Error, OneLine};
 

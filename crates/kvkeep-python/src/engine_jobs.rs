@@ -206,40 +206,61 @@ impl Job {
 /// Where a block is read to: memory of our own, and from there, checked, into its row; or straight into its row, if that is one
 /// copy. A row that was filled by what turned out to be no block is not said to have come.
 pub(crate) struct Target {
-    pub(crate) jobs: Arc<Jobs>,
-    pub(crate) job: Arc<Job>,
-    pub(crate) block: usize,
-    pub(crate) page: Option<Page>,
+    jobs: Arc<Jobs>,
+    job: Arc<Job>,
+    block: usize,
+    filled: Filled,
 }
 
-impl ReadTarget for Target {
-    fn bytes_mut(&mut self) -> &mut [u8] {
-        let jobs = &self.jobs;
-        self.page.get_or_insert_with(|| jobs.bounce.take()).bytes_mut()
+/// Where the bytes of a [`Target`] are.
+enum Filled {
+    Nowhere,
+    Page(Page),
+    /// Where they belong; those of a probe belong nowhere.
+    Row,
+}
+
+impl Target {
+    pub(crate) fn new(jobs: Arc<Jobs>, job: Arc<Job>, block: usize) -> Self {
+        Self { jobs, job, block, filled: Filled::Nowhere }
     }
 
-    fn fill(&mut self, copy: &mut dyn FnMut(&mut [u8]) -> bool) -> bool {
+    fn fill_row(&self, copy: &mut dyn FnMut(&mut [u8]) -> bool) -> bool {
         match self.job.kind {
             Kind::Probe => copy(self.jobs.bounce.take().bytes_mut()),
             _ => self.jobs.with_row(&self.job, self.block, |rows, row| rows.fill(row, copy)),
         }
     }
+}
 
-    fn complete(mut self: Box<Self>, read: Option<BlockMeta>) {
-        if read.is_none() {
-            return;
+impl ReadTarget for Target {
+    /// Nothing once the row is filled.
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        if matches!(self.filled, Filled::Nowhere) {
+            self.filled = Filled::Page(self.jobs.bounce.take());
         }
-        let arrived = match (self.page.take(), self.job.kind) {
-            (Some(page), Kind::Load) => self.fill(&mut |row| {
-                let from = page.bytes();
-                let fits = row.len() == from.len();
-                if fits {
-                    row.copy_from_slice(from);
-                }
-                fits
-            }),
-            _ => true,
-        };
+        if let Filled::Page(page) = &mut self.filled { page.bytes_mut() } else { &mut [] }
+    }
+
+    fn fill(&mut self, copy: &mut dyn FnMut(&mut [u8]) -> bool) -> bool {
+        let is_filled = self.fill_row(copy);
+        self.filled = if is_filled { Filled::Row } else { Filled::Nowhere };
+        is_filled
+    }
+
+    fn complete(self: Box<Self>, read: Option<BlockMeta>) {
+        let arrived = read.is_some()
+            && match &self.filled {
+                Filled::Nowhere => false,
+                Filled::Row => true,
+                Filled::Page(page) => self.fill_row(&mut |row| {
+                    let fits = row.len() == page.bytes().len();
+                    if fits {
+                        row.copy_from_slice(page.bytes());
+                    }
+                    fits
+                }),
+            };
         if arrived {
             self.job.came(self.block);
         }

@@ -233,7 +233,7 @@ impl Engine {
     fn start(self: &Arc<Self>) -> PyResult<()> {
         let weak = Arc::downgrade(self);
         let thread = thread::Builder::new().name("kvkeep-store".to_owned()).spawn(move || {
-            while weak.upgrade().is_some_and(|engine| engine.is_open() && engine.jobs.bounce.make_ready()) {}
+            while weak.upgrade().is_some_and(|engine| engine.is_idle() && engine.jobs.bounce.make_ready()) {}
             while let Some(engine) = weak.upgrade() {
                 match engine.next_store() {
                     Some(Some((job, keys, options))) => engine.write(&job, keys, &options),
@@ -280,13 +280,13 @@ impl Engine {
         };
         let target = |block| {
             let (jobs, job) = (Arc::clone(&self.jobs), Arc::clone(&job));
-            Box::new(Target { jobs, job, block, page: None }) as Box<dyn ReadTarget>
+            Box::new(Target::new(jobs, job, block)) as Box<dyn ReadTarget>
         };
         self.blocks.cache.read_lent(&chain, 0, (0..keys.len()).map(target).collect());
         true
     }
 
-    fn is_open(&self) -> bool {
+    fn is_idle(&self) -> bool {
         let queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
         !queue.closed && queue.stores.is_empty()
     }

@@ -110,6 +110,8 @@ pub struct Metered {
 /// The memory of a read that a [`Meter`] counts.
 struct MeteredTarget {
     inner: Box<dyn ReadTarget>,
+    /// Of a part.
+    part_bytes: Option<usize>,
     counts: Arc<Counts>,
 }
 
@@ -145,10 +147,13 @@ impl ReadTarget for MeteredTarget {
         self.inner.fill(copy)
     }
 
-    fn complete(mut self: Box<Self>, read: Option<BlockMeta>) {
+    fn complete(self: Box<Self>, read: Option<BlockMeta>) {
         self.counts.reads.fetch_add(1, Ordering::Relaxed);
         match &read {
-            Some(_) => self.counts.read_bytes.fetch_add(self.inner.bytes_mut().len() as u64, Ordering::Relaxed),
+            Some(meta) => {
+                let bytes = self.part_bytes.map_or(meta.raw_bytes, |bytes| bytes as u64);
+                self.counts.read_bytes.fetch_add(bytes, Ordering::Relaxed)
+            }
             None => self.counts.misses.fetch_add(1, Ordering::Relaxed),
         };
         self.inner.complete(read);
@@ -165,7 +170,8 @@ impl Tier for Meter {
 
     fn read(&self, reads: Vec<Read>) {
         let metered = |read: Read| {
-            let target = Box::new(MeteredTarget { inner: read.target, counts: Arc::clone(&self.counts) });
+            let part_bytes = read.range.as_ref().map(ExactSizeIterator::len);
+            let target = Box::new(MeteredTarget { inner: read.target, part_bytes, counts: Arc::clone(&self.counts) });
             Read { target, ..read }
         };
         self.inner.read(reads.into_iter().map(metered).collect());

@@ -25,7 +25,7 @@ STEP_SECONDS = 0.010
 DEVICE_BYTES_PER_SECOND = 20e9
 """From RAM to the device: PCIe 4, or a slow core's memcpy."""
 
-GUESSES = {"daemon": 5e9, "disk": 1e9, "remote": 1e9}
+GUESSES = {"daemon": 8e9, "disk": 1e9, "remote": 1e9}
 """Bytes a second of each kind of tier, until they are measured."""
 
 

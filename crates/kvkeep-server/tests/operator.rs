@@ -109,7 +109,7 @@ fn figures_add_up_over_stats_requests_and_metrics() {
     assert_eq!(get(&server, "/cache/requests?after=3")["requests"].as_array().unwrap().len(), 1);
     let metrics = server.get("/metrics").text();
     for (tier, tokens) in [("ram", cached(&again)), ("computed", tokens("computed"))] {
-        assert!(metrics.contains(&format!("kvkeep_prompt_tokens_total{{tier=\"{tier}\"}} {}\n", tokens)));
+        assert!(metrics.contains(&format!("kvkeep_prompt_tokens_total{{tier=\"{tier}\"}} {tokens}\n")));
     }
 }
 

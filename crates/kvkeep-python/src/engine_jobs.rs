@@ -271,7 +271,7 @@ impl ReadTarget for Target {
 impl Drop for Target {
     fn drop(&mut self) {
         // The memory first: who waits for the job may want it.
-        drop(self.page.take());
+        self.filled = Filled::Nowhere;
         if self.job.one_less() {
             self.jobs.end(&self.job);
         }

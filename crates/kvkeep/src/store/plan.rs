@@ -109,12 +109,8 @@ impl Plan {
     fn loaded(&self, tiers: &Tiers, first: usize, end: usize) -> Loaded {
         let mut loaded = Loaded::default();
         for (position, place) in self.places.iter().enumerate().take(end).skip(first) {
-            match place {
-                Whereabouts::Tier(number, _) => {
-                    loaded.add(tiers.tier(*number).map_or("", |tier| tier.name()), position)
-                }
-                _ => loaded.add(super::RAM, position),
-            }
+            let tier = if let Whereabouts::Tier(number, _) = place { tiers.tier(*number) } else { None };
+            loaded.add(tier.map_or(super::RAM, |tier| tier.name()), position);
         }
         loaded
     }

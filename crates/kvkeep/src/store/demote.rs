@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::ledger::{Held, Leaving, Ledger, SLICE, Shortage};
-use super::tiers::Tiers;
+use super::tiers::{Late, Tiers};
 use super::{Shared, Store};
 use crate::block::Content;
 use crate::clock::Deadline;
@@ -18,15 +18,6 @@ use crate::tier::{Offer, Payload, Tier};
 
 /// How often a store tries again after it has given up what was queued, because what it evicts is queued too.
 const LAST_TRIES: usize = 4;
-
-/// What becomes of it where no room has come in time.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Late {
-    /// What is queued is given up, and its room taken.
-    GivesUp,
-    /// What is queued stays, and the lookup does without the block.
-    IsAMiss,
-}
 
 /// The pages of an entry that was offered.
 struct Leaver {

@@ -5,10 +5,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::demote::Late;
 use super::guard::{Pending, Pin};
 use super::ledger::{self, Gone, Ledger, OnPresent, Reservation, Shortage, Terms, Wanted, Written};
-use super::tiers::Tiers;
+use super::tiers::{Late, Tiers};
 use super::{Shared, Store, lent};
 use crate::block::BlockKey;
 use crate::clock::Deadline;

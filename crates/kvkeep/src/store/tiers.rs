@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use super::Shared;
-use super::demote::Late;
 use super::gate::Gate;
 use super::loads::Loads;
 use super::meter::LoadRate;
@@ -54,6 +53,15 @@ pub(super) struct Tiers {
     skipped: AtomicU64,
     /// Blocks whose queued writes stores gave up.
     given_up: AtomicUsize,
+}
+
+/// What becomes of it where no room has come in time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Late {
+    /// What is queued is given up, and its room taken.
+    GivesUp,
+    /// What is queued stays, and the lookup does without the block.
+    IsAMiss,
 }
 
 /// What holds between RAM and all tiers: what the disk's settings say, if there is a disk.

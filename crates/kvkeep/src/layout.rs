@@ -108,7 +108,7 @@ impl KvLayout {
     /// block and [`TokenOrder::TokenHeadDim`].
     ///
     /// # Errors
-    /// [`Error::Layout`] if a dimension is zero, [`Error::SizeOverflow`] if a block
+    /// [`Error::Layout`](crate::Error::Layout) if a dimension is zero, [`Error::SizeOverflow`](crate::Error::SizeOverflow) if a block
     /// would not fit 4 GiB.
     pub fn new(layers: u32, kv_heads: u32, head_dim: u32, dtype: DType) -> Result<Self> {
         let shape = LayerShape { kv_heads, k_head_dim: head_dim, v_head_dim: head_dim };
@@ -129,7 +129,7 @@ impl KvLayout {
     /// stored and read whole.
     ///
     /// # Errors
-    /// [`Error::Layout`] if either is zero.
+    /// [`Error::Layout`](crate::Error::Layout) if either is zero.
     pub fn opaque(block_bytes: u32, block_tokens: u32) -> Result<Self> {
         let shape = LayerShape { kv_heads: 1, k_head_dim: block_bytes, v_head_dim: 0 };
         let shapes = [shape, LayerShape::NONE, LayerShape::NONE];

@@ -70,7 +70,7 @@ impl KvCache {
     /// and counts nothing.
     ///
     /// # Errors
-    /// [`Error::EmptyTokens`].
+    /// [`Error::EmptyTokens`](crate::Error::EmptyTokens).
     pub fn look(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Look> {
         self.store.here()?;
         Ok(self.look_chain(&Chain::of(namespace, tokens)?))
@@ -94,7 +94,7 @@ impl KvCache {
     /// In which tiers each block of a prompt is. Loads and counts nothing.
     ///
     /// # Errors
-    /// [`Error::EmptyTokens`].
+    /// [`Error::EmptyTokens`](crate::Error::EmptyTokens).
     pub fn residency(&self, namespace: &Namespace, tokens: &[TokenId]) -> Result<Residency> {
         self.store.here()?;
         Ok(self.residency_chain(&Chain::of(namespace, tokens)?))

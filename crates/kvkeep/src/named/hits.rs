@@ -94,7 +94,7 @@ impl CachedLayers {
         Ok(self.views(layer))
     }
 
-    /// What [`StoreOptions::tag`] said when this layer was stored.
+    /// What [`StoreOptions::tag`](crate::StoreOptions::tag) said when this layer was stored.
     #[must_use]
     pub fn tag(&self, layer: usize) -> u8 {
         self.pin.spec(layer).map_or(0, |spec| spec.tag)
@@ -160,7 +160,7 @@ impl PrivateLayers {
         self.pin.is_one_run()
     }
 
-    /// What [`StoreOptions::tag`] said when this layer was stored.
+    /// What [`StoreOptions::tag`](crate::StoreOptions::tag) said when this layer was stored.
     #[must_use]
     pub fn tag(&self, layer: usize) -> u8 {
         self.pin.pin().spec(layer).map_or(0, |spec| spec.tag)

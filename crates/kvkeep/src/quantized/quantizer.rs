@@ -61,7 +61,7 @@ impl Quantizer {
     /// them, and the first and the most recent tokens stay exact ([`DEFAULT_EXACT_TOKENS`]).
     ///
     /// # Errors
-    /// [`Error::Config`] for any other name.
+    /// [`Error::Config`](crate::Error::Config) for any other name.
     pub fn named(codec: &str) -> Result<Self> {
         let codec = Codecs::known_as(codec)?;
         Ok(Self { codec, order: TokenOrder::HeadTokenDim, exact_tokens: DEFAULT_EXACT_TOKENS })

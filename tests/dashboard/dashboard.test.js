@@ -311,7 +311,7 @@ test("a server that goes is missed, and found again with what its disk kept", ()
   await page.waitForFunction(() => document.querySelectorAll("#requests tr").length === 1);
   const { tokens } = (await server.get("cache/requests")).requests.at(-1).tiers.find((tier) => tier.name === "disk");
   assert.ok(tokens > 0, "its prompt came from the disk");
-  assert.match(await page.locator("#requests .bar").first().getAttribute("aria-label"), new RegExp(`${tokens.toLocaleString("en")} from disk`));
+  assert.match(await page.locator("#requests .bar").first().getAttribute("aria-label"), new RegExp(`${tokens.toLocaleString("en")} tokens from disk`));
 }, { allowed: /ERR_CONNECTION_REFUSED|ERR_CONNECTION_RESET|ERR_EMPTY_RESPONSE|ERR_SOCKET_NOT_CONNECTED/ }));
 
 test("with keys: none, a wrong one, a tenant's and the operator's", async () => {

@@ -122,7 +122,7 @@ def test_a_place_for_kv_is_given_and_a_folder_of_the_disk_is_not_a_must(tmp_path
         Settings.read({"root_dir": root, "capacity_gb": 0, "daemon": "s"})
     alone = Settings.read({"root_dir": root, "daemon": "/run/s"})
     assert alone.behind("kv-0", 5) == {"disk": None, "daemon": ("/run/s", None), "remote": None, "queue_bytes": 5}
-    assert alone.guess.guesses == {"daemon": 5e9} and alone.ask_seconds == 0
+    assert alone.guess.guesses == {"daemon": 8e9} and alone.ask_seconds == 0
     # What is encrypted on the disk is not written to a store as it is.
     both = Settings.read({"root_dir": root, "capacity_gb": 1, "remote": "redis://h", "key_file": "k"})
     remote = both.behind("kv-0", 5)["remote"]

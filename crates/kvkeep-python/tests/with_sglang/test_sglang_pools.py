@@ -212,7 +212,7 @@ def test_worth_it__of_states_only_the_last_ones_are_loaded_and_counted(tmp_path:
     state, kv = 46_080 + 1_386, 24_576
     asked = transfer(PoolName.MAMBA, KEYS[-1:], policy=PoolHitPolicy.TRAILING_PAGES)
     # Computing 384 tokens takes 38 ms. Enough for all KV and one state, and not for a state of each page.
-    storage.rates.measured["disk"] = (24 * kv + 2 * state) / 0.0225
+    storage.rates.measured["disk"] = (24 * kv + 2 * state) / 0.0115
     assert storage.batch_exists_v2(KEYS, [asked]).kv_hit_pages == 24
     asked.hit_policy = PoolHitPolicy.ALL_PAGES
     assert storage.batch_exists_v2(KEYS, [asked]).kv_hit_pages == 0

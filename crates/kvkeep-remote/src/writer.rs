@@ -24,13 +24,12 @@ const BATCH_WRITES: usize = 256;
 const BATCH_KEYS: usize = 1000;
 /// Before something that has to be done is tried again.
 const PAUSE: Duration = Duration::from_millis(100);
-/// What writing together may take, and what it may take where a store needs the memory: so long, and a second for each so
-/// many bytes.
+/// What removing may take.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// What writing together may take: as long (where a store needs the memory: so long), and a second for each so many
+/// bytes.
 const NEEDED: Duration = Duration::from_secs(1);
 const SLOWEST_BYTES_PER_S: u64 = 4 << 20;
-/// What removing may take.
-const REMOVAL: Duration = Duration::from_secs(5);
 
 /// Does what there is to do, for as long as this is awaited.
 pub(crate) async fn run(shared: Arc<Shared>) {
@@ -220,7 +219,7 @@ async fn make_room(shared: &Shared, bytes: u64) -> Result<(), StoreError> {
 async fn remove_from_store(shared: &Shared, removed: &[(Name, u64)]) -> Result<(), StoreError> {
     for part in removed.chunks(BATCH_KEYS) {
         let names: Vec<Name> = part.iter().map(|(name, _)| *name).collect();
-        let removed = tokio::time::timeout(REMOVAL, shared.store.remove(&names)).await;
+        let removed = tokio::time::timeout(PATIENCE, shared.store.remove(&names)).await;
         removed.unwrap_or(Err(StoreError::Late)).inspect_err(|error| shared.health.fails(error))?;
     }
     Ok(())

@@ -136,12 +136,11 @@ impl Tiers {
             self.offer(if is_stuck { Deadline::over() } else { deadline });
             if is_stuck || self.shared().wait_for_room(deadline) {
                 if late == Late::IsAMiss && !is_stuck {
-                    made = self.shared().with(&attempt);
-                    break;
+                    tries = 0;
+                } else {
+                    self.give_up(if is_stuck { Duration::ZERO } else { self.patience().full() });
+                    tries -= 1;
                 }
-                let waited = if is_stuck { Duration::ZERO } else { self.patience().full() };
-                self.give_up(waited);
-                tries -= 1;
             }
             made = self.shared().with(&attempt);
         }

@@ -28,6 +28,7 @@ pub const CAPACITY_BYTES: u64 = 4 << 20;
 pub fn check(make: &dyn Fn() -> Arc<dyn Tier>) {
     what_is_offered_is_located_and_read_back_whole_and_in_parts(&*make());
     what_is_not_there_is_a_miss_that_completes_once(&*make());
+    memory_that_is_too_small_is_a_miss(&*make());
     a_block_of_another_namespace_is_a_miss(&*make());
     what_is_forgotten_is_gone_and_says_so(&*make());
     an_offer_older_than_the_last_forget_is_dropped(&*make());
@@ -66,19 +67,37 @@ impl Drop for Sample {
 /// What a read came to.
 type Came = Option<(BlockMeta, Vec<u8>)>;
 
-/// Lent memory, and how often it was completed.
+/// Lent memory, and how often it was completed. As an engine's: it has a row of its own for whoever fills it by one copy,
+/// and a page for the others; what is in one of them is not in the other.
 struct Lent {
-    bytes: Vec<u8>,
-    answer: Arc<(Mutex<Vec<Came>>, Condvar)>,
+    page: Vec<u8>,
+    row: Vec<u8>,
+    is_filled: bool,
+    answer: Arc<Answers>,
+}
+
+/// What reads came to, and who waits for it.
+type Answers = (Mutex<Vec<Came>>, Condvar);
+
+impl Lent {
+    fn new(bytes: usize, answer: &Arc<Answers>) -> Self {
+        Self { page: vec![0xaa; bytes], row: vec![0xbb; bytes], is_filled: false, answer: Arc::clone(answer) }
+    }
 }
 
 impl ReadTarget for Lent {
     fn bytes_mut(&mut self) -> &mut [u8] {
-        &mut self.bytes
+        if self.is_filled { &mut [] } else { &mut self.page }
+    }
+
+    fn fill(&mut self, copy: &mut dyn FnMut(&mut [u8]) -> bool) -> bool {
+        self.is_filled = copy(&mut self.row);
+        self.is_filled
     }
 
     fn complete(mut self: Box<Self>, read: Option<BlockMeta>) {
-        let read = read.map(|meta| (meta, std::mem::take(&mut self.bytes)));
+        let bytes = std::mem::take(if self.is_filled { &mut self.row } else { &mut self.page });
+        let read = read.map(|meta| (meta, bytes));
         self.answer.0.lock().unwrap_or_else(PoisonError::into_inner).push(read);
         self.answer.1.notify_all();
     }
@@ -131,15 +150,20 @@ fn offer(tier: &dyn Tier, metas: &[BlockMeta], version: u8, epoch: Epoch) -> Off
     Offered { back, written, dropped }
 }
 
-fn read(
+fn read(tier: &dyn Tier, key: BlockKey, of: NamespaceId, range: Option<std::ops::Range<usize>>) -> Came {
+    let bytes = range.as_ref().map_or(2 * PAGE, ExactSizeIterator::len);
+    read_into(tier, key, of, range, bytes)
+}
+
+fn read_into(
     tier: &dyn Tier,
     key: BlockKey,
     of: NamespaceId,
     range: Option<std::ops::Range<usize>>,
-) -> Option<(BlockMeta, Vec<u8>)> {
+    bytes: usize,
+) -> Came {
     let answer = Arc::new((Mutex::new(Vec::new()), Condvar::new()));
-    let bytes = vec![0xaa; range.as_ref().map_or(2 * PAGE, ExactSizeIterator::len)];
-    let target = Box::new(Lent { bytes, answer: Arc::clone(&answer) });
+    let target = Box::new(Lent::new(bytes, &answer));
     tier.read(vec![Read { key, namespace: of, range, waited: Duration::ZERO, target }]);
     let waits = answer.0.lock().unwrap_or_else(PoisonError::into_inner);
     let (mut answers, _) = answer
@@ -191,6 +215,23 @@ fn what_is_offered_is_located_and_read_back_whole_and_in_parts(tier: &dyn Tier) 
 fn what_is_not_there_is_a_miss_that_completes_once(tier: &dyn Tier) {
     assert!(read(tier, key(1), namespace(1), None).is_none(), "{}", tier.name());
     assert!(read(tier, key(1), namespace(1), Some(0..10)).is_none(), "{}", tier.name());
+}
+
+/// As memory whose owner has taken it back.
+fn memory_that_is_too_small_is_a_miss(tier: &dyn Tier) {
+    offer(tier, &[block(1)], 0, 1);
+    flush(tier);
+    for bytes in [0, 1, PAGE, 2 * PAGE - 1] {
+        assert!(read_into(tier, key(1), namespace(1), None, bytes).is_none(), "{}: {bytes} bytes", tier.name());
+    }
+    assert!(read_into(tier, key(1), namespace(1), Some(100..5000), 4899).is_none(), "{}: a part", tier.name());
+    let (_, bytes) = read_into(tier, key(1), namespace(1), None, 3 * PAGE).unwrap_or_else(|| panic!("{}", tier.name()));
+    let (payload, behind) = bytes.split_at(2 * PAGE);
+    assert!(
+        payload == content(number_of(&block(1)), 0) && behind == [0; PAGE],
+        "{}: what is behind the block is zero",
+        tier.name()
+    );
 }
 
 fn a_block_of_another_namespace_is_a_miss(tier: &dyn Tier) {
@@ -447,7 +488,7 @@ mod tests {
         offer(&limit, &metas, 0, 1);
         flush(&limit);
         let answer = Arc::new((Mutex::new(Vec::new()), Condvar::new()));
-        let target = || Box::new(Lent { bytes: vec![0; 2 * PAGE], answer: Arc::clone(&answer) });
+        let target = || Box::new(Lent::new(2 * PAGE, &answer));
         let wanted = |meta: &BlockMeta| Read {
             key: meta.key,
             namespace: namespace(1),

@@ -72,7 +72,8 @@ impl MemoryTier {
 
     /// Hands over what is wanted, followed by zeros; says whether there was room for it.
     fn decode(&self, meta: &BlockMeta, stored: &[u8], read: &mut Read) -> bool {
-        meta.decode(&self.codecs, stored, read.range.clone(), read.target.bytes_mut())
+        let Read { range, target, .. } = read;
+        target.fill(&mut |bytes| meta.decode(&self.codecs, stored, range.clone(), bytes))
     }
 
     fn take(&self, offer: &Offer) -> Option<bool> {

@@ -126,6 +126,10 @@ impl Journal {
         }
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.as_ref().is_none_or(Vec::is_empty)
+    }
+
     /// What happened since this was last asked for.
     pub(crate) fn take(&mut self) -> Vec<Change> {
         self.0.as_mut().map_or_else(Vec::new, std::mem::take)

@@ -235,35 +235,17 @@ impl KvLayout {
         self.block_bytes() / self.block_tokens()
     }
 
-    /// The shape of K of `tokens` tokens in a layer of the usual shape.
-    ///
-    /// # Errors
-    /// Never for shapes this small; the signature is [`Shape::new`]'s.
-    pub fn k_shape(&self, tokens: usize) -> Result<Shape> {
-        self.tensor_shape(self.usual(), Side::K, tokens)
-    }
-
-    /// The shape of V of `tokens` tokens in a layer of the usual shape.
-    ///
-    /// # Errors
-    /// As [`KvLayout::k_shape`].
-    pub fn v_shape(&self, tokens: usize) -> Result<Shape> {
-        self.tensor_shape(self.usual(), Side::V, tokens)
-    }
-
     /// The shape of one layer's K or V of `tokens` tokens.
-    ///
-    /// # Errors
-    /// As [`KvLayout::k_shape`].
-    pub fn shape(&self, layer: usize, side: Side, tokens: usize) -> Result<Shape> {
+    #[must_use]
+    pub fn shape(&self, layer: usize, side: Side, tokens: usize) -> Shape {
         self.tensor_shape(self.layer_shape(layer), side, tokens)
     }
 
-    fn tensor_shape(&self, layer: LayerShape, side: Side, tokens: usize) -> Result<Shape> {
+    fn tensor_shape(&self, layer: LayerShape, side: Side, tokens: usize) -> Shape {
         let (heads, dim) = (layer.kv_heads as usize, layer.dim(side) as usize);
         match self.order {
-            TokenOrder::TokenHeadDim => Shape::new(&[tokens, heads, dim]),
-            TokenOrder::HeadTokenDim => Shape::new(&[heads, tokens, dim]),
+            TokenOrder::TokenHeadDim => Shape::of([tokens, heads, dim]),
+            TokenOrder::HeadTokenDim => Shape::of([heads, tokens, dim]),
         }
     }
 

@@ -185,6 +185,12 @@ impl Shape {
         Ok(Self { dims: array, rank })
     }
 
+    /// A shape of three dimensions.
+    #[must_use]
+    pub fn of([outer, middle, inner]: [usize; 3]) -> Self {
+        Self { dims: [outer, middle, inner, 0, 0, 0, 0, 0], rank: 3 }
+    }
+
     /// The dimensions, outermost first.
     #[must_use]
     pub fn dims(&self) -> &[usize] {

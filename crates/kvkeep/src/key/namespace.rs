@@ -143,8 +143,12 @@ impl Namespace {
             parent = parent.child(block);
             parent
         });
-        let of_codec = |hash: BlockHash| self.codecs().fold(hash, |hash, codec| BlockHash(through(&hash.0, codec)));
+        let of_codec = |hash: BlockHash| if self.codec.is_empty() { hash } else { self.of_codecs(hash) };
         hashes.skip(known - skipped).map(of_codec)
+    }
+
+    fn of_codecs(&self, hash: BlockHash) -> BlockHash {
+        self.codecs().fold(hash, |hash, codec| BlockHash(through(&hash.0, codec)))
     }
 
     pub(crate) fn codecs(&self) -> impl Iterator<Item = &str> {

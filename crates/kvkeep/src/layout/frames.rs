@@ -54,7 +54,7 @@ impl KvLayout {
         }
         let sides = (0..self.layers()).flat_map(|layer| [(layer, Side::K), (layer, Side::V)]);
         let frame = |(layer, side)| {
-            let shape = self.shape(layer, side, self.block_tokens()).ok()?;
+            let shape = self.shape(layer, side, self.block_tokens());
             let (range, number) = (self.range(layer, side), u32::try_from(layer).ok()?);
             let order = Some(self.order);
             Some(Frame { range, layer: number, side: Some(side), dtype, shape, order, exact_tokens })

@@ -202,10 +202,19 @@ impl Ledger {
         self.departing_pages > 0
     }
 
+    /// Has anything happened that others have to be told? Pages that are free are no news where nobody waits for them.
+    pub(super) fn has_news(&mut self) -> bool {
+        self.freed &= self.waiting > 0;
+        self.freed || !self.offers.is_empty() || !self.journal.is_empty()
+    }
+
     /// What has happened since this was last asked for.
     pub(super) fn take_news(&mut self) -> News {
-        let freed = std::mem::take(&mut self.freed) && self.waiting > 0;
-        News { freed, has_offers: !self.offers.is_empty(), changes: self.take_changes() }
+        News {
+            freed: std::mem::take(&mut self.freed),
+            has_offers: !self.offers.is_empty(),
+            changes: self.take_changes(),
+        }
     }
 
     /// The live entry under a key. One that has expired goes.

@@ -54,7 +54,7 @@ use crate::namespaces::{NamespaceUsage, Usage};
 use crate::process::Process;
 use crate::record::TraceRecorder;
 use crate::stats::Stats;
-use crate::sync::{Condvar, Mutex};
+use crate::sync::{Condvar, Mutex, MutexGuard};
 use crate::tier::Tier;
 use crate::tier::ram::{self, Arena};
 
@@ -163,6 +163,15 @@ impl Shared {
     pub(crate) fn with<T>(&self, change: impl FnOnce(&mut Ledger) -> T) -> T {
         let mut ledger = self.ledger.lock();
         let result = change(&mut ledger);
+        if ledger.has_news() {
+            self.tell(ledger);
+        }
+        result
+    }
+
+    /// Not part of a hit, which has no news.
+    #[cold]
+    fn tell(&self, mut ledger: MutexGuard<'_, Ledger>) {
         let News { freed, has_offers, changes } = ledger.take_news();
         if let (Some(announced), false) = (&self.announced, changes.is_empty()) {
             // In the order in which they happen. Nobody is told here.
@@ -175,7 +184,6 @@ impl Shared {
         if freed {
             self.room.notify_all();
         }
-        result
     }
 
     /// Has the ledger something to offer to the tiers? Whoever asks offers it.

@@ -65,18 +65,11 @@ pub(crate) struct Overview {
 }
 
 /// Blocks of a run that were not all in RAM, from the first that was not: whole stretches of it, each with the name of the
-/// tier that gave it, RAM among them.
+/// tier that gave it, RAM among them. Two words, as each hit moves one.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Loaded(Vec<(String, Range<usize>)>);
+pub(crate) struct Loaded(Box<[(String, Range<usize>)]>);
 
 impl Loaded {
-    fn add(&mut self, tier: &str, position: usize) {
-        match self.0.last_mut() {
-            Some((last, blocks)) if last == tier => blocks.end = position + 1,
-            _ => self.0.push((tier.to_owned(), position..position + 1)),
-        }
-    }
-
     pub(crate) fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -88,13 +81,16 @@ impl Loaded {
     /// Lets go of what is behind so many blocks of the run.
     pub(crate) fn truncate(&mut self, blocks: usize) {
         self.0.iter_mut().for_each(|(_, stretch)| stretch.end = stretch.end.min(blocks));
-        self.0.retain(|(_, stretch)| !stretch.is_empty());
+        let whole = self.0.iter().take_while(|(_, stretch)| !stretch.is_empty()).count();
+        if whole < self.0.len() {
+            self.0 = std::mem::take(&mut self.0).into_iter().take(whole).collect();
+        }
     }
 
     /// What each tier gave of a run of so many blocks; RAM first.
     pub(crate) fn by_tier(&self, blocks: usize) -> Vec<(String, usize)> {
         let mut tiers = vec![(super::RAM.to_owned(), blocks - self.blocks())];
-        for (name, stretch) in &self.0 {
+        for (name, stretch) in &*self.0 {
             match tiers.iter_mut().find(|(tier, _)| tier == name) {
                 Some((_, blocks)) => *blocks += stretch.len(),
                 None => tiers.push((name.clone(), stretch.len())),
@@ -107,12 +103,16 @@ impl Loaded {
 impl Plan {
     /// Where the blocks from `first` to `end` come from.
     fn loaded(&self, tiers: &Tiers, first: usize, end: usize) -> Loaded {
-        let mut loaded = Loaded::default();
+        let mut stretches: Vec<(String, Range<usize>)> = Vec::new();
         for (position, place) in self.places.iter().enumerate().take(end).skip(first) {
             let tier = if let Whereabouts::Tier(number, _) = place { tiers.tier(*number) } else { None };
-            loaded.add(tier.map_or(super::RAM, |tier| tier.name()), position);
+            let tier = tier.map_or(super::RAM, |tier| tier.name());
+            match stretches.last_mut() {
+                Some((last, blocks)) if last == tier => blocks.end = position + 1,
+                _ => stretches.push((tier.to_owned(), position..position + 1)),
+            }
         }
-        loaded
+        Loaded(stretches.into())
     }
 
     /// Blocks from the first one on that are in RAM.

@@ -57,9 +57,9 @@ impl Ledger {
     /// Holds the live entry under a key, which stands behind `run` in its chain.
     pub(crate) fn hold_key(&mut self, key: &ObjectKey, now_ms: u64, run: &[Held]) -> Option<Held> {
         let id = self.find_live(key, now_ms)?;
-        let (held, departing) = self.hold(id)?;
+        let held = self.hold(id)?;
         // It was chosen to go: the policy has to be told of it anew.
-        if departing {
+        if self.index.get(id).is_some_and(|entry| entry.departing) {
             self.stay(id, run.last().map(|before| before.id));
         }
         Some(held)
@@ -81,8 +81,7 @@ impl Ledger {
         complete.then_some(run)
     }
 
-    /// Says too whether it was chosen to go.
-    pub(super) fn hold(&mut self, id: EntryId) -> Option<(Held, bool)> {
+    pub(super) fn hold(&mut self, id: EntryId) -> Option<Held> {
         let entry = self.index.get_mut(id)?;
         if std::mem::take(&mut entry.ahead) {
             self.ahead_pages -= entry.extent.pages();
@@ -93,8 +92,7 @@ impl Ledger {
                 self.policy.hold(id);
             }
         }
-        let held = Held { id, queued: false, grant: entry.extent.grant(), spec: entry.spec.clone() };
-        Some((held, entry.departing))
+        Some(Held { id, queued: false, grant: entry.extent.grant(), spec: entry.spec.clone() })
     }
 
     /// Ends the reading of entries. Goes from the tail to the head, so that the head of a
@@ -165,7 +163,7 @@ impl Ledger {
 
     /// Uses one entry of such a request, if it is there.
     pub(crate) fn touch(&mut self, key: &ObjectKey, place: Place) -> bool {
-        let Some((held, _)) = self.index.find(key).and_then(|id| self.hold(id)) else { return false };
+        let Some(held) = self.index.find(key).and_then(|id| self.hold(id)) else { return false };
         self.policy.touch(held.id, place);
         self.release(vec![held]);
         true

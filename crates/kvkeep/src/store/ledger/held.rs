@@ -55,6 +55,8 @@ impl Ledger {
     }
 
     /// Holds the live entry under a key, which stands behind `run` in its chain.
+    #[expect(clippy::inline_always, reason = "called for each block of a hit: else what is held is moved once more")]
+    #[inline(always)]
     pub(crate) fn hold_key(&mut self, key: &ObjectKey, now_ms: u64, run: &[Held]) -> Option<Held> {
         let id = self.find_live(key, now_ms)?;
         let held = self.hold(id)?;
@@ -81,7 +83,9 @@ impl Ledger {
         complete.then_some(run)
     }
 
-    pub(super) fn hold(&mut self, id: EntryId) -> Option<Held> {
+    #[expect(clippy::inline_always, reason = "as `hold_key`")]
+    #[inline(always)]
+    fn hold(&mut self, id: EntryId) -> Option<Held> {
         let entry = self.index.get_mut(id)?;
         if std::mem::take(&mut entry.ahead) {
             self.ahead_pages -= entry.extent.pages();

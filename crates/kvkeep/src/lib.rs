@@ -45,6 +45,8 @@ mod store;
 mod sync;
 mod table;
 mod tensor;
+#[cfg(test)]
+mod tests;
 mod tier;
 
 pub use cache::{Begun, KvCache, Look, Match, Missing, Residency, StoreReport};

@@ -106,6 +106,9 @@ pub(crate) struct Shared {
     has_offers: AtomicBool,
     /// Its lock is taken alone.
     retained: Retained,
+    /// How long the ledger's lock was held, each time.
+    #[cfg(test)]
+    holds: std::sync::Mutex<crate::tests::Slices>,
 }
 
 /// Who tells the listener, and where RAM reports.
@@ -156,12 +159,16 @@ impl Shared {
             retained: Retained::default(),
             process: Process::current(),
             given_back: GiveBack::default(),
+            #[cfg(test)]
+            holds: std::sync::Mutex::default(),
         }
     }
 
     /// The one place that locks the ledger, changes it, unlocks it, and then says what happened.
     pub(crate) fn with<T>(&self, change: impl FnOnce(&mut Ledger) -> T) -> T {
         let mut ledger = self.ledger.lock();
+        #[cfg(test)]
+        let _hold = crate::tests::Hold::begin(&self.holds);
         let result = change(&mut ledger);
         if ledger.has_news() {
             self.tell(ledger);

@@ -6,6 +6,7 @@ mod events;
 mod failing;
 mod leases;
 mod lent;
+mod million;
 mod removed;
 mod requests;
 mod written;

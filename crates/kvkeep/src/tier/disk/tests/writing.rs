@@ -4,6 +4,7 @@ use super::super::index::DiskIndex;
 use super::super::segment::Expected;
 use super::*;
 use crate::event::{Announcer, Event, EventSink};
+use crate::tests::{Slices, timed};
 
 /// Counts blocks that it is told of, and those of them that went.
 #[derive(Debug, Default)]
@@ -407,42 +408,4 @@ fn clearing_two_million_records_holds_the_lock_for_less_than_a_millisecond() {
         longest = [closing, clearing, slices.longest, telling.longest].into_iter().fold(longest, Duration::max);
     }
     assert!(cfg!(debug_assertions) || longest < Duration::from_millis(1), "{longest:?}");
-}
-
-fn timed<T>(action: impl FnOnce() -> T) -> (Duration, T) {
-    let begin = std::time::Instant::now();
-    let result = action();
-    (begin.elapsed(), result)
-}
-
-/// How long the slices of something took.
-struct Slices {
-    count: usize,
-    all: Duration,
-    longest: Duration,
-    /// Those of a millisecond and more: where somebody else has the processor meanwhile there are some.
-    long: usize,
-}
-
-impl Slices {
-    fn of(mut slice: impl FnMut(u64) -> Option<u64>) -> Self {
-        let mut slices = Self { count: 0, all: Duration::ZERO, longest: Duration::ZERO, long: 0 };
-        let mut next = Some(0);
-        while let Some(from) = next {
-            let (took, then) = timed(|| slice(from));
-            next = then;
-            slices.count += 1;
-            slices.all += took;
-            slices.longest = slices.longest.max(took);
-            slices.long += usize::from(took >= Duration::from_millis(1));
-        }
-        slices
-    }
-}
-
-impl std::fmt::Display for Slices {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { count, all, longest, long } = self;
-        write!(f, "{count} slices in {all:?}, the longest {longest:?}, {long} of 1 ms or more")
-    }
 }

@@ -15,19 +15,30 @@ from collections import defaultdict
 from typing import Any
 
 COLUMNS = ("cold", "gpu", "below", "restart")
+SAME = {None: "", 0: "NO", 1: "yes", 2: "to the bit"}
 
 
 def read(lines: Any) -> dict[str, dict[int, dict[str, list[float]]]]:
     """mode → prefix → column → medians of each run."""
     runs: dict[str, dict[int, dict[str, list[float]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    answers: dict[Any, list[Any]] = defaultdict(list)
     for line in lines:
         row = json.loads(line)
         for column in COLUMNS:
             if f"{column}_ms" in row:
                 runs[row["mode"]][row["prefix"]][column].append(row[f"{column}_ms"])
-        if "same" in row:
-            runs[row["mode"]][row["prefix"]]["same"].append(float(row["same"]))
+        if "answers" in row:
+            answers[row["mode"], row["prefix"], row["seed"]] += row["answers"].values()
+    for (mode, prefix, _), lists in answers.items():
+        runs[mode][prefix]["same"].append(sameness(lists))
     return runs
+
+
+def sameness(lists: list[list[list[Any]]]) -> float:
+    """Of the answers to the same prompts: 0 if their tokens differ, 1 if those are the same, 2 if their log probabilities are, too, to the last bit."""
+    same_tokens = all([token for token, _ in each] == [token for token, _ in lists[0]] for each in lists)
+    are_bits = all(bits is not None for each in lists for _, bits in each)
+    return same_tokens + (same_tokens and are_bits and all(each == lists[0] for each in lists))
 
 
 def cell(values: list[float]) -> str:
@@ -44,7 +55,7 @@ def main() -> None:
         for prefix, columns in sorted(by_length.items()):
             ratio = f"{statistics.median(columns['restart']) / statistics.median(columns['cold']):.2f}" if columns["restart"] and columns["cold"] else ""
             cells = [cell(columns[column]) for column in COLUMNS]
-            print(f"| {mode} | {prefix:,} | {' | '.join(cells)} | {ratio} | {'yes' if all(columns['same']) else 'NO'} |")
+            print(f"| {mode} | {prefix:,} | {' | '.join(cells)} | {ratio} | {SAME[min(columns['same'], default=None)]} |")
     if "--plot" in sys.argv:
         plot(runs, sys.argv[sys.argv.index("--plot") + 1])
 

@@ -66,22 +66,23 @@ def plot(runs: Any, path: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    lines = [("none", "cold", "computed"), ("native", "gpu", "in the GPU"), ("native", "below", "vLLM's RAM"), ("kvkeep", "below", "vLLM's RAM, kvkeep below"),
-             ("ram", "below", "kvkeep's RAM"), ("layers", "below", "kvkeep's RAM, layer by layer"),
-             ("fs", "restart", "vLLM's files, new process"), ("kvkeep", "restart", "kvkeep's disk, new process")]  # fmt: skip
-    for mode, column, label in lines:
+    figure, axes = plt.subplots(figsize=(8.6, 4.8))
+    vllms, ours = "-", "--"  # where two lines lie on each other, both are seen
+    lines = [("fs", "restart", "vLLM's files, new process", "tab:brown", vllms), ("kvkeep", "restart", "kvkeep's disk, new process", "tab:pink", ours),
+             ("none", "cold", "computed", "tab:gray", vllms), ("native", "below", "vLLM's RAM", "tab:green", vllms),
+             ("kvkeep", "below", "vLLM's RAM, kvkeep below", "tab:olive", ours), ("ram", "below", "kvkeep's RAM", "tab:red", ours),
+             ("layers", "below", "kvkeep's RAM, layer by layer", "tab:blue", ours), ("native", "gpu", "in the GPU", "tab:orange", vllms)]  # fmt: skip
+    for mode, column, label, colour, style in lines:
         points = [(prefix, statistics.median(columns[column])) for prefix, columns in sorted(runs.get(mode, {}).items()) if columns[column]]
         if points:
-            dashed = "--" if mode in ("kvkeep", "ram", "layers") else "-"  # where two lines lie on each other, both are seen
-            axes.plot(*zip(*points), dashed, marker="o", label=label)
+            axes.plot(*zip(*points), style, marker="o", markersize=5, color=colour, label=label)
     axes.set(xscale="log", yscale="log", xlabel="tokens of the prefix", ylabel="time to first token, ms")
     lengths = sorted({prefix for by_length in runs.values() for prefix in by_length})
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.set_yticks(times := [20, 50, 100, 200, 500, 1000, 2000, 5000], [f"{ms:,}" for ms in times])
     axes.minorticks_off()
     axes.grid(alpha=0.25)
-    axes.legend()
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
 

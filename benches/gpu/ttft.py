@@ -16,7 +16,7 @@ For each prompt length: `cold` (nobody knows the prefix), `gpu` (it is still in 
 a tier). With `--phase restart`, in a process after the first one with the same seed: `restart` (the first process stored it; RAM is empty),
 beside `cold` prefixes that are new. `ram` and `layers` take `--socket S`, too: then the daemon is below RAM, in place of the disk.
 
-`answers` are the token after each prompt that is asked twice, and with `--bits` its log probability, which depends on every bit of the prefix's KV.
+`answers` are the token after each prompt that is asked twice, and with `--bits` its log probability, which says more of the prefix's KV than a token.
 One JSON object a line; `table.py` makes a table and a plot of several runs, and says whether answers were the same in both processes.
 """
 
@@ -115,6 +115,7 @@ class Bench:
             gpu_memory_utilization=0.85, enforce_eager=True, max_num_batched_tokens=16384, enable_prefix_caching=True, seed=1,
             tensor_parallel_size=given.tp, **({"kv_transfer_config": config} if config else {}),
         )  # fmt: skip
+        self.llm.collective_rpc(enlarge)
         self.params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, ignore_eos=True, logprobs=0 if given.bits else None)
         self.say({"start_s": round(time.time() - began, 1)})
         time.sleep(given.first_pause)
@@ -181,6 +182,12 @@ class Bench:
 
 def tokens(draw: random.Random, count: int) -> list[int]:
     return [draw.randrange(3, 31000) for _ in range(count)]
+
+
+def enlarge(worker: Any) -> None:
+    """Weights as large as a trained model's. vLLM's random ones, norms included, are below 0.001: in bfloat16 attention adds nothing then, and no answer depends on KV."""
+    for weight in worker.model_runner.model.parameters():
+        weight.data.fill_(1) if weight.dim() == 1 else weight.data.mul_(35)
 
 
 def figures(llm: Any) -> Any:

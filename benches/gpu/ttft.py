@@ -14,9 +14,10 @@
 
 For each prompt length: `cold` (nobody knows the prefix), `gpu` (it is still in the GPU) and `below` (the GPU's own cache was emptied: RAM, or
 a tier). With `--phase restart`, in a process after the first one with the same seed: `restart` (the first process stored it; RAM is empty),
-beside `cold` prefixes that are new. `same` says that the token after the prompt was the same each time.
+beside `cold` prefixes that are new. `ram` and `layers` take `--socket S`, too: then the daemon is below RAM, in place of the disk.
 
-One JSON object a line; `table.py` makes a table and a plot of several runs.
+`answers` are the token after each prompt that is asked twice, and with `--bits` its log probability, which says more of the prefix's KV than a token.
+One JSON object a line; `table.py` makes a table and a plot of several runs, and says whether answers were the same in both processes.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ os.environ.update(VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1", VLLM_LOGGING_LEVE
 os.environ.setdefault("VLLM_USE_FLASHINFER_SAMPLER", "0")
 
 QUESTION_TOKENS = 32
+
+Answer = tuple[int, float | None]
 
 SHAPES = {"8b": (4096, 14336, 32), "70b": (8192, 28672, 64), "405b": (16384, 53248, 128)}
 """Hidden size, intermediate size and heads of a layer; all have 8 KV heads of 128."""
@@ -57,9 +60,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--cpu-gib", type=int, default=24)
     parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--bits", action="store_true", help="log probabilities, too: each step is then a little slower")
     parser.add_argument("--first-pause", type=float, default=15.0, help="seconds between the start and the first request: kvkeep's RAM is registered meanwhile")
     parser.add_argument("--pause", type=float, default=1.0, help="seconds for stores to end")
-    return parser.parse_args()
+    given = parser.parse_args()
+    if (given.mode == "daemon") > bool(given.socket):
+        parser.error("daemon needs --socket: start `kvkeep daemon --socket S` first")
+    return given
 
 
 def model(shape: str, layers: int) -> str:
@@ -85,12 +92,11 @@ def transfer_config(given: argparse.Namespace) -> dict[str, Any] | None:
         extra |= {"spec_name": "TieringOffloadingSpec", "block_size": given.chunk}
     if given.mode == "fs":
         extra["secondary_tiers"] = [{"type": "fs", "root_dir": given.dir}]
-    ours = {"root_dir": given.dir, "capacity_gb": given.capacity_gb, "worth": given.worth}
-    if given.mode in ("kvkeep", "lossless"):
+    below = {"daemon": given.socket} if given.socket else {"capacity_gb": given.capacity_gb}
+    ours = {"root_dir": given.dir, "worth": given.worth, **below}
+    if given.mode in ("kvkeep", "lossless", "daemon"):
         codec = {"codec": "lossless"} if given.mode == "lossless" else {}
         extra["secondary_tiers"] = [{"type": "kvkeep", **ours, **codec}]
-    if given.mode == "daemon":
-        extra["secondary_tiers"] = [{"type": "kvkeep", "root_dir": given.dir, "daemon": given.socket, "worth": given.worth}]
     if given.mode in ("ram", "layers"):
         extra |= {"spec_name": "KvkeepOffloadingSpec", "spec_module_path": "kvkeep.vllm", "kvkeep": ours}
     connector = {"kv_connector": "KvkeepConnector", "kv_connector_module_path": "kvkeep.vllm"} if given.mode == "layers" else {"kv_connector": "OffloadingConnector"}
@@ -109,19 +115,22 @@ class Bench:
             gpu_memory_utilization=0.85, enforce_eager=True, max_num_batched_tokens=16384, enable_prefix_caching=True, seed=1,
             tensor_parallel_size=given.tp, **({"kv_transfer_config": config} if config else {}),
         )  # fmt: skip
-        self.params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, ignore_eos=True)
+        self.llm.collective_rpc(enlarge)
+        self.params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, ignore_eos=True, logprobs=0 if given.bits else None)
         self.say({"start_s": round(time.time() - began, 1)})
         time.sleep(given.first_pause)
 
     def say(self, what: dict[str, Any]) -> None:
-        name = "-".join([self.given.mode] + [self.given.worth] * (self.given.worth != "measured") + [self.given.shape] * (self.given.shape != "8b"))
+        given = self.given
+        unusual = [(given.worth, given.worth != "measured"), (given.shape, given.shape != "8b"), (f"tp{given.tp}", given.tp > 1), ("daemon", given.socket and given.mode != "daemon")]
+        name = "-".join([given.mode, *(word for word, is_so in unusual if is_so)])
         print(json.dumps({"mode": name, "phase": self.given.phase, **what}), flush=True)
 
-    def ttft(self, ids: list[int]) -> tuple[float, int, int]:
-        """Milliseconds, tokens that were not computed, and the token that came."""
+    def ttft(self, ids: list[int]) -> tuple[float, int, Answer]:
+        """Milliseconds, tokens that were not computed, and what came."""
         began = time.perf_counter()
         (done,) = self.llm.generate([{"prompt_token_ids": ids}], self.params, use_tqdm=False)
-        return (time.perf_counter() - began) * 1e3, done.num_cached_tokens or 0, done.outputs[0].token_ids[0]
+        return (time.perf_counter() - began) * 1e3, done.num_cached_tokens or 0, (done.outputs[0].token_ids[0], done.outputs[0].cumulative_logprob)
 
     def settle(self) -> None:
         """Lets stores end. In this process the engine steps only while it has a request, and stores are begun and passed on at steps."""
@@ -146,14 +155,15 @@ class Bench:
         first = self.given.phase == "first"
         times: dict[str, list[float]] = {}
         cached: dict[str, int] = {}
-        same = True
+        answers: dict[str, list[Answer]] = {"gpu": [], "below": []}
 
-        def ask(what: str, ids: list[int]) -> int:
-            ms, hit, token = self.ttft(ids)
+        def ask(what: str, ids: list[int]) -> None:
+            ms, hit, answer = self.ttft(ids)
             times.setdefault(what, []).append(ms)
             cached[what] = hit
+            if what in answers:
+                answers[what].append(answer)
             self.settle()
-            return token
 
         for _ in range(self.given.rounds):
             prefix, other, question = tokens(known, length), tokens(known, QUESTION_TOKENS), tokens(known, QUESTION_TOKENS)
@@ -162,17 +172,22 @@ class Bench:
             else:
                 ask("cold", tokens(fresh, length) + tokens(fresh, QUESTION_TOKENS))
                 ask("restart", prefix + other)
-            answers = [ask("gpu", prefix + question)]
+            ask("gpu", prefix + question)
             assert self.llm.reset_prefix_cache()
-            answers.append(ask("below", prefix + question))
-            same &= answers[0] == answers[1]
+            ask("below", prefix + question)
         medians = {f"{what}_ms": round(statistics.median(all_ms), 1) for what, all_ms in times.items()}
         rounded = {what: [round(ms, 1) for ms in all_ms] for what, all_ms in times.items()}
-        self.say({"prefix": length, **medians, "cached": cached, "same": same, "all_ms": rounded})
+        self.say({"prefix": length, **medians, "cached": cached, "seed": self.given.seed, "answers": answers, "all_ms": rounded})
 
 
 def tokens(draw: random.Random, count: int) -> list[int]:
     return [draw.randrange(3, 31000) for _ in range(count)]
+
+
+def enlarge(worker: Any) -> None:
+    """Weights as large as a trained model's. vLLM's random ones, norms included, are below 0.001: in bfloat16 attention adds nothing then, and no answer depends on KV."""
+    for weight in worker.model_runner.model.parameters():
+        weight.data.fill_(1) if weight.dim() == 1 else weight.data.mul_(35)
 
 
 def figures(llm: Any) -> Any:
@@ -181,13 +196,13 @@ def figures(llm: Any) -> Any:
         core = llm.llm_engine.engine_core.engine_core
         manager = core.scheduler.connector.connector_scheduler.manager
         (tier,) = getattr(manager, "secondary_tiers", (manager,))
-        return {**tier.counters(), "rates": vars(tier.rates), "by_layer": by_layer()}
+        return {**tier.counters(), "rates": vars(tier.rates), "by_layer": llm.collective_rpc(by_layer)}
     except (AttributeError, ValueError):
         return None
 
 
-def by_layer() -> Any:
-    """The ways to run a step in which layers are waited for one by one."""
+def by_layer(worker: Any) -> Any:
+    """The ways to run a step in which this worker waits for layers one by one."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 
     waits = getattr(get_kv_transfer_group(), "_waits", None) if has_kv_transfer_group() else None

@@ -10,6 +10,7 @@
 mod announcer;
 mod batch;
 mod beliefs;
+mod turns;
 
 use std::fmt;
 use std::sync::Arc;
@@ -19,7 +20,7 @@ use crate::key::{BlockHash, NamespaceId, ObjectKey, TokenId};
 pub(crate) use announcer::Announcer;
 pub use announcer::Reports;
 #[cfg(feature = "disk")]
-pub(crate) use beliefs::Short;
+pub(crate) use turns::Short;
 
 /// What changed since the listener was last told. The names are those of vLLM's events.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -44,6 +44,15 @@ impl<T> Table<T> {
         self.parts.get(self.part_of(hash))?.find(hash, is_it)
     }
 
+    pub(crate) fn find_mut(&mut self, hash: u64, is_it: impl FnMut(&T) -> bool) -> Option<&mut T> {
+        let part = self.part_of(hash);
+        self.parts.get_mut(part)?.find_mut(hash, is_it)
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.parts.iter_mut().flatten()
+    }
+
     /// Adds a value that is not there. `rehash` gives the hash of any value.
     pub(crate) fn insert_unique(&mut self, hash: u64, value: T, rehash: impl Fn(&T) -> u64) {
         if self.len >= self.parts.len() * PART_VALUES {
@@ -98,11 +107,6 @@ impl<T> Table<T> {
 /// To look at all values in slices. Where the table grows meanwhile, a walk may pass over some and see some twice.
 #[cfg(feature = "disk")]
 impl<T> Table<T> {
-    pub(crate) fn find_mut(&mut self, hash: u64, is_it: impl FnMut(&T) -> bool) -> Option<&mut T> {
-        let part = self.part_of(hash);
-        self.parts.get_mut(part)?.find_mut(hash, is_it)
-    }
-
     /// Makes room for so many more at once, with a little to spare: no part has exactly its share.
     pub(crate) fn reserve(&mut self, values: usize, rehash: impl Fn(&T) -> u64) {
         let all = self.len + values;

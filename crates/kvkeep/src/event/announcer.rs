@@ -8,7 +8,8 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
-use super::beliefs::{Beliefs, Short, split};
+use super::beliefs::{Beliefs, split};
+use super::turns::Short;
 use super::{Change, Event, EventSink};
 use crate::block::{BlockKey, BlockMeta};
 use crate::key::{BlockHash, NamespaceId, TokenId};

@@ -6,12 +6,14 @@
 //! A queue of events was the alternative: a slow listener fills it, and then it holds up the cache, or loses what it
 //! has to know.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use super::Event;
 use super::batch::{Batch, Told};
+use super::turns::{Short, Turn, Turns};
 use crate::key::{BlockHash, NamespaceId, ObjectKey, TokenId};
+use crate::table::Table;
 
 /// Blocks that are told at once, at most.
 const BATCH: usize = 1024;
@@ -20,11 +22,7 @@ const MAX_TIERS: usize = 32;
 /// Blocks that are announced before they come, and namespaces without blocks: more are forgotten.
 const MAX_EXPECTED: usize = 1 << 16;
 const MAX_EMPTY_SPACES: usize = 1 << 10;
-/// Clearings that wait to be told, at most: of what more of them remove, each block is told.
-const MAX_CLEARINGS: usize = 1 << 10;
 
-/// The beginning of a block's hash, which is all that the disk's index keeps of it.
-pub(crate) type Short = [u8; 12];
 /// What follows.
 type Rest = [u8; 20];
 
@@ -32,18 +30,15 @@ type Rest = [u8; 20];
 #[derive(Debug, Default)]
 pub(super) struct Beliefs {
     tiers: Vec<Arc<str>>,
-    blocks: HashMap<Short, Known>,
+    blocks: Table<Known>,
     spaces: HashMap<NamespaceId, u32>,
     space: Vec<Space>,
     free_spaces: Vec<u32>,
     /// Namespaces when those without blocks were last forgotten.
     spaces_kept: usize,
-    turns: VecDeque<Turn>,
+    turns: Turns,
     /// Announced, in the order of their coming.
     expected: VecDeque<Short>,
-    /// Clearings among the turns, and how many there have been.
-    clearings: HashSet<Option<NamespaceId>>,
-    clearings_begun: u32,
     clearings_told: u32,
     /// Everything that was told before so many clearings is void.
     void_before: u32,
@@ -61,6 +56,7 @@ struct Space {
 /// A block that is somewhere, or of which the listener believes it.
 #[derive(Debug)]
 struct Known {
+    short: Short,
     rest: Rest,
     space: u32,
     /// Tiers that have it.
@@ -69,8 +65,8 @@ struct Known {
     told_in: u32,
     /// Clearings told before that.
     told_at: u32,
-    /// Its turn to be told, if it waits for one: clearings begun before, and one.
-    turn: u32,
+    /// Its turn to be told; 0 if it waits for none.
+    turn: u64,
     is_expected: bool,
     about: Option<Box<About>>,
 }
@@ -79,12 +75,6 @@ struct Known {
 struct About {
     parent: Option<BlockHash>,
     tokens: Box<[TokenId]>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Turn {
-    Block(Short, u32),
-    Cleared(Option<NamespaceId>),
 }
 
 impl Beliefs {
@@ -110,7 +100,7 @@ impl Beliefs {
     pub(super) fn came(&mut self, tier: u32, namespace: NamespaceId, block: BlockHash, parent: Option<BlockHash>) {
         let Some(bit) = bit(tier as usize) else { return };
         let short = self.know(namespace, &block);
-        let Some(known) = self.blocks.get_mut(&short) else { return };
+        let Some(known) = line_mut(&mut self.blocks, &short) else { return };
         known.is_in |= bit;
         known.is_expected = false;
         if parent.is_some() {
@@ -121,7 +111,7 @@ impl Beliefs {
 
     /// A block can no longer be found in a tier.
     pub(super) fn went(&mut self, tier: u32, short: &Short) {
-        let (Some(bit), Some(known)) = (bit(tier as usize), self.blocks.get_mut(short)) else { return };
+        let (Some(bit), Some(known)) = (bit(tier as usize), line_mut(&mut self.blocks, short)) else { return };
         known.is_in &= !bit;
         if self.is_forgettable(short, true) {
             self.forget(short);
@@ -133,10 +123,7 @@ impl Beliefs {
     /// A namespace goes, or everything. One clearing that waits stands for all later ones of the same: when it is told,
     /// what is there then is told anew.
     pub(super) fn cleared(&mut self, namespace: Option<NamespaceId>) {
-        if self.clearings.len() < MAX_CLEARINGS && self.clearings.insert(namespace) {
-            self.clearings_begun += 1;
-            self.turns.push_back(Turn::Cleared(namespace));
-        }
+        self.turns.clear(namespace);
     }
 
     /// This block may come: what nobody else could say of it.
@@ -148,7 +135,7 @@ impl Beliefs {
         tokens: &[TokenId],
     ) {
         let short = self.know(namespace, &block);
-        let Some(known) = self.blocks.get_mut(&short) else { return };
+        let Some(known) = line_mut(&mut self.blocks, &short) else { return };
         let is_new = known.is_in == 0 && known.turn == 0 && !known.is_expected;
         if parent.is_some() || !tokens.is_empty() {
             let about = known.about.get_or_insert_default();
@@ -164,7 +151,7 @@ impl Beliefs {
         while self.expected.len() > MAX_EXPECTED
             && let Some(oldest) = self.expected.pop_front()
         {
-            if let Some(known) = self.blocks.get_mut(&oldest) {
+            if let Some(known) = line_mut(&mut self.blocks, &oldest) {
                 known.is_expected = false;
             }
             if self.is_forgettable(&oldest, false) {
@@ -184,14 +171,14 @@ impl Beliefs {
     /// The line of a block, new if need be.
     fn know(&mut self, namespace: NamespaceId, block: &BlockHash) -> Short {
         let (short, rest) = split(block);
-        if !self.blocks.contains_key(&short) {
+        if line(&self.blocks, &short).is_none() {
             let space = self.space(namespace);
             if let Some(space) = self.space.get_mut(space as usize) {
                 space.blocks += 1;
             }
-            let known =
-                Known { rest, space, is_in: 0, told_in: 0, told_at: 0, turn: 0, is_expected: false, about: None };
-            self.blocks.insert(short, known);
+            let (is_in, told_in, told_at, turn) = (0, 0, 0, 0);
+            let known = Known { short, rest, space, is_in, told_in, told_at, turn, is_expected: false, about: None };
+            self.blocks.insert_unique(hash(&short), known, |known| hash(&known.short));
         }
         short
     }
@@ -230,27 +217,14 @@ impl Beliefs {
     }
 
     fn wait_for_turn(&mut self, short: Short) {
-        let turn = self.clearings_begun + 1;
-        let Some(known) = self.blocks.get_mut(&short) else { return };
-        // Of a clearing that waits, the turn has to come behind it.
-        if known.turn != turn {
-            known.turn = turn;
-            self.turns.push_back(Turn::Block(short, turn));
-        }
-        if self.turns.len() > 2 * self.blocks.len() + BATCH + MAX_CLEARINGS {
-            self.drop_old_turns();
-        }
-    }
-
-    /// Leaves one turn for each block that waits.
-    fn drop_old_turns(&mut self) {
-        let (blocks, mut seen) = (&self.blocks, HashSet::new());
-        self.turns.retain(|waiting| match waiting {
-            Turn::Block(short, turn) => {
-                blocks.get(short).is_some_and(|known| known.turn == *turn) && seen.insert(*short)
+        let Self { blocks, turns, .. } = self;
+        let Some(known) = line_mut(blocks, &short) else { return };
+        if !turns.is_in_time(known.turn) {
+            known.turn = turns.push(short);
+            if turns.len() > 2 * blocks.len() {
+                turns.drop_some(|turn, short| line(blocks, short).is_some_and(|known| known.turn == turn));
             }
-            Turn::Cleared(_) => true,
-        });
+        }
     }
 
     /// Tiers in which the listener believes a block to be.
@@ -261,13 +235,13 @@ impl Beliefs {
 
     /// Is it nowhere, and does the listener not believe otherwise?
     fn is_forgettable(&self, short: &Short, waits: bool) -> bool {
-        self.blocks.get(short).is_some_and(|known| {
+        line(&self.blocks, short).is_some_and(|known| {
             known.is_in == 0 && !known.is_expected && (waits || known.turn == 0) && self.believed_in(known) == 0
         })
     }
 
     fn forget(&mut self, short: &Short) {
-        let Some(known) = self.blocks.remove(short) else { return };
+        let Some(known) = self.blocks.remove(hash(short), |known| known.short == *short) else { return };
         if let Some(space) = self.space.get_mut(known.space as usize) {
             space.blocks -= 1;
         }
@@ -275,8 +249,8 @@ impl Beliefs {
 
     /// The listener knows all of it, from elsewhere.
     pub(super) fn believe_all(&mut self) {
-        self.turns.clear();
-        for known in self.blocks.values_mut() {
+        self.turns = Turns::default();
+        for known in self.blocks.iter_mut() {
             (known.told_in, known.turn) = (known.is_in, 0);
         }
     }
@@ -285,17 +259,13 @@ impl Beliefs {
     pub(super) fn take_batch(&mut self) -> Vec<Event> {
         let mut batch = Batch::new(self.tiers.len());
         for _ in 0..BATCH {
-            match self.turns.front().copied() {
-                Some(Turn::Block(short, turn)) => {
-                    self.turns.pop_front();
-                    self.tell(&short, turn, &mut batch);
-                }
-                Some(Turn::Cleared(namespace)) if batch.is_empty() => {
-                    self.turns.pop_front();
+            match self.turns.pop(batch.is_empty()) {
+                Some(Turn::Block(turn, short)) => self.tell(&short, turn, &mut batch),
+                Some(Turn::Cleared(namespace)) => {
                     self.void(namespace);
                     return vec![Event::Cleared { namespace }];
                 }
-                _ => break,
+                None => break,
             }
         }
         batch.into_events()
@@ -303,7 +273,6 @@ impl Beliefs {
 
     /// A clearing is told: what was told before is void.
     fn void(&mut self, namespace: Option<NamespaceId>) {
-        self.clearings.remove(&namespace);
         self.clearings_told += 1;
         match namespace {
             None => self.void_before = self.clearings_told,
@@ -316,8 +285,8 @@ impl Beliefs {
         }
     }
 
-    fn tell(&mut self, short: &Short, turn: u32, batch: &mut Batch) {
-        let Some(known) = self.blocks.get(short) else { return };
+    fn tell(&mut self, short: &Short, turn: u64, batch: &mut Batch) {
+        let Some(known) = line(&self.blocks, short).filter(|known| known.turn == turn) else { return };
         let believed_in = self.believed_in(known);
         let Some(space) = self.space.get(known.space as usize) else { return };
         let block = join(short, &known.rest);
@@ -337,15 +306,25 @@ impl Beliefs {
             }
         }
         let told_at = self.clearings_told;
-        let Some(known) = self.blocks.get_mut(short) else { return };
-        (known.told_in, known.told_at) = (known.is_in, told_at);
-        if known.turn == turn {
-            known.turn = 0;
-        }
+        let Some(known) = line_mut(&mut self.blocks, short) else { return };
+        (known.told_in, known.told_at, known.turn) = (known.is_in, told_at, 0);
         if self.is_forgettable(short, false) {
             self.forget(short);
         }
     }
+}
+
+fn line<'a>(blocks: &'a Table<Known>, short: &Short) -> Option<&'a Known> {
+    blocks.find(hash(short), |known| known.short == *short)
+}
+
+fn line_mut<'a>(blocks: &'a mut Table<Known>, short: &Short) -> Option<&'a mut Known> {
+    blocks.find_mut(hash(short), |known| known.short == *short)
+}
+
+/// Of a hash that is uniform already.
+fn hash(short: &Short) -> u64 {
+    short.first_chunk().map_or(0, |first| u64::from_le_bytes(*first))
 }
 
 fn bit(tier: usize) -> Option<u32> {

@@ -105,12 +105,9 @@ pub(super) struct Buckets<const BUCKET: usize> {
     cursor: usize,
 }
 
-/// A key's tag (0: nobody), and when it was used last; a policy may keep a note in the lowest bits.
-#[derive(Debug, Clone, Copy, Default)]
-struct Ghost {
-    tag: u32,
-    last: u32,
-}
+/// A key's tag (0: nobody), and when it was used last; a policy may keep a note in the lowest bits. Two numbers, because a list
+/// of such zeros comes from the system as it is: it is made in no time, under the lock, for a million of them, too.
+type Ghost = [u32; 2];
 
 impl<const BUCKET: usize> Buckets<BUCKET> {
     /// Remembers an eviction among `wanted` others.
@@ -118,14 +115,14 @@ impl<const BUCKET: usize> Buckets<BUCKET> {
         // When the cache has grown, what is known starts anew: it grows while nothing is evicted.
         let wanted = wanted.div_ceil(BUCKET).max(1) * BUCKET;
         if wanted > self.ghosts.len() + self.ghosts.len() / 4 {
-            self.ghosts = vec![Ghost::default(); wanted];
+            self.ghosts = vec![[0; 2]; wanted];
             self.cursor = 0;
         }
         let bucket = self.bucket(tag);
-        let end = bucket.iter().position(|ghost| ghost.tag == 0).unwrap_or(BUCKET - 1);
+        let end = bucket.iter().position(|[tag, _]| *tag == 0).unwrap_or(BUCKET - 1);
         if let Some(newer) = bucket.get_mut(..=end) {
             newer.rotate_right(1);
-            newer.iter_mut().take(1).for_each(|first| *first = Ghost { tag, last });
+            newer.iter_mut().take(1).for_each(|first| *first = [tag, last]);
         }
     }
 
@@ -134,13 +131,13 @@ impl<const BUCKET: usize> Buckets<BUCKET> {
         if tag == 0 {
             return None;
         }
-        self.bucket(tag).iter_mut().find(|ghost| ghost.tag == tag).map(|ghost| std::mem::take(ghost).last)
+        self.bucket(tag).iter_mut().find(|[of, _]| *of == tag).map(|ghost| std::mem::take(ghost)[1])
     }
 
     /// The next place, if somebody is there.
     pub(super) fn look(&mut self) -> Option<u32> {
         self.cursor = if self.cursor + 1 < self.ghosts.len() { self.cursor + 1 } else { 0 };
-        self.ghosts.get(self.cursor).filter(|ghost| ghost.tag != 0).map(|ghost| ghost.last)
+        self.ghosts.get(self.cursor).filter(|[tag, _]| *tag != 0).map(|[_, last]| *last)
     }
 
     /// Places, taken or not.

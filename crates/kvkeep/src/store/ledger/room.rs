@@ -12,7 +12,7 @@ use crate::tier::ram::{Extent, PAGE_BYTES, page_bytes, pages_for};
 /// At most one full sweep in this time, however often entries expire.
 const SWEEP_INTERVAL_MS: u64 = 1000;
 /// Entries that expire are dropped so many at a time: between two slices others get the lock.
-pub(crate) const SLICE: usize = 1024;
+pub(crate) const SLICE: usize = 256;
 /// What was prefetched and not used yet takes at most this part of RAM.
 const AHEAD_DIVISOR: u32 = 4;
 

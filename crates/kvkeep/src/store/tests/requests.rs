@@ -243,8 +243,8 @@ fn a_log_that_asks_the_cache_for_its_counters_gets_them() {
 fn work_under_the_lock_is_done_in_slices_and_only_where_there_is_some() {
     let cache = Lab::new().open(4096);
     let ttl = plain().ttl(Duration::from_secs(10));
-    store(&cache, &prompt(0, 2048), &ttl);
-    store(&cache, &prompt(100_000, 100), &plain());
+    store(&cache, &prompt(0, 2 * ledger::SLICE as u32), &ttl);
+    store(&cache, &prompt(100_000, 2 * ledger::SLICE as u32), &plain());
     let shared = &cache.store_handle().shared;
     shared.with(|ledger| {
         assert_eq!(ledger.sweep(1_000_000), 0);
@@ -254,7 +254,7 @@ fn work_under_the_lock_is_done_in_slices_and_only_where_there_is_some() {
         assert!(ledger.remove_some(0, ledger::SLICE, |_| true, &mut removed).is_some());
         assert!(removed.entries <= ledger::SLICE as u64);
     });
-    assert_eq!(cache.clear().bytes, 100 * PAGE);
+    assert_eq!(cache.clear().entries, 2 * ledger::SLICE as u64);
     assert_eq!(cache.stats().entries, 0);
 }
 

@@ -326,13 +326,15 @@ fn what_a_block_is_worth_is_the_best_of_all_ages_at_which_to_stop_waiting() {
     let (mut random, mut rates) = (Random(3), Rates::new());
     // Bins for all ages.
     (0..512).for_each(|_| rates.learn(1 << 30));
-    // Two kinds of one family: they differ in the length of the request alone.
-    let kinds = [6, 100].map(|blocks| Kind::of(1, Place { depth: 0, blocks, found: blocks }));
-    let mut sums = [[(0.0f64, 0.0f64); BINS]; 2];
+    // Two kinds of one family, which differ in the length of the request alone; one of another family, touched as
+    // often; and one that was never touched.
+    let kinds = [(1, 6, 6), (1, 100, 100), (1, 100, 0), (0, 100, 0)]
+        .map(|(touches, blocks, found)| Kind::of(touches, Place { depth: 0, blocks, found }));
+    let mut sums = [[(0.0f64, 0.0f64); BINS]; 4];
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "an age below 2^32")]
     let age = |bin: usize| begins[bin] as u32;
     for _ in 0..9_000 {
-        let which = usize::try_from(random.below(2)).unwrap();
+        let which = usize::try_from(random.below(4)).unwrap();
         let bin = usize::try_from(random.below(if which == 0 { 13 } else { 16 })).unwrap();
         let waited = u32::try_from(random.below(9_000)).unwrap();
         rates.reused(kinds[which], age(bin));
@@ -350,14 +352,17 @@ fn what_a_block_is_worth_is_the_best_of_all_ages_at_which_to_stop_waiting() {
         let near = near.into_iter().filter_map(|(bin, part)| Some((sums[which].get(bin?)?, part)));
         near.fold((0.0, 0.0), |sum, (seen, part)| (sum.0 + part * seen.0, sum.1 + part * seen.1))
     };
-    let both = |bin: usize| {
-        let (one, other) = (spread(0, bin), spread(1, bin));
-        (one.0 + other.0, one.1 + other.1)
+    let together = |kinds: &[usize], bin: usize| {
+        let sums = kinds.iter().map(|which| spread(*which, bin));
+        sums.fold((0.0, 0.0), |sum, (uses, waited)| (sum.0 + uses, sum.1 + waited))
     };
+    let families: [&[usize]; 4] = [&[0, 1], &[0, 1], &[2], &[3]];
+    let touched_alike: [&[usize]; 4] = [&[0, 1, 2], &[0, 1, 2], &[0, 1, 2], &[3]];
     for (which, kind) in kinds.into_iter().enumerate() {
         let of_bin = |bin: usize| {
-            let common = leaning(both(bin), 0.1 / begins[bin]);
-            leaning(spread(which, bin), leaning(both(bin), common))
+            let common = leaning(together(&[0, 1, 2, 3], bin), 0.1 / begins[bin]);
+            let touched = leaning(together(touched_alike[which], bin), common);
+            leaning(spread(which, bin), leaning(together(families[which], bin), touched))
         };
         let expected: Vec<f64> = (0..BINS).map(of_bin).collect();
         let near = |worth: f32, best: f64| (f64::from(worth) - best).abs() < 0.01 * best;
@@ -369,4 +374,20 @@ fn what_a_block_is_worth_is_the_best_of_all_ages_at_which_to_stop_waiting() {
             assert!(near(between, 0.75 * here + 0.25 * next), "kind {which}, after bin {bin}: {between}");
         }
     }
+}
+
+/// A cache for 500 blocks read long prompts that never came back. Each kind of block that was never used had to learn
+/// by itself that it is not worth keeping: over 1,500 requests, adaptive hit 2 points less than LRU-2.
+#[test]
+fn what_never_used_blocks_did_is_known_of_every_kind_of_them() {
+    let mut rates = Rates::new();
+    let kind = |touches, blocks| Kind::of(touches, Place { depth: 0, blocks, found: 0 });
+    for _ in 0..512 {
+        rates.ended(100);
+        [0, 1].iter().for_each(|touches| rates.waits(kind(*touches, 100), 400, 500));
+        rates.reused(kind(1, 100), 400);
+        rates.learn(500);
+    }
+    let unseen = |touches| rates.worth(Kind::of(touches, Place { depth: 0, blocks: 6, found: 6 }), 400);
+    assert!(unseen(0) < 0.5 * unseen(1), "{} for {}", unseen(0), unseen(1));
 }

@@ -8,11 +8,13 @@
 //! (Beckmann, Chen and Cidon, "LHD", NSDI 2018).
 //!
 //! Few uses say little, so each rate leans on the rate at that age of its family (the same but
-//! for the length of the request), that one on the rate of all kinds, and that one on a rate
-//! that falls with age: untaught, this policy is LRU. All blocks of a request come back together
-//! and are one observation, not many: so what is leant on counts as a part of one request of
-//! average length. A fixed number of uses was the alternative: right for one length of
-//! requests only. Old sums fade by half, so that a change of traffic is learned.
+//! for the length of the request), that one on the rate of all kinds touched as often, that one
+//! on the rate of all kinds, and that one on a rate that falls with age: untaught, this policy is
+//! LRU. Families that leant on all kinds at once were the alternative: each had to learn by itself
+//! that what was never touched is used less. All blocks of a request come back together and are
+//! one observation, not many: so what is leant on counts as a part of one request of average
+//! length. A fixed number of uses was the alternative: right for one length of requests only.
+//! Old sums fade by half, so that a change of traffic is learned.
 //!
 //! One bin of ages for each doubling, with what a block is worth drawn as a line between them.
 //! Two bins for each, worth a step each, were the alternative: twice the memory, and each
@@ -76,16 +78,18 @@ impl Kind {
     pub(super) const MASK: u32 = 63;
     /// Kinds that differ in the length of the request alone.
     const FAMILY: usize = 4;
-    /// Touches 0, 1, 2 to 3, more; part found under an eighth, under three quarters, more;
-    /// four lengths; apart from these, the never touched ends.
-    const ENDS: u8 = 48;
+    /// Kinds that were touched as often: never, once, 2 to 3 times, more.
+    const TOUCHED_ALIKE: [Range<usize>; 4] = [0..24, 24..36, 36..48, 48..60];
 
+    /// Five times three parts found (under an eighth, under three quarters, more) times four lengths.
     pub(super) fn of(touches: u8, place: Place) -> Self {
         let Place { depth, blocks, found } = place;
         let touched = match touches {
-            0 | 1 => touches,
-            2 | 3 => 2,
-            _ => 3,
+            0 if depth + 1 >= blocks => 0,
+            0 => 1,
+            1 => 2,
+            2 | 3 => 3,
+            _ => 4,
         };
         let part =
             u8::from(found.saturating_mul(8) >= blocks) + u8::from(found.saturating_mul(4) >= blocks.saturating_mul(3));
@@ -95,9 +99,6 @@ impl Kind {
             16..64 => 2,
             _ => 3,
         };
-        if touches == 0 && depth + 1 >= blocks {
-            return Self(Self::ENDS + part * 4 + length);
-        }
         Self((touched * 3 + part) * 4 + length)
     }
 
@@ -112,10 +113,10 @@ impl Kind {
     /// The least number of touches of this kind.
     pub(super) fn touches(self) -> u8 {
         match self.0 {
-            12..24 => 1,
-            24..36 => 2,
-            36..48 => 4,
-            _ => 0,
+            0..24 => 0,
+            24..36 => 1,
+            36..48 => 2,
+            _ => 4,
         }
     }
 }
@@ -204,11 +205,14 @@ impl Rates {
         let mut untaught = [0.0; MOST_BINS];
         untaught.iter_mut().enumerate().for_each(|(bin, rate)| *rate = UNTAUGHT / float(begin(bin)));
         let common = self.rates(0..Kind::ALL, &untaught, lean);
-        for family in (0..Kind::ALL).step_by(Kind::FAMILY) {
-            let shared = self.rates(family..family + Kind::FAMILY, &common, lean);
-            for kind in family..family + Kind::FAMILY {
-                let rates = self.rates(kind..kind + 1, &shared, lean);
-                self.judge(kind, &rates);
+        for alike in Kind::TOUCHED_ALIKE {
+            let touched = self.rates(alike.clone(), &common, lean);
+            for family in alike.step_by(Kind::FAMILY) {
+                let shared = self.rates(family..family + Kind::FAMILY, &touched, lean);
+                for kind in family..family + Kind::FAMILY {
+                    let rates = self.rates(kind..kind + 1, &shared, lean);
+                    self.judge(kind, &rates);
+                }
             }
         }
     }

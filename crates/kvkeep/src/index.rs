@@ -36,20 +36,31 @@ pub(crate) struct Entry {
     pub(crate) compute_us: u32,
     /// Bytes of its last page behind the payload.
     pub(crate) slack_bytes: u16,
-    /// One of its readers is a queued write, which is no use of it and does not keep it.
-    pub(crate) queued: bool,
-    /// It was chosen to go, and can be found until it does.
-    pub(crate) departing: bool,
-    /// A flush waits until every tier has it.
-    pub(crate) flushing: bool,
-    /// It is the first block of a prompt.
-    pub(crate) begins: bool,
-    /// It came before anybody asked for it.
-    pub(crate) ahead: bool,
+    /// Every [`Flag`] that it has.
+    flags: u8,
     /// Can it be found?
     pub(crate) linked: bool,
     /// Where it stands among what expires.
     expiry_at: u32,
+}
+
+// No byte of an entry is free: one more, and all take 8 more.
+#[cfg(target_pointer_width = "64")]
+const _: () = assert!(size_of::<Option<Entry>>() == 80);
+
+/// What else is true of an entry. Each is a bit of one byte: entries are index memory.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Flag {
+    /// One of its readers is a queued write, which is no use of it and does not keep it.
+    Queued = 1,
+    /// It was chosen to go, and can be found until it does.
+    Departing = 2,
+    /// A flush waits until every tier has it.
+    Flushing = 4,
+    /// It is the first block of a prompt.
+    Begins = 8,
+    /// It came before anybody asked for it.
+    Ahead = 16,
 }
 
 /// All entries.
@@ -80,19 +91,31 @@ impl Entry {
             spec,
             compute_us,
             slack_bytes,
-            queued: false,
-            departing: false,
-            flushing: false,
-            begins: false,
-            ahead: false,
+            flags: 0,
             linked: true,
             expiry_at: expiries::NOWHERE,
         }
     }
 
     /// The same, the first block of a prompt or not.
-    pub(crate) fn begins(self, begins: bool) -> Self {
-        Self { begins, ..self }
+    pub(crate) fn begins(mut self, begins: bool) -> Self {
+        self.set(Flag::Begins, begins);
+        self
+    }
+
+    pub(crate) fn is(&self, flag: Flag) -> bool {
+        self.flags & flag as u8 != 0
+    }
+
+    pub(crate) fn set(&mut self, flag: Flag, is: bool) {
+        self.flags = if is { self.flags | flag as u8 } else { self.flags & !(flag as u8) };
+    }
+
+    /// Was it so? It is not any more.
+    pub(crate) fn take(&mut self, flag: Flag) -> bool {
+        let was = self.is(flag);
+        self.set(flag, false);
+        was
     }
 
     /// Bytes of the payload.
@@ -107,7 +130,7 @@ impl Entry {
 
     /// Is it in use, so that it must not be evicted?
     pub(crate) fn is_pinned(&self) -> bool {
-        self.extent.readers() > u32::from(self.queued)
+        self.extent.readers() > u32::from(self.is(Flag::Queued))
     }
 
     fn prefix_bytes(&self) -> Option<usize> {

@@ -23,7 +23,7 @@ use std::sync::Arc;
 use super::gate::Gate;
 use crate::event::{Change, Journal};
 use crate::eviction::{Arrival, Departure, EntryId, Place, PolicyKind, Priority, ShareId, Shares};
-use crate::index::{Entry, Index};
+use crate::index::{Entry, Flag, Index};
 use crate::key::{NamespaceId, ObjectKey};
 use crate::stats::Stats;
 use crate::tensor::PairSpec;
@@ -330,7 +330,7 @@ impl Ledger {
 
     /// An entry that the policy knows.
     fn in_order(&self, key: &ObjectKey) -> Option<EntryId> {
-        self.index.find(key).filter(|id| self.index.get(*id).is_some_and(|entry| !entry.departing))
+        self.index.find(key).filter(|id| self.index.get(*id).is_some_and(|entry| !entry.is(Flag::Departing)))
     }
 
     /// Which of these keys are here.
@@ -363,12 +363,12 @@ impl Ledger {
     fn drop_entry(&mut self, id: EntryId, why: Departure) {
         let Some(entry) = self.index.get_mut(id) else { return };
         let (pages, key, is_block) = (entry.extent.pages(), entry.key, entry.spec.is_none());
-        if std::mem::take(&mut entry.ahead) {
+        if entry.take(Flag::Ahead) {
             self.ahead_pages -= pages;
         }
-        if !entry.departing {
+        if !entry.is(Flag::Departing) {
             // A write that was queued has its pages for a while.
-            self.departing_pages += if entry.queued { pages } else { 0 };
+            self.departing_pages += if entry.is(Flag::Queued) { pages } else { 0 };
             self.policy.remove(id, pages, why);
         }
         if is_block {

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::Ledger;
 use crate::eviction::{EntryId, Place};
-use crate::index::Entry;
+use crate::index::{Entry, Flag};
 use crate::key::ObjectKey;
 use crate::tensor::PairSpec;
 use crate::tier::ram::ReadGrant;
@@ -61,7 +61,7 @@ impl Ledger {
         let id = self.find_live(key, now_ms)?;
         let held = self.hold(id)?;
         // It was chosen to go: the policy has to be told of it anew.
-        if self.index.get(id).is_some_and(|entry| entry.departing) {
+        if self.index.get(id).is_some_and(|entry| entry.is(Flag::Departing)) {
             self.stay(id, run.last().map(|before| before.id));
         }
         Some(held)
@@ -87,12 +87,12 @@ impl Ledger {
     #[inline(always)]
     fn hold(&mut self, id: EntryId) -> Option<Held> {
         let entry = self.index.get_mut(id)?;
-        if std::mem::take(&mut entry.ahead) {
+        if entry.take(Flag::Ahead) {
             self.ahead_pages -= entry.extent.pages();
         }
         if !entry.is_pinned() {
             self.held_pages += entry.extent.pages();
-            if !entry.departing {
+            if !entry.is(Flag::Departing) {
                 self.policy.hold(id);
             }
         }
@@ -107,7 +107,7 @@ impl Ledger {
             entry.extent.revoke(grant);
             let is_over = |entry: &Entry| !entry.linked && !entry.extent.is_read();
             let goes = if queued {
-                entry.queued = false;
+                entry.set(Flag::Queued, false);
                 self.is_written(id);
                 self.index.get(id).is_some_and(is_over)
             } else {

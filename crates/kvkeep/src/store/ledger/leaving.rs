@@ -7,6 +7,7 @@
 use super::{Held, Ledger};
 use crate::block::{BlockMeta, Content, Facts};
 use crate::eviction::{Arrival, Departure, EntryId, Place};
+use crate::index::Flag;
 use crate::key::ObjectKey;
 use crate::tier::Epoch;
 
@@ -45,13 +46,13 @@ impl Ledger {
         slots: usize,
         again: bool,
     ) -> (usize, Option<EntryId>) {
-        let (ids, next) = self.index.select_some(from, slots, |entry| entry.flushing || !again);
+        let (ids, next) = self.index.select_some(from, slots, |entry| entry.is(Flag::Flushing) || !again);
         let mut awaited = 0;
         for id in ids {
             let may_go = self.offer_entry(id);
             awaited += usize::from(may_go);
             if let Some(entry) = self.index.get_mut(id) {
-                entry.flushing = may_go;
+                entry.set(Flag::Flushing, may_go);
             }
         }
         (awaited, next)
@@ -60,7 +61,7 @@ impl Ledger {
     /// Every tier has an entry.
     pub(crate) fn is_everywhere(&mut self, held: &Held) {
         if let Some(entry) = self.index.get_mut(held.id) {
-            entry.flushing = false;
+            entry.set(Flag::Flushing, false);
         }
     }
 
@@ -70,7 +71,7 @@ impl Ledger {
             return false;
         }
         let Some(entry) = self.index.get(id) else { return false };
-        if entry.queued {
+        if entry.is(Flag::Queued) {
             return true;
         }
         let Some(meta) = self.describe(id) else { return false };
@@ -95,7 +96,7 @@ impl Ledger {
                 compute_us: entry.compute_us,
                 ..Facts::raw(entry.key, namespace, entry.payload_bytes())
             },
-            begins: entry.begins,
+            begins: entry.is(Flag::Begins),
             content: entry.spec.as_ref().map_or(Content::Nothing, |spec| Content::Named(**spec)),
         })
     }
@@ -114,10 +115,10 @@ impl Ledger {
     pub(super) fn depart(&mut self, id: EntryId) -> bool {
         let offered = self.offer_entry(id);
         let Some(entry) = self.index.get_mut(id) else { return false };
-        if !offered && !entry.queued {
+        if !offered && !entry.is(Flag::Queued) {
             return false;
         }
-        entry.departing = true;
+        entry.set(Flag::Departing, true);
         let pages = entry.extent.pages();
         self.departing_pages += pages;
         self.policy.remove(id, pages, Departure::Evicted);
@@ -127,10 +128,10 @@ impl Ledger {
     /// No write reads this entry any more.
     pub(super) fn is_written(&mut self, id: EntryId) {
         let Some(entry) = self.index.get(id) else { return };
-        if entry.departing || !entry.linked {
+        if entry.is(Flag::Departing) || !entry.linked {
             self.departing_pages -= entry.extent.pages();
         }
-        if entry.departing && entry.linked {
+        if entry.is(Flag::Departing) && entry.linked {
             self.ready.push_back(id);
         }
         self.freed = true;
@@ -140,7 +141,11 @@ impl Ledger {
     pub(super) fn next_ready(&mut self) -> Option<EntryId> {
         while let Some(id) = self.ready.pop_front() {
             // It may have been asked for, or removed, and another may have its id.
-            if self.index.get(id).is_some_and(|entry| entry.linked && entry.departing && !entry.queued) {
+            if self
+                .index
+                .get(id)
+                .is_some_and(|entry| entry.linked && entry.is(Flag::Departing) && !entry.is(Flag::Queued))
+            {
                 return Some(id);
             }
         }
@@ -150,9 +155,9 @@ impl Ledger {
     /// A departing entry was asked for, and is held: it stays. `before` is the block before it.
     pub(super) fn stay(&mut self, id: EntryId, before: Option<EntryId>) {
         let Some(entry) = self.index.get_mut(id) else { return };
-        entry.departing = false;
+        entry.set(Flag::Departing, false);
         let (pages, fingerprint, number) = (entry.extent.pages(), entry.key.table_hash(), entry.namespace);
-        if entry.queued {
+        if entry.is(Flag::Queued) {
             self.departing_pages -= pages;
         }
         let share = self.index.namespaces().id(number).map_or(0, |namespace| self.share(namespace));
@@ -163,9 +168,9 @@ impl Ledger {
 
     /// Holds an entry's pages for a queued write, and leaves it where it is in the policy's order.
     fn hold_queued(&mut self, id: EntryId) -> Option<Held> {
-        let entry = self.index.get_mut(id).filter(|entry| !entry.queued)?;
-        entry.queued = true;
-        if entry.departing {
+        let entry = self.index.get_mut(id).filter(|entry| !entry.is(Flag::Queued))?;
+        entry.set(Flag::Queued, true);
+        if entry.is(Flag::Departing) {
             // It was ready to go, and is offered once more.
             self.departing_pages += entry.extent.pages();
         }

@@ -6,6 +6,7 @@
 use super::{Held, Ledger};
 use crate::error::Rejection;
 use crate::eviction::{Arrival, Departure, EntryId, Place, Priority, ShareId};
+use crate::index::Flag;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::tier::ram::{Extent, PAGE_BYTES, page_bytes, pages_for};
 
@@ -123,7 +124,7 @@ impl Ledger {
         let pages = pages_for(bytes)?;
         while self.ahead_pages + pages > self.ahead_limit_pages() {
             let id = self.ahead.pop_front()?;
-            if self.index.get(id).is_some_and(|entry| entry.ahead && entry.linked && !entry.is_pinned()) {
+            if self.index.get(id).is_some_and(|entry| entry.is(Flag::Ahead) && entry.linked && !entry.is_pinned()) {
                 self.drop_entry(id, Departure::Evicted);
                 self.counters.evictions += 1;
             }
@@ -142,8 +143,8 @@ impl Ledger {
     pub(in crate::store) fn came_ahead(&mut self, pages: u32, key: Option<&ObjectKey>) {
         let id = key.and_then(|key| self.index.find(key));
         match id.and_then(|id| Some((id, self.index.get_mut(id)?))) {
-            Some((id, entry)) if !entry.is_pinned() && !entry.ahead && entry.extent.pages() == pages => {
-                entry.ahead = true;
+            Some((id, entry)) if !entry.is_pinned() && !entry.is(Flag::Ahead) && entry.extent.pages() == pages => {
+                entry.set(Flag::Ahead, true);
                 self.ahead.push_back(id);
             }
             _ => self.ahead_pages -= pages,

@@ -235,11 +235,15 @@ impl Index {
     }
 
     fn new_slot(&mut self) -> EntryId {
-        // Grow by an eighth, not by half: slack counts as index memory.
-        if self.slots.len() == self.slots.capacity() {
-            self.slots.reserve_exact((self.slots.len() / 8).max(64));
-        }
-        self.slots.push(None);
+        push(&mut self.slots, None);
         EntryId::try_from(self.slots.len() - 1).unwrap_or(EntryId::MAX)
     }
+}
+
+/// Adds one. Grows by an eighth, not to the double: slack counts as index memory.
+fn push<T>(values: &mut Vec<T>, value: T) {
+    if values.len() == values.capacity() {
+        values.reserve_exact((values.len() / 8).max(64));
+    }
+    values.push(value);
 }

@@ -16,6 +16,7 @@ use expiries::Expiries;
 use crate::eviction::EntryId;
 use crate::key::{NamespaceId, ObjectKey};
 use crate::namespaces::Namespaces;
+use crate::slots::Slots;
 use crate::table::Table;
 use crate::tensor::PairSpec;
 use crate::tier::ram::{Extent, page_bytes};
@@ -67,7 +68,7 @@ pub(crate) enum Flag {
 #[derive(Debug, Default)]
 pub(crate) struct Index {
     table: Table<EntryId>,
-    slots: Vec<Option<Entry>>,
+    slots: Slots<Option<Entry>>,
     free_slots: Vec<EntryId>,
     namespaces: Namespaces,
     expiries: Expiries,
@@ -145,11 +146,11 @@ impl Index {
     }
 
     pub(crate) fn get(&self, id: EntryId) -> Option<&Entry> {
-        self.slots.get(id as usize)?.as_ref()
+        self.slots.get(id)?.as_ref()
     }
 
     pub(crate) fn get_mut(&mut self, id: EntryId) -> Option<&mut Entry> {
-        self.slots.get_mut(id as usize)?.as_mut()
+        self.slots.get_mut(id)?.as_mut()
     }
 
     /// Adds an entry under a key that is not in the index.
@@ -157,13 +158,13 @@ impl Index {
         self.namespaces.add(entry.namespace, entry.page_bytes(), entry.key.layer(), entry.prefix_bytes());
         let key = entry.key;
         let id = self.free_slots.pop().unwrap_or_else(|| self.new_slot());
-        if let Some(slot) = self.slots.get_mut(id as usize) {
+        if let Some(slot) = self.slots.get_mut(id) {
             *slot = Some(entry);
         }
         self.expiries.add(&mut self.slots, id);
         let Self { table, slots, .. } = self;
         table.insert_unique(key.table_hash(), id, |id| {
-            let entry = slots.get(*id as usize).and_then(Option::as_ref);
+            let entry = slots.get(*id).and_then(Option::as_ref);
             entry.map_or(0, |entry| entry.key.table_hash())
         });
         id
@@ -172,7 +173,7 @@ impl Index {
     /// Makes an entry unfindable. Its slot and extent stay until [`Index::take`].
     pub(crate) fn unlink(&mut self, id: EntryId) {
         let Self { table, slots, namespaces, expiries, .. } = self;
-        let Some(Some(entry)) = slots.get_mut(id as usize) else { return };
+        let Some(Some(entry)) = slots.get_mut(id) else { return };
         if std::mem::take(&mut entry.linked) {
             let (namespace, key) = (entry.namespace, entry.key);
             let (bytes, prefix_bytes) = (entry.page_bytes(), entry.prefix_bytes());
@@ -184,7 +185,7 @@ impl Index {
 
     /// Takes an unlinked entry out.
     pub(crate) fn take(&mut self, id: EntryId) -> Option<Entry> {
-        let entry = self.slots.get_mut(id as usize)?.take()?;
+        let entry = self.slots.get_mut(id)?.take()?;
         self.free_slots.push(id);
         Some(entry)
     }
@@ -224,7 +225,7 @@ impl Index {
 
     /// Bytes of memory that the index itself has reserved.
     pub(crate) fn memory_bytes(&self) -> usize {
-        self.slots.capacity() * size_of::<Option<Entry>>()
+        self.slots.memory_bytes()
             + self.free_slots.capacity() * size_of::<EntryId>()
             + self.table.allocation_size()
             + self.expiries.memory_bytes()
@@ -235,7 +236,7 @@ impl Index {
     }
 
     fn new_slot(&mut self) -> EntryId {
-        push(&mut self.slots, None);
+        self.slots.push(None);
         EntryId::try_from(self.slots.len() - 1).unwrap_or(EntryId::MAX)
     }
 }

@@ -40,6 +40,7 @@ mod process;
 mod quantized;
 mod record;
 mod simulation;
+mod slots;
 mod stats;
 mod store;
 mod sync;

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 /// Lower ranks first; modules of one rank do not use each other.
 const RANKS: &[&[&str]] = &[
-    &["sync", "clock", "tensor", "process", "table"],
+    &["sync", "clock", "tensor", "process", "table", "slots"],
     &["error", "record"],
     &["stats", "layout", "eviction"],
     &["key"],

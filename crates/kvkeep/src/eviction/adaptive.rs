@@ -8,9 +8,10 @@
 //! next time. An exact order was the alternative: every rate that is learned would move every entry.
 
 use super::ghosts::{Buckets, tag};
-use super::list::{NONE, Slots};
+use super::list::NONE;
 use super::rates::{Kind, Rates};
 use super::{Arrival, Departure, EntryId, Place, Policy};
+use crate::slots::Slots;
 
 /// Leaves that are drawn for each victim, and the worst of earlier draws that are compared again:
 /// 8 of each gain 0.1 points on chats and cost 80 ns a touch more.
@@ -114,7 +115,7 @@ impl State {
 impl Adaptive {
     pub(crate) fn new() -> Self {
         Self {
-            slots: Slots::new(),
+            slots: Slots::default(),
             leaves: Vec::new(),
             ghosts: Buckets::default(),
             rates: Rates::new(),

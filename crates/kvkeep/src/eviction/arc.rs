@@ -7,8 +7,9 @@
 //! late: 11.3% instead of 13.5% of hits on Mooncake's conversation trace at 5,000 blocks.
 
 use super::ghosts::{Ghosts, tag};
-use super::list::{Links, List, Slots};
+use super::list::{Links, List};
 use super::{Arrival, Departure, EntryId, Place, Policy};
+use crate::slots::Slots;
 
 #[derive(Debug)]
 pub(crate) struct Arc {
@@ -44,8 +45,8 @@ enum At {
 impl Arc {
     pub(crate) fn new() -> Self {
         Self {
-            links: Slots::new(),
-            slots: Slots::new(),
+            links: Slots::default(),
+            slots: Slots::default(),
             once: List::new(),
             often: List::new(),
             ghosts_once: Ghosts::new(),

@@ -1,16 +1,12 @@
-//! Doubly linked lists through one vector of slots: every call is O(1), an entry costs
-//! 8 bytes, and several lists share the vector because an entry is in one at a time.
+//! Doubly linked lists through one list of slots: every call is O(1), an entry costs
+//! 8 bytes, and several lists share it because an entry is in one at a time.
 //! A queue of time stamps was the alternative: it needs a sweep of stale stamps.
 
 use super::EntryId;
+use crate::slots::Slots;
 
 /// Marks an unlinked slot and the ends of a list.
 pub(super) const NONE: EntryId = EntryId::MAX;
-
-/// What a policy keeps of each entry, by the entry's id; never more than an eighth of slack,
-/// because slack counts as index memory.
-#[derive(Debug)]
-pub(super) struct Slots<T>(Vec<T>);
 
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Link {
@@ -27,37 +23,6 @@ pub(super) struct List {
     newest: EntryId,
     oldest: EntryId,
     len: usize,
-}
-
-impl<T: Clone> Slots<T> {
-    pub(super) fn new() -> Self {
-        Self(Vec::new())
-    }
-
-    pub(super) fn get(&self, id: EntryId) -> Option<&T> {
-        self.0.get(id as usize)
-    }
-
-    pub(super) fn get_mut(&mut self, id: EntryId) -> Option<&mut T> {
-        self.0.get_mut(id as usize)
-    }
-
-    /// The slot of an id, after growing to it with `empty` ones.
-    pub(super) fn grow(&mut self, id: EntryId, empty: T) -> Option<&mut T> {
-        let slot = id as usize;
-        if slot >= self.0.len() {
-            if self.0.capacity() <= slot {
-                let missing = slot + 1 - self.0.len();
-                self.0.reserve_exact(missing.max(self.0.len() / 8));
-            }
-            self.0.resize(slot + 1, empty);
-        }
-        self.0.get_mut(slot)
-    }
-
-    pub(super) fn memory_bytes(&self) -> usize {
-        self.0.capacity() * size_of::<T>()
-    }
 }
 
 impl List {

@@ -1,7 +1,8 @@
 //! Least recently used. What every other policy is measured against.
 
-use super::list::{Links, List, Slots};
+use super::list::{Links, List};
 use super::{Arrival, Departure, EntryId, Place, Policy};
+use crate::slots::Slots;
 
 #[derive(Debug)]
 pub(crate) struct Lru {
@@ -13,7 +14,7 @@ pub(crate) struct Lru {
 
 impl Lru {
     pub(crate) fn new() -> Self {
-        Self { links: Slots::new(), order: List::new(), listed: Slots::new() }
+        Self { links: Slots::default(), order: List::new(), listed: Slots::default() }
     }
 
     fn unlink(&mut self, id: EntryId) {

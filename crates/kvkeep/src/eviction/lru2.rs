@@ -8,8 +8,8 @@
 use std::collections::BTreeSet;
 
 use super::ghosts::{Buckets, tag};
-use super::list::Slots;
 use super::{Arrival, Departure, EntryId, Place, Policy};
+use crate::slots::Slots;
 
 /// Evictions remembered for each resident entry.
 const REMEMBERED: usize = 4;
@@ -51,7 +51,7 @@ impl Slot {
 impl Lru2 {
     pub(crate) fn new() -> Self {
         Self {
-            slots: Slots::new(),
+            slots: Slots::default(),
             order: BTreeSet::new(),
             ghosts: Buckets::default(),
             now: 0,

@@ -5,8 +5,9 @@
 //! The cache's capacity is what was resident when the last request began.
 
 use super::ghosts::{Ghosts, tag};
-use super::list::{Links, List, Slots};
+use super::list::{Links, List};
 use super::{Arrival, Departure, EntryId, Place, Policy};
+use crate::slots::Slots;
 
 /// The small queue holds one part in ten of what is resident.
 const SMALL_PART: usize = 10;
@@ -49,8 +50,8 @@ enum Queue {
 impl S3Fifo {
     pub(crate) fn new() -> Self {
         Self {
-            links: Slots::new(),
-            slots: Slots::new(),
+            links: Slots::default(),
+            slots: Slots::default(),
             small: List::new(),
             main: List::new(),
             ghosts: Ghosts::new(),

@@ -12,8 +12,8 @@
 //!
 //! Without quotas and priorities there is one pool, whose ids are the entries' own.
 
-use super::list::Slots;
 use super::{Arrival, Departure, EntryId, Place, Policy, PolicyKind};
+use crate::slots::Slots;
 
 /// How long an entry is kept compared to others.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -77,7 +77,7 @@ impl Shares {
         }
         let first = Pool::new(kind, 0, Priority::Normal);
         let weight = shares.iter().map(|share| share.weight).sum();
-        Self { kind, pools: vec![first], shares, weight, homes: Slots::new() }
+        Self { kind, pools: vec![first], shares, weight, homes: Slots::default() }
     }
 
     pub(crate) fn tick(&mut self) {

@@ -5,6 +5,7 @@
 
 use super::{Entry, NEVER, push};
 use crate::eviction::EntryId;
+use crate::slots::Slots;
 
 /// The place of what does not expire.
 pub(super) const NOWHERE: u32 = u32::MAX;
@@ -16,7 +17,7 @@ pub(super) struct Expiries {
 
 impl Expiries {
     /// An entry that is in its slot now.
-    pub(super) fn add(&mut self, slots: &mut [Option<Entry>], id: EntryId) {
+    pub(super) fn add(&mut self, slots: &mut Slots<Option<Entry>>, id: EntryId) {
         if time(slots, id) == NEVER {
             return;
         }
@@ -25,8 +26,8 @@ impl Expiries {
     }
 
     /// An entry that is still in its slot.
-    pub(super) fn remove(&mut self, slots: &mut [Option<Entry>], id: EntryId) {
-        let at = slots.get(id as usize).and_then(Option::as_ref).map_or(NOWHERE, |entry| entry.expiry_at) as usize;
+    pub(super) fn remove(&mut self, slots: &mut Slots<Option<Entry>>, id: EntryId) {
+        let at = slots.get(id).and_then(Option::as_ref).map_or(NOWHERE, |entry| entry.expiry_at) as usize;
         if self.heap.get(at) != Some(&id) {
             return;
         }
@@ -46,7 +47,7 @@ impl Expiries {
     }
 
     /// Says where it comes to stand.
-    fn rise(&mut self, slots: &mut [Option<Entry>], mut at: usize) -> usize {
+    fn rise(&mut self, slots: &mut Slots<Option<Entry>>, mut at: usize) -> usize {
         while at > 0 {
             let parent = (at - 1) / 2;
             if self.time(slots, parent) <= self.time(slots, at) {
@@ -59,7 +60,7 @@ impl Expiries {
         at
     }
 
-    fn sink(&mut self, slots: &mut [Option<Entry>], mut at: usize) {
+    fn sink(&mut self, slots: &mut Slots<Option<Entry>>, mut at: usize) {
         loop {
             let (left, right) = (2 * at + 1, 2 * at + 2);
             let next = if self.time(slots, right) < self.time(slots, left) { right } else { left };
@@ -71,26 +72,26 @@ impl Expiries {
         }
     }
 
-    fn swap(&mut self, slots: &mut [Option<Entry>], one: usize, other: usize) {
+    fn swap(&mut self, slots: &mut Slots<Option<Entry>>, one: usize, other: usize) {
         self.heap.swap(one, other);
         self.note(slots, one);
         self.note(slots, other);
     }
 
-    fn note(&self, slots: &mut [Option<Entry>], at: usize) {
-        let slot = self.heap.get(at).and_then(|id| slots.get_mut(*id as usize));
+    fn note(&self, slots: &mut Slots<Option<Entry>>, at: usize) {
+        let slot = self.heap.get(at).and_then(|id| slots.get_mut(*id));
         if let Some(Some(entry)) = slot {
             entry.expiry_at = u32::try_from(at).unwrap_or(NOWHERE);
         }
     }
 
-    fn time(&self, slots: &[Option<Entry>], at: usize) -> u64 {
+    fn time(&self, slots: &Slots<Option<Entry>>, at: usize) -> u64 {
         self.heap.get(at).map_or(NEVER, |id| time(slots, *id))
     }
 }
 
-fn time(slots: &[Option<Entry>], id: EntryId) -> u64 {
-    slots.get(id as usize).and_then(Option::as_ref).map_or(NEVER, |entry| entry.expires_at_ms)
+fn time(slots: &Slots<Option<Entry>>, id: EntryId) -> u64 {
+    slots.get(id).and_then(Option::as_ref).map_or(NEVER, |entry| entry.expires_at_ms)
 }
 
 #[cfg(test)]

@@ -20,11 +20,11 @@ pub(crate) fn timed<T>(action: impl FnOnce() -> T) -> (Duration, T) {
 /// How long the slices of something took.
 #[derive(Debug, Default)]
 pub(crate) struct Slices {
-    count: usize,
+    pub(crate) count: usize,
     all: Duration,
     pub(crate) longest: Duration,
     /// Those of a millisecond and more.
-    long: usize,
+    pub(crate) long: usize,
 }
 
 impl Slices {

@@ -94,7 +94,7 @@ impl Turns {
 
     /// Where it is due, drops what is out of date in one chunk. Little chunks become one.
     pub(super) fn drop_some(&mut self, waits: impl Fn(u64, &Short) -> bool) {
-        if self.last % LOOK_EVERY != 0 {
+        if !self.last.is_multiple_of(LOOK_EVERY) {
             return;
         }
         let at = if self.next_look < self.chunks.len() { self.next_look } else { 0 };

@@ -38,6 +38,8 @@ pub(super) fn figures(dir: &Path, effort: Effort) -> Result<Vec<Figure>> {
     ensure!(free >= needed_bytes, "{} has {free} bytes free: {needed_bytes} are needed", dir.display());
     let mut figures = blocks(home.path(), effort)?;
     figures.extend(opening(&home.path().join("many"), effort)?);
+    let in_ram = CacheConfig::new(64 << 20).disk(DiskConfig::new(home.path().join("behind"), 1 << 30));
+    figures.extend(super::hits::lookup_of_32k("lookup of 32k tokens in RAM, with a disk behind it", in_ram, effort)?);
     Ok(figures)
 }
 

@@ -66,16 +66,19 @@ pub(super) fn zero_copy(effort: Effort) -> Result<Vec<Figure>> {
 }
 
 pub(super) fn long_lookup(effort: Effort) -> Result<Vec<Figure>> {
+    lookup_of_32k("lookup of 32k tokens, 512 blocks, all hits", CacheConfig::new(64 << 20), effort)
+}
+
+pub(super) fn lookup_of_32k(name: &str, config: CacheConfig, effort: Effort) -> Result<Vec<Figure>> {
     const TOKENS: usize = 32 * 1024;
     let namespace = namespace(1, 1, 8, 64)?;
     let tokens = prompt(0, TOKENS);
-    let cache = KvCache::new(CacheConfig::new(64 << 20))?;
+    let cache = KvCache::new(config)?;
     let _ = cache.store(&namespace, &tokens, &Tensors::new(namespace.layout(), TOKENS).views()?)?;
     let cached = cache.lookup(&namespace, &tokens)?.cached_tokens();
     ensure!(cached == TOKENS, "{cached} of {TOKENS} tokens were found");
     let [seconds] =
         alternate(effort.pick(201, 51), [&mut || time(|| Ok(black_box(cache.lookup(&namespace, &tokens)?)))])?;
-    let name = "lookup of 32k tokens, 512 blocks, all hits";
     Ok(vec![Figure::cost(name, seconds * 1e3, "ms", 0.3, "0.3 ms").bar(Bar::AtMost(1.0))])
 }
 

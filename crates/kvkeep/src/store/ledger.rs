@@ -223,9 +223,13 @@ impl Ledger {
         if self.index.get(id)?.expires_at_ms > now_ms {
             return Some(id);
         }
+        self.expire(id);
+        None
+    }
+
+    fn expire(&mut self, id: EntryId) {
         self.drop_entry(id, Departure::Removed);
         self.counters.expirations += 1;
-        None
     }
 
     /// Pages that were reserved and will not be sealed.

@@ -58,10 +58,25 @@ impl Ledger {
     #[expect(clippy::inline_always, reason = "called for each block of a hit: else what is held is moved once more")]
     #[inline(always)]
     pub(crate) fn hold_key(&mut self, key: &ObjectKey, now_ms: u64, run: &[Held]) -> Option<Held> {
-        let id = self.find_live(key, now_ms)?;
-        let held = self.hold(id)?;
+        let id = self.index.find(key)?;
+        let entry = self.index.get_mut(id)?;
+        if entry.expires_at_ms <= now_ms {
+            self.expire(id);
+            return None;
+        }
+        if entry.take(Flag::Ahead) {
+            self.ahead_pages -= entry.extent.pages();
+        }
+        let departing = entry.is(Flag::Departing);
+        if !entry.is_pinned() {
+            self.held_pages += entry.extent.pages();
+            if !departing {
+                self.policy.hold(id);
+            }
+        }
+        let held = Held { id, queued: false, grant: entry.extent.grant(), spec: entry.spec.clone() };
         // It was chosen to go: the policy has to be told of it anew.
-        if self.index.get(id).is_some_and(|entry| entry.is(Flag::Departing)) {
+        if departing {
             self.stay(id, run.last().map(|before| before.id));
         }
         Some(held)
@@ -81,22 +96,6 @@ impl Ledger {
         }
         self.count(request, &run, run.len());
         complete.then_some(run)
-    }
-
-    #[expect(clippy::inline_always, reason = "as `hold_key`")]
-    #[inline(always)]
-    fn hold(&mut self, id: EntryId) -> Option<Held> {
-        let entry = self.index.get_mut(id)?;
-        if entry.take(Flag::Ahead) {
-            self.ahead_pages -= entry.extent.pages();
-        }
-        if !entry.is_pinned() {
-            self.held_pages += entry.extent.pages();
-            if !entry.is(Flag::Departing) {
-                self.policy.hold(id);
-            }
-        }
-        Some(Held { id, queued: false, grant: entry.extent.grant(), spec: entry.spec.clone() })
     }
 
     /// Ends the reading of entries. Goes from the tail to the head, so that the head of a
@@ -167,7 +166,7 @@ impl Ledger {
 
     /// Uses one entry of such a request, if it is there.
     pub(crate) fn touch(&mut self, key: &ObjectKey, place: Place) -> bool {
-        let Some(held) = self.index.find(key).and_then(|id| self.hold(id)) else { return false };
+        let Some(held) = self.hold_key(key, 0, &[]) else { return false };
         self.policy.touch(held.id, place);
         self.release(vec![held]);
         true

@@ -238,6 +238,21 @@ fn a_log_that_asks_the_cache_for_its_counters_gets_them() {
     *ASKED.lock().unwrap() = None;
 }
 
+/// A lookup took several locks for each block where there was a disk.
+#[test]
+fn a_lookup_that_finds_all_in_ram_takes_the_lock_once_also_with_a_disk() {
+    let cache = Lab::new().open(1024);
+    let tokens = prompt(0, 512);
+    store(&cache, &tokens, &plain());
+    cache.flush().unwrap();
+    let holds = || std::mem::take(&mut *cache.store_handle().shared.holds.lock().unwrap()).count;
+    holds();
+    let found = cache.lookup(&namespace(), &tokens).unwrap();
+    assert_eq!((found.blocks(), holds()), (512, 1));
+    drop(found);
+    assert_eq!(holds(), 1, "one for letting go of all blocks");
+}
+
 /// A sweep looked at every entry, under the lock: 134 ms at a million.
 #[test]
 fn work_under_the_lock_is_done_in_slices_and_only_where_there_is_some() {

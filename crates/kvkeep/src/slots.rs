@@ -76,20 +76,25 @@ fn place_of(id: u32) -> (usize, usize) {
 mod tests {
     use super::*;
 
+    const PART: u32 = 1 << PART_BITS;
+
     #[test]
     fn what_is_there_does_not_move_and_little_is_spare() {
         let mut slots = Slots::default();
-        for value in 0..5 * PART as u32 {
+        for value in 0..5 * PART {
             slots.push(value);
             let spare = slots.memory_bytes() / 4 - slots.len();
-            assert!(spare <= PART + slots.parts.capacity() * size_of::<Vec<u32>>() / 4, "{spare} behind {value}");
+            assert!(
+                spare <= PART as usize + slots.parts.capacity() * size_of::<Vec<u32>>() / 4,
+                "{spare} behind {value}"
+            );
         }
-        let first: *const u32 = slots.get(PART as u32).unwrap();
-        *slots.grow(20 * PART as u32 + 7, 1).unwrap() = 2;
-        assert_eq!(slots.len(), 20 * PART + 8);
-        assert!((0..5 * PART as u32).all(|id| slots.get(id) == Some(&id)));
-        assert_eq!((slots.get(19 * PART as u32), slots.get(20 * PART as u32 + 7)), (Some(&1), Some(&2)));
-        assert_eq!(slots.get(20 * PART as u32 + 8), None);
-        assert!(std::ptr::eq(first, slots.get(PART as u32).unwrap()));
+        let first: *const u32 = slots.get(PART).unwrap();
+        *slots.grow(20 * PART + 7, 1).unwrap() = 2;
+        assert_eq!(slots.len(), 20 * PART as usize + 8);
+        assert!((0..5 * PART).all(|id| slots.get(id) == Some(&id)));
+        assert_eq!((slots.get(19 * PART), slots.get(20 * PART + 7)), (Some(&1), Some(&2)));
+        assert_eq!(slots.get(20 * PART + 8), None);
+        assert!(std::ptr::eq(first, slots.get(PART).unwrap()));
     }
 }

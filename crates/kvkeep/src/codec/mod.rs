@@ -20,6 +20,7 @@ mod framed;
 mod lossless;
 mod lossy;
 #[cfg(test)]
+#[cfg(feature = "disk")]
 pub(crate) mod tests;
 mod wide;
 

@@ -54,6 +54,7 @@ impl Retained {
 }
 
 #[cfg(test)]
+#[cfg(feature = "disk")]
 mod tests {
     use super::*;
 

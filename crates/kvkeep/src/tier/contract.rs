@@ -375,6 +375,7 @@ fn what_comes_and_goes_is_reported(tier: &dyn Tier) {
 }
 
 #[cfg(test)]
+#[cfg(feature = "encryption")]
 mod tests {
     use super::super::around::{Fault, Limit, Meter};
     #[cfg(feature = "disk")]

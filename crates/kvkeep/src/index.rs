@@ -30,7 +30,6 @@ pub(crate) struct Entry {
     pub(crate) key: ObjectKey,
     pub(crate) namespace: u32,
     pub(crate) extent: Extent,
-    pub(crate) expires_at_ms: u64,
     /// Present in named entries alone.
     pub(crate) spec: Option<Arc<PairSpec>>,
     /// What it took to compute, in microseconds; 0 if nobody said.
@@ -47,7 +46,7 @@ pub(crate) struct Entry {
 
 // No byte of an entry is free: one more, and all take 8 more.
 #[cfg(target_pointer_width = "64")]
-const _: () = assert!(size_of::<Option<Entry>>() == 80);
+const _: () = assert!(size_of::<Option<Entry>>() == 72);
 
 /// What else is true of an entry. Each is a bit of one byte: entries are index memory.
 #[derive(Debug, Clone, Copy)]
@@ -80,7 +79,6 @@ impl Entry {
         key: ObjectKey,
         extent: Extent,
         slack_bytes: u16,
-        expires_at_ms: u64,
         spec: Option<Arc<PairSpec>>,
         compute_us: u32,
     ) -> Self {
@@ -88,7 +86,6 @@ impl Entry {
             key,
             namespace: 0,
             extent,
-            expires_at_ms,
             spec,
             compute_us,
             slack_bytes,
@@ -153,15 +150,26 @@ impl Index {
         self.slots.get_mut(id)?.as_mut()
     }
 
+    /// An entry that has not expired.
+    pub(crate) fn live_mut(&mut self, id: EntryId, now_ms: u64) -> Option<&mut Entry> {
+        let Self { slots, expiries, .. } = self;
+        let entry = slots.get_mut(id)?.as_mut()?;
+        (expiries.time(entry.expiry_at) > now_ms).then_some(entry)
+    }
+
+    pub(crate) fn expires_at_ms(&self, entry: &Entry) -> u64 {
+        self.expiries.time(entry.expiry_at)
+    }
+
     /// Adds an entry under a key that is not in the index.
-    pub(crate) fn insert(&mut self, entry: Entry) -> EntryId {
+    pub(crate) fn insert(&mut self, entry: Entry, expires_at_ms: u64) -> EntryId {
         self.namespaces.add(entry.namespace, entry.page_bytes(), entry.key.layer(), entry.prefix_bytes());
         let key = entry.key;
         let id = self.free_slots.pop().unwrap_or_else(|| self.new_slot());
         if let Some(slot) = self.slots.get_mut(id) {
             *slot = Some(entry);
         }
-        self.expiries.add(&mut self.slots, id);
+        self.expiries.add(&mut self.slots, id, expires_at_ms);
         let Self { table, slots, .. } = self;
         table.insert_unique(key.table_hash(), id, |id| {
             let entry = slots.get(*id).and_then(Option::as_ref);
@@ -220,7 +228,7 @@ impl Index {
 
     /// The entry that expires first, if it has by now.
     pub(crate) fn next_expired(&self, now_ms: u64) -> Option<EntryId> {
-        self.expiries.first().filter(|id| self.get(*id).is_some_and(|entry| entry.expires_at_ms <= now_ms))
+        self.expiries.first().filter(|(expires_at_ms, _)| *expires_at_ms <= now_ms).map(|(_, id)| id)
     }
 
     /// Bytes of memory that the index itself has reserved.

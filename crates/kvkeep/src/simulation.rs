@@ -261,9 +261,9 @@ fn store_missing(
     let new: Vec<ObjectKey> = missing.iter().filter_map(|(position, _)| keys.get(first + position)).copied().collect();
     let written = missing.into_iter().filter_map(|(position, extent)| {
         let position = first + position;
-        let entry = new_entry(*keys.get(position)?, extent, usize::MAX, NEVER, None, 0);
+        let entry = new_entry(*keys.get(position)?, extent, usize::MAX, None, 0);
         let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
-        Some(Written { entry, parent, place: Place::of(position, keys.len(), found) })
+        Some(Written { entry, expires_at_ms: NEVER, parent, place: Place::of(position, keys.len(), found) })
     });
     ram.seal_all(tenant, written, OnPresent::Keep, priority);
     if disk.is_some() {
@@ -329,9 +329,9 @@ fn come_up(
         return None;
     };
     ram.read_below(mark);
-    let entry = new_entry(key, extent, usize::MAX, NEVER, None, 0);
+    let entry = new_entry(key, extent, usize::MAX, None, 0);
     let parent = position.checked_sub(1).and_then(|before| keys.get(before)).copied();
-    let written = Written { entry, parent, place: Place::of(position, keys.len(), keys.len()) };
+    let written = Written { entry, expires_at_ms: NEVER, parent, place: Place::of(position, keys.len(), keys.len()) };
     ram.seal_promoted(namespace, written, keys.get(position + 1), epoch);
     ram.hold_key(&key, 0, &[])
 }

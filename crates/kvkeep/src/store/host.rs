@@ -277,8 +277,13 @@ fn seal_one(ledger: &mut Ledger, room: HostedRoom) -> bool {
     }
     let spec = if let Content::Named(spec) = &meta.content { Some(Arc::new(*spec)) } else { None };
     let bytes = usize::try_from(meta.raw_bytes).unwrap_or(usize::MAX);
-    let entry = ledger::new_entry(key, extent, bytes, meta.expires_at_ms, spec, meta.compute_us).begins(meta.begins);
-    let written = Written { entry, parent: None, place: Place::of(usize::from(!meta.begins), 1, 0) };
+    let entry = ledger::new_entry(key, extent, bytes, spec, meta.compute_us).begins(meta.begins);
+    let written = Written {
+        entry,
+        expires_at_ms: meta.expires_at_ms,
+        parent: None,
+        place: Place::of(usize::from(!meta.begins), 1, 0),
+    };
     // What replaces something was removed before it is offered: whoever offers an older value finds this one there.
     ledger.seal_all(namespace, std::iter::once(written), OnPresent::Keep, Priority::default()) > 0
 }

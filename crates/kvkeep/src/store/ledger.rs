@@ -40,6 +40,7 @@ pub(crate) use room::{Reservation, Shortage, Terms, Wanted};
 #[derive(Debug)]
 pub(crate) struct Written {
     pub(crate) entry: Entry,
+    pub(crate) expires_at_ms: u64,
     /// The key of the block before it.
     pub(crate) parent: Option<ObjectKey>,
     pub(crate) place: Place,
@@ -101,13 +102,12 @@ pub(crate) fn new_entry(
     key: ObjectKey,
     extent: Extent,
     bytes: usize,
-    expires_at_ms: u64,
     spec: Option<Arc<PairSpec>>,
     compute_us: u32,
 ) -> Entry {
     let slack = (extent.pages() as usize * PAGE_BYTES).saturating_sub(bytes);
     let slack_bytes = u16::try_from(slack).unwrap_or(0);
-    Entry::new(key, extent, slack_bytes, expires_at_ms, spec, compute_us)
+    Entry::new(key, extent, slack_bytes, spec, compute_us)
 }
 
 impl Ledger {
@@ -220,7 +220,7 @@ impl Ledger {
     /// The live entry under a key. One that has expired goes.
     pub(super) fn find_live(&mut self, key: &ObjectKey, now_ms: u64) -> Option<EntryId> {
         let id = self.index.find(key)?;
-        if self.index.get(id)?.expires_at_ms > now_ms {
+        if self.index.live_mut(id, now_ms).is_some() {
             return Some(id);
         }
         self.expire(id);
@@ -264,14 +264,14 @@ impl Ledger {
         let share = self.share(namespace);
         let mut arrivals = Vec::with_capacity(written.size_hint().0);
         let mut before = None;
-        for Written { entry, parent: behind, place } in written {
+        for Written { entry, expires_at_ms, parent: behind, place } in written {
             let parent = behind.and_then(|key| match before {
                 Some((known, id)) if known == key => Some(id),
                 _ => self.in_order(&key),
             });
             let arrival = Arrival { fingerprint: entry.key.table_hash(), parent, place };
             let (key, is_block) = (entry.key, entry.spec.is_none());
-            let (id, new) = self.seal(namespace, entry, on_present);
+            let (id, new) = self.seal(namespace, (entry, expires_at_ms), on_present);
             before = Some((key, id));
             if new {
                 arrivals.push((id, arrival));
@@ -316,7 +316,12 @@ impl Ledger {
 
     /// Makes a written entry findable; the policy has yet to hear of it. The id is another's if
     /// one is there already and stays.
-    fn seal(&mut self, namespace: NamespaceId, mut entry: Entry, on_present: OnPresent) -> (EntryId, bool) {
+    fn seal(
+        &mut self,
+        namespace: NamespaceId,
+        (mut entry, expires_at_ms): (Entry, u64),
+        on_present: OnPresent,
+    ) -> (EntryId, bool) {
         let present = self.index.find(&entry.key);
         if let (Some(id), OnPresent::Keep) = (present, on_present) {
             self.abandon(entry.extent);
@@ -329,7 +334,7 @@ impl Ledger {
         self.freed = true;
         entry.namespace = self.index.namespace(namespace);
         self.counters.stored_total += 1;
-        (self.index.insert(entry), true)
+        (self.index.insert(entry, expires_at_ms), true)
     }
 
     /// An entry that the policy knows.

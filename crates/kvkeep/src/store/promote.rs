@@ -153,12 +153,11 @@ impl Promotion {
 
     /// Makes the block findable, with a pin for each that waits; then they are told.
     fn land(&mut self, meta: BlockMeta) {
-        let Some((entry, parent, child)) = self.entry(meta) else { return };
+        let Some((written, child)) = self.written(meta) else { return };
         let (shared, key, now_ms) = (Arc::clone(&self.promoter.shared), self.key, self.promoter.shared.now_ms());
         let namespace = self.located.namespace;
         let landing = std::mem::replace(&mut *self.load.state.lock(), LoadState::Landing);
         let waiters = if let LoadState::Flying(waiters) = landing { waiters } else { 0 };
-        let written = Written { entry, parent, place: self.chain.place };
         let held: Vec<Held> = shared.with(|ledger| {
             ledger.read_below(self.located.mark);
             if !ledger.seal_promoted(namespace, written, child.as_ref(), self.epoch) {
@@ -170,7 +169,8 @@ impl Promotion {
         self.load.land(LoadState::Landed(pins));
     }
 
-    fn entry(&mut self, meta: BlockMeta) -> Option<(crate::index::Entry, Option<ObjectKey>, Option<ObjectKey>)> {
+    /// With the key of the block behind it.
+    fn written(&mut self, meta: BlockMeta) -> Option<(Written, Option<ObjectKey>)> {
         let BlockMeta { facts, content, .. } = meta;
         let bytes = to_usize(facts.raw_bytes);
         let (spec, parent, child) = match content {
@@ -183,8 +183,9 @@ impl Promotion {
         };
         let extent = self.pending.take()?.into_extent()?;
         let begins = spec.is_none() && parent.is_none();
-        let entry = ledger::new_entry(self.key, extent, bytes, facts.expires_at_ms, spec, facts.compute_us);
-        Some((entry.begins(begins), parent, child))
+        let entry = ledger::new_entry(self.key, extent, bytes, spec, facts.compute_us);
+        let (entry, place) = (entry.begins(begins), self.chain.place);
+        Some((Written { entry, expires_at_ms: facts.expires_at_ms, parent, place }, child))
     }
 }
 

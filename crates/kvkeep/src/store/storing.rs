@@ -125,8 +125,8 @@ impl Store {
         let seal = |ledger: &mut Ledger| {
             let written = objects.into_iter().filter_map(|Sealing { key, pending, bytes, spec, parent, place }| {
                 let begins = parent.is_none() && spec.is_none();
-                let entry = ledger::new_entry(key, pending.into_extent()?, bytes, expires_at_ms, spec, compute_us);
-                Some(Written { entry: entry.begins(begins), parent, place })
+                let entry = ledger::new_entry(key, pending.into_extent()?, bytes, spec, compute_us);
+                Some(Written { entry: entry.begins(begins), expires_at_ms, parent, place })
             });
             ledger.seal_all(namespace, written, on_present, options.priority)
         };

@@ -298,9 +298,9 @@ fn blocks_that_come_up_from_the_disk_before_their_parents_go_before_them_too() {
         for position in order {
             shared.with(|ledger| {
                 let extent = ledger.reserve_one(namespace().id(), PAGE as usize, 0).unwrap();
-                let entry = ledger::new_entry(keys[position], extent, PAGE as usize, NEVER, None, 0);
+                let entry = ledger::new_entry(keys[position], extent, PAGE as usize, None, 0);
                 let parent = position.checked_sub(1).map(|before| keys[before]);
-                let written = Written { entry, parent, place: Place::of(position, 4, 4) };
+                let written = Written { entry, expires_at_ms: NEVER, parent, place: Place::of(position, 4, 4) };
                 let epoch = ledger.epoch();
                 assert!(ledger.seal_promoted(namespace().id(), written, keys.get(position + 1), epoch));
             });

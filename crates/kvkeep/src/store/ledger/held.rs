@@ -59,11 +59,10 @@ impl Ledger {
     #[inline(always)]
     pub(crate) fn hold_key(&mut self, key: &ObjectKey, now_ms: u64, run: &[Held]) -> Option<Held> {
         let id = self.index.find(key)?;
-        let entry = self.index.get_mut(id)?;
-        if entry.expires_at_ms <= now_ms {
+        let Some(entry) = self.index.live_mut(id, now_ms) else {
             self.expire(id);
             return None;
-        }
+        };
         if entry.take(Flag::Ahead) {
             self.ahead_pages -= entry.extent.pages();
         }

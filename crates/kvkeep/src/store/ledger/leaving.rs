@@ -92,7 +92,7 @@ impl Ledger {
         let namespace = self.index.namespaces().id(entry.namespace)?;
         Some(BlockMeta {
             facts: Facts {
-                expires_at_ms: entry.expires_at_ms,
+                expires_at_ms: self.index.expires_at_ms(entry),
                 compute_us: entry.compute_us,
                 ..Facts::raw(entry.key, namespace, entry.payload_bytes())
             },

@@ -28,8 +28,8 @@ fn fill(cache: &KvCache, numbers: std::ops::Range<u64>, expires_at_ms: u64) {
             }
         };
         store.shared.with(|ledger| {
-            let entry = ledger::new_entry(ObjectKey::numbered(number), extent, PAGE as usize, expires_at_ms, None, 7);
-            let written = Written { entry, parent: None, place: Place::default() };
+            let entry = ledger::new_entry(ObjectKey::numbered(number), extent, PAGE as usize, None, 7);
+            let written = Written { entry, expires_at_ms, parent: None, place: Place::default() };
             ledger.seal_all(of, std::iter::once(written), OnPresent::Keep, crate::Priority::default());
         });
         store.offer();

@@ -24,10 +24,9 @@ const BATCH_WRITES: usize = 256;
 const BATCH_KEYS: usize = 1000;
 /// Before something that has to be done is tried again.
 const PAUSE: Duration = Duration::from_millis(100);
-/// What removing may take.
+/// What removing may take. Writing together may take a second more for each [`SLOWEST_BYTES_PER_S`].
 const PATIENCE: Duration = Duration::from_secs(5);
-/// What writing together may take: as long (where a store needs the memory: so long), and a second for each so many
-/// bytes.
+/// In its place for writing, where a store needs the memory.
 const NEEDED: Duration = Duration::from_secs(1);
 const SLOWEST_BYTES_PER_S: u64 = 4 << 20;
 
